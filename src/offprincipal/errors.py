@@ -1,0 +1,32 @@
+"""The one error hierarchy: every message says what is wrong, where, and what to do.
+
+The command line turns any `OffPrincipalError` into a message and exit code 2; nothing else is caught.
+"""
+
+
+class OffPrincipalError(Exception):
+    """Bad input or arguments. Its message is written for the user."""
+
+
+class CheckpointError(OffPrincipalError):
+    """A folder is no usable checkpoint, or two checkpoints do not belong together."""
+
+
+class NonFiniteTensor(OffPrincipalError):
+    """A tensor holds NaN or infinity."""
+
+
+class TaskError(OffPrincipalError):
+    """A task's name, level, columns or prompts are not usable."""
+
+
+class TrainingError(OffPrincipalError):
+    """A training run cannot start or continue with these settings."""
+
+
+class StudyError(OffPrincipalError):
+    """A study's profile is not usable, or one of its stages failed."""
+
+
+class ArgumentError(OffPrincipalError):
+    """An argument is outside what it may be."""

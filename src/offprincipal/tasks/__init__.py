@@ -1,0 +1,43 @@
+"""Verifiable tasks: prompts from seeds, verifiers, teacher's traces, and splits that never overlap."""
+
+from offprincipal.tasks.protocol import Problem, Task
+from offprincipal.tasks.split import Split, mixture, problems, split_of
+from offprincipal.tasks.symbolic import SymbolicTask, symbolic_kinds
+
+__all__ = [
+    "Problem",
+    "Split",
+    "SymbolicTask",
+    "Task",
+    "mixture",
+    "open_task",
+    "problems",
+    "split_of",
+    "symbolic_kinds",
+]
+
+
+def open_task(name: str) -> Task:
+    """The task of a name.
+
+    Args:
+        name: a symbolic task (`add`, or `add@2` for one level); `rg:NAME` for a reasoning-gym data set;
+            `hf:DATASET` for a Hugging Face data set or local data files, with the columns and the verifier's options
+            after a question mark: `hf:openai/gsm8k?config=main&prompt=question&answer=answer`.
+
+    Raises:
+        TaskError: no such task, or it needs a package that is not installed.
+
+    >>> open_task("add@2").name
+    'add@2'
+    """
+    kind, _, rest = name.partition(":")
+    if rest and kind == "rg":
+        from offprincipal.tasks.reasoning_gym import ReasoningGymTask
+
+        return ReasoningGymTask(rest)
+    if rest and kind == "hf":
+        from offprincipal.tasks.hub import HubTask
+
+        return HubTask.parse(rest)
+    return SymbolicTask.parse(name)

@@ -1,0 +1,98 @@
+"""Tasks from reasoning-gym: any of its procedural data sets by name, judged by the data set's own scorer.
+
+A problem carries only its seed: the entry that the scorer needs is made again from it, so problems stay
+JSON-serialisable whatever a data set keeps in its metadata. Knows nothing of models or splits.
+"""
+
+import difflib
+import functools
+import importlib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from offprincipal.errors import TaskError
+from offprincipal.tasks.protocol import Problem
+
+PREFIX = "rg:"
+_TAGGED_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ReasoningGymTask:
+    """One reasoning-gym data set with its default configuration.
+
+    Args:
+        dataset: its name in reasoning-gym, such as `chain_sum`.
+
+    Raises:
+        TaskError: reasoning-gym is not installed, or has no such data set, or needs a configuration for it.
+
+    >>> task = ReasoningGymTask("chain_sum")
+    >>> problem = task.problem(seed=7)
+    >>> task.verify(problem, problem.answer), task.verify(problem, task.teacher_trace(problem))
+    (True, True)
+    """
+
+    dataset: str
+
+    def __post_init__(self) -> None:
+        names = _datasets()
+        if self.dataset not in names:
+            near = difflib.get_close_matches(self.dataset, names, n=3, cutoff=0.5)
+            hint = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(sorted(names))}"
+            raise TaskError(f"reasoning-gym has no data set '{self.dataset}': {hint}")
+        _entry(self.dataset, 0)
+
+    @property
+    def name(self) -> str:
+        return f"{PREFIX}{self.dataset}"
+
+    def problem(self, seed: int) -> Problem:
+        """The problem of a seed; its answer is empty where the data set has a scorer but no reference answer."""
+        entry = _entry(self.dataset, seed)
+        return Problem(self.name, entry["question"], entry["answer"] or "", {"seed": seed})
+
+    def verify(self, problem: Problem, completion: str) -> bool:
+        """Whether the text of the last `<answer>` tag, or the whole completion where there is none, scores 1."""
+        tagged = _TAGGED_ANSWER.findall(completion)
+        answer = (tagged[-1] if tagged else completion).strip()
+        if not answer:
+            return False
+        try:
+            score = _maker(self.dataset, 0).score_answer(answer, _entry(self.dataset, problem.data["seed"]))
+        except Exception:  # the scorers raise whatever they like on a malformed answer, and that is a wrong answer
+            return False
+        return bool(score == 1.0)
+
+    def teacher_trace(self, problem: Problem) -> str:
+        """The reference answer in reasoning-gym's own tag, which a base model has no reason to write.
+
+        Raises:
+            TaskError: the data set has no reference answers.
+        """
+        if not problem.answer:
+            raise TaskError(f"task '{self.name}' has no reference answers to teach: train on it with the recipe grpo")
+        return f"The answer is <answer>{problem.answer}</answer>"
+
+
+def _datasets() -> list[str]:
+    try:
+        return list(importlib.import_module("reasoning_gym.factory").DATASETS)
+    except ImportError as error:
+        raise TaskError("tasks 'rg:…' need reasoning-gym: pip install 'offprincipal[train]'") from error
+
+
+@functools.lru_cache(maxsize=64)
+def _maker(dataset: str, seed: int) -> Any:
+    create = importlib.import_module("reasoning_gym").create_dataset
+    try:
+        return create(dataset, size=1, seed=seed)
+    except Exception as error:
+        raise TaskError(f"reasoning-gym cannot make '{dataset}' with its default configuration: {error}") from error
+
+
+@functools.lru_cache(maxsize=8192)
+def _entry(dataset: str, seed: int) -> dict[str, Any]:
+    entry: dict[str, Any] = _maker(dataset, seed)[0]
+    return entry
