@@ -167,7 +167,12 @@ def pretrain(recipe: Recipe, out: Path, compiled: bool) -> float:
                 file.write(json.dumps(line) + "\n")
             print(line, flush=True)
         if (step + 1) % SNAPSHOT_EVERY == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "seconds": seconds}
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step + 1,
+                "seconds": seconds,
+            }
             torch.save(state, snapshot.with_suffix(".part"))
             snapshot.with_suffix(".part").replace(snapshot)
 
@@ -185,7 +190,9 @@ def write_card(recipe: Recipe, out: Path, seconds: float) -> None:
     record = {
         "recipe": asdict(recipe),
         "seconds": round(seconds),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, CPU only" if not torch.cuda.is_available() else "GPU",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, CPU only"
+        if not torch.cuda.is_available()
+        else "GPU",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "parameters": sum(p.numel() for p in Qwen3ForCausalLM.from_pretrained(out).parameters()),
         "accuracy": scores,
@@ -227,7 +234,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--compile", action="store_true", help="torch.compile: faster, rounds differently")
-    parser.add_argument("--card-only", action="store_true", help="measure weights that are there and write the card anew")
+    parser.add_argument(
+        "--card-only", action="store_true", help="measure weights that are there and write the card anew"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -84,7 +84,7 @@ def require_same_tensors(base: Checkpoint, tuned: Checkpoint) -> None:
     ]
     if differing:
         raise CheckpointError(
-            f"{tuned.source} has other shapes than {base.source}: {_listed(differing)}. Compare models of one architecture"
+            f"{tuned.source} has other shapes than {base.source}: {_listed(differing)}. Compare one architecture"
         )
 
 

@@ -59,11 +59,15 @@ class SafetensorsFolder:
             with _open(path) as file:
                 tensor: Tensor = file.get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"cannot read {name} from {path}: {error}. Download or save the file again") from error
+            raise CheckpointError(
+                f"cannot read {name} from {path}: {error}. Download or save the file again"
+            ) from error
         try:
             return require_finite(tensor)
         except NonFiniteTensor as error:
-            raise CheckpointError(f"{name} in {path}: {error}. The checkpoint is damaged or its training diverged") from error
+            raise CheckpointError(
+                f"{name} in {path}: {error}. The checkpoint is damaged or its training diverged"
+            ) from error
 
     def masters(self) -> "SafetensorsFolder | None":
         folder = self.folder / MASTERS
@@ -85,7 +89,9 @@ class SafetensorsFolder:
         if (self.folder / INDEX).exists():
             return self._locate_shards()
         if (self.folder / "adapter_config.json").exists():
-            raise CheckpointError(f"{self.folder} is an adapter, not a model: merge it into its base and save that first")
+            raise CheckpointError(
+                f"{self.folder} is an adapter, not a model: merge it into its base and save that first"
+            )
         pickles = sorted(path.name for pattern in _PICKLES for path in self.folder.glob(pattern))
         if pickles:
             raise CheckpointError(
@@ -103,17 +109,21 @@ class SafetensorsFolder:
         for name, shard in weight_map.items():
             if not _is_inside(shard):
                 raise CheckpointError(
-                    f"{path} places {name} in {shard!r}, which is not a file inside its folder. Do not trust this checkpoint"
+                    f"{path} places {name} in {shard!r}, which is not a file inside its folder. Do not trust it"
                 )
             files[name] = self.folder / shard
         for shard_path in sorted(set(files.values())):
             if not shard_path.is_file():
-                raise CheckpointError(f"{shard_path} is missing, though {path.name} names it: download the checkpoint again")
+                raise CheckpointError(
+                    f"{shard_path} is missing, though {path.name} names it: download the checkpoint again"
+                )
             with _open(shard_path) as file:
                 held = set(file.keys())
             absent = [name for name, file_path in files.items() if file_path == shard_path and name not in held]
             if absent:
-                raise CheckpointError(f"{shard_path} lacks {absent[0]}, which {path.name} places there: download it again")
+                raise CheckpointError(
+                    f"{shard_path} lacks {absent[0]}, which {path.name} places there: download it again"
+                )
         return files
 
     def _info(self, name: str, path: Path) -> TensorInfo:
@@ -125,7 +135,9 @@ class SafetensorsFolder:
             raise CheckpointError(f"cannot read {name} from {path}: {error}") from error
         info = TensorInfo(name, shape, _DTYPES.get(dtype, dtype))
         if info.floating and info.dtype not in _COMPARABLE:
-            raise CheckpointError(f"{name} in {path} is stored as {info.dtype}, which is not read yet: convert it to bfloat16")
+            raise CheckpointError(
+                f"{name} in {path} is stored as {info.dtype}, which is not read yet: convert it to bfloat16"
+            )
         return info
 
 
@@ -136,7 +148,7 @@ def _open(path: Path) -> Any:
             start = file.read(4)
         if start[:2] == b"PK" or start[:1] == b"\x80":
             raise CheckpointError(
-                f"{path} is a pickle under the name of a safetensors file; it was not opened. Do not trust this checkpoint"
+                f"{path} is a pickle under the name of a safetensors file, and was not opened. Do not trust it"
             )
         return safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -149,7 +161,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable as JSON ({error}): download or save the checkpoint again") from error
+        raise CheckpointError(
+            f"{path} is not readable as JSON ({error}): download or save the checkpoint again"
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object: download or save the checkpoint again")
     return content

@@ -1,11 +1,11 @@
-"""Compare a base with checkpoints tuned from it: plan the tensors, measure them in threads, pool, and write the tables."""
+"""Compare a base with checkpoints tuned from it: plan the tensors, measure them in threads, pool, write the tables."""
 
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class CompareSettings:
     """
 
     metrics: tuple[Group, ...] = GROUPS
-    matrix: MatrixSettings = MatrixSettings()
+    matrix: MatrixSettings = field(default_factory=MatrixSettings)
     include_embeddings: bool = False
 
     def __post_init__(self) -> None:
@@ -111,9 +111,9 @@ def compare(
         weight = base_checkpoint.read(subject.name)
         return measure_tensor(subject, weight, read(runs), read(masters), settings.metrics, settings.matrix)
 
-    found = list(_in_threads(measure, subjects, threads or os.cpu_count() or 1, progress))
+    measured = list(_in_threads(measure, subjects, threads or os.cpu_count() or 1, progress))
     matrices, masks, pairs, curves = (
-        [row for rows in found for row in getattr(rows, table)] for table in ("matrices", "masks", "pairs", "curves")
+        [row for rows in measured for row in getattr(rows, table)] for table in ("matrices", "masks", "pairs", "curves")
     )
     summary = _summary(base_checkpoint, runs, settings, matrices, pairs)
     return Comparison(matrices, masks, pairs, curves, summary)
@@ -225,5 +225,7 @@ def _warnings(base: Checkpoint, run: Checkpoint, rows: list[Row]) -> list[str]:
         warnings.append(f"stored as {stored}; `changed` is decided after rounding both sides to bfloat16")
     wide = sum(math.prod(info.shape) for info in base.tensors.values() if info.floating and len(info.shape) > 2)
     if wide:
-        warnings.append(f"{wide:,} parameters sit in tensors of more than two dimensions: only their location is measured")
+        warnings.append(
+            f"{wide:,} parameters sit in tensors of more than two dimensions: only their location is measured"
+        )
     return warnings

@@ -64,7 +64,7 @@ class BaseMatrix:
 
     @cached_property
     def norm(self) -> float:
-        return torch.linalg.vector_norm(self.values).item()
+        return _norm(self.values)
 
     @cached_property
     def svd(self) -> spectrum.Svd:
@@ -152,11 +152,19 @@ class MatrixPair:
 
     @cached_property
     def update_norm(self) -> float:
-        return torch.linalg.vector_norm(self.update).item()
+        return _norm(self.update)
+
+    @cached_property
+    def master_update_norm(self) -> float:
+        """Frobenius norm of the update before it was stored, where masters were kept; else of the stored one."""
+        if self.masters is None:
+            return self.update_norm
+        return _norm(self.masters.double() - self.base.values)
 
     @cached_property
     def update_spectrum(self) -> Tensor:
-        return torch.linalg.svdvals(self.update)
+        singular_values: Tensor = torch.linalg.svdvals(self.update)
+        return singular_values
 
     @cached_property
     def update_norm_2(self) -> float:
@@ -212,6 +220,10 @@ class MatrixPair:
     def overlaps(self) -> dict[str, MaskOverlap]:
         """Mask name -> overlap, at the default density."""
         return {name: self.overlap(mask) for name, mask in self.base.masks(self.base.settings.alpha).items()}
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x))
 
 
 def _angles(a: spectrum.Svd, b: spectrum.Svd, k: int) -> tuple[Tensor, Tensor]:

@@ -1,20 +1,24 @@
 """Pooling: one number per run and metric over its matrices, with a bootstrap interval over matrices.
 
-Every pool is a ratio of two sums over matrices, so a resample is a reweighting of both.
+Every pool is a ratio of two sums over matrices, so a resample is a reweighting of both. The interval speaks of the
+spread between matrices of one run; it says nothing of how another seed would have turned out.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offprincipal.comparison.registry import METRICS, Column
+from offprincipal.comparison.registry import METRICS
 
 RESAMPLES = 1000
 _LEVEL = 0.95
 _SEED = 20251111
+
+_COLUMNS = {column.name: column for metric in METRICS for column in metric.columns}
 
 Row = Mapping[str, Any]
 Array = NDArray[np.float64]
@@ -77,34 +81,26 @@ def pool_run(rows: Sequence[Row]) -> dict[str, Pooled]:
         rows: of `matrices.parquet`, one run.
     """
     present = rows[0].keys() if rows else ()
-    columns = [column for metric in METRICS for column in metric.columns]
-    return {c.name: _pool_column(c, rows) for c in columns if c.pool != "none" and c.name in present}
+    pooled = [c.name for metric in METRICS for c in metric.columns if c.pool != "none" and c.name in present]
+    return {name: pool_column(name, rows).pooled() for name in pooled}
 
 
-def _pool_column(column: Column, rows: Sequence[Row]) -> Pooled:
-    pool = _POOLS[column.pool]
-    used = [row for row in rows if row[column.name] is not None and (row["linear"] or not pool.linear_only)]
-    return pool_ratio(
-        ((pool.top(row, column.name), pool.bottom(row, column.name)) for row in used), pool.finish
-    )
+def pool_column(name: str, rows: Sequence[Row]) -> "Estimate":
+    """One metric over the rows of one run.
 
-
-def pool_ratio(parts: Iterable[tuple[float, float]], finish: Callable[[Array, Array], Array] = np.divide) -> Pooled:
-    """finish(Σ top, Σ bottom) with a percentile bootstrap interval over the parts.
-
-    >>> pool_ratio([(1.0, 2.0), (1.0, 2.0)])
-    Pooled(value=0.5, low=0.5, high=0.5, matrices=2)
+    Args:
+        name: a pooled column of the registry.
+        rows: of `matrices.parquet`, one run.
     """
-    table = np.array(list(parts), dtype=np.float64).reshape(-1, 2)
-    count = len(table)
-    top, bottom = table.sum(axis=0)
-    if bottom <= 0:
-        return Pooled(None, None, None, count)
-    resamples = np.random.default_rng(_SEED).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    tops, bottoms = (resamples @ table).T
-    drawn = finish(tops[bottoms > 0], bottoms[bottoms > 0])
-    low, high = np.quantile(drawn, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-    return Pooled(float(finish(top, bottom)), float(low), float(high), count)
+    column = _COLUMNS[name]
+    pool = _POOLS[column.pool]
+    parts = [
+        (pool.top(row, name), pool.bottom(row, name))
+        if row[name] is not None and (row["linear"] or not pool.linear_only)
+        else (0.0, 0.0)
+        for row in rows
+    ]
+    return estimate_ratio(parts, pool.finish)
 
 
 def pool_pair(rows: Sequence[Row]) -> dict[str, float | None]:
@@ -113,19 +109,92 @@ def pool_pair(rows: Sequence[Row]) -> dict[str, float | None]:
     Args:
         rows: of `pairs.parquet`, one pair of runs.
     """
-
-    def ratio(intersection: Callable[[Row], float]) -> Pooled:
-        parts = [(intersection(row), row["changed_a"] + row["changed_b"] - intersection(row)) for row in rows]
-        return pool_ratio(parts)
-
-    measured = ratio(lambda row: row["intersection"])
+    measured = jaccard_estimate(rows, "measured").pooled()
     beyond = sum(row["intersection"] - row["intersection_precision_null"] for row in rows)
     variance = sum(row["intersection_precision_null_sd"] ** 2 for row in rows)
     return {
         "jaccard": measured.value,
         "low": measured.low,
         "high": measured.high,
-        "jaccard_random": ratio(lambda row: row["changed_a"] * row["changed_b"] / row["numel"]).value,
-        "jaccard_precision_null": ratio(lambda row: row["intersection_precision_null"]).value,
+        "jaccard_random": jaccard_estimate(rows, "random").pooled().value,
+        "jaccard_precision_null": jaccard_estimate(rows, "precision_null").pooled().value,
         "jaccard_z": beyond / variance**0.5 if variance > 0 else None,
     }
+
+
+def jaccard_estimate(rows: Sequence[Row], which: Literal["measured", "random", "precision_null"]) -> "Estimate":
+    """Jaccard of two runs over all their matrices by counts: as measured, or as a null expects it.
+
+    Args:
+        rows: of `pairs.parquet`, one pair of runs.
+    """
+    intersections: dict[str, Callable[[Row], float]] = {
+        "measured": lambda row: row["intersection"],
+        "random": lambda row: row["changed_a"] * row["changed_b"] / row["numel"],
+        "precision_null": lambda row: row["intersection_precision_null"],
+    }
+    intersection = intersections[which]
+    found = [(intersection(row), row) for row in rows]
+    return estimate_ratio([(both, row["changed_a"] + row["changed_b"] - both) for both, row in found])
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A pooled value with its bootstrap draws over matrices; arithmetic keeps draws together, so differences are paired.
+
+    Args:
+        value: the pooled value; NaN where undefined.
+        draws: (RESAMPLES,), the same resamples for every estimate over the same number of matrices.
+        matrices: how many matrices it has.
+
+    >>> a = estimate_ratio([(1.0, 2.0), (2.0, 2.0)])
+    >>> (a - a).pooled()
+    Pooled(value=0.0, low=0.0, high=0.0, matrices=2)
+    """
+
+    value: float
+    draws: Array
+    matrices: int
+
+    def __add__(self, other: "Estimate") -> "Estimate":
+        return Estimate(self.value + other.value, self.draws + other.draws, min(self.matrices, other.matrices))
+
+    def __sub__(self, other: "Estimate") -> "Estimate":
+        return Estimate(self.value - other.value, self.draws - other.draws, min(self.matrices, other.matrices))
+
+    def __truediv__(self, other: "Estimate") -> "Estimate":
+        value = self.value / other.value if other.value else math.nan
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return Estimate(value, self.draws / other.draws, min(self.matrices, other.matrices))
+
+    def scaled(self, factor: float) -> "Estimate":
+        """The estimate times a number."""
+        return Estimate(self.value * factor, self.draws * factor, self.matrices)
+
+    def pooled(self) -> Pooled:
+        """Value and percentile interval; None where undefined."""
+        drawn = self.draws[np.isfinite(self.draws)]
+        if not math.isfinite(self.value) or not len(drawn):
+            return Pooled(None, None, None, self.matrices)
+        low, high = np.quantile(drawn, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+        return Pooled(self.value, float(low), float(high), self.matrices)
+
+
+def estimate_ratio(
+    parts: Sequence[tuple[float, float]], finish: Callable[[Array, Array], Array] = np.divide
+) -> Estimate:
+    """finish(Σ top, Σ bottom) over matrices, with its bootstrap draws; a matrix with bottom 0 has no say.
+
+    >>> estimate_ratio([(1.0, 2.0), (1.0, 2.0)]).value
+    0.5
+    """
+    table = np.array(parts, dtype=np.float64).reshape(-1, 2)
+    count = len(table)
+    weights = np.ones((1, 0))
+    if count:
+        rng = np.random.default_rng(_SEED)
+        weights = np.vstack([np.ones(count), rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)])
+    tops, bottoms = (weights @ table).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = np.where(bottoms > 0, finish(tops, bottoms), math.nan)
+    return Estimate(float(found[0]), found[1:], int((table[:, 1] > 0).sum()))

@@ -78,7 +78,9 @@ def _overlap(name: str) -> Metric:
         "arXiv 2511.08567, claims C5 and C6; the precision null is ours",
         (
             Column(f"{name}_overlap", f"share of the changed entries in the {title} mask", pool="changed"),
-            Column(f"{name}_overlap_random", f"the same if chance placed them: the {title} mask's density", pool="changed"),
+            Column(
+                f"{name}_overlap_random", f"the same if chance placed them: the {title} mask's density", pool="changed"
+            ),
             Column(f"{name}_overlap_precision_null", "the same if rounding alone placed them", pool="changed"),
             Column(f"{name}_overlap_precision_null_sd", "standard deviation of that", pool="none"),
             Column(f"{name}_overlap_z", f"{title} overlap beyond rounding, in standard deviations", pool="z"),
@@ -175,15 +177,36 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "location",
+        "ours: the isotropic null of claim C1",
+        (
+            Column(
+                "unchanged_fraction_isotropic_null",
+                "the same after a Gaussian update of equal norm, taken from the masters where they were kept",
+                pool="entries",
+            ),
+        ),
+        lambda pair: (nulls.unchanged_isotropic(pair.base.weight, pair.master_update_norm),),
+        every_tensor=True,
+    ),
+    Metric(
+        "location",
         "claim C1 at the stored type's own precision",
-        (Column("unchanged_fraction_stored", "share of the entries whose stored value did not change", pool="entries"),),
+        (
+            Column(
+                "unchanged_fraction_stored", "share of the entries whose stored value did not change", pool="entries"
+            ),
+        ),
         _stored_unchanged,
         every_tensor=True,
     ),
     Metric(
         "location",
         "arXiv 2511.08567, Gate III",
-        (Column("hidden_fraction", "share whose float32 master moved but whose bfloat16 value did not", pool="entries"),),
+        (
+            Column(
+                "hidden_fraction", "share whose float32 master moved but whose bfloat16 value did not", pool="entries"
+            ),
+        ),
         _hidden,
         every_tensor=True,
     ),
@@ -205,7 +228,12 @@ METRICS: tuple[Metric, ...] = (
         (
             Column("base_norm", "Frobenius norm of the base", "weight", "norm"),
             Column("update_norm", "Frobenius norm of the update", "weight", "norm"),
-            Column("relative_update_norm", "step length: Frobenius norm of the update over that of the base", "1", "relative_norm"),
+            Column(
+                "relative_update_norm",
+                "step length: Frobenius norm of the update over that of the base",
+                "1",
+                "relative_norm",
+            ),
         ),
         lambda pair: (pair.base.norm, pair.update_norm, pair.relative_update_norm),
         every_tensor=True,

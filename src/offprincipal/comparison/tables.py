@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def write_tables(
     require_folder(out)
     for name, rows in zip(TABLES, (matrices, masks, pairs, curves), strict=True):
         table = pa.Table.from_pylist(rows, schema=_schema(name, rows))
-        write_atomically(out / f"{name}.parquet", lambda path, table=table: pq.write_table(table, path))
+        write_atomically(out / f"{name}.parquet", partial(pq.write_table, table))
     write_json(out / "summary.json", summary)
     return out
 
@@ -67,7 +68,7 @@ def read_table(folder: Path, name: str) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
     except (OSError, pa.ArrowException) as error:
-        raise CheckpointError(f"cannot read {path}: {error}. Give a folder that `offprincipal compare` wrote") from error
+        raise CheckpointError(f"cannot read {path}: {error}. Give a folder that offprincipal wrote") from error
     return rows
 
 
@@ -77,12 +78,20 @@ def read_summary(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the folder holds none.
     """
-    path = folder / "summary.json"
+    return read_json(folder / "summary.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that this package wrote.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     try:
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}. Give a folder that `offprincipal compare` wrote") from error
-    return summary
+        raise CheckpointError(f"cannot read {path}: {error}. Give a folder that offprincipal wrote") from error
+    return content
 
 
 def require_folder(out: Path) -> None:
@@ -119,7 +128,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
-        raise ArgumentError(f"cannot write {path}: {error.strerror or error}. Free some space or choose another --out") from error
+        raise ArgumentError(
+            f"cannot write {path}: {error.strerror or error}. Free some space or choose another --out"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

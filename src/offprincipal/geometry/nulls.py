@@ -1,7 +1,8 @@
 """Nulls: what an update that ignores the weights would show.
 
 The *precision null* is exact and in closed form: given how many entries of each exponent class changed, which of the
-class they were is a draw without replacement. The *isotropic null* is a Gaussian update of equal norm.
+class they were is a draw without replacement. The *isotropic null* is a Gaussian update of equal norm: step length
+without direction.
 Knows nothing of files, models or layers.
 """
 
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offprincipal.geometry.precision import EXPONENT_CLASSES
+from offprincipal.geometry.precision import EXPONENT_CLASSES, exponent_class
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,40 @@ def isotropic_update(shape: torch.Size, norm: float, generator: torch.Generator)
     2.0
     """
     noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return noise * (norm / noise.norm())
+    update: Tensor = noise * (norm / noise.norm())
+    return update
+
+
+def unchanged_isotropic(base: Tensor, update_norm: float) -> float | None:
+    """Expected share of bfloat16 values that a Gaussian update of a given norm leaves as they are; None if empty.
+
+    With σ = norm/√numel, an entry stays where the update is within half a spacing: Φ(up/2σ) − Φ(−down/2σ), where `up`
+    is the spacing away from zero and `down` the one towards it, half as far at a power of two.
+
+    Args:
+        base: float tensor; rounded to bfloat16 first.
+        update_norm: Frobenius norm of the update before it is rounded.
+
+    Source: ours; the normal distribution function at bfloat16's rounding boundaries.
+
+    >>> round(unchanged_isotropic(torch.ones(4), 2 * 0.00390625), 4)  # σ = half the spacing up, the spacing down
+    0.5328
+    """
+    if base.numel() == 0:
+        return None
+    if update_norm == 0:
+        return 1.0
+    sigma = update_norm / math.sqrt(base.numel())
+    entries = class_counts(exponent_class(base))
+    classes = torch.arange(EXPONENT_CLASSES, dtype=torch.float64)
+    exponent = (classes // 2).clamp(min=1)
+    up = torch.exp2(exponent - 127 - 7)
+    down = torch.where((classes % 2 == 1) & (classes // 2 > 1), up / 2, up)
+    stay = torch.special.ndtr(up / (2 * sigma)) - torch.special.ndtr(-down / (2 * sigma))
+    expected: float = (entries @ stay).item()
+    return expected / base.numel()
 
 
 def _occupied(entries: Tensor, *counts: Tensor) -> tuple[Tensor, ...]:
     keep = entries > 0
-    return entries[keep], *(count[keep] for count in counts)
+    return tuple(count[keep].double() for count in (entries, *counts))

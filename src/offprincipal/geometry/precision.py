@@ -61,7 +61,8 @@ def bf16_ulp(x: Tensor) -> Tensor:
     tensor([0.0078, 0.0078, 0.0156])
     """
     exponent = (_magnitude_bits(x) >> _MANTISSA_BITS).clamp(min=1)  # subnormals share the smallest normals' spacing
-    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent - 127 - _MANTISSA_BITS).to(torch.float32)
+    one = torch.ones_like(exponent, dtype=torch.float64)
+    return torch.ldexp(one, exponent - 127 - _MANTISSA_BITS).float()
 
 
 def exponent_class(x: Tensor) -> Tensor:

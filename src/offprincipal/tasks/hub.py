@@ -1,7 +1,7 @@
 """Tasks from data: any Hugging Face data set, or local JSON, CSV or Parquet files, with an answer column.
 
-Answers are compared as mathematics by math-verify where they parse as mathematics, and as text otherwise. Knows nothing of
-models or splits.
+Answers are compared as mathematics by math-verify where they parse as mathematics, and as text otherwise. Knows nothing
+of models or splits.
 """
 
 import functools
@@ -33,7 +33,7 @@ class HubTask:
         config: the data set's configuration, where it has several.
         prompt: the column that holds the prompt.
         answer: the column that holds the answer: its text after `####` where there is one, as in GSM8K, else all of it.
-        split: the data set's split to draw from; what is held out within it is decided by `offprincipal.tasks.split_of`.
+        split: the data set's split to draw from; `offprincipal.tasks.split_of` decides what is held out within it.
 
     Raises:
         TaskError: the data set cannot be read, is empty, or lacks a column; or a package is not installed.

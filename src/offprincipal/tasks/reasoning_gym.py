@@ -15,6 +15,7 @@ from offprincipal.errors import TaskError
 from offprincipal.tasks.protocol import Problem
 
 PREFIX = "rg:"
+_SEEDS = 2**32  # some data sets seed numpy, which takes no more
 _TAGGED_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
@@ -42,11 +43,18 @@ class ReasoningGymTask:
             near = difflib.get_close_matches(self.dataset, names, n=3, cutoff=0.5)
             hint = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(sorted(names))}"
             raise TaskError(f"reasoning-gym has no data set '{self.dataset}': {hint}")
-        _entry(self.dataset, 0)
+        try:
+            _entry(self.dataset, 0)
+        except Exception as error:  # whatever a data set raises that needs a configuration or another package
+            raise TaskError(f"reasoning-gym cannot make '{self.dataset}' by its defaults: {error}") from error
 
     @property
     def name(self) -> str:
         return f"{PREFIX}{self.dataset}"
+
+    @functools.cached_property
+    def _scorer(self) -> Any:
+        return _make(self.dataset, 0)
 
     def problem(self, seed: int) -> Problem:
         """The problem of a seed; its answer is empty where the data set has a scorer but no reference answer."""
@@ -60,7 +68,7 @@ class ReasoningGymTask:
         if not answer:
             return False
         try:
-            score = _maker(self.dataset, 0).score_answer(answer, _entry(self.dataset, problem.data["seed"]))
+            score = self._scorer.score_answer(answer, _entry(self.dataset, problem.data["seed"]))
         except Exception:  # the scorers raise whatever they like on a malformed answer, and that is a wrong answer
             return False
         return bool(score == 1.0)
@@ -83,16 +91,12 @@ def _datasets() -> list[str]:
         raise TaskError("tasks 'rg:…' need reasoning-gym: pip install 'offprincipal[train]'") from error
 
 
-@functools.lru_cache(maxsize=64)
-def _maker(dataset: str, seed: int) -> Any:
-    create = importlib.import_module("reasoning_gym").create_dataset
-    try:
-        return create(dataset, size=1, seed=seed)
-    except Exception as error:
-        raise TaskError(f"reasoning-gym cannot make '{dataset}' with its default configuration: {error}") from error
-
-
 @functools.lru_cache(maxsize=8192)
 def _entry(dataset: str, seed: int) -> dict[str, Any]:
-    entry: dict[str, Any] = _maker(dataset, seed)[0]
-    return entry
+    made: dict[str, Any] = _make(dataset, seed)[0]
+    return made
+
+
+def _make(dataset: str, seed: int) -> Any:
+    create = importlib.import_module("reasoning_gym").create_dataset
+    return create(dataset, size=1, seed=seed % _SEEDS)

@@ -54,7 +54,9 @@ def mixture(tasks: Sequence[Task], split: Split, size: int, seed: int = 0) -> li
     """
     if not tasks:
         raise TaskError("no task given: name at least one")
-    streams = [_distinct(problems(task, split, seed)) if split == "eval" else problems(task, split, seed) for task in tasks]
+    streams = [problems(task, split, seed) for task in tasks]
+    if split == "eval":
+        streams = [_distinct(stream) for stream in streams]
     return list(itertools.islice((next(stream) for stream in itertools.cycle(streams)), size))
 
 

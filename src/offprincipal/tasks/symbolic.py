@@ -1,7 +1,7 @@
 """Short symbolic tasks for a character model: arithmetic, sequences, bases, strings.
 
-Each task is one function `(random, level) -> (prompt, answer, working)`. Three levels grade the difficulty; an answer has
-at most seven characters. `working` is what a teacher writes before the answer, in a format that the embedded base model
+Each task is one function `(random, level) -> (prompt, answer, working)`. Three levels grade the difficulty; an answer
+has at most seven characters. `working` is what a teacher writes before the answer, in a format that the embedded base model
 has never seen: `working#answer`. Knows nothing of tokenizers, models or splits.
 """
 

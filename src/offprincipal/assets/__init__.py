@@ -1,0 +1,21 @@
+"""What is shipped inside the package: the embedded base model."""
+
+from importlib import resources
+from pathlib import Path
+
+from offprincipal.errors import TrainingError
+
+
+def embedded_base() -> Path:
+    """The folder of the embedded base model.
+
+    Raises:
+        TrainingError: this installation does not hold it.
+    """
+    folder = Path(str(resources.files("offprincipal.assets"))) / "base"
+    if not (folder / "config.json").is_file():
+        raise TrainingError(
+            f"the embedded base model is not at {folder}: reinstall offprincipal, or make it with "
+            "scripts/pretrain_base.py, or name another model"
+        )
+    return folder

@@ -1,0 +1,246 @@
+"""The command line. Arguments in, calls to the library, exit codes out; no logic of its own.
+
+Exit codes: 0 done; 1 a defect of ours; 2 bad input or arguments; 3 a `--fail-if` condition held; 130 interrupted.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from offprincipal.errors import ArgumentError, OffPrincipalError
+
+if TYPE_CHECKING:
+    from offprincipal.comparison import Condition
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="What did post-training do to the weights: geometry, precision, or step length?",
+)
+errors = Console(stderr=True)
+
+Out = Annotated[Path, typer.Option("--out", help="Output folder; made if absent.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard what was trained there under other settings.")]
+
+
+def main() -> None:
+    """Run the command line; an `OffPrincipalError` becomes its message and exit code 2."""
+    try:
+        app()
+    except OffPrincipalError as error:
+        errors.print(f"[bold red]error:[/] {_escaped(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("\ninterrupted; the same command continues where it stopped")
+        sys.exit(130)
+
+
+@app.command()
+def study(
+    profile: Annotated[str, typer.Argument(help="A shipped profile, or a YAML file.")] = "quick",
+    out: Out = Path("study"),
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override the profile, as in training.steps=200."),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Training runs at once; default: a core each, at most 4.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train by RLVR and SFT, measure what each did to the weights, and judge the paper's claims.
+
+    Killed at any moment, the same command continues. Writes study.json, report.html, a folder a run, and the tables.
+    """
+    _require_training()
+    from offprincipal.reports.terminal import claims_table, runs_table
+    from offprincipal.studies import load_profile
+    from offprincipal.studies.console import run_on_console
+
+    found = run_on_console(load_profile(profile, override or []), out, jobs, overwrite, Console())
+    console = Console()
+    console.print(runs_table(found), claims_table(found))
+    console.print(f"report: {out / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def compare(
+    base: Annotated[str, typer.Argument(help="Folder of the base model (safetensors).")],
+    tuned: Annotated[list[str], typer.Argument(metavar="[NAME=]TUNED...", help="Folders of models trained from it.")],
+    out: Out = Path("comparison"),
+    metrics: Annotated[
+        str, typer.Option(help="Of location, spectrum, subspace, bounds; `location` alone decomposes nothing.")
+    ] = "location,spectrum,subspace,bounds",
+    rank_fraction: Annotated[
+        float, typer.Option(help="Rank of the principal subspace over min(rows, columns).")
+    ] = 0.125,
+    alpha: Annotated[float, typer.Option(help="Density of the masks.")] = 0.5,
+    null_draws: Annotated[int, typer.Option(help="Gaussian updates behind each isotropic null.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the random mask and the Gaussian updates.")] = 0,
+    include_embeddings: Annotated[bool, typer.Option(help="Measure embeddings and heads too.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Matrices measured at once; default: all cores.")] = None,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option("--fail-if", metavar="CONDITION", help="Exit 3 if it holds: 'principal_angle_left_max_deg > 10'."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json instead of tables.")] = False,
+    report: Annotated[bool, typer.Option(help="Write report.html too.")] = True,
+) -> None:
+    """Measure what training did to the weights, every figure beside the null that would explain it away."""
+    from offprincipal.comparison import CompareSettings, MatrixSettings, parse_condition
+    from offprincipal.comparison import compare as compare_checkpoints
+    from offprincipal.comparison.tables import require_folder
+    from offprincipal.reports import write_report
+    from offprincipal.reports.terminal import comparison_table
+    from offprincipal.reports.words import verdict_paragraph
+
+    conditions = [parse_condition(text) for text in fail_if or []]
+    groups: Any = tuple(part.strip() for part in metrics.split(","))
+    matrix = MatrixSettings(rank_fraction, alpha, null_draws=null_draws, seed=seed)
+    settings = CompareSettings(groups, matrix, include_embeddings)
+    runs = _named_runs(tuned)
+    require_folder(out)
+    with _matrix_progress() as progress:
+        found = compare_checkpoints(base, runs, settings, threads, progress)
+    found.write(out)
+    if report:
+        write_report(out / "report.html", out)
+    if as_json:
+        print(json.dumps(found.summary, indent=1, ensure_ascii=False))
+    else:
+        console = Console()
+        console.print(comparison_table(found.summary))
+        for sentence in verdict_paragraph(found.summary):
+            console.print(sentence, highlight=False, markup=False)
+        console.print(f"tables{' and report' if report else ''}: {out}", soft_wrap=True, highlight=False)
+    _fail_if(conditions, found.summary)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="grpo, sft_own or sft_teacher.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run; the same command continues a killed one.")],
+    task: Annotated[
+        list[str], typer.Option("--task", help="add, sort@2, rg:NAME, hf:DATASET?prompt=…&answer=…; repeat for more.")
+    ],
+    model: Annotated[str, typer.Option(help="Folder, Hugging Face id, or `embedded`.")] = "embedded",
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; `offprincipal settings` lists them."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW, constant.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides prompts and samples.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a model on verifiable tasks, and measure it on held-out prompts before and after."""
+    _require_training()
+    from offprincipal.reports.terminal import runs_table
+    from offprincipal.studies.profile import parse_override
+    from offprincipal.training import parse_settings
+    from offprincipal.training import train as run
+
+    named = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "seed": seed}
+    values: dict[str, Any] = {"recipe": recipe, "model": model, "tasks": task}
+    values |= {key: value for key, value in named.items() if value is not None}
+    values |= dict(parse_override(text) for text in override or [])
+    record = run(parse_settings(values), out, overwrite=overwrite)
+    console = Console()
+    run_entry = {"name": out.name, "seconds": record["seconds"], **record["settings"], **record["accuracy"]}
+    console.print(runs_table({"runs": [run_entry]}))
+    console.print(f"model: {out}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def settings() -> None:
+    """List every training setting with its default."""
+    from offprincipal.reports.terminal import settings_table
+    from offprincipal.training.settings import TrainSettings
+
+    Console().print(settings_table(TrainSettings.model_fields))
+
+
+@app.command()
+def tasks() -> None:
+    """List the symbolic tasks, each with a prompt, its answer and a teacher's trace."""
+    from offprincipal.reports.terminal import tasks_table
+    from offprincipal.tasks import open_task, symbolic_kinds
+
+    Console().print(tasks_table([open_task(kind) for kind in symbolic_kinds()]))
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder that `compare` or `study` wrote.")],
+) -> None:
+    """Draw report.html anew from the tables in a folder."""
+    from offprincipal.reports import write_report_of
+
+    print(write_report_of(folder))
+
+
+def _require_training() -> None:
+    from offprincipal.training.models import require_training_extra
+
+    require_training_extra()
+
+
+def _named_runs(tuned: list[str]) -> Any:
+    """Folders, or NAME=PATH, as a mapping where any is named."""
+    from offprincipal.comparison import name_runs
+
+    runs: dict[str, Path] = {}
+    for text in tuned:
+        name, equals, path = text.partition("=")
+        given = {name: Path(path)} if equals and name and not Path(text).exists() else name_runs([text])
+        for run, folder in given.items():
+            if run in runs:
+                raise ArgumentError(f"two runs are named '{run}': tell them apart with NAME=PATH")
+            runs[run] = folder
+    return runs
+
+
+def _fail_if(conditions: "list[Condition]", summary: dict[str, Any]) -> None:
+    held = [phrase for condition in conditions for phrase in condition.held_by(summary)]
+    for phrase in held:
+        errors.print(f"[bold yellow]failed:[/] {_escaped(phrase)}", soft_wrap=True, highlight=False)
+    if held:
+        raise typer.Exit(3)
+
+
+@contextmanager
+def _matrix_progress() -> Iterator[Any]:
+    """A bar in parameters, with rate and time left, on a terminal; nothing elsewhere."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("comparing"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[tensor]}"),
+    )
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        line = bar.add_task("comparing", total=None, rate="", tensor="")
+
+        def show(done: int, total: int, tensor: str) -> None:
+            speed = bar.tasks[0].speed
+            rate = f"{speed / 1e6:.1f} M parameters/s" if speed else ""
+            bar.update(line, completed=done, total=total, rate=rate, tensor=_escaped(tensor))
+
+        yield show
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

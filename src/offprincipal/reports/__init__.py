@@ -1,0 +1,6 @@
+"""Reports: the tables of a comparison, and the verdicts of a study, as words and as one HTML file. Computes no metric."""
+
+from offprincipal.reports.report import write_report
+from offprincipal.reports.words import verdict_paragraph
+
+__all__ = ["verdict_paragraph", "write_report"]

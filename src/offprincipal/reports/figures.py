@@ -1,0 +1,240 @@
+"""Figures: the tables of a comparison, thinned to what the page draws.
+
+Everything here ends as JSON that is embedded once; the page's script turns it into Plotly figures and draws again when
+the reader chooses another run, metric or matrix. Sums and means for display only: no metric is computed here. Names
+pass through untouched; the page escapes them.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from numpy.typing import NDArray
+
+from offprincipal.checkpoints.roles import LINEAR_ROLES
+from offprincipal.comparison.registry import METRICS
+
+MASKS = {
+    "principal": "principal weights",
+    "low_magnitude": "low-magnitude weights",
+    "safe": "safe weights",
+    "random": "a random mask",
+}
+NULLS = ("_precision_null", "_isotropic_null", "_isotropic")
+STRIPE_MATRICES = 64
+SPECTRUM_MATRICES = 256
+FINE_POINTS, COARSE_POINTS = 256, 64
+_DIGITS = 4
+
+Json = dict[str, Any]
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A thinned curve: the values that are drawn, and their positions in the whole."""
+
+    positions: NDArray[np.int64]
+    values: Array
+
+
+Curves = Mapping[tuple[str, str | None, str], Curve]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The matrices whose curves the page carries, and how many there were to choose from."""
+
+    tensors: tuple[str, ...]
+    available: int
+
+
+def overlaps(summary: Mapping[str, Any]) -> list[Json]:
+    """Per mask and run the pooled overlap at the default density, beside both nulls."""
+    figures = []
+    for mask, title in MASKS.items():
+        rows = []
+        for run in summary["runs"].values():
+            found = run["metrics"].get(f"{mask}_overlap", {})
+            nulls = {
+                name: run["metrics"].get(f"{mask}_overlap_{suffix}", {}).get("value")
+                for name, suffix in (("random", "random"), ("precision", "precision_null"), ("z", "z"))
+            }
+            rows.append({key: found.get(key) for key in ("value", "low", "high")} | nulls)
+        if any(row["value"] is not None for row in rows):
+            figures.append({"title": title, "runs": rows})
+    return figures
+
+
+def sweep(masks: pa.Table, runs: Sequence[str]) -> list[Json]:
+    """Per mask and run the overlap over the sweep of densities, pooled by the number of changed entries."""
+    masks = masks.filter(pc.is_valid(masks["overlap"]))
+    columns = ("overlap", "overlap_random", "overlap_precision_null")
+    counts = masks["changed_count"].cast(pa.float64())
+    for column in columns:
+        masks = masks.set_column(masks.schema.get_field_index(column), column, pc.multiply(masks[column], counts))
+    summed = masks.group_by(["run", "mask", "alpha"]).aggregate([(c, "sum") for c in (*columns, "changed_count")])
+    rows = sorted(summed.to_pylist(), key=lambda row: row["alpha"])
+    figures = []
+    for mask, title in MASKS.items():
+        lines = [_line([row for row in rows if row["mask"] == mask and row["run"] == run], columns) for run in runs]
+        if any(line["alpha"] for line in lines):
+            figures.append({"title": title, "runs": lines})
+    return figures
+
+
+def _line(rows: Sequence[Mapping[str, Any]], columns: Iterable[str]) -> Json:
+    pooled = {c: _short(row[f"{c}_sum"] / row["changed_count_sum"] for row in rows) for c in columns}
+    return {"alpha": [row["alpha"] for row in rows], **pooled}
+
+
+def heatmaps(matrices: pa.Table, runs: Sequence[str]) -> Json:
+    """Every metric as role × layer for every run: the mean over the matrices of a cell, such as a layer's experts."""
+    fields = [field for field in matrices.schema if field.metadata and b"meaning" in field.metadata]
+    metrics = [field.name for field in fields if matrices[field.name].null_count < len(matrices)]
+    cells = matrices.group_by(["run", "layer", "role"]).aggregate([(m, "mean") for m in metrics] + [("tensor", "count")])
+    rows = cells.to_pylist()
+    layers = sorted({row["layer"] for row in rows}, key=lambda layer: (layer is None, layer))
+    roles = sorted({row["role"] for row in rows}, key=_role_order)
+    found = {(row["run"], row["role"], row["layer"]): row for row in rows}
+
+    def grid(run: str, column: str) -> list[list[float | None]]:
+        return [_short(found.get((run, role, layer), {}).get(column) for layer in layers) for role in roles]
+
+    return {
+        "layers": ["none" if layer is None else str(layer) for layer in layers],
+        "roles": roles,
+        "metrics": [_about(field, metrics) for field in fields if field.name in metrics],
+        "values": [[grid(run, f"{metric}_mean") for run in runs] for metric in metrics],
+        "counts": grid(runs[0], "tensor_count"),
+    }
+
+
+def _role_order(role: str) -> tuple[int, str]:
+    return (LINEAR_ROLES.index(role) if role in LINEAR_ROLES else len(LINEAR_ROLES), role)
+
+
+def _about(field: pa.Field, metrics: Sequence[str]) -> Json:
+    groups = {column.name: metric.group for metric in METRICS for column in metric.columns}
+    text = {key.decode(): value.decode() for key, value in field.metadata.items()}
+    null = next((metrics.index(name) for suffix in NULLS if (name := field.name + suffix) in metrics), None)
+    return {"name": field.name, "group": groups.get(field.name, "other"), "null": null} | {
+        key: text.get(key, "") for key in ("meaning", "unit", "source")
+    }
+
+
+def choose_matrices(matrices: pa.Table, columns: Sequence[str], limit: int) -> Chosen:
+    """The matrices with the largest value of any of `columns` in any run, in the order of the table.
+
+    Args:
+        columns: metrics; those that the table lacks are ignored.
+        limit: how many to keep.
+    """
+    present = [column for column in columns if column in matrices.schema.names]
+    if not present:
+        return Chosen((), 0)
+    largest = pc.max_element_wise(*(matrices[column] for column in present))
+    ranked = pa.table({"tensor": matrices["tensor"], "largest": largest}).filter(pc.field("largest").is_valid())
+    per_tensor = ranked.group_by("tensor", use_threads=False).aggregate([("largest", "max")]).to_pylist()
+    kept = {row["tensor"] for row in sorted(per_tensor, key=lambda row: -row["largest_max"])[:limit]}
+    return Chosen(tuple(row["tensor"] for row in per_tensor if row["tensor"] in kept), len(per_tensor))
+
+
+def read_curves(path: Path, tensors: Sequence[str], points: int) -> Curves:
+    """The curves of some matrices, by matrix, run and curve, each thinned to at most `points`; a few rows at a time."""
+    wanted = ds.dataset(path).scanner(
+        columns=["tensor", "run", "curve", "values"], filter=ds.field("tensor").isin(list(tensors)), batch_size=64
+    )
+    curves = {}
+    for batch in wanted.to_batches():
+        keys = zip(*(batch[name].to_pylist() for name in ("tensor", "run", "curve")), strict=True)
+        for key, values in zip(keys, batch["values"], strict=True):
+            whole = values.values.to_numpy(zero_copy_only=False)
+            positions = _evenly(len(whole), points)
+            curves[key] = Curve(positions, whole[positions])
+    return curves
+
+
+def spectra(matrices: pa.Table, path: Path, runs: Sequence[str]) -> Json:
+    """Singular values of base and runs, their shifts, and the principal angles beside the isotropic null's largest."""
+    angles = ("principal_angle_left_max_deg", "principal_angle_right_max_deg")
+    chosen = choose_matrices(matrices, (*angles, "spectral_shift"), SPECTRUM_MATRICES)
+    curves = read_curves(path, chosen.tensors, FINE_POINTS if len(chosen.tensors) <= STRIPE_MATRICES else COARSE_POINTS)
+    nulls = _lookup(matrices, tuple(f"{name}_isotropic_null" for name in angles))
+
+    def of_run(tensor: str, run: str) -> Json:
+        sides = {side: _drawn(curves.get((tensor, run, f"principal_angles_{side}_deg"))) for side in ("left", "right")}
+        tuned, base = curves.get((tensor, run, "singular_values")), curves.get((tensor, None, "singular_values_base"))
+        return {"tuned": _drawn(tuned), "shift": _difference(tuned, base), "nulls": nulls[tensor, run], **sides}
+
+    return {
+        "available": chosen.available,
+        "matrices": [
+            {
+                "tensor": tensor,
+                "base": _drawn(curves.get((tensor, None, "singular_values_base"))),
+                "runs": [of_run(tensor, run) for run in runs],
+            }
+            for tensor in chosen.tensors
+        ],
+    }
+
+
+def stripes(matrices: pa.Table, path: Path, runs: Sequence[str]) -> Json:
+    """Change rates of rows and columns beside the precision null, for the most dispersed matrices."""
+    measured = ("row_dispersion", "column_dispersion")
+    chosen = choose_matrices(matrices, measured, STRIPE_MATRICES)
+    curves = read_curves(path, chosen.tensors, FINE_POINTS)
+    dispersion = _lookup(matrices, measured) if chosen.tensors else {}
+
+    def of_side(tensor: str, side: str) -> Json:
+        rates = [_drawn(curves.get((tensor, run, f"{side}_change_rate"))) for run in runs]
+        nulls = [_drawn(curves.get((tensor, run, f"{side}_change_rate_precision_null"))) for run in runs]
+        return {"consensus": _drawn(curves.get((tensor, None, f"consensus_{side}s"))), "rates": rates, "nulls": nulls}
+
+    return {
+        "available": chosen.available,
+        "matrices": [
+            {
+                "tensor": tensor,
+                "row": of_side(tensor, "row"),
+                "column": of_side(tensor, "column"),
+                "dispersion": [dispersion[tensor, run] for run in runs],
+            }
+            for tensor in chosen.tensors
+        ],
+    }
+
+
+def _lookup(matrices: pa.Table, columns: Sequence[str]) -> Mapping[tuple[str, str], list[float | None]]:
+    """(tensor, run) -> the values of some columns; None where the table lacks the column."""
+    present = [name for name in columns if name in matrices.schema.names]
+    rows = matrices.select(["tensor", "run", *present]).to_pylist()
+    return {(row["tensor"], row["run"]): _short(row.get(name) for name in columns) for row in rows}
+
+
+def _drawn(curve: Curve | None) -> Json | None:
+    """Positions are counted from 1, as singular values are."""
+    return None if curve is None else {"x": (curve.positions + 1).tolist(), "y": _short(curve.values.tolist())}
+
+
+def _difference(curve: Curve | None, other: Curve | None) -> Json | None:
+    """One curve minus another, where both were thinned alike."""
+    if curve is None or other is None or not np.array_equal(curve.positions, other.positions):
+        return None
+    return _drawn(Curve(curve.positions, curve.values - other.values))
+
+
+def _evenly(length: int, points: int) -> NDArray[np.int64]:
+    """Positions to draw: evenly spread over a curve, both ends among them."""
+    return np.unique(np.linspace(0, length - 1, min(points, length)).round().astype(np.int64))
+
+
+def _short(values: Iterable[float | None]) -> list[float | None]:
+    """Numbers to the digits that a figure can show, so that the page stays small."""
+    return [None if value is None else float(f"{value:.{_DIGITS}g}") for value in values]

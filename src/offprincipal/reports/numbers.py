@@ -1,0 +1,92 @@
+"""Numbers as a reader should meet them: few digits, percent where natural, a dash where undefined.
+
+Knows nothing of metrics: one number in, one text out.
+"""
+
+import math
+
+UNDEFINED = "–"
+_FINEST_PERCENT = 4
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Significant digits, with an exponent where the number is far from 1.
+
+    >>> number(0.27303), number(5.6997e-06), number(-1664.2), number(None)
+    ('0.273', '5.70e-6', '−1,664', '–')
+    """
+    if value is None:
+        return UNDEFINED
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)))
+    if exponent < -3 or exponent > 5:
+        mantissa, power = f"{value:.{digits - 1}e}".split("e")
+        return _minus(f"{mantissa}e{int(power)}")
+    return _minus(f"{value:,.{max(digits - 1 - exponent, 0)}f}")
+
+
+def percent(value: float | None) -> str:
+    """One decimal, or as many as keep a share that is neither 0 nor 1 from reading so; the space does not break.
+
+    >>> print(percent(0.26), percent(1.0), percent(0.99996), percent(1e-9), percent(None), sep=", ")
+    26.0 %, 100 %, 99.996 %, <0.0001 %, –
+    """
+    if value is None:
+        return UNDEFINED
+    if value in (0, 1):
+        return f"{100 * value:.0f}\xa0%"
+    for decimals in range(1, _FINEST_PERCENT + 1):
+        shown = round(100 * value, decimals)
+        if shown not in (0, 100):
+            return _minus(f"{shown:.{decimals}f}\xa0%")
+    return f"<{10.0**-_FINEST_PERCENT:.4f}\xa0%" if value < 0.5 else f">{100 - 10.0**-_FINEST_PERCENT:.4f}\xa0%"
+
+
+def points(value: float | None) -> str:
+    """A difference of two shares, signed, in percentage points.
+
+    >>> points(0.00148), points(-0.021), points(-1e-9), points(None)
+    ('+0.15 points', '−2.10 points', '−0.00 points', '–')
+    """
+    return UNDEFINED if value is None else f"{signed(100 * value, 2)} points"
+
+
+def degrees(value: float | None) -> str:
+    """
+    >>> degrees(0.011284), degrees(None)
+    ('0.0113°', '–')
+    """
+    return UNDEFINED if value is None else f"{number(value)}°"
+
+
+def signed(value: float | None, decimals: int = 1) -> str:
+    """A number whose sign matters, such as z.
+
+    >>> signed(0.204), signed(-12.34), signed(None)
+    ('+0.2', '−12.3', '–')
+    """
+    return UNDEFINED if value is None else _minus(f"{value:+,.{decimals}f}")
+
+
+def estimate(value: float | None, low: float | None, high: float | None) -> str:
+    """A value and its interval, all to the digit that the interval makes meaningful.
+
+    >>> estimate(-0.09, -0.1, -0.08)
+    '−0.090 [−0.100, −0.080]'
+    >>> estimate(5.7e-6, 5.3e-6, 6.2e-6), estimate(0.5, None, None), estimate(None, None, None)
+    ('5.70e-6 [5.30e-6, 6.20e-6]', '0.500', '–')
+    """
+    if value is None or low is None or high is None:
+        return number(value)
+    width, largest = high - low, max(abs(low), abs(high), abs(value))
+    if width <= 0 or largest < 1e-3 or largest >= 1e6:
+        return f"{number(value)} [{number(low)}, {number(high)}]"
+    decimals = min(max(1 - math.floor(math.log10(width)), 0), 6)
+    shown, from_, to = (_minus(f"{x:,.{decimals}f}") for x in (value, low, high))
+    return f"{shown} [{from_}, {to}]"
+
+
+def _minus(text: str) -> str:
+    head, _, exponent = text.partition("e")
+    return head.replace("-", "−") + (f"e{exponent}" if exponent else "")

@@ -1,0 +1,251 @@
+"use strict";
+// Draws the figures of the report from the JSON in #data. Names in it are hostile: they reach the page as text only.
+
+function report() {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const INK = "#1f2733", SOFT = "#5b6675", LINE = "#e3e7ec", RANDOM = "#b4bbc5", PRECISION = "#7d8795";
+  const FONT = { family: "system-ui, -apple-system, Segoe UI, Roboto, Helvetica Neue, Arial, sans-serif", size: 12, color: SOFT };
+  const SEQUENTIAL = [[0, "#f4f7fb"], [0.25, "#c9dbef"], [0.5, "#8bb3dc"], [0.75, "#4a82bf"], [1, "#1d4f8c"]];
+  const DIVERGING = [[0, "#a8383d"], [0.25, "#e0a3a0"], [0.5, "#f7f7f7"], [0.75, "#94b8dc"], [1, "#1d4f8c"]];
+
+  // Plotly reads a subset of HTML in every label, so a name is escaped; it is shortened so that labels do not collide.
+  const escaped = (name) => name.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/[\u0000-\u001f]/g, "\ufffd");
+  const shortened = (name, limit) => (name.length > limit ? name.slice(0, limit - 9) + "…" + name.slice(-8) : name);
+  const label = (name, limit = 26) => escaped(shortened(name, limit));
+  const light = (colour) => colour + "55";
+  const known = (values) => values.filter((value) => value !== null && value !== undefined);
+  const axis = (more) => ({ gridcolor: LINE, zerolinecolor: "#c5ccd6", linecolor: LINE, automargin: true, fixedrange: true, ...more });
+
+  const title = (text) => ({ text, font: { size: 12 }, standoff: 8 });
+
+  function draw(id, traces, layout) {
+    const element = document.getElementById(id);
+    const plain = { font: FONT, paper_bgcolor: "#fff", plot_bgcolor: "#fff", showlegend: false, hoverlabel: { font: { size: 12 }, namelength: -1 }, margin: { l: 50, r: 20, t: 30, b: 44 } };
+    element.style.height = layout.height + "px";
+    Plotly.react(element, traces, { ...plain, ...layout }, { responsive: true, displayModeBar: false });
+  }
+
+  function fill(id, names, change) {
+    const select = document.getElementById(id);
+    names.forEach(([value, text, group]) => {
+      const option = new Option(text, value);
+      let parent = select;
+      if (group) {
+        parent = [...select.children].find((child) => child.label === group) || select.appendChild(Object.assign(document.createElement("optgroup"), { label: group }));
+      }
+      parent.appendChild(option);
+    });
+    select.addEventListener("change", change);
+    return select;
+  }
+
+  // Column j of `count` side by side, as a Plotly domain.
+  function column(j, count, gap = 0.035) {
+    const width = (1 - gap * (count - 1)) / count;
+    return [j * (width + gap), j * (width + gap) + width];
+  }
+
+  const suffix = (number) => (number ? number + 1 : "");
+  const heading = (text, x, y = 1) => ({ text, x, y, xref: "paper", yref: "paper", xanchor: "center", yanchor: "bottom", yshift: 4, showarrow: false, font: { size: 13, color: INK } });
+  const middle = ([from, to]) => (from + to) / 2;
+  const numbered = (count) => Array.from({ length: count }, (_, i) => i);
+
+  function training() {
+    const traces = [], runs = data.training, rows = numbered(runs.length);
+    runs.forEach((run, i) => {
+      const before = run.before.greedy_accuracy, after = run.after.greedy_accuracy;
+      const range = [run.after.greedy_accuracy_low, run.after.greedy_accuracy_high];
+      const interval = known([...range, after]).length === 3 ? { type: "data", symmetric: false, array: [range[1] - after], arrayminus: [after - range[0]], color: run.colour, thickness: 1.5, width: 4 } : undefined;
+      const common = { type: "scatter", name: label(run.name), hovertemplate: "%{fullData.name}<br>%{x:.1%}<extra>%{meta}</extra>" };
+      traces.push({ ...common, mode: "lines", x: [before, after], y: [i, i], line: { color: light(run.colour), width: 4 }, hoverinfo: "skip", hovertemplate: undefined });
+      traces.push({ ...common, meta: "before", mode: "markers", x: [before], y: [i], marker: { size: 11, color: "#fff", line: { color: run.colour, width: 2 } } });
+      traces.push({ ...common, meta: "after", mode: "markers", x: [after], y: [i], error_x: interval, marker: { size: 11, color: run.colour } });
+    });
+    draw("figure-training", traces, {
+      height: 70 + 34 * runs.length, margin: { l: 50, r: 20, t: 8, b: 44 },
+      xaxis: axis({ tickformat: ".0%", rangemode: "normal", title: title("greedy accuracy on held-out prompts") }),
+      yaxis: axis({ tickvals: rows, ticktext: runs.map((run) => label(run.name)), range: [runs.length - 0.5, -0.5], zeroline: false }),
+    });
+  }
+
+  function overlaps() {
+    const masks = data.overlaps, rows = numbered(data.runs.length), traces = [], layout = { annotations: [], barmode: "group", bargap: 0.28, bargroupgap: 0.08 };
+    masks.forEach((mask, j) => {
+      const domain = column(j, masks.length), on = { type: "bar", orientation: "h", xaxis: "x" + suffix(j), y: rows };
+      const hover = (what) => `%{customdata}<br>${what} %{x:.2%}<extra></extra>`, customdata = data.runs.map((name) => label(name));
+      const error = { type: "data", symmetric: false, array: mask.runs.map((run) => run.high - run.value), arrayminus: mask.runs.map((run) => run.value - run.low), color: INK, thickness: 1, width: 3 };
+      traces.push({ ...on, customdata, x: mask.runs.map((run) => run.random), marker: { color: RANDOM }, hovertemplate: hover("chance") });
+      traces.push({ ...on, customdata, x: mask.runs.map((run) => run.precision), hovertemplate: hover("rounding alone"),
+        marker: { color: "#fff", line: { color: data.colours, width: 1 }, pattern: { shape: "/", bgcolor: "#fff", fgcolor: data.colours, size: 5, solidity: 0.25 } } });
+      traces.push({ ...on, customdata, x: mask.runs.map((run) => run.value), marker: { color: data.colours }, error_x: error, hovertemplate: hover("measured") });
+      layout["xaxis" + suffix(j)] = axis({ domain, range: [0, 1.04], tickformat: ".0%", tickvals: [0, 0.5, 1] });
+      layout.annotations.push(heading(mask.title, middle(domain)));
+    });
+    layout.yaxis = axis({ tickvals: rows, ticktext: data.runs.map((name) => label(name)), range: [data.runs.length - 0.5, -0.5], zeroline: false });
+    draw("figure-overlaps", traces, { ...layout, height: 80 + 66 * data.runs.length });
+  }
+
+  function sweep() {
+    const masks = data.sweep, traces = [], layout = { annotations: [] };
+    masks.forEach((mask, j) => {
+      const domain = column(j, masks.length, 0.06), x = "x" + suffix(j), above = "y" + suffix(j), below = "y" + suffix(j + masks.length);
+      mask.runs.forEach((run, i) => {
+        const line = { x: run.alpha, xaxis: x, yaxis: above, type: "scatter", mode: "lines+markers", name: label(data.runs[i]) };
+        const hover = (what, format) => `%{fullData.name}<br>α = %{x:.0%}, ${what} %{y:${format}}<extra></extra>`, colour = data.colours[i];
+        traces.push({ ...line, y: run.overlap_random, mode: "lines", line: { color: PRECISION, dash: "dot", width: 1.5 }, hovertemplate: hover("chance", ".2%") });
+        traces.push({ ...line, y: run.overlap, line: { color: colour, width: 2 }, marker: { size: 5 }, hovertemplate: hover("measured", ".2%") });
+        traces.push({ ...line, y: run.overlap_precision_null, mode: "lines", line: { color: colour, dash: "dash", width: 2 }, opacity: 0.6, hovertemplate: hover("rounding", ".2%") });
+        const beyond = run.overlap.map((value, k) => 100 * (value - run.overlap_precision_null[k]));
+        traces.push({ ...line, y: beyond, yaxis: below, line: { color: colour, width: 2 }, marker: { size: 5 }, hovertemplate: hover("beyond rounding", "+.2f") + " points" });
+      });
+      layout["xaxis" + suffix(j)] = axis({ domain, anchor: below, tickformat: ".0%", range: [0, 0.53], tickvals: [0.1, 0.3, 0.5], title: title("mask density α") });
+      layout["yaxis" + suffix(j)] = axis({ domain: [0.47, 1], anchor: x, tickformat: ".0%", range: [-0.03, 1.05], title: j ? undefined : { text: "overlap" } });
+      layout["yaxis" + suffix(j + masks.length)] = axis({ domain: [0, 0.37], anchor: x, zerolinewidth: 1.5, nticks: 5, title: j ? undefined : { text: "beyond rounding, points" } });
+      layout.annotations.push(heading(mask.title, middle(domain)));
+    });
+    const beyond = masks.flatMap((mask) => mask.runs.flatMap((run) => run.overlap.map((value, k) => Math.abs(100 * (value - run.overlap_precision_null[k])))));
+    const reach = Math.max(1, ...beyond) * 1.1; // never zoomed further than one point, so that nothing tiny looks large
+    masks.forEach((_, j) => { layout["yaxis" + suffix(j + masks.length)].range = [-reach, reach]; });
+    draw("figure-sweep", traces, { ...layout, height: 460 });
+  }
+
+  function pairs() {
+    const shown = data.pairs.filter((pair) => pair.jaccard !== null), rows = numbered(shown.length);
+    const names = shown.map((pair) => `${label(pair.run_a, 22)} · ${label(pair.run_b, 22)}`);
+    const dots = (key, what, marker, more) => ({ type: "scatter", mode: "markers", x: shown.map((pair) => pair[key]), y: rows, customdata: names, marker, hovertemplate: `%{customdata}<br>${what} %{x:.4f}<extra></extra>`, ...more });
+    const interval = { type: "data", symmetric: false, array: shown.map((pair) => pair.high - pair.jaccard), arrayminus: shown.map((pair) => pair.jaccard - pair.low), color: INK, thickness: 1.2, width: 4 };
+    const traces = [
+      dots("jaccard_random", "chance", { size: 11, color: RANDOM }),
+      dots("jaccard_precision_null", "rounding alone", { size: 16, color: "rgba(255,255,255,0)", line: { color: PRECISION, width: 2 } }),
+      dots("jaccard", "measured", { size: 8, color: INK }, { error_x: interval }),
+    ];
+    draw("figure-pairs", traces, {
+      height: 80 + 30 * Math.max(shown.length, 1), margin: { l: 50, r: 20, t: 8, b: 44 },
+      xaxis: axis({ range: [-0.02, 1.02], title: title("Jaccard index of the changed entries") }),
+      yaxis: axis({ tickvals: rows, ticktext: names, range: [shown.length - 0.5, -0.5], zeroline: false }),
+    });
+  }
+
+  function heat() {
+    const metrics = data.heat.metrics;
+    const metric = fill("heat-metric", metrics.map((about, i) => [i, about.name, about.group]), show);
+    const run = fill("heat-run", data.runs.map((name, i) => [i, name]), show);
+
+    // Rows and columns in which no run has a value are left out.
+    function filled(values) {
+      const some = (test) => values.some((grid) => grid.some((row, i) => row.some((value, j) => value !== null && test(i, j))));
+      return [numbered(data.heat.roles.length).filter((r) => some((i) => i === r)), numbered(data.heat.layers.length).filter((c) => some((_, j) => j === c))];
+    }
+
+    function panel(index, values, rows, columns, y, scale) {
+      const grid = values[run.value], count = data.heat.counts;
+      return {
+        type: "heatmap", yaxis: y, ...scale, xgap: 1, ygap: 1, hoverongaps: false,
+        z: rows.map((i) => columns.map((j) => grid[i][j])), x: numbered(columns.length), y: numbered(rows.length),
+        text: rows.map((i) => columns.map((j) => `${label(data.heat.roles[i])}, layer ${data.heat.layers[j]}<br>${metrics[index].name}: ${grid[i][j] === null ? "undefined" : grid[i][j]}${count[i][j] > 1 ? `<br>mean of ${count[i][j]} tensors` : ""}`)),
+        hovertemplate: "%{text}<extra></extra>",
+      };
+    }
+
+    function show() {
+      const index = Number(metric.value), about = metrics[index], values = data.heat.values[index];
+      const nulls = about.null === null ? [] : data.heat.values[about.null];
+      const [rows, columns] = filled(values);
+      const all = known([...values, ...nulls].flat(2)), signed = about.name.endsWith("_z");
+      const reach = Math.max(...all.map(Math.abs), 1e-12), low = Math.min(...all), high = Math.max(...all);
+      const flat = high - low < 1e-12 * reach;
+      const scale = signed
+        ? { colorscale: DIVERGING, zmin: -reach, zmax: reach }
+        : { colorscale: SEQUENTIAL, zmin: flat ? low - reach / 2 : low, zmax: flat ? high + reach / 2 : high };
+      const percent = about.unit === "1" && low >= 0 && high <= 1 && high > 0.001;
+      scale.colorbar = { thickness: 12, outlinewidth: 0, len: 1, tickformat: percent ? "~%" : "~g", nticks: 6 };
+      const size = 26 * rows.length, gap = 54, height = nulls.length ? 2 * size + gap : size;
+      const traces = [panel(index, values, rows, columns, "y", scale)];
+      const ticks = { tickvals: numbered(rows.length), ticktext: rows.map((i) => label(data.heat.roles[i])), zeroline: false, showgrid: false, range: [rows.length - 0.5, -0.5] };
+      const layout = { height: height + 90, annotations: [heading("measured", 0.5)], margin: { l: 80, r: 20, t: 30, b: 50 } };
+      layout.yaxis = axis({ ...ticks, domain: nulls.length ? [(size + gap) / height, 1] : [0, 1] });
+      if (nulls.length) {
+        traces.push({ ...panel(about.null, nulls, rows, columns, "y2", scale), showscale: false });
+        layout.yaxis2 = axis({ ...ticks, domain: [0, size / height] });
+        layout.annotations.push(heading(metrics[about.null].name.endsWith("_precision_null") ? "rounding alone (precision null)" : "a random update of equal norm (isotropic null)", 0.5, size / height));
+      }
+      const every = Math.ceil(columns.length / 24), marked = numbered(columns.length).filter((j) => j % every === 0 || data.heat.layers[columns[j]] === "none");
+      layout.xaxis = axis({ anchor: nulls.length ? "y2" : "y", showgrid: false, zeroline: false, title: title("layer"), tickvals: marked, ticktext: marked.map((j) => data.heat.layers[columns[j]]) });
+      draw("figure-heat", traces, layout);
+      document.getElementById("heat-caption").textContent = `${about.meaning}; unit: ${about.unit === "1" ? "none (a ratio or share)" : about.unit}. Source: ${about.source}.`;
+    }
+    show();
+  }
+
+  const matrixNames = (matrices) => matrices.map((matrix, i) => [i, matrix.tensor]);
+
+  function spectra() {
+    const matrices = data.spectra.matrices, select = fill("spectra-matrix", matrixNames(matrices), show);
+    function show() {
+      const matrix = matrices[select.value], traces = [], left = column(0, 2, 0.1), right = column(1, 2, 0.1);
+      const line = (curve, on, colour, more) => curve && traces.push({ type: "scatter", mode: "lines", ...curve, ...on, line: { color: colour, width: 1.8, ...more.line }, name: more.name, hovertemplate: "%{fullData.name}<br>no. %{x}: %{y:.4~g}<extra></extra>" });
+      const panels = { values: { xaxis: "x", yaxis: "y" }, shifts: { xaxis: "x", yaxis: "y2" }, left: { xaxis: "x2", yaxis: "y3" }, right: { xaxis: "x2", yaxis: "y4" } };
+      line(matrix.base, panels.values, INK, { name: "base" });
+      matrix.runs.forEach((run, i) => {
+        const name = label(data.runs[i]), colour = data.colours[i];
+        line(run.tuned, panels.values, colour, { name, line: { dash: "dot" } });
+        line(run.shift, panels.shifts, colour, { name });
+        ["left", "right"].forEach((side, s) => {
+          line(run[side], panels[side], colour, { name });
+          const null_ = run.nulls[s], curve = run[side];
+          if (curve && null_ !== null) line({ x: [curve.x[0], curve.x.at(-1)], y: [null_, null_] }, panels[side], colour, { name: name + ", isotropic null", line: { dash: "dash", width: 1.2 } });
+        });
+      });
+      draw("figure-spectra", traces, {
+        height: 520, margin: { l: 60, r: 20, t: 30, b: 44 },
+        annotations: [heading("singular values", middle(left)), heading("shift: tuned − base", middle(left), 0.44), heading("principal angles, left", middle(right)), heading("principal angles, right", middle(right), 0.44)],
+        xaxis: axis({ domain: left, anchor: "y2", title: title("singular value, no.") }), xaxis2: axis({ domain: right, anchor: "y4", title: title("angle, no.") }),
+        yaxis: axis({ domain: [0.56, 1], type: "log", nticks: 5, tickformat: "~g" }), yaxis2: axis({ domain: [0, 0.44], tickformat: "~g", nticks: 6 }),
+        yaxis3: axis({ domain: [0.56, 1], anchor: "x2", ticksuffix: "°", rangemode: "tozero" }), yaxis4: axis({ domain: [0, 0.44], anchor: "x2", ticksuffix: "°", rangemode: "tozero" }),
+      });
+    }
+    show();
+  }
+
+  function stripes() {
+    const matrices = data.stripes.matrices, several = data.runs.length > 1;
+    const matrix = fill("stripes-matrix", matrixNames(matrices), show);
+    const run = fill("stripes-run", [...(several ? [["all", "all runs (consensus)"]] : []), ...data.runs.map((name, i) => [i, name])], show);
+
+    function mean(curves) {
+      const present = curves.filter((curve) => curve);
+      return present.length ? { x: present[0].x, y: present[0].y.map((_, k) => present.reduce((sum, curve) => sum + curve.y[k], 0) / present.length) } : null;
+    }
+
+    function show() {
+      const found = matrices[matrix.value], all = run.value === "all", traces = [];
+      ["row", "column"].forEach((side, j) => {
+        const rates = all ? found[side].consensus : found[side].rates[run.value];
+        const null_ = all ? mean(found[side].nulls) : found[side].nulls[run.value], on = { type: "scatter", xaxis: "x" + suffix(j), yaxis: "y" + suffix(j) };
+        if (null_) traces.push({ ...on, ...null_, mode: "lines", fill: "tozeroy", fillcolor: "#e4e7ec", line: { color: RANDOM, width: 1 }, hovertemplate: `${side} %{x}: %{y:.2%}<extra>rounding alone</extra>` });
+        if (rates) traces.push({ ...on, ...rates, mode: "markers", marker: { size: 4, color: all ? INK : data.colours[run.value], opacity: 0.75 }, hovertemplate: `${side} %{x}: %{y:.2%}<extra>measured</extra>` });
+      });
+      const extent = (side) => { const curve = known(found[side].rates)[0]; return curve ? [0, curve.x.at(-1) + 1] : undefined; };
+      draw("figure-stripes", traces, {
+        height: 320, annotations: [heading("rows", middle(column(0, 2, 0.08))), heading("columns", middle(column(1, 2, 0.08)))],
+        xaxis: axis({ domain: column(0, 2, 0.08), range: extent("row"), title: title("row") }), xaxis2: axis({ domain: column(1, 2, 0.08), range: extent("column"), anchor: "y2", title: title("column") }),
+        yaxis: axis({ tickformat: "~%", rangemode: "tozero", title: title("entries changed") }), yaxis2: axis({ anchor: "x2", tickformat: "~%", rangemode: "tozero" }),
+      });
+      const text = (value) => (value === null ? "–" : value.toPrecision(3));
+      const shown = all ? numbered(data.runs.length) : [Number(run.value)];
+      document.getElementById("stripes-caption").textContent = "Dispersion over rows and columns (1 is rounding alone): " + shown.map((i) => `${shortened(data.runs[i], 26)} ${text(found.dispersion[i][0])} and ${text(found.dispersion[i][1])}`).join("; ") + ".";
+    }
+    show();
+  }
+
+  const figures = { "figure-training": training, "figure-overlaps": overlaps, "figure-sweep": sweep, "figure-pairs": pairs, "figure-heat": heat, "figure-spectra": spectra, "figure-stripes": stripes };
+  Object.entries(figures).forEach(([id, figure]) => document.getElementById(id) && figure());
+  window.addEventListener("beforeprint", () => document.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.Plots.resize(plot)));
+}
+
+window.addEventListener("error", (event) => {
+  const note = document.getElementById("failure");
+  note.hidden = false;
+  note.textContent = "A figure could not be drawn: " + event.message;
+});
+report();

@@ -1,0 +1,146 @@
+"""The report: one HTML file that holds everything it shows, for somebody who has not read the paper.
+
+Reads tables, chooses what to show and renders the template. Nothing in the file refers to the network, and a content
+security policy keeps it so: the browser runs the two scripts whose hashes it names and no other.
+"""
+
+import base64
+import hashlib
+import shlex
+from collections.abc import Callable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from offprincipal.comparison import read_summary
+from offprincipal.comparison.tables import write_atomically
+from offprincipal.errors import CheckpointError
+from offprincipal.reports import figures, numbers, words
+
+COLOURS = ("#3b6fb6", "#d9772b", "#3f9a6c", "#a855a0", "#b8932c", "#c24d52", "#4aa3b8", "#7a6f5d", "#6d62c4", "#8a9a3b")
+CHECKPOINT_KEYS = ("greedy_accuracy", "sampled_accuracy", "pass_at_k", "token_entropy", "kl_to_base")
+_SWEEP_COLUMNS = ("run", "mask", "alpha", "overlap", "overlap_random", "overlap_precision_null", "changed_count")
+
+
+def write_report(out: Path, comparison: Path, study: dict[str, Any] | None = None) -> Path:
+    """Write the report of a comparison, or of a study with its comparison.
+
+    Args:
+        out: the HTML file to write.
+        comparison: a folder that `offprincipal compare` wrote.
+        study: the content of `study.json`; its claims and runs come first.
+
+    Returns:
+        `out`.
+
+    Raises:
+        CheckpointError: the folder lacks a table.
+        ArgumentError: the file cannot be written.
+    """
+    page = _render(_content(comparison, study))
+    write_atomically(out, lambda path: path.write_text(page, encoding="utf-8"))
+    return out
+
+
+def _content(comparison: Path, study: dict[str, Any] | None) -> dict[str, Any]:
+    summary = read_summary(comparison)
+    runs = list(summary["runs"])
+    training = [_trained(run) for run in study["runs"]] if study else []
+    named = dict.fromkeys([*runs, *(run["name"] for run in training)])
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(named)}
+    data = _figures(comparison, summary) | {
+        "colours": [colours[name] for name in runs],
+        "training": [run | {"colour": colours[run["name"]]} for run in training],
+    }
+    return {
+        "summary": summary,
+        "study": study,
+        "training": training,
+        "colours": colours,
+        "data": data,
+        "answers": words.answers(summary),
+        "paragraphs": {name: words.run_paragraph(name, run["metrics"]) for name, run in summary["runs"].items()},
+        "pair_sentences": [words.pair_sentence(pair) for pair in summary["pairs"]],
+        "tally": words.tally(study["claims"]) if study else "",
+        "command": _command(summary),
+        "thresholds": {"z": words.Z_BEYOND, "tiny": words.TINY, "small": words.SMALL, "about": words.ABOUT},
+    }
+
+
+def _figures(comparison: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
+    runs = list(summary["runs"])
+    matrices = _read(comparison, "matrices")
+    curves = comparison / "curves.parquet"
+    return {
+        "runs": runs,
+        "overlaps": figures.overlaps(summary),
+        "sweep": figures.sweep(_read(comparison, "masks", _SWEEP_COLUMNS), runs),
+        "pairs": summary["pairs"],
+        "heat": figures.heatmaps(matrices, runs),
+        "spectra": figures.spectra(matrices, curves, runs),
+        "stripes": figures.stripes(matrices, curves, runs),
+    }
+
+
+def _read(comparison: Path, table: str, columns: tuple[str, ...] | None = None) -> pa.Table:
+    """One table by columns, since a large model has too many rows to hold as dicts."""
+    path = comparison / f"{table}.parquet"
+    try:
+        return pq.read_table(path, columns=list(columns) if columns else None)
+    except (OSError, pa.ArrowException) as error:
+        raise CheckpointError(f"cannot read {path}: {error}. Give a folder that `offprincipal compare` wrote") from error
+
+
+def _trained(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A study's run with every key that the page asks for, None where the study does not say."""
+    keys = ("name", "recipe", "tasks", "seed", "steps", "batch", "learning_rate", "seconds")
+    ends = (*CHECKPOINT_KEYS, "greedy_accuracy_low", "greedy_accuracy_high")
+    moments = {when: {key: (run.get(when) or {}).get(key) for key in ends} for when in ("before", "after")}
+    return {key: run.get(key) for key in keys} | moments
+
+
+def _command(summary: Mapping[str, Any]) -> str:
+    runs = [f"{name}={run['source']}" for name, run in summary["runs"].items()]
+    return shlex.join(["offprincipal", "compare", summary["base"], *runs])
+
+
+def _render(content: Mapping[str, Any]) -> str:
+    environment = Environment(
+        loader=PackageLoader("offprincipal.reports", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    environment.filters |= _filters()
+    scripts = [_script(get_plotlyjs()), _script(_asset("report.js"))]
+    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
+    return environment.get_template("report.html.j2").render(
+        content, beyond=words.beyond, style=Markup(_asset("report.css")), scripts=scripts, hashes=Markup(hashes)
+    )
+
+
+def _filters() -> dict[str, Callable[..., str]]:
+    shown = (numbers.number, numbers.percent, numbers.points, numbers.degrees, numbers.signed, numbers.estimate)
+    named: dict[str, Callable[..., str]] = {function.__name__: function for function in shown}
+    return named | {"plain": words.plain, "show_as": lambda value, name: named[name](value)}
+
+
+def _asset(name: str) -> str:
+    return resources.files("offprincipal.reports").joinpath(name).read_text(encoding="utf-8")
+
+
+def _script(source: str) -> Markup:
+    """A script as the browser will hash it: a parser turns every line end into a line feed."""
+    return Markup(source.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def _sha256(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,0 +1,269 @@
+"""Words: what a comparison found, in plain sentences, every figure beside the null that would explain it away.
+
+Reads the pooled values of `summary.json` and computes no metric. The rules are fixed here:
+
+- *beyond rounding* is said only where |z| exceeds `Z_BEYOND`, and never without the size of the effect, because
+  millions of entries make the smallest difference significant;
+- *about what step length gives* means within a factor of `ABOUT` of a random update of equal norm.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from offprincipal.reports.numbers import degrees, number, percent, points, signed
+
+Z_BEYOND = 3.0
+TINY, SMALL = 0.01, 0.05
+ABOUT = 1.25
+MASKS = {"principal": "principal weights", "low_magnitude": "low-magnitude weights"}
+
+Metrics = Mapping[str, Mapping[str, Any]]
+_Reader = Callable[[str], float | None]
+
+
+def verdict_paragraph(summary: Mapping[str, Any]) -> list[str]:
+    """One paragraph for each run, then one sentence for each pair of runs.
+
+    Args:
+        summary: the content of `summary.json`. Metrics that were not measured, or are undefined, are left out.
+
+    Returns:
+        Plain text without markup; control characters in names are replaced, so that a terminal can show it.
+    """
+    runs = [run_paragraph(name, run["metrics"]) for name, run in summary["runs"].items()]
+    return runs + [pair_sentence(pair) for pair in summary["pairs"]]
+
+
+def run_paragraph(name: str, metrics: Metrics) -> str:
+    """What one run did to the weights: how much, how far, and where."""
+    value = _reader(metrics)
+    if is_unchanged(metrics):
+        return _unchanged(name, value)
+    parts = [_amount(name, value), _distance(value), _turn(value), *(_place(mask, value) for mask in MASKS)]
+    said = [part for part in parts if part]
+    return " ".join(said) if said else f"{plain(name)}: none of the metrics that a sentence could be about was measured."
+
+
+def pair_sentence(pair: Mapping[str, Any]) -> str:
+    """How far two runs changed the same entries, beside both nulls."""
+    names = f"{plain(pair['run_a'])} and {plain(pair['run_b'])}"
+    found, null = pair["jaccard"], pair["jaccard_precision_null"]
+    if found is None:
+        return f"{names}: the agreement of their changed entries is undefined, since neither changed any."
+    return (
+        f"{names} changed the same entries with a Jaccard index of {number(found)}; chance alone gives "
+        f"{number(pair['jaccard_random'])} and rounding alone {number(null)}: {_beyond(found, null, pair['jaccard_z'])}."
+    )
+
+
+def answers(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Over all runs: what precision explains, what step length explains, and what is left to geometry.
+
+    Returns:
+        Heading -> sentence; the answers whose metrics were not measured are left out.
+    """
+    changed = [run["metrics"] for run in summary["runs"].values() if not is_unchanged(run["metrics"])]
+    if not changed:
+        return {"Neither": "no weight changed in any run, so there is nothing to explain."}
+    readers = [_reader(metrics) for metrics in changed]
+    found = {
+        "Precision": _precision_answer(readers),
+        "Step length": _step_answer(readers),
+        "Geometry": _energy_answer(readers),
+    }
+    return {heading: sentence for heading, sentence in found.items() if sentence}
+
+
+def is_unchanged(metrics: Metrics) -> bool:
+    """Whether a run left every weight as it was, once stored in bfloat16."""
+    value = _reader(metrics)
+    unchanged = value("unchanged_fraction")
+    return unchanged == 1 if unchanged is not None else value("relative_update_norm") == 0
+
+
+def plain(name: str) -> str:
+    """A name without control characters, safe to print.
+
+    >>> plain("grpo\\x1b[31m")
+    'grpo�[31m'
+    """
+    return "".join(character if character.isprintable() else "�" for character in name)
+
+
+def effect_size(gap: float) -> str:
+    """The word for a difference between two shares.
+
+    >>> effect_size(0.002), effect_size(-0.03), effect_size(0.2)
+    ('tiny', 'small', 'large')
+    """
+    return "tiny" if abs(gap) < TINY else "small" if abs(gap) < SMALL else "large"
+
+
+def beyond(metrics: Metrics, mask: str) -> float | None:
+    """How far a mask's overlap is from the precision null, None where either is undefined."""
+    return _difference(mask, _reader(metrics))
+
+
+def tally(claims: Sequence[Mapping[str, Any]]) -> str:
+    """How the claims of a study came out, as published and with their controls."""
+    sides = [_counted([claim[side]["verdict"] for claim in claims]) for side in ("as_published", "controlled")]
+    return f"Of {len(claims)} claims, as published: {sides[0]}; with the control: {sides[1]}." if claims else ""
+
+
+def _counted(verdicts: Sequence[str]) -> str:
+    return ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
+
+
+def _reader(metrics: Metrics) -> _Reader:
+    return lambda name: metrics.get(name, {}).get("value")
+
+
+def _unchanged(name: str, value: _Reader) -> str:
+    text = f"{plain(name)} is identical to the base: no weight changed once both are stored in bfloat16"
+    stored, moved = value("unchanged_fraction_stored"), value("relative_update_norm")
+    if stored is not None and stored < 1:
+        text += f", although {percent(1 - stored)} of the stored values differ below that precision"
+    if moved:
+        text += f" (relative step length {number(moved)})"
+    return text + ". There is no changed entry to locate, so every overlap is undefined."
+
+
+def _amount(name: str, value: _Reader) -> str:
+    unchanged, null = value("unchanged_fraction"), value("unchanged_fraction_isotropic_null")
+    if unchanged is None:
+        return f"{plain(name)}:"
+    beside = f", where a random update of equal norm would leave {percent(null)}" if null is not None else ""
+    return (
+        f"{plain(name)} changed {percent(1 - unchanged)} of the weights; "
+        f"{percent(unchanged)} are bit-identical in bfloat16{beside}."
+    )
+
+
+def _distance(value: _Reader) -> str:
+    moved = value("relative_update_norm")
+    return f"The update's norm is {number(moved)} of the base's." if moved is not None else ""
+
+
+def _turn(value: _Reader) -> str:
+    angle, angle_null = value("principal_angle_left_max_deg"), value("principal_angle_left_max_deg_isotropic_null")
+    shift, shift_null = value("spectral_shift"), value("spectral_shift_isotropic_null")
+    parts = []
+    if angle is not None:
+        parts.append(f"The principal subspaces turned by {degrees(angle)}{_beside(angle, angle_null, degrees)}.")
+    if shift is not None:
+        parts.append(f"The singular values shifted by {number(shift)}{_beside(shift, shift_null, number)}.")
+    return " ".join(parts)
+
+
+def _beside(found: float, null: float | None, text: Callable[[float], str]) -> str:
+    if not null:
+        return ""
+    ratio = found / null
+    return f", {number(ratio, 2)} times what a random update of equal norm gives ({text(null)}): {_explained([ratio])}"
+
+
+def _place(mask: str, value: _Reader) -> str:
+    found, null = value(f"{mask}_overlap"), value(f"{mask}_overlap_precision_null")
+    if found is None or null is None:
+        return ""
+    return (
+        f"Of the changed entries {percent(found)} are {MASKS[mask]}; chance alone would put "
+        f"{percent(value(f'{mask}_overlap_random'))} there and rounding alone {percent(null)}: "
+        f"{_beyond(found, null, value(f'{mask}_overlap_z'))}."
+    )
+
+
+def _beyond(found: float, null: float, z: float | None) -> str:
+    gap = found - null
+    if z is None:
+        return "rounding leaves nothing to chance here, so nothing can be said beyond it"
+    size = f"{_spelled(gap)}, z = {signed(z)}"
+    if abs(z) <= Z_BEYOND:
+        return f"nothing beyond rounding ({size})"
+    kind = effect_size(gap)
+    return f"beyond rounding, but tiny ({size})" if kind == "tiny" else f"a {kind} effect beyond rounding ({size})"
+
+
+def _spelled(gap: float) -> str:
+    return points(gap).replace("points", "percentage points")
+
+
+def _precision_answer(readers: Sequence[_Reader]) -> str:
+    known = [r for r in readers if r("principal_overlap") is not None]
+    if not known:
+        return ""
+    spans = [
+        _span([r(f"principal_overlap{suffix}") for r in known], percent) for suffix in ("", "_random", "_precision_null")
+    ]
+    gaps = [gap for r in known for mask in MASKS if (gap := _gap(mask, r)) is not None]
+    return (
+        f"principal weights hold {spans[0]} of the changed entries, where chance would put {spans[1]} "
+        f"and bfloat16 rounding alone {spans[2]}; {_left_over(gaps)}."
+    )
+
+
+def _gap(mask: str, value: _Reader) -> float | None:
+    """The difference from the precision null where it is beyond rounding."""
+    z = value(f"{mask}_overlap_z")
+    return _difference(mask, value) if z is not None and abs(z) > Z_BEYOND else None
+
+
+def _difference(mask: str, value: _Reader) -> float | None:
+    found, null = value(f"{mask}_overlap"), value(f"{mask}_overlap_precision_null")
+    return None if found is None or null is None else found - null
+
+
+def _left_over(gaps: Sequence[float]) -> str:
+    if not gaps:
+        return "nothing beyond rounding shows, there or on low-magnitude weights"
+    largest = max(gaps, key=abs)
+    return (
+        "the largest difference beyond rounding, there or on low-magnitude weights, is "
+        f"{_spelled(largest)}, which is {effect_size(largest)}"
+    )
+
+
+def _step_answer(readers: Sequence[_Reader]) -> str:
+    moved = [x for r in readers if (x := r("relative_update_norm")) is not None]
+    if not moved:
+        return ""
+    text = f"the updates' norms are {_span(moved, number)} of the base's"
+    clauses = []
+    for words, name in (
+        ("the spectrum shifted", "spectral_shift"),
+        ("the principal subspaces turned", "principal_angle_left_max_deg"),
+    ):
+        ratios = [f / n for r in readers if (f := r(name)) is not None and (n := r(f"{name}_isotropic_null"))]
+        if ratios:
+            clauses.append(f"{words} {_span(ratios, lambda x: number(x, 2))} times as far ({_explained(ratios)})")
+    if clauses:
+        text += "; beside a random update of equal norm " + ", and ".join(clauses)
+    return text + "."
+
+
+def _explained(ratios: Sequence[float]) -> str:
+    if all(1 / ABOUT <= ratio <= ABOUT for ratio in ratios):
+        return "about what step length alone gives"
+    if all(ratio < 1 / ABOUT for ratio in ratios):
+        return "less than step length alone gives"
+    if all(ratio > ABOUT for ratio in ratios):
+        return "more than step length alone gives"
+    return "which step length alone explains in some runs and not in others"
+
+
+def _energy_answer(readers: Sequence[_Reader]) -> str:
+    known = [x for r in readers if (x := r("principal_energy_enrichment")) is not None]
+    if not known:
+        return ""
+    return (
+        f"the principal subspaces hold {_span(known, lambda x: number(x, 2))} times the energy that an "
+        "update without preferred directions would put there."
+    )
+
+
+def _span(values: Sequence[float | None], text: Callable[[float], str]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "an undefined share"
+    low, high = text(min(known)), text(max(known))
+    return low if low == high else f"{low} to {high}"

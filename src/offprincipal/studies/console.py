@@ -1,0 +1,156 @@
+"""Run a study on a terminal: what it will do and how long that takes, one line of progress a stage, the result."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from offprincipal.comparison.tables import read_json
+from offprincipal.studies.graph import ShowStage, pending, run_profile
+from offprincipal.studies.profile import Profile
+from offprincipal.studies.stages import TrainStage
+from offprincipal.training import StepReport
+from offprincipal.training.settings import EMBEDDED
+
+_MOST_JOBS = 4
+_PRINT_EVERY = 30.0  # seconds between lines where there is no terminal
+
+
+def run_on_console(profile: Profile, out: Path, jobs: int | None, overwrite: bool, console: Console) -> dict[str, Any]:
+    """Run what is left of a study and return `study.json`.
+
+    Raises:
+        OffPrincipalError: the profile cannot run, or a stage failed.
+    """
+    jobs = jobs or default_jobs()
+    left = pending(profile, out)
+    console.print(f"study '{profile.name}': {profile.title}; base {profile.base}", highlight=False)
+    console.print(_forecast(profile, left, jobs), highlight=False)
+    with _stage_progress(profile, console) as show:
+        run_profile(profile, out, jobs, show, overwrite)
+    return read_json(out / "study.json")
+
+
+def default_jobs() -> int:
+    """Training runs at once: one a core on a CPU, at most four; one where there is a GPU."""
+    return 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, _MOST_JOBS)
+
+
+def _forecast(profile: Profile, left: list[str], jobs: int) -> str:
+    if not left:
+        return "everything is done already; nothing will run again"
+    training = [name for name in left if isinstance(profile.stages[name], TrainStage)]
+    text = f"{len(left)} of {len(profile.stages)} stages to do, {len(training)} of them training runs, {jobs} at a time"
+    minutes = estimate_minutes(profile, left, jobs)
+    return (
+        f"{text}; about {minutes:.0f} min on this machine"
+        if minutes
+        else f"{text}; how long is not known for this base"
+    )
+
+
+def estimate_minutes(profile: Profile, left: list[str], jobs: int) -> float | None:
+    """How long the stages will take, from what they took when they were timed and from this machine's speed.
+
+    Returns:
+        Minutes; None where the base is not the embedded one, which alone has been timed.
+    """
+    stages = [profile.stages[name] for name in left]
+    if profile.base != EMBEDDED or torch.cuda.is_available():
+        return None
+    slowness = _seconds_of_work() / _REFERENCE_WORK
+    training = [s.train_settings(profile.base, profile.training) for s in stages if isinstance(s, TrainStage)]
+    seconds = [_FIXED_TRAIN + s.steps * s.batch / 256 * _STEP[s.recipe] for s in training]
+    at_once = min(jobs, os.cpu_count() or 1)
+    makespan = max(sum(seconds) / at_once, max(seconds, default=0.0))
+    return slowness * (makespan + sum(_OTHER for s in stages if not isinstance(s, TrainStage))) / 60
+
+
+# Seconds on one core of the reference machine, as timed for the embedded base.
+_STEP = {"grpo": 2.2, "sft_own": 0.7, "sft_teacher": 1.2}
+_FIXED_TRAIN = 45.0
+_OTHER = 15.0
+_REFERENCE_WORK = 0.25
+
+
+def _seconds_of_work() -> float:
+    """A second or less of the kind of work that training is, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        x, w = torch.randn(4096, 192), torch.randn(192, 512)
+        began = time.perf_counter()
+        for _ in range(20):
+            torch.nn.functional.silu(x @ w) @ w.T
+        return time.perf_counter() - began
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _stage_progress(profile: Profile, console: Console) -> Iterator[ShowStage]:
+    if console.is_terminal:
+        with _bars(profile, console) as show:
+            yield show
+    else:
+        yield _lines(console)
+
+
+@contextmanager
+def _bars(profile: Profile, console: Console) -> Iterator[ShowStage]:
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[status]}"),
+    )
+    with Progress(*columns, console=console) as bars:
+        rows = {name: bars.add_task(name, total=1, start=False, status="waiting") for name in profile.order()}
+
+        def show(stage: str, report: StepReport | str) -> None:
+            row = rows[stage]
+            if isinstance(report, StepReport):
+                bars.update(row, total=report.steps, completed=report.step, status=describe(report))
+                return
+            if report == "started":
+                bars.start_task(row)
+            total = bars.tasks[row].total
+            bars.update(row, status=report, completed=0 if report == "started" else total)
+            if report != "started":
+                bars.stop_task(row)
+
+        yield show
+
+
+def _lines(console: Console) -> ShowStage:
+    last: dict[str, float] = {}
+
+    def show(stage: str, report: StepReport | str) -> None:
+        now = time.monotonic()
+        if isinstance(report, str):
+            console.print(f"{stage}: {report}", highlight=False)
+        elif now - last.get(stage, -_PRINT_EVERY) >= _PRINT_EVERY:
+            last[stage] = now
+            console.print(f"{stage}: step {report.step}/{report.steps}, {describe(report)}", highlight=False)
+
+    return show
+
+
+def describe(report: StepReport) -> str:
+    """Where a training run is, in a few words.
+
+    >>> describe(StepReport("training", 4, 64, "reward", 0.25, 2.0))
+    'reward 0.250, 2.0 s/step, 2:00 left'
+    """
+    if report.stage != "training" or report.value is None or report.seconds_per_step is None:
+        return report.stage
+    left = round((report.steps - report.step) * report.seconds_per_step)
+    return (
+        f"{report.metric} {report.value:.3f}, {report.seconds_per_step:.1f} s/step, {left // 60}:{left % 60:02d} left"
+    )

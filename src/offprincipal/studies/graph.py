@@ -1,0 +1,199 @@
+"""Run the stages of a study in order, each once: training in processes of its own, the rest here.
+
+A finished stage leaves a record with the key that it was made under, a hash of its settings and of its inputs' content,
+and the content of its own files. A stage whose record still holds is not run again; so a killed study continues, and a
+profile with more stages adds to an old folder. Knows nothing of what a stage does.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from offprincipal.comparison.tables import require_folder, write_json
+from offprincipal.errors import StudyError
+from offprincipal.studies.profile import Profile
+from offprincipal.studies.stages import TrainStage, Workspace, content_digest
+from offprincipal.training import StepReport
+
+RECORDS = ".stages"
+ShowStage = Callable[[str, StepReport | str], None]
+
+
+def run_profile(profile: Profile, out: Path, jobs: int, show: ShowStage, overwrite: bool = False) -> Workspace:
+    """Run what is not yet done of a study.
+
+    Args:
+        jobs: training stages that run at once.
+        show: told of each stage: a `StepReport` while it trains, `"started"`, `"done"` or `"kept"`.
+        overwrite: train again what was trained under other settings, instead of refusing.
+
+    Raises:
+        OffPrincipalError: a stage failed; what was done before it is kept.
+    """
+    require_folder(out)
+    space = workspace(profile, out)
+    graph = _Graph(profile, space)
+    with _training_pool(jobs, show) as pool:
+        running: dict[Future[None], str] = {}
+        waiting = profile.order()
+        while waiting or running:
+            for name in [name for name in waiting if graph.ready(name)]:
+                waiting.remove(name)
+                if graph.keep(name):
+                    show(name, "kept")
+                elif isinstance(profile.stages[name], TrainStage):
+                    running[pool.submit(_train, name, profile, space, overwrite)] = name
+                else:
+                    show(name, "started")
+                    profile.stages[name].make(name, space)
+                    graph.finish(name)
+                    show(name, "done")
+            if running:
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    name = running.pop(future)
+                    _result(future, name)
+                    graph.finish(name)
+                    show(name, "done")
+    return space
+
+
+def pending(profile: Profile, out: Path) -> list[str]:
+    """The stages that a run would still have to do."""
+    graph = _Graph(profile, workspace(profile, out))
+    return [name for name in profile.order() if not (graph.ready(name) and graph.keep(name))]
+
+
+def workspace(profile: Profile, out: Path) -> Workspace:
+    """Where the stages of a profile find each other's output."""
+    return Workspace(out, profile.base, profile.training, profile.name, profile.title)
+
+
+class _Graph:
+    """Keys and records of the stages of one study."""
+
+    def __init__(self, profile: Profile, space: Workspace) -> None:
+        self.profile = profile
+        self.space = space
+        self.content: dict[str, str] = {}
+
+    def ready(self, name: str) -> bool:
+        return all(source in self.content for source in self.profile.stages[name].inputs())
+
+    def keep(self, name: str) -> bool:
+        """Whether the stage was done under its present key and its files are as it left them; if so it counts as done."""
+        record = self._record(name)
+        if record.get("key") != self._key(name) or record.get("content") != self._digest(name):
+            return False
+        self.content[name] = record["content"]
+        return True
+
+    def finish(self, name: str) -> None:
+        """Record that the stage is done."""
+        content = self._digest(name)
+        if content is None:
+            raise StudyError(f"stage '{name}' left no output in {self.space.folder(name)}: run the study again")
+        (self.space.out / RECORDS).mkdir(exist_ok=True)
+        write_json(
+            self._record_path(name), {"key": self._key(name), "settings": self._settings(name), "content": content}
+        )
+        self.content[name] = content
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        return self.profile.stages[name].settings(self.space)
+
+    def _key(self, name: str) -> str:
+        stage = self.profile.stages[name]
+        parts = {
+            "kind": stage.kind,
+            "settings": self._settings(name),
+            "inputs": {source: self.content[source] for source in stage.inputs()},
+            "version": version("offprincipal"),
+        }
+        return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def _digest(self, name: str) -> str | None:
+        files = self.profile.stages[name].files(name, self.space)
+        return content_digest(*files) if all(file.is_file() for file in files) else None
+
+    def _record_path(self, name: str) -> Path:
+        return self.space.out / RECORDS / f"{name}.json"
+
+    def _record(self, name: str) -> dict[str, Any]:
+        try:
+            record = json.loads(self._record_path(name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return record if isinstance(record, dict) else {}
+
+
+def _result(future: Future[None], name: str) -> None:
+    try:
+        future.result()
+    except BrokenProcessPool as error:
+        raise StudyError(
+            f"the process that trained '{name}' was killed, perhaps for lack of memory: run the study again to continue, "
+            "with --jobs 1 if memory is short"
+        ) from error
+
+
+@contextmanager
+def _training_pool(jobs: int, show: ShowStage) -> Iterator[ProcessPoolExecutor]:
+    """Processes for training, each with its share of the cores, whose progress reaches `show` here."""
+    context = multiprocessing.get_context("spawn")
+    reports: Any = context.Queue()
+
+    def pass_on() -> None:
+        while (item := reports.get()) is not None:
+            show(*item)
+
+    listener = threading.Thread(target=pass_on, daemon=True)
+    listener.start()
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    pool = ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=_start_worker, initargs=(reports, threads), max_tasks_per_child=1
+    )
+    try:
+        yield pool
+    except BaseException:
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        reports.put(None)
+        listener.join(timeout=5)
+
+
+_reports: Any = None
+
+
+def _start_worker(reports: Any, threads: int) -> None:
+    import torch
+
+    global _reports
+    _reports = reports
+    torch.set_num_threads(threads)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """A killed study must not leave a training run behind that writes into its folder."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _train(name: str, profile: Profile, space: Workspace, overwrite: bool) -> None:
+    _reports.put((name, "started"))
+    profile.stages[name].make(name, space, lambda report: _reports.put((name, report)), overwrite)

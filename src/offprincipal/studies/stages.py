@@ -1,0 +1,218 @@
+"""What a stage of a study is, and the kinds there are: train, compare, claims, report.
+
+A stage says what it reads, what else decides its output, and how to make it. It knows nothing of order, caching or
+processes: that is the graph's work (`studies.graph`).
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from offprincipal.comparison import CompareSettings, MatrixSettings, compare
+from offprincipal.comparison.registry import GROUPS, Group
+from offprincipal.comparison.tables import read_json, write_json
+from offprincipal.errors import StudyError
+from offprincipal.studies.claims import CLAIMS, Evidence, judge
+from offprincipal.tasks import open_task
+from offprincipal.training import ShowProgress, TrainSettings, parse_settings, silent, train
+from offprincipal.training.models import model_name
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where a study lives and what it starts from.
+
+    Args:
+        out: the study's folder; a stage's own folder is in it, under the stage's name.
+        base: the model, as the profile names it.
+        training: the profile's settings for every training stage.
+        profile: the profile's name; title: its title.
+    """
+
+    out: Path
+    base: str
+    training: Mapping[str, Any]
+    profile: str
+    title: str
+
+    def folder(self, stage: str) -> Path:
+        return self.out / stage
+
+
+class _Stage(BaseModel, ABC):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def inputs(self) -> tuple[str, ...]:
+        """The stages whose output this one reads."""
+        return ()
+
+    def check(self, base: str, training: Mapping[str, Any]) -> None:
+        """Refuse, before anything runs, what could not run."""
+
+    def settings(self, space: Workspace) -> dict[str, Any]:
+        """What decides the output beside the inputs' content; JSON."""
+        return self.model_dump(mode="json")
+
+    @abstractmethod
+    def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
+        """Write the stage's files; a stage that was killed continues or starts again."""
+
+    @abstractmethod
+    def files(self, name: str, space: Workspace) -> list[Path]:
+        """What the stage leaves behind, all of which its readers depend on."""
+
+
+class TrainStage(_Stage):
+    """Train a model from the study's base; its folder is a Hugging Face model with `run.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    kind: Literal["train"]
+
+    def train_settings(self, base: str, training: Mapping[str, Any]) -> TrainSettings:
+        own = self.model_extra or {}
+        return parse_settings({"model": base, **training, **own})
+
+    def check(self, base: str, training: Mapping[str, Any]) -> None:
+        for task in self.train_settings(base, training).tasks:
+            open_task(task)
+
+    def settings(self, space: Workspace) -> dict[str, Any]:
+        settings = self.train_settings(space.base, space.training)
+        return settings.model_dump(mode="json") | {"base_content": content_digest(base_folder(settings.model))}
+
+    def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
+        train(
+            self.train_settings(space.base, space.training), space.folder(name), overwrite=overwrite, progress=progress
+        )
+
+    def files(self, name: str, space: Workspace) -> list[Path]:
+        return [space.folder(name) / "model.safetensors", space.folder(name) / "run.json"]
+
+
+class CompareStage(_Stage):
+    """Compare training stages with the study's base; its folder holds the tables."""
+
+    kind: Literal["compare"]
+    runs: tuple[str, ...] = Field(min_length=1)
+    metrics: tuple[Group, ...] = GROUPS
+    rank_fraction: float = 0.125
+    alpha: float = 0.5
+    null_draws: int = 4
+    seed: int = 0
+
+    def inputs(self) -> tuple[str, ...]:
+        return self.runs
+
+    def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
+        matrix = MatrixSettings(self.rank_fraction, self.alpha, null_draws=self.null_draws, seed=self.seed)
+        tuned = {run: space.folder(run) for run in self.runs}
+        found = compare(base_folder(space.base), tuned, CompareSettings(self.metrics, matrix))
+        found.write(space.folder(name))
+
+    def files(self, name: str, space: Workspace) -> list[Path]:
+        tables = ("matrices.parquet", "masks.parquet", "pairs.parquet", "curves.parquet", "summary.json")
+        return [space.folder(name) / table for table in tables]
+
+
+class ClaimsStage(_Stage):
+    """Judge the paper's claims from a comparison's tables; writes `study.json` into the study's folder."""
+
+    kind: Literal["claims"]
+    comparison: str
+    rl: tuple[str, ...] = Field(min_length=1)
+    sft: tuple[str, ...] = Field(min_length=1)
+    claims: tuple[str, ...] = Field(min_length=1)
+
+    def inputs(self) -> tuple[str, ...]:
+        return (self.comparison, *self.rl, *self.sft)
+
+    def check(self, base: str, training: Mapping[str, Any]) -> None:
+        unknown = [claim for claim in self.claims if claim not in CLAIMS]
+        if unknown:
+            raise StudyError(f"no rule judges claim {unknown[0]}: choose of {', '.join(CLAIMS)}")
+
+    def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
+        evidence = Evidence.read(space.folder(self.comparison), self.rl, self.sft, self.comparison)
+        runs = [_run_entry(run, space.folder(run)) for run in (*self.rl, *self.sft)]
+        study = {
+            "schema": 1,
+            "profile": space.profile,
+            "title": space.title,
+            "comparison": self.comparison,
+            "claims": [judge(claim, evidence) for claim in self.claims],
+            "runs": runs,
+        }
+        write_json(space.out / "study.json", study)
+
+    def files(self, name: str, space: Workspace) -> list[Path]:
+        return [space.out / "study.json"]
+
+
+class ReportStage(_Stage):
+    """Draw `report.html` from a comparison and the judged claims."""
+
+    kind: Literal["report"]
+    comparison: str
+    claims: str
+
+    def inputs(self) -> tuple[str, ...]:
+        return (self.comparison, self.claims)
+
+    def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
+        from offprincipal.reports import write_report
+
+        write_report(space.out / "report.html", space.folder(self.comparison), read_json(space.out / "study.json"))
+
+    def files(self, name: str, space: Workspace) -> list[Path]:
+        return [space.out / "report.html"]
+
+
+def base_folder(base: str) -> Path:
+    """The local folder of a model: a folder, the embedded one, or the Hub's cache of an id.
+
+    Raises:
+        StudyError: the Hub has no such model, or cannot be reached.
+    """
+    name = model_name(base)
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
+    except Exception as error:  # the Hub's own errors, and those of any connection
+        raise StudyError(
+            f"cannot get model '{name}' from the Hub: {error}. Give its folder, or check the id"
+        ) from error
+
+
+def content_digest(*paths: Path) -> str:
+    """A hash of files, or of all the weights and the configuration in a folder, by name and content."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        files = [path]
+        if path.is_dir():
+            files = sorted(p for p in path.iterdir() if p.suffix in {".safetensors", ".json"} and p.is_file())
+        for file in files:
+            digest.update(file.name.encode() + b"\0")
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def _run_entry(name: str, folder: Path) -> dict[str, Any]:
+    """What `study.json` says of a training run, from its `run.json`."""
+    record = read_json(folder / "run.json")
+    settings = record["settings"]
+    kept = ("recipe", "tasks", "seed", "steps", "batch", "learning_rate")
+    return {
+        "name": name,
+        **{key: settings[key] for key in kept},
+        "seconds": record["seconds"],
+        **record["accuracy"],
+    }

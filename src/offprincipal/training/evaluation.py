@@ -1,0 +1,133 @@
+"""What a model can do on held-out prompts: greedy and sampled accuracy, pass@k, entropy, and divergence from its base.
+
+Knows tasks and models; knows nothing of recipes or runs.
+"""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offprincipal.errors import TrainingError
+from offprincipal.tasks import Problem, mixture, open_task
+from offprincipal.training.decoding import Completions, complete
+from offprincipal.training.models import LanguageModel, open_language_model
+from offprincipal.training.quiet import quiet_libraries
+
+_PROMPTS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class _Score:
+    """One prompt's verdicts."""
+
+    task: str
+    greedy: bool
+    sampled: list[bool]
+
+
+def evaluate(
+    model: str | Path | LanguageModel,
+    tasks: Sequence[str],
+    prompts: int = 256,
+    samples: int = 8,
+    seed: int = 0,
+    reference: str | Path | LanguageModel | None = None,
+    max_new_tokens: int = 40,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Measure a model on prompts that no training run sees.
+
+    Args:
+        model: a folder, a Hugging Face id, `embedded`, or an open model.
+        tasks: names for `open_task`, in equal shares.
+        prompts: held-out prompts in all.
+        samples: completions sampled for each at temperature 1, beside the greedy one.
+        seed: decides prompts and samples; two models with one seed are compared on the same prompts and noise.
+        reference: the base that the divergence is measured to.
+        max_new_tokens: the longest completion; one that does not end by itself is judged as far as it got.
+        device: `auto`, `cpu` or `cuda`, for models that are opened here.
+
+    Returns:
+        `greedy_accuracy`, `sampled_accuracy` and `pass_at_k` (k = samples: some sample is right), each with its
+        standard error over prompts (`…_se`); `token_entropy` and `kl_to_base`, nats a sampled token, exact over the
+        vocabulary, the latter None without a reference; `tokens_per_completion`; `prompts` and `samples`; and `tasks`:
+        the accuracies, their errors and `prompts` for each task.
+
+    Raises:
+        TaskError: no such task, or it has no held-out prompts.
+        TrainingError: no such model, a prompt does not fit its context, or the reference has another vocabulary.
+    """
+    if min(prompts, samples, max_new_tokens) < 1:
+        raise TrainingError(f"prompts {prompts}, samples {samples}, max_new_tokens {max_new_tokens}: at least 1 each")
+    by_name = {task.name: task for task in map(open_task, tasks)}
+    problems = mixture(list(by_name.values()), "eval", prompts, seed)
+    policy = _opened(model, device)
+    base = None if reference is None else _opened(reference, device)
+    if base is not None and _vocabulary(base) != _vocabulary(policy):
+        raise TrainingError("the reference model has another vocabulary than the model: measure without a reference")
+
+    scores: list[_Score] = []
+    tokens, entropy, divergence = 0, 0.0, 0.0
+    for asked, batch in _completed(policy, base, problems, samples, max_new_tokens, seed):
+        texts = policy.tokenizer.batch_decode(batch.ids, skip_special_tokens=True)
+        for place, problem in enumerate(asked):
+            answers = texts[place * (1 + samples) : (place + 1) * (1 + samples)]
+            verdicts = [by_name[problem.task].verify(problem, answer) for answer in answers]
+            scores.append(_Score(problem.task, verdicts[0], verdicts[1:]))
+        tokens += batch.tokens
+        entropy += batch.entropy
+        divergence += batch.divergence or 0.0
+
+    of_task = {name: [score for score in scores if score.task == name] for name in by_name}
+    return {
+        **_accuracies(scores),
+        "token_entropy": entropy / tokens,
+        "kl_to_base": None if base is None else divergence / tokens,
+        "tokens_per_completion": tokens / (prompts * samples),
+        "samples": samples,
+        "tasks": {name: _accuracies(own) for name, own in of_task.items() if own},
+    }
+
+
+def _completed(
+    policy: LanguageModel,
+    base: LanguageModel | None,
+    problems: Sequence[Problem],
+    samples: int,
+    max_new_tokens: int,
+    seed: int,
+) -> Iterator[tuple[list[Problem], Completions]]:
+    """The problems in batches of similar length, each with its completions."""
+    encoded = [policy.prompt_ids(problem.prompt, max_new_tokens) for problem in problems]
+    order = sorted(range(len(problems)), key=lambda i: len(encoded[i]))
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, len(order), _PROMPTS_AT_ONCE):
+        chunk = order[start : start + _PROMPTS_AT_ONCE]
+        with quiet_libraries():
+            batch = complete(policy, [encoded[i] for i in chunk], samples, max_new_tokens, generator, base)
+        yield [problems[i] for i in chunk], batch
+
+
+def _opened(model: str | Path | LanguageModel, device: str) -> LanguageModel:
+    return model if isinstance(model, LanguageModel) else open_language_model(model, device)
+
+
+def _vocabulary(language_model: LanguageModel) -> int:
+    return int(language_model.model.config.get_text_config().vocab_size)
+
+
+def _accuracies(scores: Sequence[_Score]) -> dict[str, Any]:
+    values = {
+        "greedy_accuracy": [float(score.greedy) for score in scores],
+        "sampled_accuracy": [statistics.fmean(score.sampled) for score in scores],
+        "pass_at_k": [float(any(score.sampled)) for score in scores],
+    }
+    result: dict[str, Any] = {"prompts": len(scores)}
+    for name, of_prompts in values.items():
+        result[name] = statistics.fmean(of_prompts)
+        result[f"{name}_se"] = statistics.stdev(of_prompts) / len(of_prompts) ** 0.5 if len(of_prompts) > 1 else None
+    return result

@@ -1,0 +1,151 @@
+"""Opening language models for training and measuring: weights in float32, a tokenizer that can pad and stop.
+
+Knows nothing of tasks or runs.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offprincipal.assets import embedded_base
+from offprincipal.errors import TrainingError
+from offprincipal.training.quiet import quiet_libraries
+from offprincipal.training.settings import EMBEDDED
+
+_EXTRA = ("transformers", "trl", "datasets", "accelerate")
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model with its tokenizer.
+
+    Args:
+        model: a transformers model, float32.
+        tokenizer: its tokenizer, which has an end-of-sequence and a padding token.
+    """
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Every token that ends a completion."""
+        declared = self.model.generation_config.eos_token_id
+        ids = declared if isinstance(declared, list) else [] if declared is None else [declared]
+        return sorted({self.tokenizer.eos_token_id, *ids})
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens that prompt and completion may have together; None where the model does not say."""
+        length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return None if length is None else int(length)
+
+    def prompt_ids(self, prompt: str, room: int) -> list[int]:
+        """Tokens of a prompt that leaves room for a completion.
+
+        Raises:
+            TrainingError: prompt and completion do not fit into the context.
+        """
+        ids: list[int] = self.tokenizer(prompt).input_ids
+        if self.context is not None and len(ids) + room > self.context:
+            shown = prompt if len(prompt) <= 60 else prompt[:57] + "…"
+            raise TrainingError(
+                f"prompt '{shown}' has {len(ids)} tokens, and with a completion of {room} exceeds the model's context "
+                f"of {self.context}: choose a task with shorter prompts, or shorter completions"
+            )
+        return ids
+
+
+def require_training_extra() -> None:
+    """Raises TrainingError where the packages that training needs are not installed."""
+    absent = [package for package in _EXTRA if importlib.util.find_spec(package) is None]
+    if absent:
+        raise TrainingError(f"training needs {', '.join(absent)}: pip install 'offprincipal[train]'")
+
+
+def resolve_device(device: str) -> str:
+    """`cpu` or `cuda`, from `auto` or either.
+
+    Raises:
+        TrainingError: cuda is asked for and there is none.
+
+    >>> resolve_device("cpu")
+    'cpu'
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise TrainingError("device 'cuda' is not available to torch on this machine: choose 'auto' or 'cpu'")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def open_language_model(source: str | Path, device: str = "auto") -> LanguageModel:
+    """A model and its tokenizer, whatever their stored precision, in float32.
+
+    Args:
+        source: a folder, a Hugging Face id, or `embedded`.
+        device: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        TrainingError: there is no such model, it is no causal language model, or its tokenizer is missing or unusable.
+    """
+    require_training_extra()
+    transformers: Any = importlib.import_module("transformers")
+    place = resolve_device(device)
+    name = model_name(source)
+    with quiet_libraries():
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        except Exception as error:  # unknown ids, bad folders, foreign architectures and lost connections all differ
+            raise TrainingError(f"{name} is no causal language model to transformers: {_reason(error)}") from error
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="left")
+        except Exception as error:
+            raise TrainingError(f"model {name} has no usable tokenizer beside its weights: {_reason(error)}") from error
+    if not tokenizer("0").input_ids or len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        raise TrainingError(f"model {name} has no usable tokenizer beside its weights: copy its tokenizer files there")
+    if tokenizer.eos_token_id is None:
+        raise TrainingError(f"the tokenizer of {name} has no end-of-sequence token: name one in tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return LanguageModel(model.to(place).eval(), tokenizer)
+
+
+def model_name(source: str | Path) -> str:
+    """The folder or Hugging Face id that a source stands for.
+
+    Raises:
+        TrainingError: it looks like a folder and is none, or a folder that holds no model.
+    """
+    if str(source) == EMBEDDED:
+        return str(embedded_base())
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise TrainingError(f"folder {path} holds no model: it has no config.json")
+        return str(path)
+    looks_like_path = isinstance(source, Path) or path.is_absolute() or str(source).startswith((".", "~"))
+    if path.exists() or looks_like_path or str(source).count("/") > 1:
+        raise TrainingError(f"model folder {path} is not there or no folder: name one with config.json and weights")
+    return str(source)
+
+
+def identify(source: str | Path, model: Any) -> dict[str, str]:
+    """What a base is: the source as given, and a hash of its names and float32 weights, however it is stored."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
+    return {"source": str(source), "weights_blake2b": digest.hexdigest()}
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,82 @@
+"""One line of progress for a run: a live bar on a terminal, a line every tenth of the steps elsewhere."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_LINES = 10
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Where a run is.
+
+    Args:
+        stage: what it does now.
+        step: optimizer steps done.
+        steps: optimizer steps in all.
+        metric: name of the value that tells how it goes, `reward` or `loss`.
+        value: that value in the last step; None before the first.
+        seconds_per_step: the mean over this sitting; None before the first.
+    """
+
+    stage: Literal["measuring the base", "training", "measuring the result"]
+    step: int
+    steps: int
+    metric: str
+    value: float | None = None
+    seconds_per_step: float | None = None
+
+
+ShowProgress = Callable[[StepReport], None]
+
+
+def silent(report: StepReport) -> None:
+    """Show nothing."""
+
+
+@contextmanager
+def terminal_progress(title: str) -> Iterator[ShowProgress]:
+    """What shows a run's progress on standard output, headed by a title."""
+    if sys.stdout.isatty():
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console()) as bar:
+            line = bar.add_task(title, total=None, status="")
+
+            def draw(report: StepReport) -> None:
+                bar.update(line, completed=report.step, total=report.steps, status=_status(report))
+
+            yield draw
+    else:
+        yield _line_printer(title)
+
+
+def _line_printer(title: str) -> ShowProgress:
+    last: tuple[str, int] | None = None
+
+    def show(report: StepReport) -> None:
+        nonlocal last
+        mark = (report.stage, report.step * _LINES // report.steps)
+        if mark != last:
+            last = mark
+            print(f"{title}: step {report.step}/{report.steps}, {_status(report)}", flush=True)
+
+    return show
+
+
+def _status(report: StepReport) -> str:
+    if report.stage != "training" or report.value is None or report.seconds_per_step is None:
+        return report.stage
+    minutes, seconds = divmod(round((report.steps - report.step) * report.seconds_per_step), 60)
+    return f"{report.metric} {report.value:.3f}, {report.seconds_per_step:.2f} s/step, {minutes}:{seconds:02d} left"

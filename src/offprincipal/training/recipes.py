@@ -1,0 +1,147 @@
+"""The recipes, each a thin choice of TRL trainer and data; every trainer shares the settings that matter to the update.
+
+Knows nothing of folders, resuming or records.
+"""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from offprincipal.errors import TaskError
+from offprincipal.tasks import Problem, Task, mixture, open_task
+from offprincipal.training.models import LanguageModel
+from offprincipal.training.settings import TrainSettings
+
+RIGHT, WRONG = 1.0, -1.0
+_IGNORED = -100
+
+
+def build_trainer(settings: TrainSettings, language_model: LanguageModel, checkpoints: Path, callback: Any) -> Any:
+    """The trainer of the settings' recipe, ready for `.train()`.
+
+    Args:
+        settings: the run.
+        language_model: the base, float32; it is trained in place.
+        checkpoints: where the trainer keeps the checkpoint that it can continue from.
+        callback: a transformers TrainerCallback.
+
+    Raises:
+        TaskError: a task is unknown or has no reference answers to learn from.
+        TrainingError: a prompt or example does not fit the context.
+    """
+    tasks = {task.name: task for task in map(open_task, settings.tasks)}
+    problems = mixture(list(tasks.values()), "train", settings.steps * settings.prompts_per_step, settings.seed)
+    shared = _shared_arguments(settings, language_model, checkpoints)
+    if settings.recipe == "grpo":
+        trainer = _grpo(settings, language_model, tasks, problems, shared)
+    else:
+        learn = _teacher_trace if settings.recipe == "sft_teacher" else _own_answer
+        trainer = _sft(language_model, [(p.prompt, learn(tasks[p.task], p)) for p in problems], shared)
+    trainer.remove_callback(importlib.import_module("transformers").PrinterCallback)
+    trainer.add_callback(callback)
+    return trainer
+
+
+def _shared_arguments(settings: TrainSettings, language_model: LanguageModel, checkpoints: Path) -> dict[str, Any]:
+    on_cuda = language_model.device.type == "cuda"
+    micro_batch = settings.micro_batch or settings.batch
+    return {
+        "output_dir": str(checkpoints),
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": settings.batch // micro_batch,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": settings.warmup_steps,
+        "adam_beta1": settings.adam_betas[0],
+        "adam_beta2": settings.adam_betas[1],
+        "adam_epsilon": settings.adam_epsilon,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "seed": settings.seed,
+        "use_cpu": not on_cuda,
+        "bf16": on_cuda,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "save_strategy": "steps",
+        "save_steps": settings.save_every,
+        "save_total_limit": 1,
+        "logging_steps": 1,
+        "report_to": list(settings.report_to) or "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": on_cuda,
+        "shuffle_dataset": False,
+    }
+
+
+def _grpo(
+    settings: TrainSettings,
+    language_model: LanguageModel,
+    tasks: Mapping[str, Task],
+    problems: Sequence[Problem],
+    shared: dict[str, Any],
+) -> Any:
+    """DAPO's token-level loss, without a KL term: the reward is +1 for a verified completion and -1 for any other."""
+    trl: Any = importlib.import_module("trl")
+    for problem in problems:
+        language_model.prompt_ids(problem.prompt, settings.max_new_tokens)
+
+    def verified(completions: Sequence[str], row: Sequence[int], **_: Any) -> list[float]:
+        return [
+            RIGHT if tasks[problems[i].task].verify(problems[i], completion) else WRONG
+            for i, completion in zip(row, completions, strict=True)
+        ]
+
+    arguments = trl.GRPOConfig(
+        **shared,
+        loss_type="dapo",
+        beta=0.0,
+        num_generations=settings.rollouts_per_prompt,
+        max_completion_length=settings.max_new_tokens,
+        temperature=settings.temperature,
+    )
+    return trl.GRPOTrainer(
+        model=language_model.model,
+        processing_class=language_model.tokenizer,
+        reward_funcs=verified,
+        args=arguments,
+        train_dataset=_dataset({"prompt": [p.prompt for p in problems], "row": list(range(len(problems)))}),
+    )
+
+
+def _sft(language_model: LanguageModel, examples: Sequence[tuple[str, str]], shared: dict[str, Any]) -> Any:
+    """Cross-entropy on the completion alone, end of sequence included; the prompt is tokenized as for sampling."""
+    trl: Any = importlib.import_module("trl")
+    tokenizer = language_model.tokenizer
+    rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    for prompt, completion in examples:
+        answer_ids = [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        prompt_ids = language_model.prompt_ids(prompt, len(answer_ids))
+        rows["input_ids"].append(prompt_ids + answer_ids)
+        rows["labels"].append([_IGNORED] * len(prompt_ids) + answer_ids)
+    arguments = trl.SFTConfig(
+        **shared,
+        max_length=None,
+        train_sampling_strategy="sequential",
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    return trl.SFTTrainer(
+        model=language_model.model,
+        processing_class=tokenizer,
+        args=arguments,
+        train_dataset=_dataset(rows),
+    )
+
+
+def _dataset(columns: dict[str, Any]) -> Any:
+    return importlib.import_module("datasets").Dataset.from_dict(columns)
+
+
+def _teacher_trace(task: Task, problem: Problem) -> str:
+    return task.teacher_trace(problem)
+
+
+def _own_answer(task: Task, problem: Problem) -> str:
+    if not problem.answer:
+        raise TaskError(f"task '{task.name}' has no reference answers to learn from: train on it with the recipe grpo")
+    return problem.answer

@@ -1,0 +1,278 @@
+"""One training run in one folder: start, continue after a kill, write the result, and never mix two runs.
+
+    OUT/config.json, model.safetensors, tokenizer…   the result in bfloat16, as it would be deployed
+    OUT/masters/                                     the same tensors in float32, as they were trained
+    OUT/run.json                                     the record; written last, so it marks a complete run
+    OUT/checkpoints/                                 only while the run is not complete
+
+Knows nothing of what the recipes do.
+"""
+
+import json
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offprincipal.errors import TrainingError
+from offprincipal.training.evaluation import evaluate
+from offprincipal.training.models import LanguageModel, identify, open_language_model, require_training_extra
+from offprincipal.training.progress import ShowProgress, StepReport, silent, terminal_progress
+from offprincipal.training.quiet import quiet_libraries
+from offprincipal.training.settings import TrainSettings
+
+SCHEMA = 1
+RECORD = "run.json"
+CHECKPOINTS = "checkpoints"
+STARTED = "started.json"
+MASTERS = "masters"
+_MEASURING_SEED = 0  # one for all runs, so that they are measured on the same prompts with the same noise
+_ONE_SHARD = 2**60
+_LOGGED = {
+    "loss": "loss",
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "frac_reward_zero_std": "share_of_prompts_without_signal",
+    "entropy": "token_entropy",
+    "grad_norm": "gradient_norm",
+    "learning_rate": "learning_rate",
+    "completions/mean_length": "tokens_per_completion",
+    "completions/clipped_ratio": "truncated_share",
+    "mean_token_accuracy": "token_accuracy",
+    "seconds": "seconds",
+}
+
+
+def train(
+    settings: TrainSettings,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    quiet: bool = False,
+    progress: ShowProgress | None = None,
+) -> dict[str, Any]:
+    """Run a recipe, or continue it where it was killed, or return its record where it is complete.
+
+    Args:
+        settings: the run.
+        out: its folder; new, empty, or of a run with the same settings.
+        overwrite: discard a run that is in the folder.
+        quiet: show no progress.
+        progress: what shows progress instead of the terminal.
+
+    Returns:
+        The record, as in `run.json`: `schema`, `settings`, `base`, `accuracy` (`before` and `after`, each as `evaluate`
+        returns it, or None), `log` (one entry a step), `seconds` of training over all sittings, `machine`, `versions`.
+
+    Raises:
+        TaskError: a task is not usable.
+        TrainingError: the model or the folder is not usable, the folder holds another run, or training diverged.
+    """
+    require_training_extra()
+    folder = Path(out).expanduser()
+    if overwrite:
+        _discard(folder)
+    record = _complete_record(folder, settings)
+    if record is not None:
+        return record
+    if progress is not None or quiet:
+        return _run(settings, folder, progress or silent)
+    with terminal_progress(f"{settings.recipe} → {folder}") as show:
+        return _run(settings, folder, show)
+
+
+def _run(settings: TrainSettings, out: Path, show: ShowProgress) -> dict[str, Any]:
+    metric = "reward" if settings.recipe == "grpo" else "loss"
+    language_model = open_language_model(settings.model, settings.device)
+    base = identify(settings.model, language_model.model)
+    started = _started(out, settings, base)
+    if started is None:
+        show(StepReport("measuring the base", 0, settings.steps, metric))
+        before = _measure(settings, language_model, language_model)
+        started = {"schema": SCHEMA, "settings": settings.model_dump(mode="json"), "base": base, "before": before}
+
+    log = _fit(settings, language_model, out / CHECKPOINTS, started, show)
+    _require_finite(language_model, settings)
+    _write_model(language_model, out)
+    show(StepReport("measuring the result", settings.steps, settings.steps, metric))
+    after = _measure(settings, out, settings.model)
+    record = {
+        "schema": SCHEMA,
+        "settings": started["settings"],
+        "base": base,
+        "accuracy": {"before": started["before"], "after": after},
+        "log": log,
+        "seconds": round(sum(entry.get("seconds", 0.0) for entry in log), 3),
+        "machine": _machine(language_model),
+        "versions": _versions(),
+    }
+    _write_json(out / RECORD, record)
+    shutil.rmtree(out / CHECKPOINTS)
+    return record
+
+
+def _measure(
+    settings: TrainSettings, model: LanguageModel | Path, reference: LanguageModel | str
+) -> dict[str, Any] | None:
+    if settings.eval_prompts == 0:
+        return None
+    return evaluate(
+        model,
+        settings.tasks,
+        prompts=settings.eval_prompts,
+        samples=settings.eval_samples,
+        seed=_MEASURING_SEED,
+        reference=reference,
+        max_new_tokens=settings.eval_max_new_tokens,
+        device=settings.device,
+    )
+
+
+def _fit(
+    settings: TrainSettings, language_model: LanguageModel, checkpoints: Path, started: dict[str, Any], show: ShowProgress
+) -> list[dict[str, Any]]:
+    """Train in place, from the last whole checkpoint where there is one; returns the log, one entry a step.
+
+    What the run started from is noted only once its data have proved usable, so that a fault in the settings can be
+    mended in the same folder.
+    """
+    from offprincipal.training.callback import Timekeeper
+    from offprincipal.training.recipes import build_trainer
+
+    with quiet_libraries():
+        trainer = build_trainer(settings, language_model, checkpoints, Timekeeper(show))
+        _write_json(checkpoints / STARTED, started)
+        last = _last_whole_checkpoint(checkpoints)
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"{settings.micro_batch or settings.batch} sequences at once do not fit into the GPU's memory: choose a "
+                "smaller micro_batch, or gradient_checkpointing, and pass --overwrite"
+            ) from error
+    return [
+        {"step": entry["step"]} | {ours: entry[theirs] for theirs, ours in _LOGGED.items() if theirs in entry}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+
+
+def _last_whole_checkpoint(checkpoints: Path) -> Path | None:
+    """The furthest checkpoint whose last-written file is whole; half-written ones are removed."""
+    whole = {}
+    for path in checkpoints.glob("checkpoint-*"):
+        try:
+            whole[int(json.loads((path / "trainer_state.json").read_text())["global_step"])] = path
+        except (OSError, ValueError, KeyError):
+            shutil.rmtree(path)
+    return whole[max(whole)] if whole else None
+
+
+def _complete_record(out: Path, settings: TrainSettings) -> dict[str, Any] | None:
+    """The record of a complete run with these settings, if the folder holds one.
+
+    Raises:
+        TrainingError: the path is a file, or the folder holds another run or something else.
+    """
+    if out.exists() and not out.is_dir():
+        raise TrainingError(f"output path {out} is a file: name a folder")
+    record = _read_json(out / RECORD)
+    if record is not None:
+        _require_same(out, record, settings)
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+        return record
+    if out.is_dir() and any(out.iterdir()) and not (out / CHECKPOINTS).is_dir():
+        raise TrainingError(f"output folder {out} holds files that are no run: choose another --out")
+    return None
+
+
+def _started(out: Path, settings: TrainSettings, base: dict[str, str]) -> dict[str, Any] | None:
+    """What a killed run in this folder noted when it started."""
+    started = _read_json(out / CHECKPOINTS / STARTED)
+    if started is None:
+        return None
+    _require_same(out, started, settings)
+    if started["base"] != base:
+        raise TrainingError(
+            f"the run in {out} began from other weights of '{base['source']}' than are there now: "
+            "choose another --out or pass --overwrite"
+        )
+    return started
+
+
+def _require_same(out: Path, record: dict[str, Any], settings: TrainSettings) -> None:
+    there, asked = record.get("settings", {}), settings.model_dump(mode="json")
+    differing = [name for name in asked | there if there.get(name) != asked.get(name)]
+    if differing:
+        shown = ", ".join(f"{name} is {there.get(name)} there and {asked.get(name)} here" for name in differing)
+        raise TrainingError(f"{out} holds a run with other settings: {shown}; choose another --out or pass --overwrite")
+
+
+def _discard(out: Path) -> None:
+    """Remove what makes the folder a run: its record first, so that a kill leaves no record without its weights."""
+    if not out.is_dir() or not ((out / RECORD).exists() or (out / CHECKPOINTS).is_dir()):
+        return
+    (out / RECORD).unlink(missing_ok=True)
+    for weights in out.glob("*.safetensors"):
+        weights.unlink()
+    shutil.rmtree(out / MASTERS, ignore_errors=True)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    (out / CHECKPOINTS).mkdir()  # the folder stays ours
+
+
+def _require_finite(language_model: LanguageModel, settings: TrainSettings) -> None:
+    for name, tensor in language_model.model.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise TrainingError(
+                f"training diverged: {name} holds NaN or infinity after {settings.steps} steps; lower learning_rate "
+                f"({settings.learning_rate}) or add warmup_steps, and pass --overwrite"
+            )
+
+
+def _write_model(language_model: LanguageModel, out: Path) -> None:
+    """Masters in float32, the stored model in bfloat16, each file whole or absent; the model in memory ends in bfloat16."""
+    part = out / CHECKPOINTS / "result"
+    shutil.rmtree(part, ignore_errors=True)
+    with quiet_libraries():
+        language_model.model.save_pretrained(part / MASTERS, max_shard_size=_ONE_SHARD)
+        language_model.model.to(torch.bfloat16).save_pretrained(part, max_shard_size=_ONE_SHARD)
+        language_model.tokenizer.save_pretrained(part)
+    (out / MASTERS).mkdir(exist_ok=True)
+    for path in sorted(part.rglob("*")):
+        if path.is_file():
+            path.replace(out / path.relative_to(part))
+
+
+def _machine(language_model: LanguageModel) -> dict[str, Any]:
+    device = language_model.device
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("offprincipal", "torch", "transformers", "trl", "accelerate")
+    return {"python": platform.python_version(), **{package: metadata.version(package) for package in packages}}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        value: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise TrainingError(f"{path} is no readable JSON: {error}; choose another --out or pass --overwrite") from error
+    return value
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.replace(path)

@@ -1,0 +1,85 @@
+"""Settings of a training run: one set of defaults for every recipe, so that runs are matched unless told otherwise."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from offprincipal.errors import TrainingError
+
+Recipe = Literal["grpo", "sft_teacher", "sft_own"]
+EMBEDDED = "embedded"
+
+
+class TrainSettings(BaseModel):
+    """Everything that decides a run's weights, but for the machine.
+
+    Raises:
+        TrainingError: the batch does not divide as it must.
+
+    >>> TrainSettings(recipe="grpo", tasks=("add",)).learning_rate
+    3e-06
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: Recipe = Field(
+        description="grpo: reinforcement learning from the tasks' verifiers; sft_teacher: supervised on the teacher's "
+        "traces; sft_own: supervised on reference answers in the base's own format"
+    )
+    model: str = Field(EMBEDDED, description="base model: a folder, a Hugging Face id, or 'embedded'")
+    tasks: tuple[str, ...] = Field(min_length=1, description="tasks, in equal shares, as open_task names them")
+    steps: int = Field(64, ge=1, description="optimizer steps")
+    batch: int = Field(256, ge=1, description="sequences a step: completions sampled for grpo, examples for sft")
+    micro_batch: int | None = Field(
+        None, ge=1, description="sequences in memory at once, a divisor of batch; None: the whole batch"
+    )
+    rollouts_per_prompt: int = Field(8, ge=2, description="completions sampled for one prompt (grpo)")
+    learning_rate: float = Field(3e-6, gt=0, description="learning rate of AdamW, constant after the warm-up")
+    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="decay of AdamW's first and second moment")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature (grpo)")
+    max_new_tokens: int = Field(8, ge=1, description="longest completion that is sampled in training (grpo)")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower steps")
+    seed: int = Field(0, ge=0, lt=2**32, description="decides training prompts and samples; measuring is the same for all")
+    eval_prompts: int = Field(256, ge=0, description="held-out prompts to measure on, before and after; 0: none")
+    eval_samples: int = Field(4, ge=1, description="samples for each held-out prompt")
+    eval_max_new_tokens: int = Field(40, ge=1, description="longest completion that is sampled in measuring")
+    save_every: int = Field(16, ge=1, description="steps between the checkpoints that a killed run continues from")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    report_to: tuple[str, ...] = Field((), description="where the Trainer also logs to: trackio, tensorboard, wandb")
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> "TrainSettings":
+        if self.recipe == "grpo" and self.batch % self.rollouts_per_prompt:
+            raise TrainingError(
+                f"batch {self.batch} is not divisible by rollouts_per_prompt {self.rollouts_per_prompt}: "
+                f"choose a batch of {max(1, self.batch // self.rollouts_per_prompt) * self.rollouts_per_prompt}"
+            )
+        if self.batch % (self.micro_batch or self.batch):
+            raise TrainingError(f"batch {self.batch} is not divisible by micro_batch {self.micro_batch}: change one")
+        return self
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Different prompts in one step."""
+        return self.batch // self.rollouts_per_prompt if self.recipe == "grpo" else self.batch
+
+
+def parse_settings(values: Mapping[str, Any]) -> TrainSettings:
+    """Settings from a file's or a command line's values.
+
+    Raises:
+        TrainingError: a value is missing, unknown or of the wrong kind; the message names each.
+
+    >>> parse_settings({"recipe": "sft_own", "tasks": ["add"], "steps": "8"}).steps
+    8
+    """
+    try:
+        return TrainSettings.model_validate(values)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
+        raise TrainingError(f"training settings are not usable: {faults}") from error

@@ -1,0 +1,204 @@
+"""The nulls against simulation, and against the hypergeometric distribution that they claim to be."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matrices import gaussian, orthogonal, seeds
+from torch import Tensor
+
+from offprincipal.geometry.masks import low_magnitude_ranks, principal_ranks
+from offprincipal.geometry.nulls import (
+    class_counts,
+    dispersion,
+    gini,
+    intersection_null,
+    isotropic_update,
+    jaccard,
+    line_null,
+    overlap_null,
+    unchanged_isotropic,
+)
+from offprincipal.geometry.precision import changed, exponent_class
+from offprincipal.geometry.spectrum import decompose
+
+
+def weight_blind(base: Tensor, size: float, seed: int) -> Tensor:
+    """`base` after an update that does not look at it, stored in bfloat16."""
+    return (base.double() + size * gaussian(*base.shape, seed=seed)).bfloat16()
+
+
+def structured_base() -> Tensor:
+    """Heavy-tailed weights with strong rows and a few large singular values, as trained matrices have."""
+    strong = torch.exp(0.7 * gaussian(96, 1, seed=1))
+    low_rank = gaussian(96, 4, seed=2) @ gaussian(4, 128, seed=3)
+    return (0.02 * strong * gaussian(96, 128, seed=4) + 0.03 * low_rank).bfloat16()
+
+
+def z_scores(mask_of: str, draws: int) -> Tensor:
+    base = structured_base()
+    svd = decompose(base).top(12)
+    ranks = {
+        "principal": principal_ranks(svd.U, svd.S, svd.Vh),
+        "low_magnitude": low_magnitude_ranks(base),
+    }[mask_of]
+    mask = ranks < base.numel() // 2
+    classes = exponent_class(base)
+    entries, in_mask = class_counts(classes), class_counts(classes, mask)
+    found = []
+    for seed in range(draws):
+        moved = changed(base, weight_blind(base, 1e-4, 1000 + seed))
+        z = overlap_null(entries, class_counts(classes, moved), in_mask).z(int((mask & moved).sum()))
+        assert z is not None
+        found.append(z)
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("mask", ["principal", "low_magnitude"])
+def test_the_overlap_of_a_weight_blind_update_scatters_about_its_null_with_unit_variance(mask: str) -> None:
+    z = z_scores(mask, 300)
+    assert abs(z.mean().item()) < 5 / 300**0.5
+    assert abs(z.var().item() - 1) < 5 * (2 / 299) ** 0.5
+
+
+def test_the_random_null_would_not_do() -> None:
+    """Why the precision null is needed: the same updates lie far from a mask's density."""
+    base = structured_base()
+    mask = low_magnitude_ranks(base) < base.numel() // 2
+    moved = changed(base, weight_blind(base, 1e-4, 0))
+    assert (mask & moved).sum().item() / moved.sum().item() > 0.7
+
+
+def test_the_agreement_of_two_weight_blind_updates_scatters_about_its_null_with_unit_variance() -> None:
+    base = structured_base()
+    classes = exponent_class(base)
+    found = []
+    for seed in range(300):
+        a = changed(base, weight_blind(base, 1e-4, 2 * seed))
+        b = changed(base, weight_blind(base, 3e-4, 2 * seed + 1))
+        null = intersection_null(class_counts(classes), class_counts(classes, a), class_counts(classes, b))
+        found.append(null.z(int((a & b).sum())))
+    z = torch.tensor(found)
+    assert abs(z.mean().item()) < 5 / 300**0.5
+    assert abs(z.var().item() - 1) < 5 * (2 / 299) ** 0.5
+
+
+def test_an_update_that_looks_at_the_weights_is_found() -> None:
+    base = structured_base()
+    svd = decompose(base).top(12)
+    mask = principal_ranks(svd.U, svd.S, svd.Vh) < base.numel() // 2
+    tuned = torch.where(mask, weight_blind(base, 2e-4, 0).double(), weight_blind(base, 1e-4, 0).double())
+    moved, classes = changed(base, tuned), exponent_class(base)
+    null = overlap_null(class_counts(classes), class_counts(classes, moved), class_counts(classes, mask))
+    z = null.z(int((mask & moved).sum()))
+    assert z is not None and z > 10
+
+
+@given(st.integers(1, 60), st.data())
+def test_one_class_is_the_hypergeometric_distribution(N: int, data: st.DataObject) -> None:
+    C, M = data.draw(st.integers(0, N)), data.draw(st.integers(0, N))
+    null = overlap_null(*(torch.tensor([float(x)]) for x in (N, C, M)))
+    ways = {x: math.comb(M, x) * math.comb(N - M, C - x) for x in range(max(0, C + M - N), min(C, M) + 1)}
+    total = sum(ways.values())
+    mean = sum(x * w for x, w in ways.items()) / total
+    variance = sum((x - mean) ** 2 * w for x, w in ways.items()) / total
+    assert null.expected == pytest.approx(mean, abs=1e-9)
+    assert null.variance == pytest.approx(variance, abs=1e-9)
+    other = intersection_null(*(torch.tensor([float(x)]) for x in (N, C, M)))
+    assert (other.expected, other.variance) == pytest.approx((null.expected, null.variance), abs=1e-9)
+
+
+def test_classes_add_and_empty_ones_do_not_count() -> None:
+    parts = [overlap_null(*(torch.tensor([float(x)]) for x in row)) for row in ((10, 4, 5), (20, 6, 3))]
+    both = overlap_null(torch.tensor([10.0, 0, 20]), torch.tensor([4.0, 0, 6]), torch.tensor([5.0, 0, 3]))
+    assert both.expected == pytest.approx(sum(part.expected for part in parts))
+    assert both.variance == pytest.approx(sum(part.variance for part in parts))
+
+
+def test_where_all_or_none_of_a_class_changed_nothing_is_left_to_chance() -> None:
+    N, M = torch.tensor([10.0]), torch.tensor([4.0])
+    for C in (torch.tensor([0.0]), N):
+        assert overlap_null(N, C, M).z(C.item() * 0.4) is None
+
+
+def test_jaccard_of_nothing_is_undefined() -> None:
+    assert jaccard(0, 0, 0) is None
+    assert jaccard(0, 3, 3) == 0.0
+
+
+def test_rows_of_a_weight_blind_update_scatter_as_the_null_says() -> None:
+    base = structured_base()
+    classes = exponent_class(base)
+    for dim in (0, 1):
+        found = [dispersion(changed(base, weight_blind(base, 1e-4, s)), classes, dim) for s in range(60)]
+        values = torch.tensor([x for x in found if x is not None])
+        assert abs(values.mean().item() - 1) < 5 * values.std().item() / 60**0.5
+
+
+def test_stripes_are_found_and_strong_rows_alone_are_none() -> None:
+    """A strong row changes less because of its exponents: its rate is low, its dispersion is not high."""
+    base = structured_base()
+    classes = exponent_class(base)
+    blind = changed(base, weight_blind(base, 1e-4, 0))
+    assert (gini(blind.double().mean(dim=1)) or 0) > 0.1
+    assert (dispersion(blind, classes, 0) or 9) < 2
+    factor = torch.where(torch.arange(96) % 8 == 0, 3.0, 1.0).double()[:, None]
+    striped = changed(base, base.double() + factor * 1e-4 * gaussian(96, 128, seed=0))
+    assert (dispersion(striped, classes, 0) or 0) > 5
+
+
+def test_line_nulls_keep_the_totals() -> None:
+    base = structured_base()
+    moved, classes = changed(base, weight_blind(base, 1e-4, 0)), exponent_class(base)
+    for dim in (0, 1):
+        counts, expected, _ = line_null(moved, classes, dim)
+        assert counts.sum().item() == pytest.approx(expected.sum().item()) == int(moved.sum())
+
+
+def test_dispersion_is_undefined_where_nothing_or_everything_changed() -> None:
+    classes = torch.zeros(3, 4, dtype=torch.int64)
+    assert dispersion(torch.zeros(3, 4, dtype=torch.bool), classes, 0) is None
+    assert dispersion(torch.ones(3, 4, dtype=torch.bool), classes, 1) is None
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=20).filter(lambda rates: sum(rates) > 0.01))
+def test_gini_is_half_the_mean_absolute_difference_over_the_mean(rates: list[float]) -> None:
+    n, mean = len(rates), sum(rates) / len(rates)
+    expected = sum(abs(a - b) for a in rates for b in rates) / (2 * n * n * mean)
+    assert gini(torch.tensor(rates, dtype=torch.float64)) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("relative", [1e-4, 1e-3, 1e-2, 1.0])
+def test_what_a_gaussian_update_leaves_unchanged_is_in_closed_form(relative: float) -> None:
+    base = torch.cat([structured_base().flatten(), torch.tensor([1.0, -2.0, 0.0, 0.5] * 500).bfloat16()])
+    norm = relative * base.double().norm().item()
+    expected = unchanged_isotropic(base, norm)
+    assert expected is not None
+    shares = []
+    for seed in range(40):
+        noise = torch.randn(base.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        moved = changed(base, base.double() + noise * norm / base.numel() ** 0.5)
+        shares.append(1 - moved.double().mean().item())
+    found = torch.tensor(shares, dtype=torch.float64)
+    assert abs(found.mean().item() - expected) < 5 * found.std().item() / 40**0.5 + 1e-9
+
+
+def test_a_zero_update_leaves_everything_unchanged() -> None:
+    assert unchanged_isotropic(torch.ones(3), 0.0) == 1.0
+    assert unchanged_isotropic(torch.empty(0), 1.0) is None
+
+
+@given(seeds, st.floats(1e-20, 1e20))
+def test_an_isotropic_update_has_its_norm(seed: int, norm: float) -> None:
+    update = isotropic_update(torch.Size([5, 7]), norm, torch.Generator().manual_seed(seed))
+    assert update.norm().item() == pytest.approx(norm)
+
+
+def test_an_isotropic_update_prefers_no_direction() -> None:
+    frame = orthogonal(6, 0)
+    generator = torch.Generator().manual_seed(0)
+    shares = [(frame.T @ isotropic_update(torch.Size([6, 6]), 1.0, generator)).square().sum(dim=1) for _ in range(3000)]
+    mean = torch.stack(shares).mean(dim=0)
+    assert bool(((mean - 1 / 6).abs() < 0.01).all())

@@ -1,0 +1,284 @@
+"""Training: recipes end to end, resuming after a kill, what is written, and what is measured."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from offprincipal.errors import OffPrincipalError, TaskError, TrainingError
+from offprincipal.tasks import mixture, open_task
+from offprincipal.training import (
+    StepReport,
+    TrainSettings,
+    evaluate,
+    open_language_model,
+    parse_settings,
+    terminal_progress,
+    train,
+)
+
+TAUGHT_TASK = "count@1"  # what `taught_model` was taught
+RECIPES = ("grpo", "sft_teacher", "sft_own")
+
+
+def settings(base: Path, recipe: str = "sft_own", **changes: Any) -> TrainSettings:
+    values = {
+        "recipe": recipe,
+        "model": str(base),
+        "tasks": (TAUGHT_TASK,),
+        "steps": 3,
+        "batch": 32,
+        "rollouts_per_prompt": 8,
+        "max_new_tokens": 3,
+        "learning_rate": 1e-4,
+        "eval_prompts": 0,
+        "save_every": 1,
+        "device": "cpu",
+    }
+    return parse_settings(values | changes)
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def finished(request: pytest.FixtureRequest, taught_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of each recipe."""
+    out = tmp_path_factory.mktemp("runs") / request.param
+    train(settings(taught_model, request.param, eval_prompts=16, eval_samples=2), out, quiet=True)
+    return out
+
+
+def record_of(out: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((out / "run.json").read_text())
+    return record
+
+
+def test_a_run_leaves_a_model_its_masters_and_a_record(finished: Path, taught_model: Path) -> None:
+    base, stored = load_file(taught_model / "model.safetensors"), load_file(finished / "model.safetensors")
+    masters = load_file(finished / "masters" / "model.safetensors")
+    assert base.keys() == stored.keys() == masters.keys() and "lm_head.weight" not in stored
+    assert all(stored[name].dtype == torch.bfloat16 and masters[name].dtype == torch.float32 for name in base)
+    assert all(torch.equal(masters[name].to(torch.bfloat16), stored[name]) for name in base)
+    assert any(not torch.equal(masters[name], base[name].float()) for name in base)
+    assert not (finished / "checkpoints").exists() and not list(finished.rglob("*.part"))
+    assert open_language_model(finished).tokenizer.eos_token == "<eos>"
+
+
+def test_a_record_tells_settings_accuracy_and_every_step(finished: Path, taught_model: Path) -> None:
+    record = record_of(finished)
+    assert record["schema"] == 1 and record["settings"]["recipe"] == finished.name
+    assert [entry["step"] for entry in record["log"]] == [1, 2, 3]
+    assert all(entry["seconds"] > 0 and ("reward" in entry) == (finished.name == "grpo") for entry in record["log"])
+    assert record["seconds"] == pytest.approx(sum(entry["seconds"] for entry in record["log"]), abs=1e-3)
+    assert record["accuracy"]["before"]["kl_to_base"] == 0 < record["accuracy"]["after"]["kl_to_base"]
+    assert record["base"]["source"] == str(taught_model) and set(record["versions"]) >= {"torch", "trl"}
+
+
+def test_a_complete_run_is_not_run_again_and_other_settings_are_refused(finished: Path, taught_model: Path) -> None:
+    same = settings(taught_model, finished.name, eval_prompts=16, eval_samples=2)
+    reports: list[StepReport] = []
+    (finished / "checkpoints").mkdir()  # what a kill after the record leaves
+    assert train(same, finished, progress=reports.append) == record_of(finished) and not reports
+    assert not (finished / "checkpoints").exists()
+    other = same.model_copy(update={"learning_rate": 2e-4})
+    with pytest.raises(TrainingError, match=r"learning_rate is 0\.0001 there and 0\.0002 here; .*--overwrite"):
+        train(other, finished, quiet=True)
+
+
+def test_teacher_lessons_move_the_model_to_the_teachers_format(taught_model: Path, tmp_path: Path) -> None:
+    """Only completions are learned, and they end: in the end the model writes `working#answer`, and stops."""
+    lesson = settings(taught_model, "sft_teacher", steps=40, learning_rate=1e-2, save_every=40)
+    record = train(lesson, tmp_path / "run", quiet=True)
+    assert record["log"][-1]["loss"] < 0.5 * record["log"][0]["loss"]
+    result = evaluate(tmp_path / "run", [TAUGHT_TASK], prompts=16, samples=2)
+    assert 5 < result["tokens_per_completion"] < 12  # five marks, '#', a digit, the end
+
+
+def test_reward_moves_the_model_to_right_answers(taught_model: Path, tmp_path: Path) -> None:
+    run = settings(taught_model, "grpo", steps=12, batch=64, learning_rate=3e-3, save_every=12)
+    record = train(run, tmp_path / "run", quiet=True)
+    rewards = [entry["reward"] for entry in record["log"]]
+    assert sum(rewards[-4:]) > sum(rewards[:4])
+
+
+def test_micro_batches_change_memory_not_the_update(taught_model: Path, tmp_path: Path) -> None:
+    for name, micro_batch in (("whole", None), ("parts", 8)):
+        train(settings(taught_model, steps=1, micro_batch=micro_batch), tmp_path / name, quiet=True)
+    whole, parts = (load_file(tmp_path / name / "masters" / "model.safetensors") for name in ("whole", "parts"))
+    base = load_file(taught_model / "model.safetensors")
+    update = torch.cat([(whole[name] - base[name].float()).flatten() for name in base])
+    same = torch.cat([(parts[name] - base[name].float()).flatten() for name in base])
+    assert torch.nn.functional.cosine_similarity(update, same, dim=0) > 0.99
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from offprincipal.training import TrainSettings, train
+
+event, ending = sys.argv[3:5]
+
+def kill(name, arguments):
+    if name == event and str(arguments[0]).endswith(ending):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+settings = TrainSettings.model_validate_json(sys.argv[1])
+sys.addaudithook(kill)
+train(settings, sys.argv[2], quiet=True)
+"""
+
+
+@pytest.mark.parametrize("recipe", RECIPES[:2])
+@pytest.mark.parametrize(
+    ("event", "ending"),
+    [
+        ("open", "checkpoint-2/trainer_state.json"),  # amid the second checkpoint
+        ("os.rename", "result/model.safetensors"),  # amid writing the result
+        ("os.rename", "run.part"),  # before the record
+    ],
+)
+def test_a_killed_run_continues_to_the_same_bytes(
+    recipe: str, event: str, ending: str, taught_model: Path, tmp_path: Path, uninterrupted: dict[str, Path]
+) -> None:
+    """Data order, sampling and the optimizer's state all survive, so that reinforcement learning is bitwise too."""
+    run = settings(taught_model, recipe)
+    out = tmp_path / "run"
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", KILLED, run.model_dump_json(), str(out), event, ending]
+    assert subprocess.run(command, env=environment, check=False).returncode == -9
+    assert (out / "checkpoints").is_dir() and not (out / "run.json").exists()
+
+    steps: list[int] = []
+    record = train(run, out, progress=lambda report: steps.append(report.step) if report.stage == "training" else None)
+    assert steps == ([2, 3] if event == "open" else [])
+    whole = uninterrupted[recipe]
+    for name in ("model.safetensors", "masters/model.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert [entry["loss"] for entry in record["log"]] == [entry["loss"] for entry in record_of(whole)["log"]]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(taught_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    for recipe in RECIPES[:2]:
+        train(settings(taught_model, recipe), folder / recipe, quiet=True)
+    return {recipe: folder / recipe for recipe in RECIPES[:2]}
+
+
+def test_overwrite_discards_a_run_and_nothing_else(taught_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(settings(taught_model, steps=1), out, quiet=True)
+    (out / "notes.txt").write_text("mine")
+    record = train(settings(taught_model, steps=1, seed=1), out, overwrite=True, quiet=True)
+    assert record["settings"]["seed"] == 1 and (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_changed_base_is_not_continued(taught_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    base = {"source": str(taught_model), "weights_blake2b": "0"}
+    started = {"schema": 1, "settings": settings(taught_model).model_dump(mode="json"), "base": base, "before": None}
+    (out / "checkpoints").mkdir(parents=True)
+    (out / "checkpoints" / "started.json").write_text(json.dumps(started))
+    with pytest.raises(TrainingError, match="other weights"):
+        train(settings(taught_model), out, quiet=True)
+
+
+def test_divergence_is_an_error_not_a_result(taught_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"diverged.*lower learning_rate"):
+        train(settings(taught_model, learning_rate=1e38), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_greedy_accuracy_is_that_of_the_models_own_generation(taught_model: Path) -> None:
+    """Against `generate`, prompt by prompt, without padding."""
+    opened = open_language_model(taught_model)
+    task = open_task("count")
+    right = 0
+    for problem in mixture([task], "eval", 40, seed=5):
+        ids = torch.tensor([opened.tokenizer(problem.prompt).input_ids])
+        completion = opened.model.generate(ids, do_sample=False, max_new_tokens=40)[0, ids.shape[1] :]
+        right += task.verify(problem, opened.tokenizer.decode(completion, skip_special_tokens=True))
+    result = evaluate(opened, ["count"], prompts=40, samples=1, seed=5)
+    assert 0 < right < 40 and result["greedy_accuracy"] == right / 40
+
+
+def test_entropy_and_divergence_are_those_of_single_sequences(taught_model: Path, tiny_model: Path) -> None:
+    """With one new token a prompt, both follow from one forward pass over each prompt."""
+    policy, base = open_language_model(taught_model), open_language_model(tiny_model)
+    entropy, divergence = [], []
+    for problem in mixture([open_task("add")], "eval", 20):
+        ids = torch.tensor([policy.tokenizer(problem.prompt).input_ids])
+        with torch.no_grad():
+            p, q = (m.model(ids).logits[0, -1].double().log_softmax(-1) for m in (policy, base))
+        entropy.append(float(-(p.exp() * p).sum()))
+        divergence.append(float((p.exp() * (p - q)).sum()))
+    result = evaluate(policy, ["add"], prompts=20, samples=2, reference=base, max_new_tokens=1)
+    assert result["token_entropy"] == pytest.approx(sum(entropy) / 20, rel=1e-5)
+    assert result["kl_to_base"] == pytest.approx(sum(divergence) / 20, rel=1e-5)
+
+
+def test_sampling_follows_the_models_distribution(taught_model: Path) -> None:
+    """The share of samples that say what greedy decoding says is the probability that the model gives it."""
+    opened = open_language_model(taught_model)
+    problem = mixture([open_task(TAUGHT_TASK)], "eval", 1)[0]
+    with torch.no_grad():
+        logits = opened.model(torch.tensor([opened.tokenizer(problem.prompt).input_ids])).logits[0, -1]
+    right = float(logits.softmax(-1)[opened.tokenizer(problem.answer).input_ids[0]])
+    result = evaluate(opened, [TAUGHT_TASK], prompts=1, samples=4000, max_new_tokens=1)
+    assert result["sampled_accuracy"] == pytest.approx(right, abs=4 * (right * (1 - right) / 4000) ** 0.5)
+
+
+def test_a_model_is_at_no_distance_from_itself_and_is_measured_alike_twice(taught_model: Path) -> None:
+    first = evaluate(taught_model, ["count", "add"], prompts=20, samples=4, reference=taught_model)
+    assert first["kl_to_base"] == 0
+    assert first == evaluate(taught_model, ["count", "add"], prompts=20, samples=4, reference=taught_model)
+    assert first["sampled_accuracy"] <= first["pass_at_k"]
+    assert first["greedy_accuracy"] == sum(first["tasks"][name]["greedy_accuracy"] for name in ("count", "add")) / 2
+
+
+def test_progress_is_a_line_a_tenth_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with terminal_progress("run") as show:
+        for step in range(1, 101):
+            show(StepReport("training", step, 100, "reward", 0.5, 2.0))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 11 and lines[-2] == "run: step 90/100, reward 0.500, 2.00 s/step, 0:20 left"
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"model": "/nowhere/at/all"}, TrainingError, "not there"),
+        ({"tasks": ("adds",)}, TaskError, "no symbolic task"),
+        ({"batch": 12, "recipe": "grpo"}, TrainingError, "not divisible by rollouts_per_prompt"),
+        ({"micro_batch": 5}, TrainingError, "not divisible by micro_batch"),
+        ({"max_new_tokens": 250, "recipe": "grpo"}, TrainingError, "exceeds the model's context of 256"),
+        ({"steps": 0}, TrainingError, "steps: .*greater than or equal to 1"),
+        ({"stepz": 1}, TrainingError, "stepz: .*not permitted"),
+        ({"tasks": ("rg:graph_color",)}, OffPrincipalError, "no reference answers|context"),
+    ],
+)
+def test_unusable_settings_say_what_to_change(
+    changes: dict[str, Any], kind: type[Exception], message: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(kind, match=message):
+        train(settings(tiny_model, **changes), tmp_path / "run", quiet=True)
+
+
+def test_unusable_folders_say_what_to_change(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "model").mkdir()
+    for out, message in ((tmp_path / "file", "is a file"), (tmp_path, "no run: choose another")):
+        with pytest.raises(TrainingError, match=message):
+            train(settings(tiny_model), out, quiet=True)
+    with pytest.raises(TrainingError, match=r"no config\.json"):
+        open_language_model(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text((tiny_model / "config.json").read_text())
+    with pytest.raises(TrainingError, match="no causal language model"):
+        open_language_model(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes())
+    with pytest.raises(TrainingError, match="no usable tokenizer"):
+        open_language_model(tmp_path / "model")
