@@ -187,6 +187,12 @@ def test_a_changed_base_is_not_continued(taught_model: Path, tmp_path: Path) -> 
         train(settings(taught_model), out, quiet=True)
 
 
+def test_a_fault_found_late_can_be_mended_in_the_same_folder(taught_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="exceeds the model's context"):
+        train(settings(taught_model, "grpo", max_new_tokens=250), tmp_path / "run", quiet=True)
+    assert train(settings(taught_model, "grpo", steps=1), tmp_path / "run", quiet=True)["log"]
+
+
 def test_divergence_is_an_error_not_a_result(taught_model: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"diverged.*lower learning_rate"):
         train(settings(taught_model, learning_rate=1e38), tmp_path / "run", quiet=True)
@@ -257,6 +263,7 @@ def test_progress_is_a_line_a_tenth_where_there_is_no_terminal(capsys: pytest.Ca
         ({"micro_batch": 5}, TrainingError, "not divisible by micro_batch"),
         ({"max_new_tokens": 250, "recipe": "grpo"}, TrainingError, "exceeds the model's context of 256"),
         ({"steps": 0}, TrainingError, "steps: .*greater than or equal to 1"),
+        ({"report_to": ("nobody",)}, TrainingError, "report_to 'nobody' is not installed"),
         ({"stepz": 1}, TrainingError, "stepz: .*not permitted"),
         ({"tasks": ("rg:graph_color",)}, OffPrincipalError, "no reference answers|context"),
     ],

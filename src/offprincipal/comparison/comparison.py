@@ -202,7 +202,9 @@ def _summary(
     return {
         "schema": 1,
         "base": base.source,
-        "arguments": {key: value for key, value in flat.items() if key != "matrix"},
+        "arguments": {
+            key: list(value) if isinstance(value, tuple) else value for key, value in flat.items() if key != "matrix"
+        },
         "versions": {package: version(package) for package in ("offprincipal", "torch", "safetensors")},
         "runs": entries,
         "pairs": [

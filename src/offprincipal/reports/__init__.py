@@ -1,4 +1,4 @@
-"""Reports: the tables of a comparison, and the verdicts of a study, as words and as one HTML file. Computes no metric."""
+"""Reports: the tables of a comparison, and the verdicts of a study, in words and as one HTML file."""
 
 from offprincipal.reports.report import write_report
 from offprincipal.reports.words import verdict_paragraph

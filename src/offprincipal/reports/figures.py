@@ -97,7 +97,9 @@ def heatmaps(matrices: pa.Table, runs: Sequence[str]) -> Json:
     """Every metric as role × layer for every run: the mean over the matrices of a cell, such as a layer's experts."""
     fields = [field for field in matrices.schema if field.metadata and b"meaning" in field.metadata]
     metrics = [field.name for field in fields if matrices[field.name].null_count < len(matrices)]
-    cells = matrices.group_by(["run", "layer", "role"]).aggregate([(m, "mean") for m in metrics] + [("tensor", "count")])
+    cells = matrices.group_by(["run", "layer", "role"]).aggregate(
+        [(m, "mean") for m in metrics] + [("tensor", "count")]
+    )
     rows = cells.to_pylist()
     layers = sorted({row["layer"] for row in rows}, key=lambda layer: (layer is None, layer))
     roles = sorted({row["role"] for row in rows}, key=_role_order)
@@ -148,7 +150,9 @@ def choose_matrices(matrices: pa.Table, columns: Sequence[str], limit: int) -> C
 def read_curves(path: Path, tensors: Sequence[str], points: int) -> Curves:
     """The curves of some matrices, by matrix, run and curve, each thinned to at most `points`; a few rows at a time."""
     wanted = ds.dataset(path).scanner(
-        columns=["tensor", "run", "curve", "values"], filter=ds.field("tensor").isin(list(tensors)), batch_size=64
+        columns=["tensor", "run", "curve", "values"],
+        filter=ds.field("tensor").isin(pa.array(tensors, pa.string())),
+        batch_size=64,
     )
     curves = {}
     for batch in wanted.to_batches():

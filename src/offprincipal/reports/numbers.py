@@ -27,7 +27,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def percent(value: float | None) -> str:
-    """One decimal, or as many as keep a share that is neither 0 nor 1 from reading so; the space does not break.
+    """One decimal, two below 1 % and above 99 %, more where a share would read as 0 or 1; the space does not break.
 
     >>> print(percent(0.26), percent(1.0), percent(0.99996), percent(1e-9), percent(None), sep=", ")
     26.0 %, 100 %, 99.996 %, <0.0001 %, –
@@ -36,7 +36,7 @@ def percent(value: float | None) -> str:
         return UNDEFINED
     if value in (0, 1):
         return f"{100 * value:.0f}\xa0%"
-    for decimals in range(1, _FINEST_PERCENT + 1):
+    for decimals in range(1 if 0.01 <= value <= 0.99 else 2, _FINEST_PERCENT + 1):
         shown = round(100 * value, decimals)
         if shown not in (0, 100):
             return _minus(f"{shown:.{decimals}f}\xa0%")

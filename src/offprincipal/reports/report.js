@@ -71,7 +71,7 @@ function report() {
   function overlaps() {
     const masks = data.overlaps, rows = numbered(data.runs.length), traces = [], layout = { annotations: [], barmode: "group", bargap: 0.28, bargroupgap: 0.08 };
     masks.forEach((mask, j) => {
-      const domain = column(j, masks.length), on = { type: "bar", orientation: "h", xaxis: "x" + suffix(j), y: rows };
+      const domain = column(j, masks.length, 0.06), on = { type: "bar", orientation: "h", xaxis: "x" + suffix(j), y: rows };
       const hover = (what) => `%{customdata}<br>${what} %{x:.2%}<extra></extra>`, customdata = data.runs.map((name) => label(name));
       const error = { type: "data", symmetric: false, array: mask.runs.map((run) => run.high - run.value), arrayminus: mask.runs.map((run) => run.value - run.low), color: INK, thickness: 1, width: 3 };
       traces.push({ ...on, customdata, x: mask.runs.map((run) => run.random), marker: { color: RANDOM }, hovertemplate: hover("chance") });
@@ -99,8 +99,8 @@ function report() {
         traces.push({ ...line, y: beyond, yaxis: below, line: { color: colour, width: 2 }, marker: { size: 5 }, hovertemplate: hover("beyond rounding", "+.2f") + " points" });
       });
       layout["xaxis" + suffix(j)] = axis({ domain, anchor: below, tickformat: ".0%", range: [0, 0.53], tickvals: [0.1, 0.3, 0.5], title: title("mask density α") });
-      layout["yaxis" + suffix(j)] = axis({ domain: [0.47, 1], anchor: x, tickformat: ".0%", range: [-0.03, 1.05], title: j ? undefined : { text: "overlap" } });
-      layout["yaxis" + suffix(j + masks.length)] = axis({ domain: [0, 0.37], anchor: x, zerolinewidth: 1.5, nticks: 5, title: j ? undefined : { text: "beyond rounding, points" } });
+      layout["yaxis" + suffix(j)] = axis({ domain: [0.47, 1], anchor: x, tickformat: ".0%", range: [-0.03, 1.05], title: j ? undefined : title("overlap") });
+      layout["yaxis" + suffix(j + masks.length)] = axis({ domain: [0, 0.37], anchor: x, zerolinewidth: 1.5, nticks: 5, title: j ? undefined : title("beyond rounding, points") });
       layout.annotations.push(heading(mask.title, middle(domain)));
     });
     const beyond = masks.flatMap((mask) => mask.runs.flatMap((run) => run.overlap.map((value, k) => Math.abs(100 * (value - run.overlap_precision_null[k])))));
@@ -196,11 +196,12 @@ function report() {
           if (curve && null_ !== null) line({ x: [curve.x[0], curve.x.at(-1)], y: [null_, null_] }, panels[side], colour, { name: name + ", isotropic null", line: { dash: "dash", width: 1.2 } });
         });
       });
+      const angles = Math.max(1, ...matrix.runs.map((run) => (run.left ? run.left.x.at(-1) : 1))), every = Math.ceil(angles / 8);
       draw("figure-spectra", traces, {
         height: 520, margin: { l: 60, r: 20, t: 30, b: 44 },
         annotations: [heading("singular values", middle(left)), heading("shift: tuned − base", middle(left), 0.44), heading("principal angles, left", middle(right)), heading("principal angles, right", middle(right), 0.44)],
-        xaxis: axis({ domain: left, anchor: "y2", title: title("singular value, no.") }), xaxis2: axis({ domain: right, anchor: "y4", title: title("angle, no.") }),
-        yaxis: axis({ domain: [0.56, 1], type: "log", nticks: 5, tickformat: "~g" }), yaxis2: axis({ domain: [0, 0.44], tickformat: "~g", nticks: 6 }),
+        xaxis: axis({ domain: left, anchor: "y2", title: title("singular value, no.") }), xaxis2: axis({ domain: right, anchor: "y4", tick0: 1, dtick: every, title: title("angle, no.") }),
+        yaxis: axis({ domain: [0.56, 1], type: "log", dtick: "D2", tickformat: "~g", tickfont: { size: 11 } }), yaxis2: axis({ domain: [0, 0.44], tickformat: "~g", nticks: 6 }),
         yaxis3: axis({ domain: [0.56, 1], anchor: "x2", ticksuffix: "°", rangemode: "tozero" }), yaxis4: axis({ domain: [0, 0.44], anchor: "x2", ticksuffix: "°", rangemode: "tozero" }),
       });
     }
@@ -239,13 +240,17 @@ function report() {
   }
 
   const figures = { "figure-training": training, "figure-overlaps": overlaps, "figure-sweep": sweep, "figure-pairs": pairs, "figure-heat": heat, "figure-spectra": spectra, "figure-stripes": stripes };
-  Object.entries(figures).forEach(([id, figure]) => document.getElementById(id) && figure());
+  Object.entries(figures).forEach(([id, figure]) => {
+    if (document.getElementById(id)) try { figure(); } catch (error) { failed(error.message); } // the others are still drawn
+  });
   window.addEventListener("beforeprint", () => document.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.Plots.resize(plot)));
 }
 
-window.addEventListener("error", (event) => {
+function failed(message) {
   const note = document.getElementById("failure");
   note.hidden = false;
-  note.textContent = "A figure could not be drawn: " + event.message;
-});
+  note.textContent = "A figure could not be drawn: " + message;
+}
+
+window.addEventListener("error", (event) => failed(event.message));
 report();

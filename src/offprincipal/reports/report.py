@@ -94,7 +94,9 @@ def _read(comparison: Path, table: str, columns: tuple[str, ...] | None = None) 
     try:
         return pq.read_table(path, columns=list(columns) if columns else None)
     except (OSError, pa.ArrowException) as error:
-        raise CheckpointError(f"cannot read {path}: {error}. Give a folder that `offprincipal compare` wrote") from error
+        raise CheckpointError(
+            f"cannot read {path}: {error}. Give a folder that `offprincipal compare` wrote"
+        ) from error
 
 
 def _trained(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,7 +132,11 @@ def _render(content: Mapping[str, Any]) -> str:
 def _filters() -> dict[str, Callable[..., str]]:
     shown = (numbers.number, numbers.percent, numbers.points, numbers.degrees, numbers.signed, numbers.estimate)
     named: dict[str, Callable[..., str]] = {function.__name__: function for function in shown}
-    return named | {"plain": words.plain, "show_as": lambda value, name: named[name](value)}
+    return named | {
+        "plain": words.plain,
+        "show_as": lambda value, name: named[name](value),
+        "bare": lambda text: text.removesuffix(" points").removesuffix("\xa0%").removesuffix("°"),
+    }
 
 
 def _asset(name: str) -> str:

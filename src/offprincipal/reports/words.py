@@ -39,20 +39,22 @@ def run_paragraph(name: str, metrics: Metrics) -> str:
     value = _reader(metrics)
     if is_unchanged(metrics):
         return _unchanged(name, value)
-    parts = [_amount(name, value), _distance(value), _turn(value), *(_place(mask, value) for mask in MASKS)]
-    said = [part for part in parts if part]
-    return " ".join(said) if said else f"{plain(name)}: none of the metrics that a sentence could be about was measured."
+    parts = [_amount(value), _distance(value), _turn(value), *(_place(mask, value) for mask in MASKS)]
+    said = [part for part in parts if part] or ["none of the metrics that a sentence could be about was measured."]
+    return f"{plain(name)}: " + " ".join(said)
 
 
 def pair_sentence(pair: Mapping[str, Any]) -> str:
     """How far two runs changed the same entries, beside both nulls."""
     names = f"{plain(pair['run_a'])} and {plain(pair['run_b'])}"
-    found, null = pair["jaccard"], pair["jaccard_precision_null"]
+    found, chance, null, z = (pair[f"jaccard{suffix}"] for suffix in ("", "_random", "_precision_null", "_z"))
     if found is None:
         return f"{names}: the agreement of their changed entries is undefined, since neither changed any."
+    if chance == 0:
+        return f"{names} share no changed entry, since one of them changed none."
     return (
-        f"{names} changed the same entries with a Jaccard index of {number(found)}; chance alone gives "
-        f"{number(pair['jaccard_random'])} and rounding alone {number(null)}: {_beyond(found, null, pair['jaccard_z'])}."
+        f"{names} changed the same entries with a Jaccard index of {number(found)}; "
+        f"chance alone gives {number(chance)} and rounding alone {number(null)}: {_beyond(found, null, z)}."
     )
 
 
@@ -124,24 +126,23 @@ def _unchanged(name: str, value: _Reader) -> str:
     if stored is not None and stored < 1:
         text += f", although {percent(1 - stored)} of the stored values differ below that precision"
     if moved:
-        text += f" (relative step length {number(moved)})"
+        text += f" (the stored update's norm is {number(moved)} of the base's)"
     return text + ". There is no changed entry to locate, so every overlap is undefined."
 
 
-def _amount(name: str, value: _Reader) -> str:
+def _amount(value: _Reader) -> str:
     unchanged, null = value("unchanged_fraction"), value("unchanged_fraction_isotropic_null")
     if unchanged is None:
-        return f"{plain(name)}:"
+        return ""
     beside = f", where a random update of equal norm would leave {percent(null)}" if null is not None else ""
     return (
-        f"{plain(name)} changed {percent(1 - unchanged)} of the weights; "
-        f"{percent(unchanged)} are bit-identical in bfloat16{beside}."
+        f"{percent(1 - unchanged)} of the weights changed; {percent(unchanged)} are bit-identical in bfloat16{beside}."
     )
 
 
 def _distance(value: _Reader) -> str:
     moved = value("relative_update_norm")
-    return f"The update's norm is {number(moved)} of the base's." if moved is not None else ""
+    return f"The update's norm is {number(moved)} of the base's (step length)." if moved is not None else ""
 
 
 def _turn(value: _Reader) -> str:
@@ -159,7 +160,7 @@ def _beside(found: float, null: float | None, text: Callable[[float], str]) -> s
     if not null:
         return ""
     ratio = found / null
-    return f", {number(ratio, 2)} times what a random update of equal norm gives ({text(null)}): {_explained([ratio])}"
+    return f", {_times(ratio)} times what a random update of equal norm gives ({text(null)}): {_explained([ratio])}"
 
 
 def _place(mask: str, value: _Reader) -> str:
@@ -193,7 +194,8 @@ def _precision_answer(readers: Sequence[_Reader]) -> str:
     if not known:
         return ""
     spans = [
-        _span([r(f"principal_overlap{suffix}") for r in known], percent) for suffix in ("", "_random", "_precision_null")
+        _span([r(f"principal_overlap{suffix}") for r in known], percent)
+        for suffix in ("", "_random", "_precision_null")
     ]
     gaps = [gap for r in known for mask in MASKS if (gap := _gap(mask, r)) is not None]
     return (
@@ -235,7 +237,7 @@ def _step_answer(readers: Sequence[_Reader]) -> str:
     ):
         ratios = [f / n for r in readers if (f := r(name)) is not None and (n := r(f"{name}_isotropic_null"))]
         if ratios:
-            clauses.append(f"{words} {_span(ratios, lambda x: number(x, 2))} times as far ({_explained(ratios)})")
+            clauses.append(f"{words} {_span(ratios, _times)} times as far ({_explained(ratios)})")
     if clauses:
         text += "; beside a random update of equal norm " + ", and ".join(clauses)
     return text + "."
@@ -256,9 +258,24 @@ def _energy_answer(readers: Sequence[_Reader]) -> str:
     if not known:
         return ""
     return (
-        f"the principal subspaces hold {_span(known, lambda x: number(x, 2))} times the energy that an "
-        "update without preferred directions would put there."
+        f"the principal subspaces hold {_span(known, _times)} times the energy that an update without preferred "
+        f"directions would put there: {_preference(known)}."
     )
+
+
+def _preference(enrichments: Sequence[float]) -> str:
+    if all(1 / ABOUT <= x <= ABOUT for x in enrichments):
+        return "about what no preference gives"
+    if all(x > ABOUT for x in enrichments):
+        return "the updates lean on the principal directions"
+    if all(x < 1 / ABOUT for x in enrichments):
+        return "the updates avoid the principal directions"
+    return "the runs differ"
+
+
+def _times(ratio: float) -> str:
+    """Two decimals around 1, so that 0.98 and 1.02 read alike."""
+    return f"{ratio:.2f}" if 0.1 <= ratio < 10 else number(ratio)
 
 
 def _span(values: Sequence[float | None], text: Callable[[float], str]) -> str:

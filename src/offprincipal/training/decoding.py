@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offprincipal.errors import TrainingError
 from offprincipal.training.models import LanguageModel
 
 _DROP_SHARE = 0.25
@@ -51,7 +52,9 @@ class _Decoder:
         if self._positions:
             extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = self._model(input_ids=ids, attention_mask=mask, past_key_values=self._cache, use_cache=True, **extra)
-        self._cache = output.past_key_values
+        self._cache = getattr(output, "past_key_values", None)
+        if self._cache is None:
+            raise TrainingError(f"{type(self._model).__name__} keeps no key-value cache: choose a model that does")
         log_p: Tensor = output.logits[:, -1].double().log_softmax(-1)
         return log_p
 
@@ -83,6 +86,9 @@ def complete(
         max_new_tokens: the longest completion.
         generator: on the CPU; advanced by the call.
         reference: what the divergence is measured to; its vocabulary is the policy's.
+
+    Raises:
+        TrainingError: a model has no key-value cache.
     """
     device = language_model.device
     group = 1 + samples

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 _LINES = 10
 
@@ -42,14 +42,18 @@ def silent(report: StepReport) -> None:
 
 @contextmanager
 def terminal_progress(title: str) -> Iterator[ShowProgress]:
-    """What shows a run's progress on standard output, headed by a title."""
+    """What shows a run's progress on standard output, headed by a title.
+
+    >>> with terminal_progress("run") as show:
+    ...     show(StepReport("training", 5, 10, "reward", 0.25, 2.0))
+    run: step 5/10, reward 0.250, 2.00 s/step, 0:10 left
+    """
     if sys.stdout.isatty():
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
         )
         with Progress(*columns, console=Console()) as bar:
             line = bar.add_task(title, total=None, status="")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from offprincipal.errors import TaskError
+from offprincipal.errors import TaskError, TrainingError
 from offprincipal.tasks import Problem, Task, mixture, open_task
 from offprincipal.training.models import LanguageModel
 from offprincipal.training.settings import TrainSettings
@@ -28,8 +28,9 @@ def build_trainer(settings: TrainSettings, language_model: LanguageModel, checkp
 
     Raises:
         TaskError: a task is unknown or has no reference answers to learn from.
-        TrainingError: a prompt or example does not fit the context.
+        TrainingError: a prompt or example does not fit the context, or a logger of `report_to` is not installed.
     """
+    _require_loggers(settings)
     tasks = {task.name: task for task in map(open_task, settings.tasks)}
     problems = mixture(list(tasks.values()), "train", settings.steps * settings.prompts_per_step, settings.seed)
     shared = _shared_arguments(settings, language_model, checkpoints)
@@ -41,6 +42,14 @@ def build_trainer(settings: TrainSettings, language_model: LanguageModel, checkp
     trainer.remove_callback(importlib.import_module("transformers").PrinterCallback)
     trainer.add_callback(callback)
     return trainer
+
+
+def _require_loggers(settings: TrainSettings) -> None:
+    available = importlib.import_module("transformers.integrations").get_available_reporting_integrations()
+    for logger in settings.report_to:
+        if logger not in available:
+            names = ", ".join(sorted(available)) or "none"
+            raise TrainingError(f"report_to '{logger}' is not installed or not known; available here: {names}")
 
 
 def _shared_arguments(settings: TrainSettings, language_model: LanguageModel, checkpoints: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@
     OUT/masters/                                     the same tensors in float32, as they were trained
     OUT/run.json                                     the record; written last, so it marks a complete run
     OUT/checkpoints/                                 only while the run is not complete
+    OUT/runs/                                        what TensorBoard was told, if asked for
 
 Knows nothing of what the recipes do.
 """
@@ -30,6 +31,7 @@ RECORD = "run.json"
 CHECKPOINTS = "checkpoints"
 STARTED = "started.json"
 MASTERS = "masters"
+TENSORBOARD = "runs"
 _MEASURING_SEED = 0  # one for all runs, so that they are measured on the same prompts with the same noise
 _ONE_SHARD = 2**60
 _LOGGED = {
@@ -78,6 +80,8 @@ def train(
         _discard(folder)
     record = _complete_record(folder, settings)
     if record is not None:
+        if not quiet and progress is None:
+            print(f"{folder}: this run is complete already")
         return record
     if progress is not None or quiet:
         return _run(settings, folder, progress or silent)
@@ -111,7 +115,7 @@ def _run(settings: TrainSettings, out: Path, show: ShowProgress) -> dict[str, An
         "versions": _versions(),
     }
     _write_json(out / RECORD, record)
-    shutil.rmtree(out / CHECKPOINTS)
+    _remove_checkpoints(out)
     return record
 
 
@@ -133,7 +137,11 @@ def _measure(
 
 
 def _fit(
-    settings: TrainSettings, language_model: LanguageModel, checkpoints: Path, started: dict[str, Any], show: ShowProgress
+    settings: TrainSettings,
+    language_model: LanguageModel,
+    checkpoints: Path,
+    started: dict[str, Any],
+    show: ShowProgress,
 ) -> list[dict[str, Any]]:
     """Train in place, from the last whole checkpoint where there is one; returns the log, one entry a step.
 
@@ -151,8 +159,8 @@ def _fit(
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except torch.OutOfMemoryError as error:
             raise TrainingError(
-                f"{settings.micro_batch or settings.batch} sequences at once do not fit into the GPU's memory: choose a "
-                "smaller micro_batch, or gradient_checkpointing, and pass --overwrite"
+                f"{settings.micro_batch or settings.batch} sequences at once do not fit into the GPU's memory: choose "
+                "a smaller micro_batch, or gradient_checkpointing, and pass --overwrite"
             ) from error
     return [
         {"step": entry["step"]} | {ours: entry[theirs] for theirs, ours in _LOGGED.items() if theirs in entry}
@@ -172,6 +180,13 @@ def _last_whole_checkpoint(checkpoints: Path) -> Path | None:
     return whole[max(whole)] if whole else None
 
 
+def _remove_checkpoints(out: Path) -> None:
+    """Remove what only continuing needs; TensorBoard's files, which the trainer keeps there too, are kept."""
+    if (out / CHECKPOINTS / TENSORBOARD).is_dir():
+        shutil.copytree(out / CHECKPOINTS / TENSORBOARD, out / TENSORBOARD, dirs_exist_ok=True)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+
+
 def _complete_record(out: Path, settings: TrainSettings) -> dict[str, Any] | None:
     """The record of a complete run with these settings, if the folder holds one.
 
@@ -183,7 +198,7 @@ def _complete_record(out: Path, settings: TrainSettings) -> dict[str, Any] | Non
     record = _read_json(out / RECORD)
     if record is not None:
         _require_same(out, record, settings)
-        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+        _remove_checkpoints(out)
         return record
     if out.is_dir() and any(out.iterdir()) and not (out / CHECKPOINTS).is_dir():
         raise TrainingError(f"output folder {out} holds files that are no run: choose another --out")
@@ -234,7 +249,7 @@ def _require_finite(language_model: LanguageModel, settings: TrainSettings) -> N
 
 
 def _write_model(language_model: LanguageModel, out: Path) -> None:
-    """Masters in float32, the stored model in bfloat16, each file whole or absent; the model in memory ends in bfloat16."""
+    """Masters in float32 and the stored model in bfloat16, every file whole or absent; ends with a bfloat16 model."""
     part = out / CHECKPOINTS / "result"
     shutil.rmtree(part, ignore_errors=True)
     with quiet_libraries():
@@ -267,7 +282,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         value: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
-        raise TrainingError(f"{path} is no readable JSON: {error}; choose another --out or pass --overwrite") from error
+        raise TrainingError(f"{path} is no JSON: {error}; choose another --out or pass --overwrite") from error
     return value
 
 

@@ -44,7 +44,7 @@ class TrainSettings(BaseModel):
     temperature: float = Field(1.0, gt=0, description="sampling temperature (grpo)")
     max_new_tokens: int = Field(8, ge=1, description="longest completion that is sampled in training (grpo)")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower steps")
-    seed: int = Field(0, ge=0, lt=2**32, description="decides training prompts and samples; measuring is the same for all")
+    seed: int = Field(0, ge=0, lt=2**32, description="decides training prompts and samples, not the measuring")
     eval_prompts: int = Field(256, ge=0, description="held-out prompts to measure on, before and after; 0: none")
     eval_samples: int = Field(4, ge=1, description="samples for each held-out prompt")
     eval_max_new_tokens: int = Field(40, ge=1, description="longest completion that is sampled in measuring")

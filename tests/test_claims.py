@@ -1,0 +1,122 @@
+"""The rules that judge claims, on updates whose truth is known by construction."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_folders import write_model
+from hypothesis import given
+from hypothesis import strategies as st
+from matrices import gaussian
+from torch import Tensor
+
+from offprincipal.comparison import compare
+from offprincipal.errors import StudyError
+from offprincipal.geometry.masks import principal_ranks
+from offprincipal.geometry.spectrum import decompose, principal_rank
+from offprincipal.studies.claims import CLAIMS, Evidence, decide, judge
+
+VERDICTS = {"supported", "contradicted", "no effect beyond the control", "inconclusive"}
+
+
+def heavy_tailed() -> dict[str, Tensor]:
+    """Twelve matrices over many exponents, with a strong low-rank part, so that rounding has something to favour."""
+    weights = {}
+    for layer in range(4):
+        for i, role in enumerate(("q_proj", "k_proj", "v_proj")):
+            seed = 10 * layer + i
+            low_rank = gaussian(64, 2, seed=300 + seed) @ gaussian(2, 96, seed=400 + seed)
+            weight = 0.05 * gaussian(64, 96, seed=seed) + 0.05 * low_rank
+            weights[f"model.layers.{layer}.self_attn.{role}.weight"] = weight.bfloat16()
+    return weights
+
+
+def principal_mask(tensor: Tensor) -> Tensor:
+    svd = decompose(tensor).top(principal_rank(tensor.shape, 0.125))
+    return principal_ranks(svd.U, svd.S, svd.Vh) < tensor.numel() // 2
+
+
+def updated(weights: dict[str, Tensor], size: float, seed: int, on_principal: float = 1.0) -> dict[str, Tensor]:
+    """bfloat16 weights after a Gaussian update, scaled by a factor on principal coordinates."""
+    found = {}
+    for i, (name, tensor) in enumerate(weights.items()):
+        update = size * gaussian(*tensor.shape, seed=seed + i)
+        if tensor.ndim == 2:
+            update = torch.where(principal_mask(tensor), on_principal * update, update)
+        found[name] = (tensor.double() + update).bfloat16()
+    return found
+
+
+def study(tmp_path: Path, on_principal: float = 1.0, sft_size: float = 2e-4) -> dict[str, dict[str, str]]:
+    """Claim -> verdicts, of two RLVR-like runs and one SFT-like run."""
+    weights = heavy_tailed()
+    base = write_model(tmp_path / "base", weights)
+    runs = {
+        "rl_a": write_model(tmp_path / "rl_a", updated(weights, 2e-4, 1000, on_principal)),
+        "rl_b": write_model(tmp_path / "rl_b", updated(weights, 2e-4, 2000, on_principal)),
+        "sft": write_model(tmp_path / "sft", updated(weights, sft_size, 3000)),
+    }
+    compare(base, runs).write(tmp_path / "comparison")
+    evidence = Evidence.read(tmp_path / "comparison", ["rl_a", "rl_b"], ["sft"], "comparison")
+    judged = {id: judge(id, evidence) for id in CLAIMS}
+    for claim in judged.values():
+        assert {claim["as_published"]["verdict"], claim["controlled"]["verdict"]} <= VERDICTS
+    return {
+        id: {"published": claim["as_published"]["verdict"], "controlled": claim["controlled"]["verdict"]}
+        for id, claim in judged.items()
+    }
+
+
+def test_rounding_and_step_length_alone_make_the_published_picture_and_no_control_lets_it_pass(tmp_path: Path) -> None:
+    """Every update here ignores the weights, and the SFT-like one is ten times as long."""
+    verdicts = study(tmp_path, sft_size=2e-3)
+    for id in ("C1", "C2", "C3", "C4", "C5", "C6"):
+        assert verdicts[id]["published"] == "supported", id
+        assert verdicts[id]["controlled"] == "no effect beyond the control", id
+
+
+def test_an_update_that_avoids_principal_weights_passes_the_control(tmp_path: Path) -> None:
+    verdicts = study(tmp_path, on_principal=0.3)
+    assert verdicts["C5"] == {"published": "supported", "controlled": "supported"}
+    assert verdicts["C2"]["controlled"] == "supported"
+
+
+def test_an_update_that_seeks_principal_weights_contradicts_under_the_control(tmp_path: Path) -> None:
+    assert study(tmp_path, on_principal=3.0)["C5"]["controlled"] == "contradicted"
+
+
+def test_equal_runs_differ_in_nothing(tmp_path: Path) -> None:
+    verdicts = study(tmp_path)
+    for id in ("C1", "C3", "C4"):
+        assert verdicts[id] == {"published": "no effect beyond the control", "controlled": "no effect beyond the control"}
+
+
+def test_runs_that_changed_nothing_are_inconclusive_not_an_error(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", heavy_tailed())
+    compare(base, {"rl": base, "sft": base}).write(tmp_path / "comparison")
+    evidence = Evidence.read(tmp_path / "comparison", ["rl"], ["sft"], "comparison")
+    for id in ("C2", "C3", "C4", "C5", "C6"):
+        found = judge(id, evidence)
+        assert found["as_published"]["verdict"] == found["controlled"]["verdict"] == "inconclusive"
+        assert found["as_published"]["effect"] is None
+
+
+def test_a_run_that_was_not_compared_is_named(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", heavy_tailed())
+    compare(base, {"rl": base}).write(tmp_path / "comparison")
+    with pytest.raises(StudyError, match="no run 'sft'"):
+        Evidence.read(tmp_path / "comparison", ["rl"], ["sft"], "comparison")
+
+
+@given(st.floats(-1, 1), st.floats(0, 0.5), st.floats(0, 0.5))
+def test_the_opposite_claim_gets_the_opposite_verdict(value: float, below: float, above: float) -> None:
+    claimed = decide(value, value - below, value + above, 0.0, -0.02, 0.02, 1)
+    opposite = decide(value, value - below, value + above, 0.0, -0.02, 0.02, -1)
+    swapped = {"supported": "contradicted", "contradicted": "supported"}
+    assert opposite == swapped.get(claimed, claimed)
+
+
+@given(st.floats(-1, 1), st.floats(0.001, 0.5))
+def test_an_interval_about_zero_supports_nothing(value: float, room: float) -> None:
+    low, high = min(value, 0) - room, max(value, 0) + room
+    assert decide(value, low, high, 0.0, -0.02, 0.02, 1) in {"no effect beyond the control", "inconclusive"}

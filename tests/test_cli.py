@@ -1,0 +1,114 @@
+"""The command line as a user meets it: what it prints, its exit codes, and no traceback for bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+from checkpoint_folders import base_weights, moved, stored, write_model
+
+from offprincipal.cli import main
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    root = tmp_path_factory.mktemp("cli")
+    weights = base_weights()
+    base = write_model(root / "base", weights)
+    return str(base), str(write_model(root / "tuned", stored(moved(weights, 1e-3, 5))))
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Run the command line; its exit code."""
+    monkeypatch.setattr("sys.argv", ["offprincipal", *words])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize("command", [[], ["study"], ["compare"], ["train"], ["settings"], ["tasks"], ["report"]])
+def test_every_command_explains_itself(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, *command, "--help") == 0
+    assert "Usage" in capsys.readouterr().out
+
+
+def test_compare_prints_figures_with_nulls_and_writes_its_files(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "compare", pair[0], f"mine={pair[1]}", "--out", str(tmp_path / "out")) == 0
+    printed = capsys.readouterr().out
+    assert "mine" in printed and "null in brackets" in printed
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {
+        *("matrices.parquet", "masks.parquet", "pairs.parquet", "curves.parquet", "summary.json", "report.html")
+    }
+
+
+def test_json_is_the_summary_and_nothing_else(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "compare", *pair, "--out", str(tmp_path), "--json", "--no-report") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "summary.json").read_text())
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_report_can_be_drawn_again(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call(monkeypatch, "compare", *pair, "--out", str(tmp_path), "--no-report") == 0
+    assert call(monkeypatch, "report", str(tmp_path)) == 0
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(("condition", "code"), [("relative_update_norm > 10", 0), ("relative_update_norm < 10", 3)])
+def test_a_pipeline_can_fail_on_a_condition(
+    condition: str, code: int, pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call(monkeypatch, "compare", *pair, "--out", str(tmp_path), "--no-report", "--fail-if", condition) == code
+    assert (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["compare", "{base}", "{base}/nowhere"], "does not exist"),
+        (["compare", "{base}", "{tuned}", "--metrics", "magic"], "no metric group"),
+        (["compare", "{base}", "{tuned}", "--alpha", "2"], "alpha"),
+        (["compare", "{base}", "{tuned}", "--fail-if", "nonsense > 1"], "no metric 'nonsense'"),
+        (["compare", "{base}", "{tuned}", "{tuned}"], "two runs"),
+        (["compare", "{base}", "{tuned}", "--out", "{base}/config.json"], "output folder"),
+        (["compare", "{base}"], "Missing argument"),
+        (["study", "no_such_profile"], "no profile"),
+        (["study", "--set", "training.steps=-1"], "steps"),
+        (["train", "grpo", "--task", "algebra", "--out", "{base}/../run"], "algebra"),
+        (["train", "ppo", "--task", "add", "--out", "{base}/../run"], "recipe"),
+        (["train", "grpo", "--task", "add", "--model", "{base}/../nowhere", "--out", "{base}/../run"], "nowhere"),
+        (["report", "{base}"], "summary.json"),
+    ],
+)
+def test_bad_input_is_told_in_a_line_with_exit_code_2(
+    words: list[str],
+    says: str,
+    pair: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    filled = [word.format(base=pair[0], tuned=pair[1]) for word in words]
+    before = sorted(path for path in Path(pair[0]).parent.rglob("*") if path.is_file())
+    assert call(monkeypatch, *filled) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err and "Traceback" not in captured.err
+    assert before == sorted(path for path in Path(pair[0]).parent.rglob("*") if path.is_file())
+
+
+def test_an_old_report_survives_a_comparison_that_fails(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call(monkeypatch, "compare", *pair, "--out", str(tmp_path), "--no-report") == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert call(monkeypatch, "compare", pair[0], str(tmp_path), "--out", str(tmp_path)) == 2
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}

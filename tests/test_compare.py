@@ -1,0 +1,233 @@
+"""A comparison's tables against figures worked out by hand, and its promises: nulls, determinism, nothing undefined."""
+
+import json
+import math
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from checkpoint_folders import base_weights, moved, stored, write_model, write_shards
+
+from offprincipal.comparison import Comparison, CompareSettings, MatrixSettings, compare, parse_condition, read_table
+from offprincipal.comparison.pooling import estimate_ratio
+from offprincipal.comparison.registry import METRICS
+from offprincipal.errors import ArgumentError, CheckpointError
+
+LINEAR = 6
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    weights = base_weights()
+    near, far = moved(weights, 2e-4, 100), moved(weights, 3e-3, 200)
+    return {
+        "base": write_model(root / "base", weights),
+        "near": write_model(root / "near", stored(near), near),
+        "far": write_shards(root / "far", stored(far)),
+    }
+
+
+@pytest.fixture(scope="module")
+def result(folders: dict[str, Path]) -> Comparison:
+    return compare(folders["base"], [folders["near"], folders["far"]])
+
+
+def value(result: Comparison, run: str, metric: str) -> float:
+    found: float = result.summary["runs"][run]["metrics"][metric]["value"]
+    return found
+
+
+def test_there_is_a_row_for_every_tensor_and_run(result: Comparison) -> None:
+    assert len(result.matrices) == 2 * (LINEAR + 2)
+    assert sum(row["linear"] for row in result.matrices) == 2 * LINEAR
+    assert len(result.masks) == 2 * LINEAR * 4 * 5
+    assert len(result.pairs) == LINEAR
+    assert {row["solver"] for row in result.matrices if row["linear"]} == {"exact"}
+
+
+def test_every_registered_column_is_measured(result: Comparison) -> None:
+    for metric in METRICS:
+        for column in metric.columns:
+            values = [row[column.name] for row in result.matrices if row["run"] == "near" and row["linear"]]
+            assert any(v is not None for v in values), column.name
+
+
+def test_the_unchanged_fraction_counts_every_entry(result: Comparison, folders: dict[str, Path]) -> None:
+    base, far = base_weights(), stored(moved(base_weights(), 3e-3, 200))
+    same = sum(int((base[name] == far[name]).sum()) for name in base)
+    assert value(result, "far", "unchanged_fraction") == pytest.approx(same / sum(t.numel() for t in base.values()))
+
+
+def test_norms_pool_as_norms_and_shifts_by_parameters(result: Comparison) -> None:
+    base, far = base_weights(), stored(moved(base_weights(), 3e-3, 200))
+    linear = [name for name in base if "proj" in name]
+    updates = {name: (far[name].double() - base[name].double()) for name in linear}
+    norm = math.sqrt(sum(update.square().sum().item() for update in updates.values()))
+    assert value(result, "far", "update_norm") == pytest.approx(norm)
+    base_norm = math.sqrt(sum(base[name].double().square().sum().item() for name in linear))
+    assert value(result, "far", "relative_update_norm") == pytest.approx(norm / base_norm)
+    shifts = {}
+    for name in linear:
+        s0, s1 = (torch.linalg.svdvals(w[name].double()) for w in (base, far))
+        shifts[name] = ((s1 - s0).norm() / s0.norm()).item()
+    weighted = sum(shifts[name] * base[name].numel() for name in linear) / sum(base[name].numel() for name in linear)
+    assert value(result, "far", "spectral_shift") == pytest.approx(weighted)
+
+
+def test_overlaps_pool_by_their_counts(result: Comparison) -> None:
+    rows = [row for row in result.matrices if row["run"] == "near" and row["linear"]]
+    inside = sum(row["principal_overlap"] * row["changed_count"] for row in rows)
+    assert value(result, "near", "principal_overlap") == pytest.approx(inside / sum(r["changed_count"] for r in rows))
+    expected = sum(row["principal_overlap_precision_null"] * row["changed_count"] for row in rows)
+    sd = math.sqrt(sum((row["principal_overlap_precision_null_sd"] * row["changed_count"]) ** 2 for row in rows))
+    assert value(result, "near", "principal_overlap_z") == pytest.approx((inside - expected) / sd)
+
+
+def test_a_weight_blind_update_shows_nothing_beyond_its_nulls(result: Comparison) -> None:
+    for run in ("near", "far"):
+        for mask in ("principal", "low_magnitude", "safe", "random"):
+            assert abs(value(result, run, f"{mask}_overlap_z")) < 5
+        null = value(result, run, "unchanged_fraction_isotropic_null")
+        assert value(result, run, "unchanged_fraction") == pytest.approx(null, abs=0.02)
+        null = value(result, run, "principal_angle_left_mean_deg_isotropic_null")
+        assert value(result, run, "principal_angle_left_mean_deg") == pytest.approx(null, rel=0.25)
+    assert abs(result.summary["pairs"][0]["jaccard_z"]) < 5
+
+
+def test_the_default_mask_columns_are_those_of_the_sweep(result: Comparison) -> None:
+    rows = {(row["run"], row["tensor"]): row for row in result.matrices}
+    at_default = [row for row in result.masks if row["alpha"] == 0.5]
+    assert at_default
+    for row in at_default:
+        matrix = rows[row["run"], row["tensor"]]
+        for suffix in ("", "_random", "_precision_null", "_z"):
+            assert row[f"overlap{suffix}"] == matrix[f"{row['mask']}_overlap{suffix}"]
+
+
+def test_masters_show_what_storage_hides(result: Comparison) -> None:
+    near = value(result, "near", "hidden_fraction")
+    assert near == pytest.approx(value(result, "near", "unchanged_fraction"), abs=1e-3)
+    assert result.summary["runs"]["far"]["metrics"]["hidden_fraction"]["value"] is None
+
+
+def test_threads_and_file_layout_do_not_change_a_byte(folders: dict[str, Path], tmp_path: Path) -> None:
+    for threads in (1, 3):
+        compare(folders["base"], [folders["near"], folders["far"]], threads=threads).write(tmp_path / str(threads))
+    for file in sorted((tmp_path / "1").iterdir()):
+        assert file.read_bytes() == (tmp_path / "3" / file.name).read_bytes(), file.name
+
+
+def test_the_tables_on_disk_are_the_rows_and_say_what_they_mean(result: Comparison, tmp_path: Path) -> None:
+    out = result.write(tmp_path / "out")
+    assert sorted(p.name for p in out.iterdir()) == [
+        *("curves.parquet", "masks.parquet", "matrices.parquet", "pairs.parquet", "summary.json")
+    ]
+    for name in ("matrices", "masks", "pairs", "curves"):
+        assert read_table(out, name) == getattr(result, name)
+    field = pq.read_schema(out / "matrices.parquet").field("spectral_shift")
+    assert b"NSS" in field.metadata[b"source"]
+    assert json.loads((out / "summary.json").read_text()) == result.summary
+
+
+def test_identical_checkpoints_give_nulls_not_numbers(folders: dict[str, Path], tmp_path: Path) -> None:
+    result = compare(folders["base"], {"same": folders["base"], "again": folders["base"]})
+    result.write(tmp_path)
+    assert "no weight changed" in result.summary["runs"]["same"]["warnings"][0]
+    metrics = result.summary["runs"]["same"]["metrics"]
+    assert metrics["unchanged_fraction"]["value"] == 1.0
+    assert metrics["spectral_shift"]["value"] == 0.0
+    assert metrics["principal_angle_left_max_deg"]["value"] == 0.0
+    undefined = ("principal_overlap", "principal_overlap_z", "spectral_shift_per_norm", "principal_energy", "row_gini")
+    undefined += ("row_dispersion", "weyl_tightness", "wedin_tightness", "update_stable_rank")
+    for name in undefined:
+        assert metrics[name]["value"] is None, name
+    assert result.summary["pairs"][0]["jaccard"] is None
+    assert "NaN" not in (tmp_path / "summary.json").read_text()
+
+
+def test_zero_constant_and_one_row_matrices_are_measured(tmp_path: Path) -> None:
+    weights = {
+        "model.layers.0.self_attn.q_proj.weight": torch.zeros(4, 5),
+        "model.layers.0.self_attn.k_proj.weight": torch.ones(4, 5),
+        "model.layers.0.self_attn.v_proj.weight": torch.randn(1, 7, generator=torch.Generator().manual_seed(0)),
+        "model.layers.0.self_attn.o_proj.weight": torch.eye(6),
+    }
+    base = write_model(tmp_path / "base", stored(weights))
+    tuned = write_model(tmp_path / "tuned", stored(moved(weights, 0.01, 0)))
+    result = compare(base, [tuned])
+    result.write(tmp_path / "out")
+    rows = {row["role"]: row for row in result.matrices}
+    assert rows["q"]["spectral_shift"] is None and rows["q"]["relative_update_norm"] is None
+    assert rows["q"]["unchanged_fraction"] == 0.0
+    assert rows["v"]["k"] == 1 and rows["v"]["principal_angle_left_max_deg"] == 0.0
+    for row in result.matrices:
+        for name, number in row.items():
+            assert not isinstance(number, float) or math.isfinite(number), (row["role"], name)
+
+
+def test_location_alone_decomposes_nothing(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a matrix was decomposed")
+
+    monkeypatch.setattr(torch.linalg, "svd", refuse)
+    monkeypatch.setattr(torch.linalg, "svdvals", refuse)
+    result = compare(folders["base"], [folders["near"]], CompareSettings(metrics=("location",)))
+    row = next(row for row in result.matrices if row["linear"])
+    assert row["low_magnitude_overlap"] is not None and row["solver"] is None
+    assert "principal_overlap" not in row and "spectral_shift" not in row
+
+
+def test_embeddings_are_pooled_only_when_asked_for(folders: dict[str, Path]) -> None:
+    settings = CompareSettings(include_embeddings=True)
+    result = compare(folders["base"], [folders["near"]], settings)
+    assert result.summary["runs"]["near"]["metrics"]["spectral_shift"]["matrices"] == LINEAR + 1
+
+
+def test_float32_checkpoints_are_compared_in_their_own_precision_too(tmp_path: Path) -> None:
+    weights = {name: tensor.float() for name, tensor in base_weights().items()}
+    base = write_model(tmp_path / "base", weights)
+    result = compare(base, [write_model(tmp_path / "tuned", moved(weights, 1e-6, 0))])
+    metrics = result.summary["runs"]["tuned"]["metrics"]
+    assert metrics["unchanged_fraction"]["value"] > 0.9 > 0.6 > metrics["unchanged_fraction_stored"]["value"]
+    assert "float32" in result.summary["runs"]["tuned"]["warnings"][-1]
+
+
+def test_two_runs_of_one_name_and_bad_settings_are_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(ArgumentError, match="two runs are named 'near'"):
+        compare(folders["base"], [folders["near"], folders["near"]])
+    with pytest.raises(ArgumentError, match="alpha is 0"):
+        CompareSettings(matrix=MatrixSettings(alpha=0))
+    with pytest.raises(ArgumentError, match="no metric group"):
+        CompareSettings(metrics=("geometry",))  # type: ignore[arg-type]
+
+
+def test_a_bad_tensor_leaves_no_output(folders: dict[str, Path], tmp_path: Path) -> None:
+    weights = base_weights()
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match="down_proj"):
+        compare(folders["base"], [write_model(tmp_path / "bad", weights)])
+
+
+def test_a_bootstrap_interval_covers_the_truth_as_often_as_it_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hits = 0
+    for _ in range(200):
+        sample = torch.randn(40, generator=generator).tolist()
+        pooled = estimate_ratio([(x, 1.0) for x in sample]).pooled()
+        assert pooled.low is not None and pooled.high is not None
+        hits += pooled.low <= 0 <= pooled.high
+    assert 175 <= hits <= 199
+
+
+@pytest.mark.parametrize("text", ["spectral_shift", "spectral_shift > x", "spectral_shift == 1", "angle > 1", "", "k > 1"])
+def test_a_condition_that_cannot_be_meant_is_refused(text: str) -> None:
+    with pytest.raises(ArgumentError):
+        parse_condition(text)
+
+
+def test_conditions_hold_for_the_runs_they_hold_for(result: Comparison) -> None:
+    found = parse_condition("relative_update_norm > 0.02").held_by(result.summary)
+    assert [phrase.split(":")[0] for phrase in found] == ["far"]
+    assert parse_condition("unchanged_fraction >= 2").held_by(result.summary) == []

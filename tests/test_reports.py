@@ -1,0 +1,256 @@
+"""Reports: what the words may claim, what the page may contain, and that a browser draws it without the network."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from plotly.offline import get_plotlyjs
+
+from checkpoint_folders import moved, stored, write_model
+from offprincipal.comparison import CompareSettings, compare, read_summary
+from offprincipal.errors import CheckpointError
+from offprincipal.reports import verdict_paragraph, write_report
+from offprincipal.reports.figures import choose_matrices, heatmaps
+from offprincipal.reports.words import answers, run_paragraph
+
+HOSTILE_RUN = "<script>alert(1)</script>"
+HOSTILE_TENSOR = '"><img src=x onerror=alert(2)>'
+CHROMIUM = shutil.which("chromium")
+SHAPES = {
+    "model.layers.0.self_attn.q_proj.weight": (24, 32),
+    "model.layers.1.self_attn.q_proj.weight": (24, 32),
+    "model.layers.1.mlp.experts.0.up_proj.weight": (16, 32),
+    "model.layers.1.mlp.experts.1.up_proj.weight": (16, 32),
+    "model.layers.1.input_layernorm.weight": (32,),
+    HOSTILE_TENSOR: (20, 30),
+}
+Tensors = dict[str, torch.Tensor]
+
+
+def base_tensors() -> Tensors:
+    generator = torch.Generator().manual_seed(0)
+    return {name: (0.05 * torch.randn(shape, generator=generator)).bfloat16() for name, shape in SHAPES.items()}
+
+
+def tuned(step: float, seed: int = 1) -> Tensors:
+    """The base after a Gaussian update that ignores it."""
+    return stored(moved(base_tensors(), step, seed))
+
+
+def compared(tmp_path: Path, runs: dict[str, Tensors], settings: CompareSettings | None = None) -> Path:
+    """The folder of a comparison of these runs with `base_tensors()`."""
+    base = write_model(tmp_path / "base", base_tensors())
+    folders = {name: write_model(tmp_path / f"run{i}", tensors) for i, (name, tensors) in enumerate(runs.items())}
+    return compare(base, folders, settings, threads=1).write(tmp_path / "comparison")
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compared(tmp_path_factory.mktemp("hostile"), {HOSTILE_RUN: tuned(1e-4), "sft": tuned(1e-3, seed=9)})
+
+
+def study_of(run: str) -> dict[str, Any]:
+    side = {"verdict": "supported", "effect": -0.09, "low": -0.1, "high": -0.08, "measure": "<i>share</i>", "rule": "r"}
+    null = {"control": "precision null", "verdict": "no effect beyond the control", "effect": None, "low": None}
+    accuracy = {"greedy_accuracy": 0.6, "greedy_accuracy_low": 0.5, "greedy_accuracy_high": 0.7}
+    return {
+        "schema": 1,
+        "profile": "quick",
+        "claims": [
+            {"id": "C5", "statement": "<u>avoid</u>", "as_published": side, "controlled": null | {"high": None}}
+        ],
+        "runs": [{"name": run, "recipe": "grpo", "tasks": ["<s>add</s>"], "before": accuracy, "after": accuracy}],
+        "base": {"name": "<em>base</em>", "parameters": 1234},
+    }
+
+
+def own_part(page: str) -> str:
+    """The page without the Plotly bundle that it carries."""
+    bundle = get_plotlyjs().replace("\r\n", "\n").replace("\r", "\n")
+    assert page.count(bundle) == 1
+    return page.replace(bundle, "")
+
+
+def visible_text(page: str) -> str:
+    """What a reader sees: no scripts, no styles, no tags."""
+    page = re.sub(r"<(script|style)\b.*?</\1>", "", own_part(page), flags=re.DOTALL)
+    return re.sub(r"<[^>]+>", " ", page)
+
+
+def metrics_of(**values: float | None) -> dict[str, dict[str, float | None]]:
+    return {name: {"value": value, "low": value, "high": value} for name, value in values.items()}
+
+
+def overlap_metrics(observed: float, null: float, z: float | None) -> dict[str, dict[str, float | None]]:
+    return metrics_of(
+        unchanged_fraction=0.9,
+        principal_overlap=observed,
+        principal_overlap_random=0.5,
+        principal_overlap_precision_null=null,
+        principal_overlap_z=z,
+    )
+
+
+def test_a_significant_but_tiny_effect_is_called_tiny_and_comes_with_its_size() -> None:
+    said = run_paragraph("grpo", overlap_metrics(0.391, 0.389, 12.0))
+    assert "beyond rounding, but tiny (+0.20 percentage points, z = +12.0)" in said
+
+
+def test_a_large_difference_that_is_not_significant_is_not_beyond_rounding() -> None:
+    assert "nothing beyond rounding (−4.00 percentage points, z = −2.9)" in run_paragraph(
+        "grpo", overlap_metrics(0.40, 0.44, -2.9)
+    )
+
+
+def test_a_significant_effect_is_named_by_its_size() -> None:
+    assert "a small effect beyond rounding (−3.00" in run_paragraph("grpo", overlap_metrics(0.40, 0.43, -9.0))
+    assert "a large effect beyond rounding (+10.00" in run_paragraph("grpo", overlap_metrics(0.53, 0.43, 40.0))
+
+
+def test_where_rounding_decides_everything_nothing_is_claimed_beyond_it() -> None:
+    assert "rounding leaves nothing to chance here" in run_paragraph("grpo", overlap_metrics(1.0, 1.0, None))
+
+
+def test_the_answer_names_the_largest_difference_that_rounding_leaves() -> None:
+    runs = {"a": overlap_metrics(0.391, 0.389, 12.0), "b": overlap_metrics(0.45, 0.44, 1.0)}
+    said = answers({"runs": {name: {"metrics": metrics} for name, metrics in runs.items()}})
+    assert list(said) == ["Precision"]
+    assert "+0.20 percentage points, which is tiny" in said["Precision"]
+
+
+def test_undefined_metrics_are_left_out_of_the_words() -> None:
+    said = run_paragraph("run", metrics_of(unchanged_fraction=0.5, relative_update_norm=None, principal_overlap=None))
+    assert said == "run: 50.0\xa0% of the weights changed; 50.0\xa0% are bit-identical in bfloat16."
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal() -> None:
+    assert "\x1b" not in run_paragraph("a\x1b[2J", overlap_metrics(0.4, 0.4, 0.0))
+
+
+def test_words_of_a_real_comparison_name_every_run_and_pair_and_no_missing_value(hostile: Path) -> None:
+    paragraphs = verdict_paragraph(read_summary(hostile))
+    assert [text.split(":")[0] for text in paragraphs[:2]] == [HOSTILE_RUN, "sft"]
+    assert len(paragraphs) == 3 and "Jaccard" in paragraphs[2]
+    assert not re.search(r"\b(None|nan|NaN|inf)\b", " ".join(paragraphs))
+
+
+def test_names_are_escaped_everywhere(hostile: Path, tmp_path: Path) -> None:
+    page = write_report(tmp_path / "report.html", hostile, study_of(HOSTILE_RUN)).read_text(encoding="utf-8")
+    own = own_part(page)
+    for raw in (HOSTILE_RUN, "<img", "<i>share", "<u>avoid", "<s>add", "<em>base"):
+        assert raw not in own
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in own
+    embedded = re.search(r'<script type="application/json" id="data">(.*?)</script>', own, re.DOTALL)
+    assert embedded and not set("<>&") & set(embedded[1])
+    data = json.loads(embedded[1])
+    assert data["runs"] == [HOSTILE_RUN, "sft"]
+    assert HOSTILE_TENSOR in [matrix["tensor"] for matrix in data["spectra"]["matrices"]]
+
+
+def test_the_page_refers_to_nothing_outside_itself(hostile: Path, tmp_path: Path) -> None:
+    own = own_part(write_report(tmp_path / "report.html", hostile, study_of("sft")).read_text(encoding="utf-8"))
+    assert "default-src 'none'" in own
+    assert not re.search(r"https?://|url\(|@import|<link|<iframe|<[^>]*\ssrc=", own)
+    assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', own))
+
+
+def test_undefined_values_are_dashes(tmp_path: Path) -> None:
+    comparison = compared(tmp_path, {"same": base_tensors()})
+    page = write_report(tmp_path / "report.html", comparison).read_text(encoding="utf-8")
+    text = visible_text(page)
+    assert text.count("–") > 5
+    assert not re.search(r"\b(None|nan|NaN|undefined°)\b", text.replace("None of the", ""))
+
+
+def test_a_checkpoint_equal_to_its_base_is_said_to_be(tmp_path: Path) -> None:
+    comparison = compared(tmp_path, {"same": base_tensors(), "moved": tuned(1e-3)})
+    same, _, pair = verdict_paragraph(read_summary(comparison))
+    assert same.startswith("same is identical to the base")
+    assert "share no changed entry" in pair
+    write_report(tmp_path / "report.html", comparison)
+
+
+@pytest.mark.parametrize("group", ["location", "spectrum", "subspace", "bounds"])
+def test_one_group_of_metrics_suffices(tmp_path: Path, group: Any) -> None:
+    comparison = compared(tmp_path, {"run": tuned(1e-3)}, CompareSettings(metrics=(group,)))
+    text = visible_text(write_report(tmp_path / "report.html", comparison).read_text(encoding="utf-8"))
+    assert "Agreement needs two runs" in text
+    assert ("Spectra were not measured" in text) == (group in ("location", "bounds"))
+
+
+def test_experts_share_a_cell_of_the_heatmap(hostile: Path) -> None:
+    table = pq.read_table(hostile / "matrices.parquet")
+    found = heatmaps(table, [HOSTILE_RUN, "sft"])
+    row, column = found["roles"].index("up"), found["layers"].index("1")
+    metric = [about["name"] for about in found["metrics"]].index("row_gini")
+    ginis = [
+        line["row_gini"]
+        for line in table.to_pylist()
+        if line["run"] == "sft" and line["role"] == "up" and line["layer"] == 1
+    ]
+    assert len(ginis) == found["counts"][row][column] == 2
+    assert found["values"][metric][1][row][column] == pytest.approx(sum(ginis) / 2, rel=1e-3)
+
+
+def test_only_the_most_dispersed_matrices_are_kept_in_the_order_of_the_table(hostile: Path) -> None:
+    table = pq.read_table(hostile / "matrices.parquet")
+    chosen = choose_matrices(table, ["row_dispersion", "no_such_metric"], 2)
+    largest: dict[str, float] = {}
+    for line in table.to_pylist():
+        if line["row_dispersion"] is not None:
+            largest[line["tensor"]] = max(largest.get(line["tensor"], 0), line["row_dispersion"])
+    assert set(chosen.tensors) == set(sorted(largest, key=lambda name: -largest[name])[:2])
+    assert chosen.available == len(largest) == 5
+
+
+def test_the_same_comparison_gives_the_same_bytes(hostile: Path, tmp_path: Path) -> None:
+    first, second = (write_report(tmp_path / name, hostile).read_bytes() for name in ("a.html", "b.html"))
+    assert first == second
+
+
+def test_a_folder_without_tables_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
+        write_report(tmp_path / "report.html", tmp_path)
+
+
+def dom_of(page: Path) -> str:
+    """The page's elements after a headless browser ran its scripts."""
+    assert CHROMIUM
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-dev-shm-usage",
+    ]
+    profile = f"--user-data-dir={page.parent / 'profile'}"
+    command = [CHROMIUM, *flags, profile, "--virtual-time-budget=20000", "--dump-dom", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=180).stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH to draw the page")
+def test_a_browser_draws_every_figure_without_an_error(hostile: Path, tmp_path: Path) -> None:
+    dom = dom_of(write_report(tmp_path / "report.html", hostile, study_of("sft")))
+    body = dom[dom.rindex("<body") :]
+    sections = dict(re.findall(r'<section id="(\w+)">(.*?)</section>', body, re.DOTALL))
+    for name in ("training", "location", "pairs", "layers", "spectra", "stripes"):
+        assert 'class="main-svg"' in sections[name], name
+    failure = re.search(r'<p id="failure"[^>]*>', body)
+    assert failure and "hidden" in failure[0]
+    assert "alert(1)&lt;/script&gt;" in sections["location"]  # the hostile name is a label, as text
+    assert "<img src" not in body.split('<script type="application/json"')[0]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH to draw the page")
+def test_a_browser_shows_when_a_figure_fails(hostile: Path, tmp_path: Path) -> None:
+    page = write_report(tmp_path / "report.html", hostile)
+    page.write_text(page.read_text(encoding="utf-8").replace('"pairs":[', '"pairs":[null,'), "utf-8")
+    dom = dom_of(page)
+    assert ">A figure could not be drawn" in dom
+    assert 'class="main-svg"' in dom[dom.index('id="figure-stripes"') :]  # and the rest of the page is there

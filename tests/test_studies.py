@@ -1,0 +1,144 @@
+"""A study end to end on a tiny model: each stage once, killed and continued, refused when it cannot be meant."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from offprincipal.comparison import read_table
+from offprincipal.errors import OffPrincipalError, StudyError
+from offprincipal.studies import load_profile, pending, run_profile
+from offprincipal.studies.console import estimate_minutes
+from offprincipal.training import StepReport
+
+STAGES = ["grpo_a", "grpo_b", "sft_own", "sft_teacher", "comparison", "claims", "report"]
+
+
+def overrides(model: Path, steps: int = 2) -> list[str]:
+    settings = {"steps": steps, "batch": 16, "learning_rate": 1e-4, "eval_prompts": 12, "eval_samples": 2}
+    settings |= {"eval_max_new_tokens": 8, "save_every": 1}
+    return [f"base={model}", *(f"training.{key}={value}" for key, value in settings.items())]
+
+
+def run(model: Path, out: Path, *more: str) -> dict[str, list[str]]:
+    """Stage -> what was said of it."""
+    said: dict[str, list[str]] = {}
+
+    def show(stage: str, report: StepReport | str) -> None:
+        said.setdefault(stage, []).append(report if isinstance(report, str) else "step")
+
+    run_profile(load_profile("quick", [*overrides(model), *more]), out, 2, show)
+    return said
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("study") / "out"
+    said = run(tiny_model, out)
+    for stage in STAGES:
+        assert said[stage][0] == "started" and said[stage][-1] == "done"
+    return out
+
+
+def test_a_study_leaves_models_tables_verdicts_and_a_report(finished: Path) -> None:
+    study = json.loads((finished / "study.json").read_text())
+    assert [claim["id"] for claim in study["claims"]] == ["C1", "C2", "C3", "C4", "C5", "C6"]
+    assert [run["name"] for run in study["runs"]] == STAGES[:4]
+    for entry in study["runs"]:
+        assert 0 <= entry["before"]["sampled_accuracy"] <= 1
+        assert entry["after"]["kl_to_base"] > 0 == entry["before"]["kl_to_base"]
+    for claim in study["claims"]:
+        for path in claim["evidence"]:
+            assert (finished / path).is_file()
+        assert claim["as_published"]["rule"] and claim["controlled"]["control"]
+    assert {row["run"] for row in read_table(finished / "comparison", "matrices")} == set(STAGES[:4])
+    assert "</html>" in (finished / "report.html").read_text()
+
+
+def test_a_finished_study_does_nothing_again(finished: Path, tiny_model: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    assert pending(load_profile("quick", overrides(tiny_model)), finished) == []
+    assert run(tiny_model, finished) == {stage: ["kept"] for stage in STAGES}
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+
+
+def test_a_later_stage_is_redone_alone_when_its_settings_change(finished: Path, tiny_model: Path) -> None:
+    said = run(tiny_model, finished, "stages.comparison.alpha=0.3")
+    assert all(said[stage] == ["kept"] for stage in STAGES[:4])
+    assert said["comparison"] == ["started", "done"]
+    assert run(tiny_model, finished)["comparison"] == ["started", "done"]
+
+
+def test_a_damaged_table_is_made_again(finished: Path, tiny_model: Path) -> None:
+    (finished / "comparison" / "pairs.parquet").write_bytes(b"")
+    said = run(tiny_model, finished)
+    assert said["grpo_a"] == ["kept"] and said["comparison"] == ["started", "done"]
+
+
+def test_training_of_other_settings_is_not_overwritten(finished: Path, tiny_model: Path) -> None:
+    weights = (finished / "sft_own" / "model.safetensors").read_bytes()
+    with pytest.raises(OffPrincipalError, match="learning_rate"):
+        run(tiny_model, finished, "stages.sft_own.learning_rate=0.5")
+    assert (finished / "sft_own" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_killed_study_continues_and_ends_the_same(finished: Path, tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    sets = [word for override in overrides(tiny_model) for word in ("--set", override)]
+    command = [sys.executable, "-m", "offprincipal", "study", "quick", "--out", str(out), "--jobs", "1", *sets]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (out / ".stages" / "grpo_a.json").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, "the study ended by itself"
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    said = run(tiny_model, out)
+    assert said["grpo_a"] == ["kept"]
+    for name in STAGES[:4]:
+        ours, theirs = (folder / name / "model.safetensors" for folder in (out, finished))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("training.stepz=3", "stepz"),
+        ("training.steps=0", "steps"),
+        ("stages.grpo_a.tasks=[algebra]", "algebra"),
+        ("stages.comparison.runs=[nobody]", "nobody"),
+        ("stages.claims.claims=[C99]", "C99"),
+        ("stages.comparison.runs=[report]", "circle"),
+        ("stages.grpo_a.kind=dance", "dance"),
+        ("nonsense", "KEY=VALUE"),
+        ("name.of.what=1", "not in the profile"),
+        ("stages={'../x': {kind: train, recipe: grpo, tasks: [add]}}", "../x"),
+        ("colour=blue", "colour"),
+    ],
+)
+def test_a_profile_that_cannot_run_is_refused_before_anything_runs(override: str, says: str) -> None:
+    with pytest.raises(OffPrincipalError, match=says.replace(".", r"\.")):
+        load_profile("quick", [override])
+
+
+def test_an_unknown_profile_names_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="quick"):
+        load_profile("slow")
+    bad = tmp_path / "bad.yaml"
+    for text in ("{", "- a list", ""):
+        bad.write_text(text)
+        with pytest.raises(StudyError, match=r"bad\.yaml"):
+            load_profile(str(bad))
+
+
+def test_the_forecast_shrinks_with_what_is_done() -> None:
+    profile = load_profile("quick")
+    whole = estimate_minutes(profile, profile.order(), 2)
+    rest = estimate_minutes(profile, ["comparison", "claims", "report"], 2)
+    assert whole is not None and rest is not None and 0 < rest < whole
+    assert estimate_minutes(load_profile("quick", ["base=some/model"]), profile.order(), 2) is None
