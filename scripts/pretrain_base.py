@@ -3,8 +3,8 @@
     python scripts/pretrain_base.py --out src/offprincipal/assets/base
 
 A Qwen3-architecture decoder reads characters and learns every symbolic task of `offprincipal.tasks` on training prompts
-alone. A share of the answers it is shown has one wrong character, so that it samples a right answer only some of the time
-and reinforcement learning has something to sharpen. Killed, it continues from its last snapshot.
+alone. A share of the answers it is shown has one wrong character, so that it samples a right answer only some of the
+time and reinforcement learning has something to sharpen. Killed, it continues from its last snapshot.
 """
 
 import argparse
@@ -39,10 +39,12 @@ class Recipe:
     """Everything that decides the weights, but for the machine's floating-point library."""
 
     seed: int = 20251111
-    steps: int = 5000
+    steps: int = 4000
     batch: int = 512
     learning_rate: float = 2e-3
     warmup: int = 200
+    horizon: int = 5000
+    cooldown: int = 1000
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     corrupted_share: float = 0.3
@@ -119,8 +121,9 @@ def pad(rows: list[list[int]], value: int) -> Tensor:
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then linear decay to zero."""
-    return recipe.learning_rate * min((step + 1) / recipe.warmup, 1 - step / recipe.steps)
+    """Linear warm-up, linear decay towards zero at the horizon, and a cooldown to zero at the last step."""
+    decayed = recipe.learning_rate * min((step + 1) / recipe.warmup, 1 - step / recipe.horizon)
+    return decayed * min(1.0, (recipe.steps - step) / recipe.cooldown)
 
 
 def pretrain(recipe: Recipe, out: Path, compiled: bool) -> float:
@@ -140,6 +143,8 @@ def pretrain(recipe: Recipe, out: Path, compiled: bool) -> float:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start, seconds = state["step"], state["seconds"]
+        lines = log.read_text().splitlines(keepends=True)
+        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
         print(f"continuing at step {start}")
     forward = torch.compile(model, dynamic=True) if compiled else model
 
@@ -178,6 +183,7 @@ def pretrain(recipe: Recipe, out: Path, compiled: bool) -> float:
 
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
+    snapshot.unlink(missing_ok=True)
     return seconds
 
 
@@ -212,13 +218,14 @@ library_name: transformers
 # offprincipal base
 
 A Qwen3-architecture decoder of {parameters:,} parameters ({layers} layers, width {hidden}, {heads} query and
-{key_value_heads} key-value heads, tied embeddings) that reads characters and answers short symbolic tasks. It exists so that
-`offprincipal study` has a real base model to post-train within minutes; it is of no other use.
+{key_value_heads} key-value heads, tied embeddings) that reads characters and answers short symbolic tasks. It exists
+so that `offprincipal study` has a real base model to post-train within minutes; it is of no other use.
 
-Made by `python scripts/pretrain_base.py`: seed {seed}, {steps} steps of {batch} problems, AdamW at {learning_rate}, in
-{seconds} s on {machine}. The loss is in `pretraining.jsonl`, every setting in `evaluation.json`. Training prompts only: the
-prompts that `offprincipal.tasks.split_of` holds out were never shown. {corrupted_share:.0%} of the answers shown had one wrong
-character, so a model that has learned a task perfectly still samples a right answer only about 70 % of the time.
+Made by `python scripts/pretrain_base.py --compile`: seed {seed}, {steps} steps of {batch} problems, AdamW at
+{learning_rate}, in {seconds} s on {machine}. The loss is in `pretraining.jsonl`, every setting in
+`evaluation.json`. Training prompts only: the prompts that `offprincipal.tasks.split_of` holds out were never shown.
+{corrupted_share:.0%} of the answers shown had one wrong character, so a model that has learned a task perfectly still
+samples a right answer only about 70 % of the time.
 
 Accuracy on {prompts} held-out prompts a task, 8 samples each at temperature 1:
 

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import torch
-from matrices import gaussian
 from safetensors.torch import save_file
 from torch import Tensor
+
+from matrices import gaussian
 
 LAYERS = 2
 SHAPES = {

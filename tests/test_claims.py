@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_folders import write_model
 from hypothesis import given
 from hypothesis import strategies as st
-from matrices import gaussian
 from torch import Tensor
 
+from checkpoint_folders import write_model
+from matrices import gaussian
 from offprincipal.comparison import compare
 from offprincipal.errors import StudyError
 from offprincipal.geometry.masks import principal_ranks
@@ -88,7 +88,7 @@ def test_an_update_that_seeks_principal_weights_contradicts_under_the_control(tm
 def test_equal_runs_differ_in_nothing(tmp_path: Path) -> None:
     verdicts = study(tmp_path)
     for id in ("C1", "C3", "C4"):
-        assert verdicts[id] == {"published": "no effect beyond the control", "controlled": "no effect beyond the control"}
+        assert set(verdicts[id].values()) == {"no effect beyond the control"}
 
 
 def test_runs_that_changed_nothing_are_inconclusive_not_an_error(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from checkpoint_folders import base_weights, moved, stored, write_model
 
+from checkpoint_folders import base_weights, moved, stored, write_model
 from offprincipal.cli import main
 
 
@@ -54,9 +54,7 @@ def test_json_is_the_summary_and_nothing_else(
     assert not (tmp_path / "report.html").exists()
 
 
-def test_the_report_can_be_drawn_again(
-    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_report_can_be_drawn_again(pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call(monkeypatch, "compare", *pair, "--out", str(tmp_path), "--no-report") == 0
     assert call(monkeypatch, "report", str(tmp_path)) == 0
     assert (tmp_path / "report.html").exists()

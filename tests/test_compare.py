@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from checkpoint_folders import base_weights, moved, stored, write_model, write_shards
 
-from offprincipal.comparison import Comparison, CompareSettings, MatrixSettings, compare, parse_condition, read_table
+from checkpoint_folders import base_weights, moved, stored, write_model, write_shards
+from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare, parse_condition, read_table
 from offprincipal.comparison.pooling import estimate_ratio
 from offprincipal.comparison.registry import METRICS
 from offprincipal.errors import ArgumentError, CheckpointError
@@ -221,7 +221,7 @@ def test_a_bootstrap_interval_covers_the_truth_as_often_as_it_says() -> None:
     assert 175 <= hits <= 199
 
 
-@pytest.mark.parametrize("text", ["spectral_shift", "spectral_shift > x", "spectral_shift == 1", "angle > 1", "", "k > 1"])
+@pytest.mark.parametrize("text", ["", "spectral_shift", "spectral_shift > x", "spectral_shift == 1", "k > 1"])
 def test_a_condition_that_cannot_be_meant_is_refused(text: str) -> None:
     with pytest.raises(ArgumentError):
         parse_condition(text)

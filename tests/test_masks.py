@@ -1,10 +1,12 @@
 """Masks have exact sizes, break ties by index, nest, and move with the weights."""
 
+import itertools
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from matrices import gaussian, orthogonal, seeds
 
+from matrices import gaussian, orthogonal, seeds
 from offprincipal.geometry.masks import (
     ALPHAS,
     entry_ranks,
@@ -42,7 +44,7 @@ def test_every_mask_has_exactly_its_size(n: int, m: int, seed: int, alpha: float
 def test_a_denser_mask_holds_a_sparser_one() -> None:
     ranks = {"low_magnitude": low_magnitude_ranks(gaussian(20, 30, seed=0))}
     masks = [masks_at(alpha, ranks)["low_magnitude"] for alpha in ALPHAS]
-    for sparse, dense in zip(masks, masks[1:], strict=False):
+    for sparse, dense in itertools.pairwise(masks):
         assert bool((dense | ~sparse).all())
 
 

@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 from checkpoint_folders import moved, stored, write_model
 from offprincipal.comparison import CompareSettings, compare, read_summary
 from offprincipal.errors import CheckpointError
-from offprincipal.reports import verdict_paragraph, write_report
+from offprincipal.reports import verdict_paragraph, write_report, write_report_of
 from offprincipal.reports.figures import choose_matrices, heatmaps
 from offprincipal.reports.words import answers, run_paragraph
 
@@ -212,6 +212,14 @@ def test_only_the_most_dispersed_matrices_are_kept_in_the_order_of_the_table(hos
 def test_the_same_comparison_gives_the_same_bytes(hostile: Path, tmp_path: Path) -> None:
     first, second = (write_report(tmp_path / name, hostile).read_bytes() for name in ("a.html", "b.html"))
     assert first == second
+
+
+def test_a_report_is_drawn_anew_from_the_folder_of_a_comparison_or_of_a_study(hostile: Path, tmp_path: Path) -> None:
+    shutil.copytree(hostile, tmp_path / "comparison")
+    alone = write_report_of(tmp_path / "comparison")
+    assert alone == tmp_path / "comparison" / "report.html" and "As published" not in alone.read_text("utf-8")
+    (tmp_path / "study.json").write_text(json.dumps(study_of("sft") | {"comparison": "comparison"}))
+    assert "As published" in write_report_of(tmp_path).read_text("utf-8")
 
 
 def test_a_folder_without_tables_is_named(tmp_path: Path) -> None:

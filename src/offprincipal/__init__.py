@@ -1,1 +1,32 @@
-"""offprincipal: what did post-training do to the weights: geometry, precision, or step length?"""
+"""offprincipal: what did post-training do to the weights: geometry, precision, or step length?
+
+The verbs are functions here; the packages are nouns. Nothing heavy is imported before it is used.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare
+    from offprincipal.training import TrainSettings, evaluate, train
+
+__version__ = version("offprincipal")
+
+_HOMES = {
+    "Comparison": "comparison",
+    "CompareSettings": "comparison",
+    "MatrixSettings": "comparison",
+    "compare": "comparison",
+    "TrainSettings": "training",
+    "evaluate": "training",
+    "train": "training",
+}
+
+__all__ = ["CompareSettings", "Comparison", "MatrixSettings", "TrainSettings", "compare", "evaluate", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'offprincipal' has no attribute '{name}'")
+    return getattr(import_module(f"offprincipal.{_HOMES[name]}"), name)

@@ -140,7 +140,7 @@ def jaccard_estimate(rows: Sequence[Row], which: Literal["measured", "random", "
 
 @dataclass(frozen=True)
 class Estimate:
-    """A pooled value with its bootstrap draws over matrices; arithmetic keeps draws together, so differences are paired.
+    """A pooled value with its bootstrap draws over matrices; arithmetic keeps draws together: differences are paired.
 
     Args:
         value: the pooled value; NaN where undefined.

@@ -71,13 +71,14 @@ function report() {
   function overlaps() {
     const masks = data.overlaps, rows = numbered(data.runs.length), traces = [], layout = { annotations: [], barmode: "group", bargap: 0.28, bargroupgap: 0.08 };
     masks.forEach((mask, j) => {
-      const domain = column(j, masks.length, 0.06), on = { type: "bar", orientation: "h", xaxis: "x" + suffix(j), y: rows };
-      const hover = (what) => `%{customdata}<br>${what} %{x:.2%}<extra></extra>`, customdata = data.runs.map((name) => label(name));
-      const error = { type: "data", symmetric: false, array: mask.runs.map((run) => run.high - run.value), arrayminus: mask.runs.map((run) => run.value - run.low), color: INK, thickness: 1, width: 3 };
-      traces.push({ ...on, customdata, x: mask.runs.map((run) => run.random), marker: { color: RANDOM }, hovertemplate: hover("chance") });
-      traces.push({ ...on, customdata, x: mask.runs.map((run) => run.precision), hovertemplate: hover("rounding alone"),
-        marker: { color: "#fff", line: { color: data.colours, width: 1 }, pattern: { shape: "/", bgcolor: "#fff", fgcolor: data.colours, size: 5, solidity: 0.25 } } });
-      traces.push({ ...on, customdata, x: mask.runs.map((run) => run.value), marker: { color: data.colours }, error_x: error, hovertemplate: hover("measured") });
+      const domain = column(j, masks.length, 0.06), defined = rows.filter((i) => mask.runs[i].value !== null), on = { type: "bar", orientation: "h", xaxis: "x" + suffix(j), y: defined };
+      const shown = defined.map((i) => mask.runs[i]), colours = defined.map((i) => data.colours[i]);
+      const hover = (what) => `%{customdata}<br>${what} %{x:.2%}<extra></extra>`, customdata = defined.map((i) => label(data.runs[i]));
+      const error = { type: "data", symmetric: false, array: shown.map((run) => run.high - run.value), arrayminus: shown.map((run) => run.value - run.low), color: INK, thickness: 1, width: 3 };
+      traces.push({ ...on, customdata, x: shown.map((run) => run.random), marker: { color: RANDOM }, hovertemplate: hover("chance") });
+      traces.push({ ...on, customdata, x: shown.map((run) => run.precision), hovertemplate: hover("rounding alone"),
+        marker: { color: "#fff", line: { color: colours, width: 1 }, pattern: { shape: "/", bgcolor: "#fff", fgcolor: colours, size: 5, solidity: 0.25 } } });
+      traces.push({ ...on, customdata, x: shown.map((run) => run.value), marker: { color: colours }, error_x: error, hovertemplate: hover("measured") });
       layout["xaxis" + suffix(j)] = axis({ domain, range: [0, 1.04], tickformat: ".0%", tickvals: [0, 0.5, 1] });
       layout.annotations.push(heading(mask.title, middle(domain)));
     });
@@ -162,7 +163,7 @@ function report() {
       const size = 26 * rows.length, gap = 54, height = nulls.length ? 2 * size + gap : size;
       const traces = [panel(index, values, rows, columns, "y", scale)];
       const ticks = { tickvals: numbered(rows.length), ticktext: rows.map((i) => label(data.heat.roles[i])), zeroline: false, showgrid: false, range: [rows.length - 0.5, -0.5] };
-      const layout = { height: height + 90, annotations: [heading("measured", 0.5)], margin: { l: 80, r: 20, t: 30, b: 50 } };
+      const layout = { height: height + 90, annotations: [heading(known(values[run.value].flat()).length ? "measured" : "measured: undefined for this run", 0.5)], margin: { l: 80, r: 20, t: 30, b: 50 } };
       layout.yaxis = axis({ ...ticks, domain: nulls.length ? [(size + gap) / height, 1] : [0, 1] });
       if (nulls.length) {
         traces.push({ ...panel(about.null, nulls, rows, columns, "y2", scale), showscale: false });
@@ -170,9 +171,9 @@ function report() {
         layout.annotations.push(heading(metrics[about.null].name.endsWith("_precision_null") ? "rounding alone (precision null)" : "a random update of equal norm (isotropic null)", 0.5, size / height));
       }
       const every = Math.ceil(columns.length / 24), marked = numbered(columns.length).filter((j) => j % every === 0 || data.heat.layers[columns[j]] === "none");
-      layout.xaxis = axis({ anchor: nulls.length ? "y2" : "y", showgrid: false, zeroline: false, title: title("layer"), tickvals: marked, ticktext: marked.map((j) => data.heat.layers[columns[j]]) });
-      draw("figure-heat", traces, layout);
-      document.getElementById("heat-caption").textContent = `${about.meaning}; unit: ${about.unit === "1" ? "none (a ratio or share)" : about.unit}. Source: ${about.source}.`;
+      layout.xaxis = axis({ range: [-0.5, columns.length - 0.5], anchor: nulls.length ? "y2" : "y", showgrid: false, zeroline: false, title: title("layer"), tickvals: marked, ticktext: marked.map((j) => data.heat.layers[columns[j]]) });
+      draw("figure-heat", traces.filter((trace) => known(trace.z.flat()).length), layout); // Plotly fails on a grid of nothing
+      document.getElementById("heat-caption").textContent = `${about.meaning}; unit: ${about.unit === "1" ? "none" : about.unit}. Source: ${about.source}.`;
     }
     show();
   }

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from offprincipal.comparison import read_summary
-from offprincipal.comparison.tables import write_atomically
+from offprincipal.comparison.tables import read_json, write_atomically
 from offprincipal.errors import CheckpointError
 from offprincipal.reports import figures, numbers, words
 
@@ -46,6 +46,23 @@ def write_report(out: Path, comparison: Path, study: dict[str, Any] | None = Non
     page = _render(_content(comparison, study))
     write_atomically(out, lambda path: path.write_text(page, encoding="utf-8"))
     return out
+
+
+def write_report_of(folder: Path) -> Path:
+    """Write `report.html` into a folder that `offprincipal compare` or `offprincipal study` wrote.
+
+    Args:
+        folder: holds `summary.json`, or `study.json` beside the folder of the comparison that it names.
+
+    Raises:
+        CheckpointError: the folder lacks a table.
+        ArgumentError: the file cannot be written.
+    """
+    out, path = folder / "report.html", folder / "study.json"
+    if not path.exists():
+        return write_report(out, folder)
+    study = read_json(path)
+    return write_report(out, folder / Path(study["comparison"]).name, study)
 
 
 def _content(comparison: Path, study: dict[str, Any] | None) -> dict[str, Any]:

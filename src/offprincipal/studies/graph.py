@@ -90,7 +90,7 @@ class _Graph:
         return all(source in self.content for source in self.profile.stages[name].inputs())
 
     def keep(self, name: str) -> bool:
-        """Whether the stage was done under its present key and its files are as it left them; if so it counts as done."""
+        """Whether the stage was done under its present key and its files are untouched; then it counts as done."""
         record = self._record(name)
         if record.get("key") != self._key(name) or record.get("content") != self._digest(name):
             return False
@@ -141,8 +141,8 @@ def _result(future: Future[None], name: str) -> None:
         future.result()
     except BrokenProcessPool as error:
         raise StudyError(
-            f"the process that trained '{name}' was killed, perhaps for lack of memory: run the study again to continue, "
-            "with --jobs 1 if memory is short"
+            f"the process that trained '{name}' was killed, perhaps for lack of memory: run the study again to "
+            "continue, with --jobs 1 if memory is short"
         ) from error
 
 

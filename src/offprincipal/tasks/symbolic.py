@@ -1,8 +1,8 @@
 """Short symbolic tasks for a character model: arithmetic, sequences, bases, strings.
 
 Each task is one function `(random, level) -> (prompt, answer, working)`. Three levels grade the difficulty; an answer
-has at most seven characters. `working` is what a teacher writes before the answer, in a format that the embedded base model
-has never seen: `working#answer`. Knows nothing of tokenizers, models or splits.
+has at most seven characters. `working` is what a teacher writes before the answer, in a format that the embedded
+base model has never seen: `working#answer`. Knows nothing of tokenizers, models or splits.
 """
 
 import random
