@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 import torch
+from matrices import gaussian
 from safetensors.torch import save_file
 from torch import Tensor
-
-from matrices import gaussian
 
 LAYERS = 2
 SHAPES = {

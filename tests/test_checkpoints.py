@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_folders import base_weights, write_model, write_shards
 from safetensors.torch import save_file
 
-from checkpoint_folders import base_weights, write_model, write_shards
 from offprincipal.checkpoints import open_checkpoint, place_of, require_same_tensors
 from offprincipal.errors import CheckpointError
 

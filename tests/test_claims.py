@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_folders import write_model
 from hypothesis import given
 from hypothesis import strategies as st
+from matrices import gaussian
 from torch import Tensor
 
-from checkpoint_folders import write_model
-from matrices import gaussian
 from offprincipal.comparison import compare
 from offprincipal.errors import StudyError
 from offprincipal.geometry.masks import principal_ranks

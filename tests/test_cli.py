@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-
 from checkpoint_folders import base_weights, moved, stored, write_model
+
 from offprincipal.cli import main
 
 

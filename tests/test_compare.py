@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-
 from checkpoint_folders import base_weights, moved, stored, write_model, write_shards
+
 from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare, parse_condition, read_table
 from offprincipal.comparison.pooling import estimate_ratio
 from offprincipal.comparison.registry import METRICS

@@ -5,8 +5,8 @@ import itertools
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from matrices import gaussian, orthogonal, seeds
+
 from offprincipal.geometry.masks import (
     ALPHAS,
     entry_ranks,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matrices import gaussian, orthogonal, seeds
 from torch import Tensor
 
-from matrices import gaussian, orthogonal, seeds
 from offprincipal.geometry.masks import low_magnitude_ranks, principal_ranks
 from offprincipal.geometry.nulls import (
     class_counts,

@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from checkpoint_folders import moved, stored, write_model
 from plotly.offline import get_plotlyjs
 
-from checkpoint_folders import moved, stored, write_model
 from offprincipal.comparison import CompareSettings, compare, read_summary
 from offprincipal.errors import CheckpointError
 from offprincipal.reports import verdict_paragraph, write_report, write_report_of
@@ -58,7 +58,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def study_of(run: str) -> dict[str, Any]:
     side = {"verdict": "supported", "effect": -0.09, "low": -0.1, "high": -0.08, "measure": "<i>share</i>", "rule": "r"}
     null = {"control": "precision null", "verdict": "no effect beyond the control", "effect": None, "low": None}
-    accuracy = {"greedy_accuracy": 0.6, "greedy_accuracy_low": 0.5, "greedy_accuracy_high": 0.7}
+    accuracy = {"greedy_accuracy": 0.6, "sampled_accuracy": 0.5, "sampled_accuracy_se": 0.02}
     return {
         "schema": 1,
         "profile": "quick",

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matrices import gaussian, orthogonal, seeds, sizes, updates
 from torch import Tensor
 
-from matrices import gaussian, orthogonal, seeds, sizes, updates
 from offprincipal.geometry.bounds import ky_fan_tightness, mirsky_tightness, wedin_tightness, weyl_tightness
 from offprincipal.geometry.spectrum import decompose, effective_rank, principal_rank, spectral_shift, stable_rank
 from offprincipal.geometry.subspace import principal_angles, principal_energies

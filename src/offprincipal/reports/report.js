@@ -53,9 +53,9 @@ function report() {
   function training() {
     const traces = [], runs = data.training, rows = numbered(runs.length);
     runs.forEach((run, i) => {
-      const before = run.before.greedy_accuracy, after = run.after.greedy_accuracy;
-      const range = [run.after.greedy_accuracy_low, run.after.greedy_accuracy_high];
-      const interval = known([...range, after]).length === 3 ? { type: "data", symmetric: false, array: [range[1] - after], arrayminus: [after - range[0]], color: run.colour, thickness: 1.5, width: 4 } : undefined;
+      const before = run.before.sampled_accuracy, after = run.after.sampled_accuracy;
+      const error = run.after.sampled_accuracy_se;
+      const interval = known([error, after]).length === 2 ? { type: "data", array: [1.96 * error], color: run.colour, thickness: 1.5, width: 4 } : undefined;
       const common = { type: "scatter", name: label(run.name), hovertemplate: "%{fullData.name}<br>%{x:.1%}<extra>%{meta}</extra>" };
       traces.push({ ...common, mode: "lines", x: [before, after], y: [i, i], line: { color: light(run.colour), width: 4 }, hoverinfo: "skip", hovertemplate: undefined });
       traces.push({ ...common, meta: "before", mode: "markers", x: [before], y: [i], marker: { size: 11, color: "#fff", line: { color: run.colour, width: 2 } } });
@@ -63,7 +63,7 @@ function report() {
     });
     draw("figure-training", traces, {
       height: 70 + 34 * runs.length, margin: { l: 50, r: 20, t: 8, b: 44 },
-      xaxis: axis({ tickformat: ".0%", rangemode: "normal", title: title("greedy accuracy on held-out prompts") }),
+      xaxis: axis({ tickformat: ".0%", rangemode: "normal", title: title("sampled accuracy on held-out prompts") }),
       yaxis: axis({ tickvals: rows, ticktext: runs.map((run) => label(run.name)), range: [runs.length - 0.5, -0.5], zeroline: false }),
     });
   }

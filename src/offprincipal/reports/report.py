@@ -119,7 +119,7 @@ def _read(comparison: Path, table: str, columns: tuple[str, ...] | None = None) 
 def _trained(run: Mapping[str, Any]) -> dict[str, Any]:
     """A study's run with every key that the page asks for, None where the study does not say."""
     keys = ("name", "recipe", "tasks", "seed", "steps", "batch", "learning_rate", "seconds")
-    ends = (*CHECKPOINT_KEYS, "greedy_accuracy_low", "greedy_accuracy_high")
+    ends = (*CHECKPOINT_KEYS, "sampled_accuracy_se")
     moments = {when: {key: (run.get(when) or {}).get(key) for key in ends} for when in ("before", "after")}
     return {key: run.get(key) for key in keys} | moments
 

@@ -48,6 +48,11 @@ class Evidence:
             raise StudyError(f"{comparison} has no run '{absent[0]}': its runs are {', '.join(runs)}")
         return cls(runs, read_table(comparison, "pairs"), tuple(rl), tuple(sft), folder)
 
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model."""
+        return sum(row["numel"] for row in next(iter(self.matrices.values())))
+
     def mean(self, runs: Sequence[str], metric: str) -> Estimate:
         """The mean over runs of a pooled metric."""
         return _mean([pool_column(metric, self.matrices[run]) for run in runs])

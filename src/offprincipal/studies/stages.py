@@ -143,6 +143,7 @@ class ClaimsStage(_Stage):
             "schema": 1,
             "profile": space.profile,
             "title": space.title,
+            "base": {"name": space.base, "parameters": evidence.parameters},
             "comparison": self.comparison,
             "claims": [judge(claim, evidence) for claim in self.claims],
             "runs": runs,
