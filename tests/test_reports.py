@@ -14,7 +14,7 @@ from checkpoint_folders import moved, stored, write_model
 from plotly.offline import get_plotlyjs
 
 from offprincipal.comparison import CompareSettings, compare, read_summary
-from offprincipal.errors import CheckpointError
+from offprincipal.errors import FileError
 from offprincipal.reports import verdict_paragraph, write_report, write_report_of
 from offprincipal.reports.figures import choose_matrices, heatmaps
 from offprincipal.reports.words import answers, run_paragraph
@@ -223,7 +223,7 @@ def test_a_report_is_drawn_anew_from_the_folder_of_a_comparison_or_of_a_study(ho
 
 
 def test_a_folder_without_tables_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
+    with pytest.raises(FileError, match=re.escape(str(tmp_path))):
         write_report(tmp_path / "report.html", tmp_path)
 
 

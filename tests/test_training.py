@@ -123,7 +123,7 @@ from offprincipal.training import TrainSettings, train
 event, ending = sys.argv[3:5]
 
 def kill(name, arguments):
-    if name == event and str(arguments[0]).endswith(ending):
+    if name == event and any(str(argument).endswith(ending) for argument in arguments[:2]):
         os.kill(os.getpid(), signal.SIGKILL)
 
 settings = TrainSettings.model_validate_json(sys.argv[1])
@@ -138,7 +138,7 @@ train(settings, sys.argv[2], quiet=True)
     [
         ("open", "checkpoint-2/trainer_state.json"),  # amid the second checkpoint
         ("os.rename", "result/model.safetensors"),  # amid writing the result
-        ("os.rename", "run.part"),  # before the record
+        ("os.rename", "run/run.json"),  # before the record
     ],
 )
 def test_a_killed_run_continues_to_the_same_bytes(

@@ -96,7 +96,7 @@ def compare(
     """Measure what training did to the weights, every figure beside the null that would explain it away."""
     from offprincipal.comparison import CompareSettings, MatrixSettings, parse_condition
     from offprincipal.comparison import compare as compare_checkpoints
-    from offprincipal.comparison.tables import require_folder
+    from offprincipal.files import require_folder
     from offprincipal.reports import write_report
     from offprincipal.reports.terminal import comparison_table
     from offprincipal.reports.words import verdict_paragraph

@@ -16,6 +16,10 @@ class NonFiniteTensor(OffPrincipalError):
     """A tensor holds NaN or infinity."""
 
 
+class FileError(OffPrincipalError):
+    """A file or folder of ours cannot be read or written."""
+
+
 class TaskError(OffPrincipalError):
     """A task's name, level, columns or prompts are not usable."""
 

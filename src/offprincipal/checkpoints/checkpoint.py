@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -50,17 +49,6 @@ class Checkpoint(Protocol):
     def masters(self) -> "Checkpoint | None":
         """The float32 master weights kept beside the stored ones, if any."""
         ...
-
-
-def open_checkpoint(source: str | Path) -> Checkpoint:
-    """Open a local Hugging Face folder with safetensors, one file or shards; nothing but headers is read.
-
-    Raises:
-        CheckpointError: it is no such folder; the message says what is wrong, where, and what to do.
-    """
-    from offprincipal.checkpoints.safetensors_folder import SafetensorsFolder
-
-    return SafetensorsFolder(Path(source))
 
 
 def require_same_tensors(base: Checkpoint, tuned: Checkpoint) -> None:

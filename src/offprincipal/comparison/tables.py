@@ -3,10 +3,6 @@
 Every file is written under a temporary name and renamed, `summary.json` last.
 """
 
-import json
-import os
-import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from offprincipal.comparison.registry import METRICS
-from offprincipal.errors import ArgumentError, CheckpointError
+from offprincipal.errors import FileError
+from offprincipal.files import read_json, require_folder, write_atomically, write_json
 
 TABLES = ("matrices", "masks", "pairs", "curves")
 _TEXT = {"run", "run_a", "run_b", "tensor", "role", "dtype_base", "dtype_tuned", "solver", "mask", "curve"}
@@ -48,7 +45,7 @@ def write_tables(
     """Write `matrices.parquet`, `masks.parquet`, `pairs.parquet`, `curves.parquet` and `summary.json` to a folder.
 
     Raises:
-        ArgumentError: the folder cannot be made or written.
+        FileError: the folder cannot be made or written.
     """
     require_folder(out)
     for name, rows in zip(TABLES, (matrices, masks, pairs, curves), strict=True):
@@ -62,13 +59,13 @@ def read_table(folder: Path, name: str) -> list[dict[str, Any]]:
     """The rows of one table of a comparison.
 
     Raises:
-        CheckpointError: the folder holds no such table.
+        FileError: the folder holds no such table.
     """
     path = folder / f"{name}.parquet"
     try:
         rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
     except (OSError, pa.ArrowException) as error:
-        raise CheckpointError(f"cannot read {path}: {error}. Give a folder that offprincipal wrote") from error
+        raise FileError(f"cannot read {path}: {error}. Give a folder that offprincipal wrote") from error
     return rows
 
 
@@ -76,63 +73,9 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """`summary.json` of a comparison.
 
     Raises:
-        CheckpointError: the folder holds none.
+        FileError: the folder holds none.
     """
     return read_json(folder / "summary.json")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that this package wrote.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}. Give a folder that offprincipal wrote") from error
-    return content
-
-
-def require_folder(out: Path) -> None:
-    """Make the output folder, or say why that cannot be.
-
-    Raises:
-        ArgumentError: it is a file, or it may not be written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArgumentError(f"cannot make the output folder {out}: {error.strerror}. Choose another --out") from error
-    if not os.access(out, os.W_OK):
-        raise ArgumentError(f"the output folder {out} may not be written: choose another --out")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON that holds no NaN, under a temporary name first."""
-    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it; nothing is left behind if it fails.
-
-    Raises:
-        ArgumentError: the file cannot be written.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        raise ArgumentError(
-            f"cannot write {path}: {error.strerror or error}. Free some space or choose another --out"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _schema(table: str, rows: list[dict[str, Any]]) -> pa.Schema:

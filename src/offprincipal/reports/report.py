@@ -19,8 +19,8 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from offprincipal.comparison import read_summary
-from offprincipal.comparison.tables import read_json, write_atomically
-from offprincipal.errors import CheckpointError
+from offprincipal.errors import FileError
+from offprincipal.files import read_json, write_atomically
 from offprincipal.reports import figures, numbers, words
 
 COLOURS = ("#3b6fb6", "#d9772b", "#3f9a6c", "#a855a0", "#b8932c", "#c24d52", "#4aa3b8", "#7a6f5d", "#6d62c4", "#8a9a3b")
@@ -40,7 +40,7 @@ def write_report(out: Path, comparison: Path, study: dict[str, Any] | None = Non
         `out`.
 
     Raises:
-        CheckpointError: the folder lacks a table.
+        FileError: the folder lacks a table.
         ArgumentError: the file cannot be written.
     """
     page = _render(_content(comparison, study))
@@ -55,7 +55,7 @@ def write_report_of(folder: Path) -> Path:
         folder: holds `summary.json`, or `study.json` beside the folder of the comparison that it names.
 
     Raises:
-        CheckpointError: the folder lacks a table.
+        FileError: the folder lacks a table.
         ArgumentError: the file cannot be written.
     """
     out, path = folder / "report.html", folder / "study.json"
@@ -111,9 +111,7 @@ def _read(comparison: Path, table: str, columns: tuple[str, ...] | None = None) 
     try:
         return pq.read_table(path, columns=list(columns) if columns else None)
     except (OSError, pa.ArrowException) as error:
-        raise CheckpointError(
-            f"cannot read {path}: {error}. Give a folder that `offprincipal compare` wrote"
-        ) from error
+        raise FileError(f"cannot read {path}: {error}. Give a folder that `offprincipal compare` wrote") from error
 
 
 def _trained(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from offprincipal.comparison.tables import read_json
+from offprincipal.files import read_json
 from offprincipal.studies.graph import ShowStage, pending, run_profile
 from offprincipal.studies.profile import Profile
 from offprincipal.studies.stages import TrainStage

@@ -18,8 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from offprincipal.comparison.tables import require_folder, write_json
 from offprincipal.errors import StudyError
+from offprincipal.files import require_folder, write_json
 from offprincipal.studies.profile import Profile
 from offprincipal.studies.stages import TrainStage, Workspace, content_digest
 from offprincipal.training import StepReport

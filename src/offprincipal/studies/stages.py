@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from offprincipal.comparison import CompareSettings, MatrixSettings, compare
 from offprincipal.comparison.registry import GROUPS, Group
-from offprincipal.comparison.tables import read_json, write_json
 from offprincipal.errors import StudyError
+from offprincipal.files import read_json, write_json
 from offprincipal.studies.claims import CLAIMS, Evidence, judge
 from offprincipal.tasks import open_task
 from offprincipal.training import ShowProgress, TrainSettings, parse_settings, silent, train

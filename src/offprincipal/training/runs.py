@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 from offprincipal.errors import TrainingError
+from offprincipal.files import read_json, require_folder, write_json
+from offprincipal.tasks import open_task
 from offprincipal.training.evaluation import evaluate
 from offprincipal.training.models import LanguageModel, identify, open_language_model, require_training_extra
 from offprincipal.training.progress import ShowProgress, StepReport, silent, terminal_progress
@@ -75,6 +77,8 @@ def train(
         TrainingError: the model or the folder is not usable, the folder holds another run, or training diverged.
     """
     require_training_extra()
+    for name in settings.tasks:
+        open_task(name)  # an unknown task is refused before a model is opened
     folder = Path(out).expanduser()
     if overwrite:
         _discard(folder)
@@ -114,7 +118,7 @@ def _run(settings: TrainSettings, out: Path, show: ShowProgress) -> dict[str, An
         "machine": _machine(language_model),
         "versions": _versions(),
     }
-    _write_json(out / RECORD, record)
+    write_json(out / RECORD, record)
     _remove_checkpoints(out)
     return record
 
@@ -153,7 +157,8 @@ def _fit(
 
     with quiet_libraries():
         trainer = build_trainer(settings, language_model, checkpoints, Timekeeper(show))
-        _write_json(checkpoints / STARTED, started)
+        require_folder(checkpoints)
+        write_json(checkpoints / STARTED, started)
         last = _last_whole_checkpoint(checkpoints)
         try:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -195,7 +200,7 @@ def _complete_record(out: Path, settings: TrainSettings) -> dict[str, Any] | Non
     """
     if out.exists() and not out.is_dir():
         raise TrainingError(f"output path {out} is a file: name a folder")
-    record = _read_json(out / RECORD)
+    record = _record(out / RECORD)
     if record is not None:
         _require_same(out, record, settings)
         _remove_checkpoints(out)
@@ -207,7 +212,7 @@ def _complete_record(out: Path, settings: TrainSettings) -> dict[str, Any] | Non
 
 def _started(out: Path, settings: TrainSettings, base: dict[str, str]) -> dict[str, Any] | None:
     """What a killed run in this folder noted when it started."""
-    started = _read_json(out / CHECKPOINTS / STARTED)
+    started = _record(out / CHECKPOINTS / STARTED)
     if started is None:
         return None
     _require_same(out, started, settings)
@@ -276,18 +281,5 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{package: metadata.version(package) for package in packages}}
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        value: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise TrainingError(f"{path} is no JSON: {error}; choose another --out or pass --overwrite") from error
-    return value
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    part.replace(path)
+def _record(path: Path) -> dict[str, Any] | None:
+    return read_json(path) if path.exists() else None

@@ -1,0 +1,70 @@
+"""Files that we write: whole or absent. Knows nothing of what is in them, but that JSON holds no NaN."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from offprincipal.errors import FileError
+
+
+def require_folder(out: Path) -> None:
+    """Make an output folder, or say why that cannot be.
+
+    Raises:
+        FileError: it is a file, or it may not be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"cannot make the output folder {out}: {error.strerror}. Choose another --out") from error
+    if not os.access(out, os.W_OK):
+        raise FileError(f"the output folder {out} may not be written: choose another --out")
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it; nothing is left behind if it fails.
+
+    Raises:
+        FileError: the file cannot be written.
+    """
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise FileError(f"cannot write {path}: {reason}. Free some space or choose another --out") from error
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON that holds no NaN, whole or not at all.
+
+    Raises:
+        FileError: the file cannot be written.
+    """
+    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object that we wrote.
+
+    Raises:
+        FileError: it cannot be read, or is no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileError(f"cannot read {path}: {error}. Give a folder that offprincipal wrote") from error
+    if not isinstance(content, dict):
+        raise FileError(f"{path} holds no JSON object. Give a folder that offprincipal wrote")
+    return content
