@@ -16,6 +16,7 @@ from offprincipal.studies.graph import ShowStage, pending, run_profile
 from offprincipal.studies.profile import Profile
 from offprincipal.studies.stages import TrainStage
 from offprincipal.training import StepReport
+from offprincipal.training.progress import describe
 from offprincipal.training.settings import EMBEDDED
 
 _MOST_JOBS = 4
@@ -140,17 +141,3 @@ def _lines(console: Console) -> ShowStage:
             console.print(f"{stage}: step {report.step}/{report.steps}, {describe(report)}", highlight=False)
 
     return show
-
-
-def describe(report: StepReport) -> str:
-    """Where a training run is, in a few words.
-
-    >>> describe(StepReport("training", 4, 64, "reward", 0.25, 2.0))
-    'reward 0.250, 2.0 s/step, 2:00 left'
-    """
-    if report.stage != "training" or report.value is None or report.seconds_per_step is None:
-        return report.stage
-    left = round((report.steps - report.step) * report.seconds_per_step)
-    return (
-        f"{report.metric} {report.value:.3f}, {report.seconds_per_step:.1f} s/step, {left // 60}:{left % 60:02d} left"
-    )

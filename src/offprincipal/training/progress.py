@@ -59,7 +59,7 @@ def terminal_progress(title: str) -> Iterator[ShowProgress]:
             line = bar.add_task(title, total=None, status="")
 
             def draw(report: StepReport) -> None:
-                bar.update(line, completed=report.step, total=report.steps, status=_status(report))
+                bar.update(line, completed=report.step, total=report.steps, status=describe(report))
 
             yield draw
     else:
@@ -74,13 +74,20 @@ def _line_printer(title: str) -> ShowProgress:
         mark = (report.stage, report.step * _LINES // report.steps)
         if mark != last:
             last = mark
-            print(f"{title}: step {report.step}/{report.steps}, {_status(report)}", flush=True)
+            print(f"{title}: step {report.step}/{report.steps}, {describe(report)}", flush=True)
 
     return show
 
 
-def _status(report: StepReport) -> str:
+def describe(report: StepReport) -> str:
+    """Where a run is, in a few words.
+
+    >>> describe(StepReport("training", 4, 64, "reward", 0.25, 2.0))
+    'reward 0.250, 2.00 s/step, 2:00 left'
+    """
     if report.stage != "training" or report.value is None or report.seconds_per_step is None:
         return report.stage
-    minutes, seconds = divmod(round((report.steps - report.step) * report.seconds_per_step), 60)
-    return f"{report.metric} {report.value:.3f}, {report.seconds_per_step:.2f} s/step, {minutes}:{seconds:02d} left"
+    left = round((report.steps - report.step) * report.seconds_per_step)
+    return (
+        f"{report.metric} {report.value:.3f}, {report.seconds_per_step:.2f} s/step, {left // 60}:{left % 60:02d} left"
+    )
