@@ -18,7 +18,7 @@ class TrainSettings(BaseModel):
         TrainingError: the batch does not divide as it must.
 
     >>> TrainSettings(recipe="grpo", tasks=("add",)).learning_rate
-    3e-06
+    8e-06
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,13 +29,13 @@ class TrainSettings(BaseModel):
     )
     model: str = Field(EMBEDDED, description="base model: a folder, a Hugging Face id, or 'embedded'")
     tasks: tuple[str, ...] = Field(min_length=1, description="tasks, in equal shares, as open_task names them")
-    steps: int = Field(64, ge=1, description="optimizer steps")
-    batch: int = Field(256, ge=1, description="sequences a step: completions sampled for grpo, examples for sft")
+    steps: int = Field(80, ge=1, description="optimizer steps")
+    batch: int = Field(240, ge=1, description="sequences a step: completions sampled for grpo, examples for sft")
     micro_batch: int | None = Field(
         None, ge=1, description="sequences in memory at once, a divisor of batch; None: the whole batch"
     )
     rollouts_per_prompt: int = Field(8, ge=2, description="completions sampled for one prompt (grpo)")
-    learning_rate: float = Field(3e-6, gt=0, description="learning rate of AdamW, constant after the warm-up")
+    learning_rate: float = Field(8e-6, gt=0, description="learning rate of AdamW, constant after the warm-up")
     adam_betas: tuple[float, float] = Field((0.9, 0.999), description="decay of AdamW's first and second moment")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
@@ -45,8 +45,8 @@ class TrainSettings(BaseModel):
     max_new_tokens: int = Field(8, ge=1, description="longest completion that is sampled in training (grpo)")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower steps")
     seed: int = Field(0, ge=0, lt=2**32, description="decides training prompts and samples, not the measuring")
-    eval_prompts: int = Field(256, ge=0, description="held-out prompts to measure on, before and after; 0: none")
-    eval_samples: int = Field(4, ge=1, description="samples for each held-out prompt")
+    eval_prompts: int = Field(384, ge=0, description="held-out prompts to measure on, before and after; 0: none")
+    eval_samples: int = Field(8, ge=1, description="samples for each held-out prompt")
     eval_max_new_tokens: int = Field(40, ge=1, description="longest completion that is sampled in measuring")
     save_every: int = Field(16, ge=1, description="steps between the checkpoints that a killed run continues from")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
