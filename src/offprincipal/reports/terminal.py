@@ -3,19 +3,21 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
 from offprincipal.tasks import Task, mixture
 
 _SHOWN = (
-    ("unchanged", "unchanged_fraction", "unchanged_fraction_isotropic_null", "percent"),
-    ("step length", "relative_update_norm", None, "number"),
-    ("spectral shift", "spectral_shift", "spectral_shift_isotropic_null", "number"),
-    ("angle, left", "principal_angle_left_max_deg", "principal_angle_left_max_deg_isotropic_null", "degrees"),
-    ("in principal", "principal_overlap", "principal_overlap_precision_null", "percent"),
-    ("in low-magnitude", "low_magnitude_overlap", "low_magnitude_overlap_precision_null", "percent"),
-    ("energy × isotropic", "principal_energy_enrichment", None, "number"),
+    ("unchanged, %", "unchanged_fraction", "unchanged_fraction_isotropic_null", 100),
+    ("step length", "relative_update_norm", None, 1),
+    ("spectral shift", "spectral_shift", "spectral_shift_isotropic_null", 1),
+    ("angle left, °", "principal_angle_left_max_deg", "principal_angle_left_max_deg_isotropic_null", 1),
+    ("angle right, °", "principal_angle_right_max_deg", "principal_angle_right_max_deg_isotropic_null", 1),
+    ("principal, %", "principal_overlap", "principal_overlap_precision_null", 100),
+    ("low-magnitude, %", "low_magnitude_overlap", "low_magnitude_overlap_precision_null", 100),
+    ("energy", "principal_energy", "principal_energy_isotropic", 1),
 )
 _VERDICTS = {
     "supported": "green",
@@ -26,19 +28,19 @@ _VERDICTS = {
 
 
 def comparison_table(summary: Mapping[str, Any]) -> Table:
-    """Runs × metrics, each with its null in brackets.
+    """Metrics × runs, each value with its null in brackets.
 
     Args:
         summary: `summary.json`.
     """
-    table = Table(title="what training did to the weights (null in brackets)", title_justify="left")
-    table.add_column("run")
-    shown = [row for row in _SHOWN if any(row[1] in run["metrics"] for run in summary["runs"].values())]
-    for title, *_ in shown:
-        table.add_column(title, justify="right")
-    for name, run in summary["runs"].items():
-        cells = [_with_null(run["metrics"], metric, null, kind) for _, metric, null, kind in shown]
-        table.add_row(escape(name), *cells)
+    table = Table(title="what training did to the weights (null in brackets)", title_justify="left", box=SIMPLE)
+    table.add_column("")
+    for name in summary["runs"]:
+        table.add_column(escape(name), justify="right")
+    for title, metric, null, factor in _SHOWN:
+        found = [run["metrics"] for run in summary["runs"].values()]
+        if any(metric in metrics for metrics in found):
+            table.add_row(title, *(_with_null(metrics, metric, null, factor) for metrics in found))
     return table
 
 
@@ -48,28 +50,18 @@ def runs_table(study: Mapping[str, Any]) -> Table:
     Args:
         study: `study.json`, or anything with its `runs`.
     """
-    table = Table(title="training, on held-out prompts (before → after)", title_justify="left")
-    for title in ("run", "recipe", "steps", "learning rate"):
-        table.add_column(title)
-    for title in ("greedy", "sampled", "pass@k", "entropy", "KL to base", "seconds"):
+    table = Table(title="training, on held-out prompts, before → after", title_justify="left", box=SIMPLE)
+    table.add_column("run")
+    for title in ("greedy, %", "sampled, %", "pass@k, %", "KL to base", "minutes"):
         table.add_column(title, justify="right")
     for run in study["runs"]:
         before, after = run["before"] or {}, run["after"] or {}
         accuracies = [
-            f"{_format(before.get(key), 'percent')} → {_format(after.get(key), 'percent')}"
+            f"{_format(before.get(key), 100)} → {_format(after.get(key), 100)}"
             for key in ("greedy_accuracy", "sampled_accuracy", "pass_at_k")
         ]
-        entropy = f"{_format(before.get('token_entropy'), 'number')} → {_format(after.get('token_entropy'), 'number')}"
-        table.add_row(
-            escape(run["name"]),
-            run["recipe"],
-            str(run["steps"]),
-            f"{run['learning_rate']:g}",
-            *accuracies,
-            entropy,
-            _format(after.get("kl_to_base"), "number"),
-            f"{run['seconds']:.0f}",
-        )
+        kl = _format(after.get("kl_to_base"))
+        table.add_row(escape(run["name"]), *accuracies, kl, f"{run['seconds'] / 60:.1f}")
     return table
 
 
@@ -125,12 +117,13 @@ def _judgement(judged: Mapping[str, Any]) -> str:
     )
 
 
-def _with_null(metrics: Mapping[str, Any], metric: str, null: str | None, kind: str) -> str:
-    text = _format(metrics.get(metric, {}).get("value"), kind)
-    return text if null is None else f"{text} ({_format(metrics.get(null, {}).get('value'), kind)})"
+def _with_null(metrics: Mapping[str, Any], metric: str, null: str | None, factor: float) -> str:
+    text = _format(metrics.get(metric, {}).get("value"), factor)
+    return text if null is None else f"{text} ({_format(metrics.get(null, {}).get('value'), factor)})"
 
 
-def _format(value: float | None, kind: str) -> str:
+def _format(value: float | None, factor: float = 1) -> str:
+    """Three significant digits; percentages to a tenth."""
     if value is None:
         return "–"
-    return {"percent": f"{100 * value:.1f} %", "degrees": f"{value:.3g}°"}.get(kind, f"{value:.3g}")
+    return f"{100 * value:.1f}" if factor == 100 else f"{value:.3g}"

@@ -32,7 +32,7 @@ def run_on_console(profile: Profile, out: Path, jobs: int | None, overwrite: boo
     jobs = jobs or default_jobs()
     left = pending(profile, out)
     console.print(f"study '{profile.name}': {profile.title}; base {profile.base}", highlight=False)
-    console.print(_forecast(profile, left, jobs), highlight=False)
+    console.print(_forecast(profile, left, jobs), highlight=False, soft_wrap=True)
     with _stage_progress(profile, console) as show:
         run_profile(profile, out, jobs, show, overwrite)
     return read_json(out / "study.json")

@@ -38,7 +38,8 @@ def build_trainer(settings: TrainSettings, language_model: LanguageModel, checkp
         trainer = _grpo(settings, language_model, tasks, problems, shared)
     else:
         learn = _teacher_trace if settings.recipe == "sft_teacher" else _own_answer
-        trainer = _sft(language_model, [(p.prompt, learn(tasks[p.task], p)) for p in problems], shared)
+        examples = [(p.prompt, learn(tasks[p.task], p)) for p in problems]
+        trainer = _sft(language_model, _by_length(examples, settings.batch), shared)
     trainer.remove_callback(importlib.import_module("transformers").PrinterCallback)
     trainer.add_callback(callback)
     return trainer
@@ -140,6 +141,12 @@ def _sft(language_model: LanguageModel, examples: Sequence[tuple[str, str]], sha
         args=arguments,
         train_dataset=_dataset(rows),
     )
+
+
+def _by_length(examples: Sequence[tuple[str, str]], batch: int) -> list[tuple[str, str]]:
+    """The examples of each step from short to long, so that micro-batches are padded little; steps stay as they are."""
+    steps = [examples[start : start + batch] for start in range(0, len(examples), batch)]
+    return [example for step in steps for example in sorted(step, key=lambda e: len(e[0]) + len(e[1]))]
 
 
 def _dataset(columns: dict[str, Any]) -> Any:

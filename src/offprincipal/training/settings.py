@@ -18,7 +18,7 @@ class TrainSettings(BaseModel):
         TrainingError: the batch does not divide as it must.
 
     >>> TrainSettings(recipe="grpo", tasks=("add",)).learning_rate
-    8e-06
+    1e-05
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,13 +29,13 @@ class TrainSettings(BaseModel):
     )
     model: str = Field(EMBEDDED, description="base model: a folder, a Hugging Face id, or 'embedded'")
     tasks: tuple[str, ...] = Field(min_length=1, description="tasks, in equal shares, as open_task names them")
-    steps: int = Field(80, ge=1, description="optimizer steps")
+    steps: int = Field(60, ge=1, description="optimizer steps")
     batch: int = Field(240, ge=1, description="sequences a step: completions sampled for grpo, examples for sft")
     micro_batch: int | None = Field(
         None, ge=1, description="sequences in memory at once, a divisor of batch; None: the whole batch"
     )
     rollouts_per_prompt: int = Field(8, ge=2, description="completions sampled for one prompt (grpo)")
-    learning_rate: float = Field(8e-6, gt=0, description="learning rate of AdamW, constant after the warm-up")
+    learning_rate: float = Field(1e-5, gt=0, description="learning rate of AdamW, constant after the warm-up")
     adam_betas: tuple[float, float] = Field((0.9, 0.999), description="decay of AdamW's first and second moment")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
