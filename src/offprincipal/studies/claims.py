@@ -57,12 +57,17 @@ class Evidence:
         """The mean over runs of a pooled metric."""
         return _mean([pool_column(metric, self.matrices[run]) for run in runs])
 
-    def jaccard(self, which: Literal["measured", "random", "precision_null"]) -> Estimate | None:
-        """The mean over pairs of RLVR runs; None with fewer than two."""
+    def jaccard(
+        self, which: Literal["measured", "random", "precision_null"], between: Literal["rl", "rl and sft"] = "rl"
+    ) -> Estimate | None:
+        """The mean over pairs of two RLVR runs, or of one RLVR and one SFT run; None where there is no such pair."""
+        wanted = 2 if between == "rl" else 1
         couples: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for row in self.pairs:
-            if row["run_a"] in self.rl and row["run_b"] in self.rl:
-                couples.setdefault((row["run_a"], row["run_b"]), []).append(row)
+            couple = (row["run_a"], row["run_b"])
+            known = all(run in self.rl + self.sft for run in couple)
+            if known and sum(run in self.rl for run in couple) == wanted:
+                couples.setdefault(couple, []).append(row)
         return _mean([jaccard_estimate(rows, which) for rows in couples.values()]) if couples else None
 
 
@@ -181,9 +186,17 @@ def consistency(evidence: Evidence) -> tuple[Judgement, Judgement]:
         _judge_difference(
             measured - null,
             measure="Jaccard of the changed locations of two RLVR runs, minus that of the precision null",
-            sentence=f"Rounding alone would give {null.value:.3f}.",
+            sentence=f"Rounding alone would give {null.value:.3f}.{_agreement_with_sft(evidence)}",
         ),
     )
+
+
+def _agreement_with_sft(evidence: Evidence) -> str:
+    """Whether what is left of the agreement is RLVR's own: the same figures between an RLVR and an SFT run."""
+    measured, null = (evidence.jaccard(which, "rl and sft") for which in ("measured", "precision_null"))
+    if measured is None or null is None:
+        return ""
+    return f" An RLVR run and an SFT run agree with {measured.value:.3f}, where rounding alone gives {null.value:.3f}."
 
 
 @claim(

@@ -74,9 +74,9 @@ def estimate_minutes(profile: Profile, left: list[str], jobs: int) -> float | No
 
 
 # Seconds on one core of the reference machine, as timed for the embedded base.
-_STEP = {"grpo": 2.2, "sft_own": 0.7, "sft_teacher": 1.2}
-_FIXED_TRAIN = 45.0
-_OTHER = 15.0
+_STEP = {"grpo": 2.2, "sft_own": 0.8, "sft_teacher": 1.6}  # for 256 sequences
+_FIXED_TRAIN = 15.0
+_OTHER = 5.0
 _REFERENCE_WORK = 0.25
 
 

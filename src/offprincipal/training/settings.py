@@ -29,7 +29,7 @@ class TrainSettings(BaseModel):
     )
     model: str = Field(EMBEDDED, description="base model: a folder, a Hugging Face id, or 'embedded'")
     tasks: tuple[str, ...] = Field(min_length=1, description="tasks, in equal shares, as open_task names them")
-    steps: int = Field(60, ge=1, description="optimizer steps")
+    steps: int = Field(80, ge=1, description="optimizer steps")
     batch: int = Field(240, ge=1, description="sequences a step: completions sampled for grpo, examples for sft")
     micro_batch: int | None = Field(
         None, ge=1, description="sequences in memory at once, a divisor of batch; None: the whole batch"
@@ -45,7 +45,7 @@ class TrainSettings(BaseModel):
     max_new_tokens: int = Field(8, ge=1, description="longest completion that is sampled in training (grpo)")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower steps")
     seed: int = Field(0, ge=0, lt=2**32, description="decides training prompts and samples, not the measuring")
-    eval_prompts: int = Field(384, ge=0, description="held-out prompts to measure on, before and after; 0: none")
+    eval_prompts: int = Field(768, ge=0, description="held-out prompts to measure on, before and after; 0: none")
     eval_samples: int = Field(8, ge=1, description="samples for each held-out prompt")
     eval_max_new_tokens: int = Field(40, ge=1, description="longest completion that is sampled in measuring")
     save_every: int = Field(16, ge=1, description="steps between the checkpoints that a killed run continues from")
