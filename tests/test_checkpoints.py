@@ -1,6 +1,7 @@
 """Checkpoints are hostile input: every fault gets a message that says what, where and what to do."""
 
 import json
+import os
 import pickle
 import struct
 from collections.abc import Callable
@@ -109,13 +110,14 @@ def bad_folders(tmp_path: Path) -> dict[str, tuple[Path, str]]:
         "number": 7,
         "empty name": "",
         "null byte": "a\0b",
+        "too long": "x" * 5000,
     }.items():
         folder = write_shards(tmp_path / f"index {fault}", weights)
         index = folder / "model.safetensors.index.json"
         content = json.loads(index.read_text())
         content["weight_map"]["model.norm.weight"] = shard
         index.write_text(json.dumps(content))
-        found[f"index: {fault}"] = (folder, "not a file inside its folder")
+        found[f"index: {fault}"] = (folder, "is missing" if fault == "too long" else "not a file inside its folder")
 
     for fault, text in {"garbage": "{", "list": "[]", "deep": "[" * 100_000, "no map": "{}"}.items():
         folder = write_shards(tmp_path / f"index {fault}", weights)
@@ -148,6 +150,33 @@ def test_every_bad_folder_is_refused_by_name(tmp_path: Path) -> None:
         assert says in str(error.value), fault
         assert folder.name in str(error.value), fault
     assert not (tmp_path / "mark").exists(), "a pickle was run"
+
+
+def test_no_header_length_is_taken_for_a_pickle(tmp_path: Path) -> None:
+    """A safetensors file starts with its header's length, whose first byte may be 0x80, as a pickle's is."""
+    first_bytes = set()
+    for padding in range(0, 2048, 8):
+        folder = tmp_path / str(padding)
+        folder.mkdir()
+        save_file({"a.weight": torch.ones(2, 2)}, folder / "model.safetensors", metadata={"x": "y" * padding})
+        first_bytes.add((folder / "model.safetensors").read_bytes()[0])
+        assert list(open_checkpoint(folder).tensors) == ["a.weight"]
+    assert 0x80 in first_bytes
+
+
+def test_a_pipe_in_place_of_the_weights_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is no model"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_quantised_run_is_not_compared_as_if_it_were_numbers(tmp_path: Path) -> None:
+    weights = base_weights()
+    base = open_checkpoint(write_model(tmp_path / "base", weights))
+    name = "model.layers.0.mlp.down_proj.weight"
+    quantised = open_checkpoint(write_model(tmp_path / "int8", weights | {name: weights[name].to(torch.int8)}))
+    with pytest.raises(CheckpointError, match=r"down_proj.weight as I8"):
+        require_same_tensors(base, quantised)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -183,6 +212,12 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
         ("model.layers.2.self_attn.q_proj.bias", "bias", 2, None),
         ("model.embed_tokens.weight", "embedding", None, None),
         ("lm_head.weight", "head", None, None),
+        ("gpt_neox.embed_in.weight", "embedding", None, None),
+        ("transformer.wpe.weight", "embedding", None, None),
+        ("transformer.word_embeddings.weight", "embedding", None, None),
+        ("gpt_neox.embed_out.weight", "head", None, None),
+        ("model.layers.1.mlp.gate.weight", "router", 1, None),
+        ("layers." + "9" * 30 + ".q_proj.weight", "q", None, None),
         ("transformer.h.4.attn.c_attn.weight", "other", 4, None),
     ],
 )

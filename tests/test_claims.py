@@ -31,6 +31,12 @@ def heavy_tailed() -> dict[str, Tensor]:
     return weights
 
 
+def rows_of_many_scales() -> dict[str, Tensor]:
+    """Weights whose rows differ in scale by orders of magnitude, so that storing decides where a small update lands."""
+    rows = torch.exp(gaussian(64, 1, seed=77))
+    return {name: (rows * tensor.double()).bfloat16() for name, tensor in heavy_tailed().items()}
+
+
 def principal_mask(tensor: Tensor) -> Tensor:
     svd = decompose(tensor).top(principal_rank(tensor.shape, 0.125))
     return principal_ranks(svd.U, svd.S, svd.Vh) < tensor.numel() // 2
@@ -47,13 +53,19 @@ def updated(weights: dict[str, Tensor], size: float, seed: int, on_principal: fl
     return found
 
 
-def study(tmp_path: Path, on_principal: float = 1.0, sft_size: float = 2e-4) -> dict[str, dict[str, str]]:
+def study(
+    tmp_path: Path,
+    on_principal: float = 1.0,
+    rl_size: float = 2e-4,
+    sft_size: float = 2e-4,
+    weights: dict[str, Tensor] | None = None,
+) -> dict[str, dict[str, str]]:
     """Claim -> verdicts, of two RLVR-like runs and one SFT-like run."""
-    weights = heavy_tailed()
+    weights = weights or heavy_tailed()
     base = write_model(tmp_path / "base", weights)
     runs = {
-        "rl_a": write_model(tmp_path / "rl_a", updated(weights, 2e-4, 1000, on_principal)),
-        "rl_b": write_model(tmp_path / "rl_b", updated(weights, 2e-4, 2000, on_principal)),
+        "rl_a": write_model(tmp_path / "rl_a", updated(weights, rl_size, 1000, on_principal)),
+        "rl_b": write_model(tmp_path / "rl_b", updated(weights, rl_size, 2000, on_principal)),
         "sft": write_model(tmp_path / "sft", updated(weights, sft_size, 3000)),
     }
     compare(base, runs).write(tmp_path / "comparison")
@@ -72,7 +84,17 @@ def test_rounding_and_step_length_alone_make_the_published_picture_and_no_contro
     verdicts = study(tmp_path, sft_size=2e-3)
     for id in ("C1", "C2", "C3", "C4", "C5", "C6"):
         assert verdicts[id]["published"] == "supported", id
-        assert verdicts[id]["controlled"] == "no effect beyond the control", id
+        allowed = {"no effect beyond the control"}
+        if id in ("C3", "C4"):  # ratios of noisy shifts and angles: twelve matrices may leave the interval wide
+            allowed.add("inconclusive")
+        assert verdicts[id]["controlled"] in allowed, id
+
+
+@pytest.mark.parametrize("rl_size", [1e-5, 1e-4])
+def test_what_storing_does_to_a_small_update_is_not_taken_for_geometry(tmp_path: Path, rl_size: float) -> None:
+    verdicts = study(tmp_path, rl_size=rl_size, sft_size=2e-3, weights=rows_of_many_scales())
+    for id in ("C1", "C3", "C4", "C5", "C6"):
+        assert verdicts[id]["controlled"] in {"no effect beyond the control", "inconclusive"}, id
 
 
 def test_an_update_that_avoids_principal_weights_passes_the_control(tmp_path: Path) -> None:
@@ -99,6 +121,12 @@ def test_runs_that_changed_nothing_are_inconclusive_not_an_error(tmp_path: Path)
         found = judge(id, evidence)
         assert found["as_published"]["verdict"] == found["controlled"]["verdict"] == "inconclusive"
         assert found["as_published"]["effect"] is None
+
+
+def test_a_handful_of_matrices_decides_nothing(tmp_path: Path) -> None:
+    few = dict(list(heavy_tailed().items())[:3])
+    verdicts = study(tmp_path, sft_size=2e-3, weights=few)
+    assert {verdict for both in verdicts.values() for verdict in both.values()} == {"inconclusive"}
 
 
 def test_a_run_that_was_not_compared_is_named(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from checkpoint_folders import base_weights, moved, stored, write_model, write_shards
+from matrices import gaussian
 
 from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare, parse_condition, read_table
-from offprincipal.comparison.pooling import estimate_ratio
+from offprincipal.comparison.pooling import estimate_ratio, pool_column
 from offprincipal.comparison.registry import METRICS
 from offprincipal.errors import ArgumentError, CheckpointError
 
@@ -162,6 +163,7 @@ def test_zero_constant_and_one_row_matrices_are_measured(tmp_path: Path) -> None
     assert rows["q"]["spectral_shift"] is None and rows["q"]["relative_update_norm"] is None
     assert rows["q"]["unchanged_fraction"] == 0.0
     assert rows["v"]["k"] == 1 and rows["v"]["principal_angle_left_max_deg"] == 0.0
+    assert rows["q"]["principal_energy"] is None and rows["o"]["principal_angle_left_max_deg"] is None
     for row in result.matrices:
         for name, number in row.items():
             assert not isinstance(number, float) or math.isfinite(number), (row["role"], name)
@@ -177,6 +179,79 @@ def test_location_alone_decomposes_nothing(folders: dict[str, Path], monkeypatch
     row = next(row for row in result.matrices if row["linear"])
     assert row["low_magnitude_overlap"] is not None and row["solver"] is None
     assert "principal_overlap" not in row and "spectral_shift" not in row
+
+
+def test_what_is_rounding_of_the_decomposition_is_not_measured(tmp_path: Path) -> None:
+    """One weight of 1e-17 doubles: bounds and shifts would compare LAPACK's rounding with it."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weight = gaussian(64, 48, seed=0).bfloat16()
+    weight[0, 0] = 1e-17
+    tuned = weight.clone()
+    tuned[0, 0] = 2e-17
+    base = write_model(tmp_path / "base", {name: weight})
+    row = compare(base, [write_model(tmp_path / "tuned", {name: tuned})]).matrices[0]
+    assert row["changed_count"] == 1
+    for column in ("weyl_tightness", "mirsky_tightness", "wedin_tightness", "spectral_shift_per_norm"):
+        assert row[column] is None, column
+
+
+def test_where_the_base_has_no_principal_subspace_nothing_is_said_of_it(tmp_path: Path) -> None:
+    weights = {
+        "model.layers.0.self_attn.q_proj.weight": torch.eye(16),
+        "model.layers.0.self_attn.k_proj.weight": torch.outer(torch.arange(1, 17), torch.ones(16)),
+        "model.layers.0.self_attn.v_proj.weight": gaussian(16, 16, seed=0),
+    }
+    base = write_model(tmp_path / "base", stored(weights))
+    rows = compare(base, [write_model(tmp_path / "tuned", stored(moved(weights, 0.01, 0)))]).matrices
+    for row in rows:
+        for column in ("principal_overlap", "safe_overlap", "principal_angle_left_max_deg", "principal_energy"):
+            assert (row[column] is None) == (row["role"] != "v"), (row["role"], column)
+        assert row["spectral_shift"] is not None and row["low_magnitude_overlap"] is not None
+
+
+def test_two_runs_from_a_base_off_the_grid_have_no_precision_null(tmp_path: Path) -> None:
+    """They share where in its rounding cell each weight lies, which the exponent does not tell."""
+    weights = {
+        name: 0.02 * gaussian(*tensor.shape, seed=i).float() for i, (name, tensor) in enumerate(base_weights().items())
+    }
+    base = write_model(tmp_path / "base", weights)
+    runs = [write_model(tmp_path / name, moved(weights, 1e-5, seed)) for name, seed in (("a", 1), ("b", 2))]
+    result = compare(base, runs)
+    assert result.summary["pairs"][0]["jaccard"] is not None
+    assert result.summary["pairs"][0]["jaccard_precision_null"] is None
+    assert result.summary["pairs"][0]["jaccard_z"] is None
+    metrics = result.summary["runs"]["a"]["metrics"]
+    null = metrics["unchanged_fraction_isotropic_null"]["value"]
+    assert metrics["unchanged_fraction"]["value"] == pytest.approx(null, abs=0.02)
+
+
+def test_a_base_in_another_type_than_its_run_is_warned_of(tmp_path: Path) -> None:
+    weights = {
+        name: 0.02 * gaussian(*tensor.shape, seed=i).float() for i, (name, tensor) in enumerate(base_weights().items())
+    }
+    result = compare(write_model(tmp_path / "base", weights), [write_model(tmp_path / "cast", stored(weights))])
+    assert "some of the update is rounding" in " ".join(result.summary["runs"]["cast"]["warnings"])
+
+
+def test_masters_of_another_checkpoint_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    tuned = moved(base_weights(), 3e-3, 1)
+    run = write_model(tmp_path / "run", stored(tuned), moved(base_weights(), 3e-3, 2))
+    with pytest.raises(CheckpointError, match="masters of 'run' do not round"):
+        compare(folders["base"], [run])
+
+
+def test_numbers_at_the_edge_of_float64_are_decomposed_or_named(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weight = gaussian(8, 8, seed=0)
+    for scale in (1e-200, 1e150):
+        base = write_model(tmp_path / f"base {scale}", {name: weight * scale})
+        tuned = write_model(tmp_path / f"tuned {scale}", {name: 1.5 * weight * scale})
+        if scale > 1:
+            with pytest.raises(CheckpointError, match=r"q_proj.weight: .*beyond bfloat16"):
+                compare(base, [tuned])
+        else:
+            row = compare(base, [tuned], CompareSettings(metrics=("subspace",))).matrices[0]
+            assert row["principal_angle_left_max_deg"] == pytest.approx(0, abs=1e-6)
 
 
 def test_embeddings_are_pooled_only_when_asked_for(folders: dict[str, Path]) -> None:
@@ -231,3 +306,17 @@ def test_conditions_hold_for_the_runs_they_hold_for(result: Comparison) -> None:
     found = parse_condition("relative_update_norm > 0.02").held_by(result.summary)
     assert [phrase.split(":")[0] for phrase in found] == ["far"]
     assert parse_condition("unchanged_fraction >= 2").held_by(result.summary) == []
+
+
+def test_a_condition_on_what_is_not_measured_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="no metric 'principal_angle_left_max_deg' is measured"):
+        parse_condition("principal_angle_left_max_deg > 10", ("location",))
+
+
+def test_an_interval_needs_more_than_one_matrix_and_ignores_tensors_that_do_not_count() -> None:
+    assert estimate_ratio([(1.0, 2.0)]).pooled().low is None
+    rows = [{"linear": True, "update_norm": 1.0, "numel": 4} for _ in range(20)]
+    rows += [{"linear": False, "update_norm": 9.0, "numel": 4} for _ in range(20)]
+    pooled = pool_column("update_norm", rows).pooled()
+    assert pooled.value == pooled.low == pooled.high == pytest.approx(20**0.5)
+    assert pooled.matrices == 20

@@ -13,6 +13,7 @@ from offprincipal.geometry.masks import low_magnitude_ranks, principal_ranks
 from offprincipal.geometry.nulls import (
     class_counts,
     dispersion,
+    gaussian_scale,
     gini,
     intersection_null,
     isotropic_update,
@@ -174,7 +175,7 @@ def test_gini_is_half_the_mean_absolute_difference_over_the_mean(rates: list[flo
 def test_what_a_gaussian_update_leaves_unchanged_is_in_closed_form(relative: float) -> None:
     base = torch.cat([structured_base().flatten(), torch.tensor([1.0, -2.0, 0.0, 0.5] * 500).bfloat16()])
     norm = relative * base.double().norm().item()
-    expected = unchanged_isotropic(base, norm)
+    expected = unchanged_isotropic(base, norm / base.numel() ** 0.5)
     assert expected is not None
     shares = []
     for seed in range(40):
@@ -183,6 +184,32 @@ def test_what_a_gaussian_update_leaves_unchanged_is_in_closed_form(relative: flo
         shares.append(1 - moved.double().mean().item())
     found = torch.tensor(shares, dtype=torch.float64)
     assert abs(found.mean().item() - expected) < 5 * found.std().item() / 40**0.5 + 1e-9
+
+
+@pytest.mark.parametrize("relative", [1e-4, 1e-3, 1e-2])
+def test_off_the_bfloat16_grid_the_closed_form_still_holds(relative: float) -> None:
+    base = 0.02 * gaussian(100, 100, seed=9)
+    sigma = relative * base.std().item()
+    shares = torch.tensor(
+        [1 - changed(base, base + sigma * gaussian(100, 100, seed=s)).double().mean() for s in range(40)]
+    )
+    expected = unchanged_isotropic(base, sigma)
+    assert expected is not None
+    assert abs(shares.mean().item() - expected) < 5 * shares.std().item() / 40**0.5
+
+
+@pytest.mark.parametrize("sigma", [1e-6, 3e-5, 1e-4, 1e-3, 1.0])
+def test_the_length_before_storing_is_found_from_the_stored_one(sigma: float) -> None:
+    """A stored update is longer than it was: 8 times, for the smallest one here."""
+    base = structured_base()
+    norms = [(weight_blind(base, sigma, s).double() - base.double()).norm().item() for s in range(20)]
+    norm = (sum(x * x for x in norms) / len(norms)) ** 0.5
+    assert gaussian_scale(base, norm) == pytest.approx(sigma, rel=0.02)
+
+
+def test_the_length_of_nothing_is_nothing() -> None:
+    assert gaussian_scale(torch.ones(3).bfloat16(), 0.0) == 0.0
+    assert gaussian_scale(torch.empty(0).bfloat16(), 1.0) == 0.0
 
 
 def test_a_zero_update_leaves_everything_unchanged() -> None:

@@ -101,10 +101,10 @@ def compare(
     from offprincipal.reports.terminal import comparison_table
     from offprincipal.reports.words import verdict_paragraph
 
-    conditions = [parse_condition(text) for text in fail_if or []]
     groups: Any = tuple(part.strip() for part in metrics.split(","))
     matrix = MatrixSettings(rank_fraction, alpha, null_draws=null_draws, seed=seed)
     settings = CompareSettings(groups, matrix, include_embeddings)
+    conditions = [parse_condition(text, settings.metrics) for text in fail_if or []]
     runs = _named_runs(tuned)
     require_folder(out)
     with _matrix_progress() as progress:
@@ -200,7 +200,7 @@ def _named_runs(tuned: list[str]) -> Any:
     runs: dict[str, Path] = {}
     for text in tuned:
         name, equals, path = text.partition("=")
-        given = {name: Path(path)} if equals and name and not Path(text).exists() else name_runs([text])
+        given = {name: Path(path)} if equals and name and not _exists(text) else name_runs([text])
         for run, folder in given.items():
             if run in runs:
                 raise ArgumentError(f"two runs are named '{run}': tell them apart with NAME=PATH")
@@ -208,8 +208,18 @@ def _named_runs(tuned: list[str]) -> Any:
     return runs
 
 
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # too long to be a path
+        return False
+
+
 def _fail_if(conditions: "list[Condition]", summary: dict[str, Any]) -> None:
     held = [phrase for condition in conditions for phrase in condition.held_by(summary)]
+    for condition in conditions:
+        for run in condition.undefined_in(summary):
+            errors.print(f"not checked: {condition.metric} of {_escaped(run)} is undefined", highlight=False)
     for phrase in held:
         errors.print(f"[bold yellow]failed:[/] {_escaped(phrase)}", soft_wrap=True, highlight=False)
     if held:
@@ -241,6 +251,7 @@ def _matrix_progress() -> Iterator[Any]:
 
 
 def _escaped(text: str) -> str:
+    """Text from files and arguments, safe to print: no markup, no control characters."""
     from rich.markup import escape
 
-    return escape(text)
+    return escape("".join(character if character.isprintable() else "�" for character in text))

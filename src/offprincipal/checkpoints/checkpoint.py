@@ -65,6 +65,12 @@ def require_same_tensors(base: Checkpoint, tuned: Checkpoint) -> None:
                 f"{lacks.source} lacks {_listed(names)}, which {has.source} has: "
                 "compare a base with checkpoints that were trained from it"
             )
+    recast = [name for name, info in base.tensors.items() if info.floating != tuned.tensors[name].floating]
+    if recast:
+        here, there = tuned.tensors[recast[0]].dtype, base.tensors[recast[0]].dtype
+        raise CheckpointError(
+            f"{tuned.source} stores {_listed(recast)} as {here}, {base.source} as {there}: dequantise it first"
+        )
     differing = [
         f"{name} ({_shape(info)} in the base, {_shape(tuned.tensors[name])} here)"
         for name, info in base.tensors.items()

@@ -3,8 +3,8 @@
 import re
 from dataclasses import dataclass
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.([0-9]{1,9})\.")
+_EXPERT = re.compile(r"\.experts\.([0-9]{1,9})\.")
 _ROLES = (
     ("q", r"\bq_proj\.weight$"),
     ("k", r"\bk_proj\.weight$"),
@@ -15,11 +15,12 @@ _ROLES = (
     ("down", r"\bdown_proj\.weight$"),
     ("bias", r"\.bias$"),
     ("norm", r"(?:norm|layernorm)\w*\.weight$"),
-    ("embedding", r"\bembed_tokens\.weight$|\bwte\.weight$"),
-    ("head", r"\blm_head\.weight$"),
+    ("router", r"(?:mlp|block_sparse_moe|router)\.gate\.weight$|\brouter\.weight$"),
+    ("embedding", r"\b(?:embed_tokens|embed_in|embed_positions|wte|wpe|\w*embeddings?)\.weight$"),
+    ("head", r"\b(?:lm_head|embed_out|score)\.weight$|(?:^|model\.)output\.weight$"),
 )
 LINEAR_ROLES = ("q", "k", "v", "o", "gate", "up", "down")
-TABLE_ROLES = ("embedding", "head")
+TABLE_ROLES = ("embedding", "head", "router")
 
 
 @dataclass(frozen=True)

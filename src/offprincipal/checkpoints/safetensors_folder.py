@@ -27,6 +27,7 @@ _DTYPES = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
 }
+_MOST_DIMENSIONS = 16
 _COMPARABLE = {"float64", "float32", "float16", "bfloat16"}
 
 
@@ -71,24 +72,24 @@ class SafetensorsFolder:
 
     def masters(self) -> "SafetensorsFolder | None":
         folder = self.folder / MASTERS
-        return SafetensorsFolder(folder) if (folder / WEIGHTS).exists() or (folder / INDEX).exists() else None
+        return SafetensorsFolder(folder) if _is_file(folder / WEIGHTS) or _is_file(folder / INDEX) else None
 
     def _read_config(self) -> dict[str, Any]:
-        if not self.folder.exists():
-            raise CheckpointError(f"{self.folder} does not exist: give the folder of a Hugging Face model")
         if not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder} is a file: give the folder that holds config.json and {WEIGHTS}")
+            if _is_file(self.folder):
+                raise CheckpointError(f"{self.folder} is a file: give the folder that holds config.json and {WEIGHTS}")
+            raise CheckpointError(f"{self.folder} does not exist: give the folder of a Hugging Face model")
         path = self.folder / "config.json"
-        return _read_json(path) if path.exists() else {}
+        return _read_json(path) if _is_file(path) else {}
 
     def _locate(self) -> dict[str, Path]:
         """Name -> file, from the one file or the index."""
-        if (self.folder / WEIGHTS).exists():
+        if _is_file(self.folder / WEIGHTS):
             with _open(self.folder / WEIGHTS) as file:
                 return dict.fromkeys(file.keys(), self.folder / WEIGHTS)
-        if (self.folder / INDEX).exists():
+        if _is_file(self.folder / INDEX):
             return self._locate_shards()
-        if (self.folder / "adapter_config.json").exists():
+        if _is_file(self.folder / "adapter_config.json"):
             raise CheckpointError(
                 f"{self.folder} is an adapter, not a model: merge it into its base and save that first"
             )
@@ -113,7 +114,7 @@ class SafetensorsFolder:
                 )
             files[name] = self.folder / shard
         for shard_path in sorted(set(files.values())):
-            if not shard_path.is_file():
+            if not _is_file(shard_path):
                 raise CheckpointError(
                     f"{shard_path} is missing, though {path.name} names it: download the checkpoint again"
                 )
@@ -134,6 +135,8 @@ class SafetensorsFolder:
         except SafetensorError as error:
             raise CheckpointError(f"cannot read {name} from {path}: {error}") from error
         info = TensorInfo(name, shape, _DTYPES.get(dtype, dtype))
+        if len(shape) > _MOST_DIMENSIONS:
+            raise CheckpointError(f"{name} in {path} has {len(shape)} dimensions: it is no weight. Do not trust it")
         if info.floating and info.dtype not in _COMPARABLE:
             raise CheckpointError(
                 f"{name} in {path} is stored as {info.dtype}, which is not read yet: convert it to bfloat16"
@@ -142,19 +145,32 @@ class SafetensorsFolder:
 
 
 def _open(path: Path) -> Any:
-    """The opened file; its header is checked, its data not read."""
+    """The opened file; its header is checked, its data not read. Nothing here can run a pickle."""
     try:
-        with path.open("rb") as file:
-            start = file.read(4)
-        if start[:2] == b"PK" or start[:1] == b"\x80":
-            raise CheckpointError(
-                f"{path} is a pickle under the name of a safetensors file, and was not opened. Do not trust it"
-            )
         return safe_open(path, framework="pt")
     except SafetensorError as error:
+        if _looks_like_pickle(path):
+            raise CheckpointError(
+                f"{path} is a pickle under the name of a safetensors file, and was not opened. Do not trust it"
+            ) from error
         raise CheckpointError(f"{path} is truncated or corrupt ({error}): download or save it again") from error
     except OSError as error:
         raise CheckpointError(f"cannot open {path}: {error.strerror or error}") from error
+
+
+def _looks_like_pickle(path: Path) -> bool:
+    """Whether a file that is no safetensors starts as `pickle.dump` or `torch.save` starts one."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    return start == b"PK" or start[:1] == b"\x80"
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is an ordinary file, not a pipe or device; no where the path cannot even be asked for."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _read_json(path: Path) -> dict[str, Any]:

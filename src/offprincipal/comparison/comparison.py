@@ -20,7 +20,7 @@ from offprincipal.comparison.pair import MatrixSettings
 from offprincipal.comparison.pooling import pool_pair, pool_run
 from offprincipal.comparison.registry import GROUPS, Group
 from offprincipal.comparison.tables import write_tables
-from offprincipal.errors import ArgumentError, CheckpointError
+from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
 
 Progress = Callable[[int, int, str], None]
 
@@ -41,7 +41,8 @@ class CompareSettings:
 
     def __post_init__(self) -> None:
         matrix = self.matrix
-        for name, value in (("rank_fraction", matrix.rank_fraction), ("alpha", matrix.alpha)):
+        densities = [("alphas", alpha) for alpha in matrix.alphas]
+        for name, value in (("rank_fraction", matrix.rank_fraction), ("alpha", matrix.alpha), *densities):
             if not 0 < value <= 1:
                 raise ArgumentError(f"{name} is {value}: give a number above 0, at most 1")
         if matrix.null_draws < 1:
@@ -69,7 +70,7 @@ class Comparison:
 
 def compare(
     base: str | Path,
-    tuned: Mapping[str, str | Path] | Sequence[str | Path],
+    tuned: str | Path | Mapping[str, str | Path] | Sequence[str | Path],
     settings: CompareSettings | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -93,6 +94,10 @@ def compare(
     1.0
     """
     settings = settings or CompareSettings()
+    if threads is not None and threads < 1:
+        raise ArgumentError(f"threads is {threads}: give at least 1")
+    if isinstance(tuned, str | Path):
+        tuned = [tuned]
     base_checkpoint = open_checkpoint(base)
     runs = {name: open_checkpoint(path) for name, path in name_runs(tuned).items()}
     for run in runs.values():
@@ -109,7 +114,10 @@ def compare(
             return {name: checkpoint.read(subject.name) for name, checkpoint in checkpoints.items()}
 
         weight = base_checkpoint.read(subject.name)
-        return measure_tensor(subject, weight, read(runs), read(masters), settings.metrics, settings.matrix)
+        try:
+            return measure_tensor(subject, weight, read(runs), read(masters), settings.metrics, settings.matrix)
+        except NonFiniteTensor as error:
+            raise CheckpointError(f"{subject.name}: {error}. Look at how it was trained or converted") from error
 
     measured = list(_in_threads(measure, subjects, threads or os.cpu_count() or 1, progress))
     matrices, masks, pairs, curves = (
@@ -216,15 +224,23 @@ def _summary(
 
 def _warnings(base: Checkpoint, run: Checkpoint, rows: list[Row]) -> list[str]:
     warnings = []
-    if all(row["unchanged_fraction"] in (1.0, None) for row in rows if "unchanged_fraction" in row):
+    unchanged = [row["unchanged_fraction"] for row in rows if row.get("unchanged_fraction") is not None]
+    if unchanged and min(unchanged) == 1:
         warnings.append("no weight changed: this checkpoint equals the base once both are stored in bfloat16")
     skipped = [info.name for info in base.tensors.values() if not info.floating]
     if skipped:
         warnings.append(f"{len(skipped)} tensors hold no floating-point numbers and were not compared")
-    types = sorted({info.dtype for info in run.tensors.values() if info.floating})
-    if types != ["bfloat16"]:
-        stored = ", ".join(types)
-        warnings.append(f"stored as {stored}; `changed` is decided after rounding both sides to bfloat16")
+    types = [", ".join(sorted({i.dtype for i in c.tensors.values() if i.floating})) for c in (base, run)]
+    if types[0] != types[1]:
+        warnings.append(f"the base is stored as {types[0]}, the run as {types[1]}: some of the update is rounding")
+    if types != ["bfloat16", "bfloat16"]:
+        warnings.append(
+            f"stored as {types[1]}; `changed` is decided after rounding both sides to bfloat16, and the precision null "
+            "of two runs is undefined where the base is not in bfloat16"
+        )
+    others = [row["tensor"] for row in rows if row["linear"] and row["role"] == "other"]
+    if others:
+        warnings.append(f"{len(others)} matrices of unknown role count as linear ones, {others[0]} among them")
     wide = sum(math.prod(info.shape) for info in base.tensors.values() if info.floating and len(info.shape) > 2)
     if wide:
         warnings.append(

@@ -15,6 +15,7 @@ from torch import Tensor
 from offprincipal.checkpoints import Place
 from offprincipal.comparison.pair import BaseMatrix, MatrixPair, MatrixSettings
 from offprincipal.comparison.registry import Group, metrics_of
+from offprincipal.errors import CheckpointError
 from offprincipal.geometry import nulls
 from offprincipal.geometry.masks import MASKS
 
@@ -75,6 +76,12 @@ def measure_tensor(
     Args:
         base: the base's tensor; tuned: run -> tensor of the same shape; masters: run -> float32, where they were kept.
     """
+    for run, master in masters.items():
+        if not torch.equal(master.to(tuned[run].dtype), tuned[run]):
+            raise CheckpointError(
+                f"{subject.name}: the masters of '{run}' do not round to its stored weights, so they are of another "
+                "checkpoint: remove its masters folder, or save both again"
+            )
     decompose = set(groups) != {"location"}
     shape = (subject.keys["rows"], subject.keys["cols"])
     base_matrix = BaseMatrix(subject.name, base.reshape(shape), settings, decompose)
@@ -91,7 +98,7 @@ def measure_tensor(
             found.curves.extend(_rate_curves(pair, keys))
         if subject.linear and "spectrum" in groups:
             found.curves.append(_curve(keys, "singular_values", pair.svd.S))
-        if subject.linear and "subspace" in groups:
+        if subject.linear and "subspace" in groups and pair.angles:
             for side, angles in zip(("left", "right"), pair.angles, strict=True):
                 found.curves.append(_curve(keys, f"principal_angles_{side}_deg", angles))
     if subject.linear and "spectrum" in groups:
@@ -146,6 +153,7 @@ def _pair_row(run_a: str, run_b: str, pairs: Mapping[str, MatrixPair]) -> Row:
     intersection = int((a.changed & b.changed).sum())
     counts = (a.changed_count, b.changed_count)
     null = nulls.intersection_null(a.base.class_entries, a.class_changed, b.class_changed)
+    known = a.base.on_bf16_grid  # else two runs share where in its rounding cell each weight lies
     by_chance = counts[0] * counts[1] / a.changed.numel()
     return {
         "run_a": run_a,
@@ -153,12 +161,12 @@ def _pair_row(run_a: str, run_b: str, pairs: Mapping[str, MatrixPair]) -> Row:
         "changed_a": counts[0],
         "changed_b": counts[1],
         "intersection": intersection,
-        "intersection_precision_null": null.expected,
-        "intersection_precision_null_sd": math.sqrt(null.variance),
+        "intersection_precision_null": null.expected if known else None,
+        "intersection_precision_null_sd": math.sqrt(null.variance) if known else None,
         "jaccard": nulls.jaccard(intersection, *counts),
         "jaccard_random": nulls.jaccard(by_chance, *counts),
-        "jaccard_precision_null": nulls.jaccard(null.expected, *counts),
-        "jaccard_z": null.z(intersection),
+        "jaccard_precision_null": nulls.jaccard(null.expected, *counts) if known else None,
+        "jaccard_z": null.z(intersection) if known else None,
     }
 
 

@@ -5,6 +5,7 @@ Knows nothing of files or tables.
 
 import hashlib
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -71,6 +72,15 @@ class BaseMatrix:
         return spectrum.decompose(self.values)
 
     @cached_property
+    def has_principal_subspace(self) -> bool:
+        return spectrum.has_principal_subspace(self.svd.S, self.k, self.weight.shape)
+
+    @cached_property
+    def on_bf16_grid(self) -> bool:
+        """Whether every entry is a bfloat16 number, as the precision null of two runs needs."""
+        return bool((precision.to_bf16(self.weight).double() == self.weight.double()).all())
+
+    @cached_property
     def classes(self) -> Tensor:
         return precision.exponent_class(self.weight)
 
@@ -85,7 +95,7 @@ class BaseMatrix:
             "low_magnitude": masks.low_magnitude_ranks(self.weight),
             "random": masks.random_ranks(self.weight.shape, self.generator("mask")),
         }
-        if self.decompose:
+        if self.decompose and self.has_principal_subspace:
             top = self.svd.top(self.k)
             ranks["principal"] = masks.principal_ranks(top.U, top.S, top.Vh)
         return ranks
@@ -108,14 +118,12 @@ class MaskOverlap:
 
 
 @dataclass(frozen=True)
-class IsotropicNull:
-    """Means over Gaussian updates of the same norm."""
+class GaussianNull:
+    """Means over Gaussian updates; None where the base leaves the quantity undefined."""
 
     spectral_shift: float | None
-    left_max_deg: float
-    left_mean_deg: float
-    right_max_deg: float
-    right_mean_deg: float
+    angles: tuple[float, ...] | None  # largest and mean left, largest and mean right, degrees
+    energies: tuple[float, ...] | None  # in both principal subspaces, the left one, the right one
 
 
 class MatrixPair:
@@ -155,11 +163,14 @@ class MatrixPair:
         return _norm(self.update)
 
     @cached_property
-    def master_update_norm(self) -> float:
-        """Frobenius norm of the update before it was stored, where masters were kept; else of the stored one."""
-        if self.masters is None:
-            return self.update_norm
-        return _norm(self.masters.double() - self.base.values)
+    def gaussian_scale(self) -> float:
+        """σ of the Gaussian update of equal length before storing: from masters where they were kept, else solved."""
+        size = math.sqrt(max(self.update.numel(), 1))
+        if self.masters is not None:
+            return _norm(self.masters.double() - self.base.values) / size
+        if self.tuned.dtype == torch.bfloat16:
+            return nulls.gaussian_scale(self.base.weight, self.update_norm)
+        return self.update_norm / size
 
     @cached_property
     def update_spectrum(self) -> Tensor:
@@ -180,29 +191,55 @@ class MatrixPair:
         return spectrum.decompose(self.tuned) if self.update_norm > 0 else self.base.svd
 
     @cached_property
-    def angles(self) -> tuple[Tensor, Tensor]:
+    def angles(self) -> tuple[Tensor, Tensor] | None:
         """Left and right principal angles of the top-k subspaces, degrees, (k,) each."""
-        return _angles(self.base.svd, self.svd, self.base.k)
+        return _angles(self.base.svd, self.svd, self.base.k) if self.base.has_principal_subspace else None
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether the update is too small for the decompositions to see."""
+        return self.update_norm_2 <= spectrum.rounding_floor(self.base.svd.S, self.base.weight.shape)
 
     @cached_property
-    def isotropic_null(self) -> IsotropicNull:
-        generator = self.base.generator("isotropic")
-        draws = []
-        for _ in range(self.base.settings.null_draws if self.update_norm > 0 else 1):
-            noise = nulls.isotropic_update(self.update.shape, self.update_norm, generator)
-            moved = spectrum.decompose(self.base.values + noise) if self.update_norm > 0 else self.base.svd
-            left, right = _angles(self.base.svd, moved, self.base.k)
-            shift = spectrum.spectral_shift(self.base.svd.S, moved.S)
-            numbers = (left.max(), left.mean(), right.max(), right.mean())
-            draws.append([math.nan if shift is None else shift, *(x.item() for x in numbers)])
-        shift, *angles = torch.tensor(draws, dtype=torch.float64).mean(dim=0).tolist()
-        return IsotropicNull(None if math.isnan(shift) else shift, *angles)
+    def isotropic_null(self) -> GaussianNull:
+        """Gaussian updates of the stored update's norm."""
+        return self._gaussian_null(self._gaussian_updates("isotropic", self.update_norm))
+
+    @cached_property
+    def stored_null(self) -> GaussianNull:
+        """Gaussian updates of the length that the update had before storing, stored as the tuned weights are."""
+        updates = self._gaussian_updates("stored", self.gaussian_scale * math.sqrt(self.update.numel()))
+        return self._gaussian_null(nulls.stored_update(self.base.weight, u, self.tuned.dtype) for u in updates)
+
+    def _gaussian_updates(self, purpose: str, norm: float) -> Iterator[Tensor]:
+        """Independent updates of one norm; a single zero one where it is zero."""
+        if norm == 0:
+            yield torch.zeros_like(self.update)
+            return
+        generator = self.base.generator(purpose)
+        for _ in range(self.base.settings.null_draws):
+            yield nulls.isotropic_update(self.update.shape, norm, generator)
+
+    def _gaussian_null(self, updates: Iterator[Tensor]) -> GaussianNull:
+        shifts, angles, energies = [], [], []
+        for update in updates:
+            moved = spectrum.decompose(self.base.values + update) if bool(update.any()) else self.base.svd
+            shifts.append(spectrum.spectral_shift(self.base.svd.S, moved.S))
+            if self.base.has_principal_subspace:
+                sides = _angles(self.base.svd, moved, self.base.k)
+                angles.append([x.item() for side in sides for x in (side.max(), side.mean())])
+                energies.append(self._energies_of(update))
+        mean_shift = _means_of([None if shift is None else (shift,) for shift in shifts])
+        return GaussianNull(mean_shift[0] if mean_shift else None, _means_of(angles), _means_of(energies))
 
     @cached_property
     def energies(self) -> tuple[float, float, float] | None:
         """Shares of the update's energy in both principal subspaces, the left one, the right one."""
+        return self._energies_of(self.update) if self.base.has_principal_subspace else None
+
+    def _energies_of(self, update: Tensor) -> tuple[float, float, float] | None:
         top = self.base.svd.top(self.base.k)
-        return subspace.principal_energies(top.U, top.Vh.T, self.update)
+        return subspace.principal_energies(top.U, top.Vh.T, update)
 
     def overlap(self, mask: Tensor) -> MaskOverlap:
         """How much of the change falls into a mask."""
@@ -220,6 +257,13 @@ class MatrixPair:
     def overlaps(self) -> dict[str, MaskOverlap]:
         """Mask name -> overlap, at the default density."""
         return {name: self.overlap(mask) for name, mask in self.base.masks(self.base.settings.alpha).items()}
+
+
+def _means_of(draws: Sequence[Sequence[float] | None]) -> tuple[float, ...] | None:
+    """Means over draws, entry by entry; None where there is none or one is undefined."""
+    if not draws or any(draw is None for draw in draws):
+        return None
+    return tuple(torch.tensor(draws, dtype=torch.float64).mean(dim=0).tolist())
 
 
 def _norm(x: Tensor) -> float:

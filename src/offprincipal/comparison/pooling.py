@@ -94,12 +94,8 @@ def pool_column(name: str, rows: Sequence[Row]) -> "Estimate":
     """
     column = _COLUMNS[name]
     pool = _POOLS[column.pool]
-    parts = [
-        (pool.top(row, name), pool.bottom(row, name))
-        if row[name] is not None and (row["linear"] or not pool.linear_only)
-        else (0.0, 0.0)
-        for row in rows
-    ]
+    counted = [row for row in rows if row["linear"] or not pool.linear_only]
+    parts = [(pool.top(row, name), pool.bottom(row, name)) if row[name] is not None else (0.0, 0.0) for row in counted]
     return estimate_ratio(parts, pool.finish)
 
 
@@ -110,8 +106,9 @@ def pool_pair(rows: Sequence[Row]) -> dict[str, float | None]:
         rows: of `pairs.parquet`, one pair of runs.
     """
     measured = jaccard_estimate(rows, "measured").pooled()
-    beyond = sum(row["intersection"] - row["intersection_precision_null"] for row in rows)
-    variance = sum(row["intersection_precision_null_sd"] ** 2 for row in rows)
+    known = [row for row in rows if row["intersection_precision_null"] is not None]
+    beyond = sum(row["intersection"] - row["intersection_precision_null"] for row in known)
+    variance = sum(row["intersection_precision_null_sd"] ** 2 for row in known)
     return {
         "jaccard": measured.value,
         "low": measured.low,
@@ -128,14 +125,16 @@ def jaccard_estimate(rows: Sequence[Row], which: Literal["measured", "random", "
     Args:
         rows: of `pairs.parquet`, one pair of runs.
     """
-    intersections: dict[str, Callable[[Row], float]] = {
+    intersections: dict[str, Callable[[Row], float | None]] = {
         "measured": lambda row: row["intersection"],
         "random": lambda row: row["changed_a"] * row["changed_b"] / row["numel"],
         "precision_null": lambda row: row["intersection_precision_null"],
     }
     intersection = intersections[which]
     found = [(intersection(row), row) for row in rows]
-    return estimate_ratio([(both, row["changed_a"] + row["changed_b"] - both) for both, row in found])
+    return estimate_ratio(
+        [(0.0, 0.0) if both is None else (both, row["changed_a"] + row["changed_b"] - both) for both, row in found]
+    )
 
 
 @dataclass(frozen=True)
@@ -172,10 +171,12 @@ class Estimate:
         return Estimate(self.value * factor, self.draws * factor, self.matrices)
 
     def pooled(self) -> Pooled:
-        """Value and percentile interval; None where undefined."""
-        drawn = self.draws[np.isfinite(self.draws)]
-        if not math.isfinite(self.value) or not len(drawn):
+        """Value and percentile interval; None where undefined, the interval also where too many draws are."""
+        if not math.isfinite(self.value):
             return Pooled(None, None, None, self.matrices)
+        drawn = self.draws[np.isfinite(self.draws)]
+        if self.matrices < 2 or len(drawn) < (1 + _LEVEL) / 2 * len(self.draws):
+            return Pooled(self.value, None, None, self.matrices)
         low, high = np.quantile(drawn, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
         return Pooled(self.value, float(low), float(high), self.matrices)
 

@@ -68,7 +68,9 @@ def _hidden(pair: MatrixPair) -> tuple[Number, ...]:
 
 def _overlap(name: str) -> Metric:
     def measure(pair: MatrixPair) -> tuple[Number, ...]:
-        found = pair.overlaps[name]
+        found = pair.overlaps.get(name)
+        if found is None:
+            return (None,) * 5
         null = (found.overlap_precision_null, found.overlap_precision_null_sd, found.overlap_z)
         return found.overlap, found.overlap_random, *null
 
@@ -102,8 +104,9 @@ def _stripes(pair: MatrixPair) -> tuple[Number, ...]:
 
 def _shift(pair: MatrixPair) -> tuple[Number, ...]:
     shift, relative = spectrum.spectral_shift(pair.base.svd.S, pair.svd.S), pair.relative_update_norm
-    per_norm = shift / relative if shift is not None and relative else None
-    return shift, len(pair.svd.S), per_norm, pair.isotropic_null.spectral_shift
+    per_norm = shift / relative if shift is not None and relative and not pair.is_rounding else None
+    null = (pair.isotropic_null.spectral_shift, pair.stored_null.spectral_shift)
+    return shift, len(pair.svd.S), per_norm, *null
 
 
 def _update_ranks(pair: MatrixPair) -> tuple[Number, ...]:
@@ -114,19 +117,23 @@ def _angle_columns() -> tuple[Column, ...]:
     return tuple(
         Column(
             f"principal_angle_{side}_{which}_deg{null}",
-            f"{words} {side} principal angle{' after a Gaussian update of equal norm' if null else ''}",
+            f"{words} {side} principal angle{after}",
             "degrees",
         )
-        for null in ("", "_isotropic_null")
+        for null, after in (
+            ("", ""),
+            ("_isotropic_null", " after a Gaussian update of equal norm"),
+            ("_stored_null", " after a Gaussian update of equal length, stored alike"),
+        )
         for side in ("left", "right")
         for which, words in (("max", "largest"), ("mean", "mean"))
     )
 
 
 def _angles(pair: MatrixPair) -> tuple[Number, ...]:
-    null = pair.isotropic_null
-    measured = [x.item() for side in pair.angles for x in (side.max(), side.mean())]
-    return *measured, null.left_max_deg, null.left_mean_deg, null.right_max_deg, null.right_mean_deg
+    undefined = (None,) * 4
+    measured = [x.item() for side in pair.angles for x in (side.max(), side.mean())] if pair.angles else undefined
+    return *measured, *(pair.isotropic_null.angles or undefined), *(pair.stored_null.angles or undefined)
 
 
 def _energy_columns() -> tuple[Column, ...]:
@@ -138,6 +145,7 @@ def _energy_columns() -> tuple[Column, ...]:
             ("", "share of the update's energy in", "1"),
             ("_isotropic", "the same for an isotropic update, in", "1"),
             ("_enrichment", "measured over isotropic energy, in", "times"),
+            ("_stored_null", "the same for a Gaussian update of equal length, stored alike, in", "1"),
         )
     )
 
@@ -145,22 +153,28 @@ def _energy_columns() -> tuple[Column, ...]:
 def _energies(pair: MatrixPair) -> tuple[Number, ...]:
     (n, m), k = pair.update.shape, pair.base.k
     isotropic = (k * k / (n * m), k / n, k / m)
-    measured = pair.energies or (None, None, None)
+    undefined = (None, None, None)
+    columns = zip(pair.energies or undefined, isotropic, pair.stored_null.energies or undefined, strict=True)
     return tuple(
         value
-        for found, null in zip(measured, isotropic, strict=True)
-        for value in (found, null, None if found is None else found / null)
+        for found, null, stored in columns
+        for value in (found, null, None if found is None else found / null, stored)
     )
 
 
 def _bounds(pair: MatrixPair) -> tuple[Number, ...]:
+    if pair.is_rounding:
+        return (None,) * 4
     S0, S1, k, norm_2 = pair.base.svd.S, pair.svd.S, pair.base.k, pair.update_norm_2
-    left, right = pair.angles
+    wedin = None
+    if pair.angles:
+        left, right = (side.max().item() for side in pair.angles)
+        wedin = bounds.wedin_tightness(S0, S1, k, norm_2, (left, right))
     return (
         bounds.weyl_tightness(S0, S1, norm_2),
         bounds.mirsky_tightness(S0, S1, pair.update_norm),
         bounds.ky_fan_tightness(S0, S1, k, norm_2),
-        bounds.wedin_tightness(S0, S1, k, norm_2, (left.max().item(), right.max().item())),
+        wedin,
     )
 
 
@@ -181,11 +195,11 @@ METRICS: tuple[Metric, ...] = (
         (
             Column(
                 "unchanged_fraction_isotropic_null",
-                "the same after a Gaussian update of equal norm, taken from the masters where they were kept",
+                "the same after a Gaussian update of equal length",
                 pool="entries",
             ),
         ),
-        lambda pair: (nulls.unchanged_isotropic(pair.base.weight, pair.master_update_norm),),
+        lambda pair: (nulls.unchanged_isotropic(pair.base.weight, pair.gaussian_scale),),
         every_tensor=True,
     ),
     Metric(
@@ -253,6 +267,7 @@ METRICS: tuple[Metric, ...] = (
             Column("spectral_shift_rank", "singular values compared", "1", "none"),
             Column("spectral_shift_per_norm", "spectral shift per relative step length"),
             Column("spectral_shift_isotropic_null", "spectral shift of a Gaussian update of equal norm"),
+            Column("spectral_shift_stored_null", "spectral shift of a Gaussian update of equal length, stored alike"),
         ),
         _shift,
         decomposes=True,

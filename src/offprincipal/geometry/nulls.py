@@ -1,8 +1,8 @@
 """Nulls: what an update that ignores the weights would show.
 
 The *precision null* is exact and in closed form: given how many entries of each exponent class changed, which of the
-class they were is a draw without replacement. The *isotropic null* is a Gaussian update of equal norm: step length
-without direction.
+class they were is a draw without replacement. The *isotropic null* is a Gaussian update of equal norm, step length
+without direction; the *stored null* is such an update rounded as the tuned weights were.
 Knows nothing of files, models or layers.
 """
 
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offprincipal.geometry.precision import EXPONENT_CLASSES, exponent_class
+from offprincipal.geometry.precision import EXPONENT_CLASSES, exponent_class, half_cells
+
+_SHEPPARD_FROM = 4  # σ of so many spacings and more, where rounding adds ulp²/12 to within 1e-30
 
 
 @dataclass(frozen=True)
@@ -189,34 +191,82 @@ def isotropic_update(shape: torch.Size, norm: float, generator: torch.Generator)
     return update
 
 
-def unchanged_isotropic(base: Tensor, update_norm: float) -> float | None:
-    """Expected share of bfloat16 values that a Gaussian update of a given norm leaves as they are; None if empty.
-
-    With σ = norm/√numel, an entry stays where the update is within half a spacing: Φ(up/2σ) − Φ(−down/2σ), where `up`
-    is the spacing away from zero and `down` the one towards it, half as far at a power of two.
+def stored_update(base: Tensor, update: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is left of an update once the updated weights are stored.
 
     Args:
-        base: float tensor; rounded to bfloat16 first.
-        update_norm: Frobenius norm of the update before it is rounded.
+        base: as stored; update: float64, its shape; dtype: what the updated weights are stored in.
+
+    Returns:
+        float64.
+
+    >>> stored_update(torch.ones(2), torch.tensor([0.001, 0.01]).double(), torch.bfloat16)
+    tensor([0.0000, 0.0078], dtype=torch.float64)
+    """
+    return (base.double() + update).to(dtype).double() - base.double()
+
+
+def unchanged_isotropic(base: Tensor, sigma: float) -> float | None:
+    """Expected share of bfloat16 values that a Gaussian update leaves as they are; None if empty.
+
+    The mean of Φ(out/σ) − Φ(−in/σ) over the entries, `out` and `in` being the distances to where rounding changes.
+
+    Args:
+        base: float tensor; it need not be stored in bfloat16.
+        sigma: standard deviation of each entry of the update, before it is stored.
 
     Source: ours; the normal distribution function at bfloat16's rounding boundaries.
 
-    >>> round(unchanged_isotropic(torch.ones(4), 2 * 0.00390625), 4)  # σ = half the spacing up, the spacing down
+    >>> round(unchanged_isotropic(torch.ones(4), 0.00390625), 4)  # half the spacing up, the spacing down
     0.5328
     """
     if base.numel() == 0:
         return None
-    if update_norm == 0:
+    if sigma == 0:
         return 1.0
-    sigma = update_norm / math.sqrt(base.numel())
+    outwards, inwards = half_cells(base)
+    stay = torch.special.ndtr(outwards / sigma) - torch.special.ndtr(-inwards / sigma)
+    return float(stay.mean())
+
+
+def gaussian_scale(base: Tensor, stored_norm: float) -> float:
+    """The σ of the Gaussian update whose *stored* size is expected to be a given norm.
+
+    A bfloat16 weight moves in whole spacings, so a small update that is stored has a larger norm than it had before:
+    σ solves Σ E[round(σz)²] = norm², with E[round(δ)²] = ulp² Σ_j (2j + 1) P(|δ| > (j + ½) ulp).
+
+    Args:
+        base: bfloat16 numbers, any float type.
+        stored_norm: Frobenius norm of the stored update.
+
+    Returns:
+        σ; norm/√numel where nothing is lost in storing.
+
+    Source: ours; summation by parts, and Sheppard's correction where σ is several spacings.
+
+    >>> round(gaussian_scale(torch.full((100,), 1e-20), 2.0), 6)
+    0.2
+    """
+    if stored_norm == 0 or base.numel() == 0:
+        return 0.0
     entries = class_counts(exponent_class(base))
-    classes = torch.arange(EXPONENT_CLASSES, dtype=torch.float64)
-    exponent = (classes // 2).clamp(min=1)
-    up = torch.exp2(exponent - 127 - 7)
-    down = torch.where((classes % 2 == 1) & (classes // 2 > 1), up / 2, up)
-    stay = torch.special.ndtr(up / (2 * sigma)) - torch.special.ndtr(-down / (2 * sigma))
-    expected: float = (entries @ stay).item()
-    return expected / base.numel()
+    exponent = (torch.arange(EXPONENT_CLASSES, dtype=torch.float64) // 2).clamp(min=1)
+    ulp = torch.exp2(exponent - 134)[entries > 0]
+    entries = entries[entries > 0]
+    steps = torch.arange(_SHEPPARD_FROM * 8, dtype=torch.float64)
+
+    def stored_square(sigma: float) -> float:
+        beyond = torch.special.erfc((steps + 0.5) * ulp[:, None] / (sigma * math.sqrt(2)))  # (classes, steps)
+        summed = ulp**2 * ((2 * steps + 1) * beyond).sum(dim=1)
+        each = torch.where(sigma > _SHEPPARD_FROM * ulp, sigma**2 + ulp**2 / 12, summed)
+        return float(entries @ each)
+
+    high = stored_norm
+    low = high * 1e-12
+    for _ in range(100):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if stored_square(middle) < stored_norm**2 else (low, middle)
+    return math.sqrt(low * high)
 
 
 def _occupied(entries: Tensor, *counts: Tensor) -> tuple[Tensor, ...]:

@@ -39,7 +39,11 @@ def to_bf16(x: Tensor) -> Tensor:
     >>> to_bf16(torch.tensor([1.003, 1.005])).tolist()
     [1.0, 1.0078125]
     """
-    return require_finite(x.to(torch.bfloat16))
+    rounded = require_finite(x).to(torch.bfloat16)
+    if not bool(torch.isfinite(rounded).all()):
+        largest = x.abs().max().item()
+        raise NonFiniteTensor(f"an entry of size {largest:.4g} is beyond bfloat16's largest number, 3.39e38")
+    return rounded
 
 
 def bf16_ulp(x: Tensor) -> Tensor:
@@ -63,6 +67,28 @@ def bf16_ulp(x: Tensor) -> Tensor:
     exponent = (_magnitude_bits(x) >> _MANTISSA_BITS).clamp(min=1)  # subnormals share the smallest normals' spacing
     one = torch.ones_like(exponent, dtype=torch.float64)
     return torch.ldexp(one, exponent - 127 - _MANTISSA_BITS).float()
+
+
+def half_cells(x: Tensor) -> tuple[Tensor, Tensor]:
+    """How far each |x| is from where its bfloat16 rounding would change: outwards, and inwards towards zero.
+
+    Args:
+        x: any float tensor, any shape; it need not be a bfloat16 number itself.
+
+    Returns:
+        outwards, inwards: float64, the shape of `x`, in its units; half a spacing each for a bfloat16 number, but a
+        quarter inwards at a power of two.
+
+    Source: IEEE 754 rounding to nearest.
+
+    >>> half_cells(torch.tensor([1.5, 2.0]))
+    (tensor([0.0039, 0.0078], dtype=torch.float64), tensor([0.0039, 0.0039], dtype=torch.float64))
+    """
+    rounded, ulp = to_bf16(x), bf16_ulp(x).double()
+    classes = exponent_class(x)
+    at_power = (classes % 2 == 1) & (classes > 3)  # zero and the smallest normal have the same spacing on both sides
+    offset = x.double().abs() - rounded.double().abs()
+    return ulp / 2 - offset, torch.where(at_power, ulp / 4, ulp / 2) + offset
 
 
 def exponent_class(x: Tensor) -> Tensor:

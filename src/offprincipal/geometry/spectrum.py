@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offprincipal.errors import NonFiniteTensor
+
 SOLVER = "exact"
 
 
@@ -33,13 +35,44 @@ def decompose(W: Tensor) -> Svd:
     """Singular value decomposition by LAPACK in float64.
 
     Args:
-        W: (n, m), any float type, finite.
+        W: (n, m), any float type, finite, of any scale: it is decomposed after division by its largest entry.
+
+    Raises:
+        NonFiniteTensor: LAPACK did not converge.
 
     >>> decompose(torch.diag(torch.tensor([1.0, 2.0]))).S
     tensor([2., 1.], dtype=torch.float64)
     """
-    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
-    return Svd(U, S, Vh)
+    W = W.double()
+    scale = W.abs().max()
+    if scale == 0:
+        scale = torch.ones_like(scale)
+    try:
+        U, S, Vh = torch.linalg.svd(W / scale, full_matrices=False)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise NonFiniteTensor(f"its singular value decomposition did not converge: {error}") from error
+    return Svd(U, S * scale, Vh)
+
+
+def rounding_floor(S: Tensor, shape: torch.Size) -> float:
+    """Below this a singular value, or a difference of two, is rounding of the decomposition: ε · max(n, m) · σ_1.
+
+    >>> rounding_floor(torch.tensor([2.0]), torch.Size([4, 8])) < 1e-14
+    True
+    """
+    return torch.finfo(torch.float64).eps * max(shape) * S[0].item()
+
+
+def has_principal_subspace(S: Tensor, k: int, shape: torch.Size) -> bool:
+    """Whether the top-k subspaces are defined: σ_k stands clear of zero and of σ_{k+1}.
+
+    >>> S = torch.tensor([2.0, 1.0, 1.0])
+    >>> has_principal_subspace(S, 1, torch.Size([3, 3])), has_principal_subspace(S, 2, torch.Size([3, 3]))
+    (True, False)
+    """
+    floor = rounding_floor(S, shape)
+    next_value = S[k].item() if k < len(S) else 0.0
+    return S[k - 1].item() - next_value > floor
 
 
 def principal_rank(shape: torch.Size, rank_fraction: float) -> int:

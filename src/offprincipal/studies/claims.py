@@ -17,6 +17,7 @@ from offprincipal.errors import StudyError
 Verdict = Literal["supported", "contradicted", "no effect beyond the control", "inconclusive"]
 
 SHARE_MARGIN = 0.02  # two points of a share or an overlap are the least that counts as an effect
+LEAST_MATRICES = 8  # below, a bootstrap over matrices covers far less often than it says
 RATIO_MARGIN = 1.25  # as is a quarter more, for quantities that are compared as ratios
 
 
@@ -203,7 +204,7 @@ def _agreement_with_sft(evidence: Evidence) -> str:
     "C3",
     "spectrum",
     "RLVR keeps the singular values, SFT shifts them",
-    "step length: the shift that a Gaussian update of equal norm makes",
+    "step length and storage: the shift that a Gaussian update of equal length makes, stored alike",
 )
 def spectrum(evidence: Evidence) -> tuple[Judgement, Judgement]:
     return _judge_against_isotropic(evidence, ["spectral_shift"], "spectral shift")
@@ -213,7 +214,7 @@ def spectrum(evidence: Evidence) -> tuple[Judgement, Judgement]:
     "C4",
     "rotation",
     "RLVR hardly rotates the principal singular subspaces, SFT does",
-    "step length: the rotation that a Gaussian update of equal norm makes",
+    "step length and storage: the rotation that a Gaussian update of equal length makes, stored alike",
 )
 def rotation(evidence: Evidence) -> tuple[Judgement, Judgement]:
     sides = ["principal_angle_left_max_deg", "principal_angle_right_max_deg"]
@@ -272,9 +273,7 @@ def _judge_against_isotropic(
 ) -> tuple[Judgement, Judgement]:
     """SFT over RLVR, as measured, and each over what a Gaussian update of its own length does."""
     size = {kind: _mean([evidence.mean(runs, m) for m in metrics]) for kind, runs in _kinds(evidence)}
-    null = {
-        kind: _mean([evidence.mean(runs, f"{m}_isotropic_null") for m in metrics]) for kind, runs in _kinds(evidence)
-    }
+    null = {kind: _mean([evidence.mean(runs, f"{m}_stored_null") for m in metrics]) for kind, runs in _kinds(evidence)}
     step = {kind: evidence.mean(runs, "relative_update_norm") for kind, runs in _kinds(evidence)}
     beyond = {kind: size[kind] / null[kind] for kind in size}
     return (
@@ -288,9 +287,9 @@ def _judge_against_isotropic(
         ),
         _judge_ratio(
             beyond["sft"] / beyond["rl"],
-            measure=f"{words} over that of a Gaussian update of equal norm, SFT over RLVR",
+            measure=f"{words} over that of a Gaussian update of equal length, stored alike, SFT over RLVR",
             sentence=(
-                f"A Gaussian update of equal length would make {null['rl'].value:.3g}{unit} and "
+                f"Gaussian updates of equal length, stored alike, would make {null['rl'].value:.3g}{unit} and "
                 f"{null['sft'].value:.3g}{unit}: RLVR is at {beyond['rl'].value:.2f} times its null, SFT at "
                 f"{beyond['sft'].value:.2f} times."
             ),
@@ -302,8 +301,8 @@ def _judge_difference(effect: Estimate, expected_sign: int = 1, *, measure: str,
     side = "above" if expected_sign > 0 else "below"
     rule = (
         f"supported: interval wholly {side} 0 and the effect at least {SHARE_MARGIN:g} in size; contradicted: the same "
-        f"on the other side; no effect: less than {SHARE_MARGIN:g} in size, with an interval that does not leave "
-        f"±{SHARE_MARGIN:g} or lies on one side of 0; else inconclusive"
+        f"on the other side; no effect: an interval wholly within ±{SHARE_MARGIN:g}; else, and with fewer than "
+        f"{LEAST_MATRICES} matrices, inconclusive"
     )
     return _judgement(effect, 0.0, -SHARE_MARGIN, SHARE_MARGIN, expected_sign, measure, rule, sentence)
 
@@ -311,8 +310,8 @@ def _judge_difference(effect: Estimate, expected_sign: int = 1, *, measure: str,
 def _judge_ratio(effect: Estimate, *, measure: str, sentence: str) -> Judgement:
     rule = (
         f"supported: interval wholly above 1 and the ratio at least {RATIO_MARGIN:g}; contradicted: wholly below 1 and "
-        f"at most 1/{RATIO_MARGIN:g}; no effect: the ratio in between, with an interval that does not leave that range "
-        "or lies on one side of 1; else inconclusive"
+        f"at most 1/{RATIO_MARGIN:g}; no effect: an interval wholly between the two; else, and with fewer than "
+        f"{LEAST_MATRICES} matrices, inconclusive"
     )
     return _judgement(effect, 1.0, 1 / RATIO_MARGIN, RATIO_MARGIN, 1, measure, rule, sentence)
 
@@ -323,6 +322,9 @@ def _judgement(
     pooled = effect.pooled()
     if pooled.value is None or pooled.low is None or pooled.high is None:
         return _nothing(measure, "The figures that this rests on are undefined: too little changed.")
+    if effect.matrices < LEAST_MATRICES:
+        sentence = f"{sentence} There are only {effect.matrices} matrices: too few for an interval to be trusted."
+        return Judgement("inconclusive", pooled.value, pooled.low, pooled.high, measure, rule, sentence)
     verdict = decide(pooled.value, pooled.low, pooled.high, none, least, most, expected_sign)
     return Judgement(verdict, pooled.value, pooled.low, pooled.high, measure, rule, sentence)
 
@@ -342,11 +344,10 @@ def decide(
     >>> decide(-0.2, -0.3, -0.1, 0.0, -0.02, 0.02, 1), decide(0.2, -0.1, 0.3, 0.0, -0.02, 0.02, 1)
     ('contradicted', 'inconclusive')
     """
+    if least <= low and high <= most:
+        return "no effect beyond the control"
     one_sided = low > none or high < none
-    if least < value < most:
-        inside = least <= low and high <= most
-        return "no effect beyond the control" if inside or one_sided else "inconclusive"
-    if not one_sided:
+    if least < value < most or not one_sided:
         return "inconclusive"
     return "supported" if (value > none) == (expected_sign > 0) else "contradicted"
 
