@@ -25,7 +25,7 @@ MASKS = {
     "safe": "safe weights",
     "random": "a random mask",
 }
-NULLS = ("_precision_null", "_isotropic_null", "_isotropic")
+NULLS = ("_precision_null", "_stored_null", "_isotropic_null")
 STRIPE_MATRICES = 64
 SPECTRUM_MATRICES = 256
 FINE_POINTS, COARSE_POINTS = 256, 64
@@ -165,11 +165,11 @@ def read_curves(path: Path, tensors: Sequence[str], points: int) -> Curves:
 
 
 def spectra(matrices: pa.Table, path: Path, runs: Sequence[str]) -> Json:
-    """Singular values of base and runs, their shifts, and the principal angles beside the isotropic null's largest."""
+    """Singular values of base and runs, their shifts, and the principal angles beside the stored null's largest."""
     angles = ("principal_angle_left_max_deg", "principal_angle_right_max_deg")
     chosen = choose_matrices(matrices, (*angles, "spectral_shift"), SPECTRUM_MATRICES)
     curves = read_curves(path, chosen.tensors, FINE_POINTS if len(chosen.tensors) <= STRIPE_MATRICES else COARSE_POINTS)
-    nulls = _lookup(matrices, tuple(f"{name}_isotropic_null" for name in angles))
+    nulls = _lookup(matrices, tuple(f"{name}_stored_null" for name in angles))
 
     def of_run(tensor: str, run: str) -> Json:
         sides = {side: _drawn(curves.get((tensor, run, f"principal_angles_{side}_deg"))) for side in ("left", "right")}

@@ -168,7 +168,7 @@ function report() {
       if (nulls.length) {
         traces.push({ ...panel(about.null, nulls, rows, columns, "y2", scale), showscale: false });
         layout.yaxis2 = axis({ ...ticks, domain: [0, size / height] });
-        layout.annotations.push(heading(metrics[about.null].name.endsWith("_precision_null") ? "rounding alone (precision null)" : "a random update of equal norm (isotropic null)", 0.5, size / height));
+        layout.annotations.push(heading(metrics[about.null].name.endsWith("_precision_null") ? "rounding alone (precision null)" : "a random update of equal length", 0.5, size / height));
       }
       const every = Math.ceil(columns.length / 24), marked = numbered(columns.length).filter((j) => j % every === 0 || data.heat.layers[columns[j]] === "none");
       layout.xaxis = axis({ range: [-0.5, columns.length - 0.5], anchor: nulls.length ? "y2" : "y", showgrid: false, zeroline: false, title: title("layer"), tickvals: marked, ticktext: marked.map((j) => data.heat.layers[columns[j]]) });

@@ -12,12 +12,12 @@ from offprincipal.tasks import Task, mixture
 _SHOWN = (
     ("unchanged, %", "unchanged_fraction", "unchanged_fraction_isotropic_null", 100),
     ("step length", "relative_update_norm", None, 1),
-    ("spectral shift", "spectral_shift", "spectral_shift_isotropic_null", 1),
-    ("angle left, °", "principal_angle_left_max_deg", "principal_angle_left_max_deg_isotropic_null", 1),
-    ("angle right, °", "principal_angle_right_max_deg", "principal_angle_right_max_deg_isotropic_null", 1),
+    ("spectral shift", "spectral_shift", "spectral_shift_stored_null", 1),
+    ("angle left, °", "principal_angle_left_max_deg", "principal_angle_left_max_deg_stored_null", 1),
+    ("angle right, °", "principal_angle_right_max_deg", "principal_angle_right_max_deg_stored_null", 1),
     ("principal, %", "principal_overlap", "principal_overlap_precision_null", 100),
     ("low-magnitude, %", "low_magnitude_overlap", "low_magnitude_overlap_precision_null", 100),
-    ("energy", "principal_energy", "principal_energy_isotropic", 1),
+    ("energy, %", "principal_energy", "principal_energy_stored_null", 100),
 )
 _VERDICTS = {
     "supported": "green",

@@ -4,7 +4,8 @@ Reads the pooled values of `summary.json` and computes no metric. The rules are 
 
 - *beyond rounding* is said only where |z| exceeds `Z_BEYOND`, and never without the size of the effect, because
   millions of entries make the smallest difference significant;
-- *about what step length gives* means within a factor of `ABOUT` of a random update of equal norm.
+- *about what step length gives* means within a factor of `ABOUT` of a random update of equal length,
+  stored alike (the stored null).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -134,7 +135,7 @@ def _amount(value: _Reader) -> str:
     unchanged, null = value("unchanged_fraction"), value("unchanged_fraction_isotropic_null")
     if unchanged is None:
         return ""
-    beside = f", where a random update of equal norm would leave {percent(null)}" if null is not None else ""
+    beside = f", where a random update of equal length would leave {percent(null)}" if null is not None else ""
     return (
         f"{percent(1 - unchanged)} of the weights changed; {percent(unchanged)} are bit-identical in bfloat16{beside}."
     )
@@ -146,8 +147,8 @@ def _distance(value: _Reader) -> str:
 
 
 def _turn(value: _Reader) -> str:
-    angle, angle_null = value("principal_angle_left_max_deg"), value("principal_angle_left_max_deg_isotropic_null")
-    shift, shift_null = value("spectral_shift"), value("spectral_shift_isotropic_null")
+    angle, angle_null = value("principal_angle_left_max_deg"), value("principal_angle_left_max_deg_stored_null")
+    shift, shift_null = value("spectral_shift"), value("spectral_shift_stored_null")
     parts = []
     if angle is not None:
         parts.append(f"The principal subspaces turned by {degrees(angle)}{_beside(angle, angle_null, degrees)}.")
@@ -160,7 +161,7 @@ def _beside(found: float, null: float | None, text: Callable[[float], str]) -> s
     if not null:
         return ""
     ratio = found / null
-    return f", {_times(ratio)} times what a random update of equal norm gives ({text(null)}): {_explained([ratio])}"
+    return f", {_times(ratio)} times what a random update of equal length gives ({text(null)}): {_explained([ratio])}"
 
 
 def _place(mask: str, value: _Reader) -> str:
@@ -235,11 +236,11 @@ def _step_answer(readers: Sequence[_Reader]) -> str:
         ("the spectrum shifted", "spectral_shift"),
         ("the principal subspaces turned", "principal_angle_left_max_deg"),
     ):
-        ratios = [f / n for r in readers if (f := r(name)) is not None and (n := r(f"{name}_isotropic_null"))]
+        ratios = [f / n for r in readers if (f := r(name)) is not None and (n := r(f"{name}_stored_null"))]
         if ratios:
             clauses.append(f"{words} {_span(ratios, _times)} times as far ({_explained(ratios)})")
     if clauses:
-        text += "; beside a random update of equal norm " + ", and ".join(clauses)
+        text += "; beside a random update of equal length, stored alike, " + ", and ".join(clauses)
     return text + "."
 
 
@@ -254,12 +255,13 @@ def _explained(ratios: Sequence[float]) -> str:
 
 
 def _energy_answer(readers: Sequence[_Reader]) -> str:
-    known = [x for r in readers if (x := r("principal_energy_enrichment")) is not None]
+    energies = [(r("principal_energy"), r("principal_energy_stored_null")) for r in readers]
+    known = [found / null for found, null in energies if found is not None and null]
     if not known:
         return ""
     return (
-        f"the principal subspaces hold {_span(known, _times)} times the energy that an update without preferred "
-        f"directions would put there: {_preference(known)}."
+        f"the principal subspaces hold {_span(known, _times)} times the energy that a random update, stored "
+        f"alike, would put there: {_preference(known)}."
     )
 
 
