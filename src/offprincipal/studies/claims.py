@@ -54,9 +54,13 @@ class Evidence:
         """Parameters of the model."""
         return sum(row["numel"] for row in next(iter(self.matrices.values())))
 
+    def of(self, run: str, metric: str) -> Estimate:
+        """A pooled metric of one run."""
+        return pool_column(metric, self.matrices[run])
+
     def mean(self, runs: Sequence[str], metric: str) -> Estimate:
         """The mean over runs of a pooled metric."""
-        return _mean([pool_column(metric, self.matrices[run]) for run in runs])
+        return _mean([self.of(run, metric) for run in runs])
 
     def jaccard(
         self, which: Literal["measured", "random", "precision_null"], between: Literal["rl", "rl and sft"] = "rl"
@@ -146,18 +150,26 @@ def judge(id: str, evidence: Evidence) -> dict[str, Any]:
 def sparsity(evidence: Evidence) -> tuple[Judgement, Judgement]:
     share = {kind: evidence.mean(runs, "unchanged_fraction") for kind, runs in _kinds(evidence)}
     null = {kind: evidence.mean(runs, "unchanged_fraction_isotropic_null") for kind, runs in _kinds(evidence)}
+
+    def beyond(run: str) -> str:
+        gap = evidence.of(run, "unchanged_fraction") - evidence.of(run, "unchanged_fraction_isotropic_null")
+        return f"{100 * gap.value:+.1f} points"
+
     return (
         _judge_difference(
             share["rl"] - share["sft"],
             measure="unchanged fraction, RLVR minus SFT",
-            sentence=f"RLVR left {_percent(share['rl'])} of the weights unchanged, SFT {_percent(share['sft'])}.",
+            sentence=(
+                f"RLVR left {_percent(share['rl'])} of the weights unchanged, SFT {_percent(share['sft'])}. By run: "
+                f"{_by_run(evidence, lambda run: _percent(evidence.of(run, 'unchanged_fraction')))}."
+            ),
         ),
         _judge_difference(
             (share["rl"] - null["rl"]) - (share["sft"] - null["sft"]),
             measure="unchanged fraction beyond that of a Gaussian update of equal norm, RLVR minus SFT",
             sentence=(
                 f"Gaussian updates of the same lengths would leave {_percent(null['rl'])} and {_percent(null['sft'])} "
-                "unchanged."
+                f"unchanged. By run, measured minus that: {_by_run(evidence, beyond)}."
             ),
         ),
     )
@@ -276,6 +288,13 @@ def _judge_against_isotropic(
     null = {kind: _mean([evidence.mean(runs, f"{m}_stored_null") for m in metrics]) for kind, runs in _kinds(evidence)}
     step = {kind: evidence.mean(runs, "relative_update_norm") for kind, runs in _kinds(evidence)}
     beyond = {kind: size[kind] / null[kind] for kind in size}
+
+    def beyond_of(run: str) -> str:
+        measured, expected = (
+            _mean([evidence.of(run, f"{m}{suffix}") for m in metrics]) for suffix in ("", "_stored_null")
+        )
+        return f"{(measured / expected).value:.2f}"
+
     return (
         _judge_ratio(
             size["sft"] / size["rl"],
@@ -291,7 +310,7 @@ def _judge_against_isotropic(
             sentence=(
                 f"Gaussian updates of equal length, stored alike, would make {null['rl'].value:.3g}{unit} and "
                 f"{null['sft'].value:.3g}{unit}: RLVR is at {beyond['rl'].value:.2f} times its null, SFT at "
-                f"{beyond['sft'].value:.2f} times."
+                f"{beyond['sft'].value:.2f} times. By run: {_by_run(evidence, beyond_of)}."
             ),
         ),
     )
@@ -358,6 +377,11 @@ def _nothing(measure: str, sentence: str) -> Judgement:
 
 def _kinds(evidence: Evidence) -> tuple[tuple[str, tuple[str, ...]], ...]:
     return ("rl", evidence.rl), ("sft", evidence.sft)
+
+
+def _by_run(evidence: Evidence, text: Callable[[str], str]) -> str:
+    """A figure for each run, so that a mean over unlike runs hides nothing."""
+    return ", ".join(f"{run} {text(run)}" for run in evidence.rl + evidence.sft)
 
 
 def _mean(estimates: Sequence[Estimate]) -> Estimate:
