@@ -51,7 +51,9 @@ def test_a_study_leaves_models_tables_verdicts_and_a_report(finished: Path) -> N
     assert [run["name"] for run in study["runs"]] == STAGES[:4]
     for entry in study["runs"]:
         assert 0 <= entry["before"]["sampled_accuracy"] <= 1
-        assert entry["after"]["kl_to_base"] > 0 == entry["before"]["kl_to_base"]
+        assert entry["before"]["kl_to_base"] == 0
+        if entry["recipe"] != "grpo":  # a random model earns no reward, so GRPO has nothing to learn from
+            assert entry["after"]["kl_to_base"] > 0
     for claim in study["claims"]:
         for path in claim["evidence"]:
             assert (finished / path).is_file()

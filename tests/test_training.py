@@ -260,7 +260,6 @@ def test_progress_is_a_line_a_tenth_where_there_is_no_terminal(capsys: pytest.Ca
         ({"model": "/nowhere/at/all"}, TrainingError, "not there"),
         ({"tasks": ("adds",)}, TaskError, "no symbolic task"),
         ({"batch": 12, "recipe": "grpo"}, TrainingError, "not divisible by rollouts_per_prompt"),
-        ({"micro_batch": 5}, TrainingError, "not divisible by micro_batch"),
         ({"max_new_tokens": 250, "recipe": "grpo"}, TrainingError, "exceeds the model's context of 256"),
         ({"steps": 0}, TrainingError, "steps: .*greater than or equal to 1"),
         ({"report_to": ("nobody",)}, TrainingError, "report_to 'nobody' is not installed"),

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.box import SIMPLE
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -27,13 +28,13 @@ _VERDICTS = {
 }
 
 
-def comparison_table(summary: Mapping[str, Any]) -> Table:
+def comparison_table(summary: Mapping[str, Any]) -> Group:
     """Metrics × runs, each value with its null in brackets.
 
     Args:
         summary: `summary.json`.
     """
-    table = Table(title="what training did to the weights (null in brackets)", title_justify="left", box=SIMPLE)
+    table = Table(box=SIMPLE)
     table.add_column("")
     for name in summary["runs"]:
         table.add_column(escape(name), justify="right")
@@ -41,16 +42,16 @@ def comparison_table(summary: Mapping[str, Any]) -> Table:
         found = [run["metrics"] for run in summary["runs"].values()]
         if any(metric in metrics for metrics in found):
             table.add_row(title, *(_with_null(metrics, metric, null, factor) for metrics in found))
-    return table
+    return Group("what training did to the weights (null in brackets)", table)
 
 
-def runs_table(study: Mapping[str, Any]) -> Table:
+def runs_table(study: Mapping[str, Any]) -> Group:
     """Training runs with their held-out figures before and after.
 
     Args:
         study: `study.json`, or anything with its `runs`.
     """
-    table = Table(title="training, on held-out prompts, before → after", title_justify="left", box=SIMPLE)
+    table = Table(box=SIMPLE)
     table.add_column("run")
     for title in ("greedy, %", "sampled, %", "pass@k, %", "KL to base", "minutes"):
         table.add_column(title, justify="right")
@@ -62,16 +63,16 @@ def runs_table(study: Mapping[str, Any]) -> Table:
         ]
         kl = _format(after.get("kl_to_base"))
         table.add_row(escape(run["name"]), *accuracies, kl, f"{run['seconds'] / 60:.1f}")
-    return table
+    return Group("training, on held-out prompts, before → after", table)
 
 
-def claims_table(study: Mapping[str, Any]) -> Table:
+def claims_table(study: Mapping[str, Any]) -> Group:
     """Claims with both verdicts and their effects.
 
     Args:
         study: `study.json`.
     """
-    table = Table(title="the paper's claims", title_justify="left", show_lines=True)
+    table = Table(show_lines=True)
     for title in ("claim", "as published", "with the control", "control"):
         table.add_column(title)
     for claim in study["claims"]:
@@ -81,7 +82,7 @@ def claims_table(study: Mapping[str, Any]) -> Table:
             _judgement(claim["controlled"]),
             escape(claim["controlled"]["control"]),
         )
-    return table
+    return Group("the paper's claims: verdict, effect, 95 % interval over matrices", table)
 
 
 def settings_table(fields: Mapping[str, Any]) -> Table:

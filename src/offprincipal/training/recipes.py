@@ -55,7 +55,7 @@ def _require_loggers(settings: TrainSettings) -> None:
 
 def _shared_arguments(settings: TrainSettings, language_model: LanguageModel, checkpoints: Path) -> dict[str, Any]:
     on_cuda = language_model.device.type == "cuda"
-    micro_batch = settings.micro_batch or settings.batch
+    micro_batch = settings.sequences_at_once
     return {
         "output_dir": str(checkpoints),
         "max_steps": settings.steps,

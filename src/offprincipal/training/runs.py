@@ -164,7 +164,7 @@ def _fit(
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except torch.OutOfMemoryError as error:
             raise TrainingError(
-                f"{settings.micro_batch or settings.batch} sequences at once do not fit into the GPU's memory: choose "
+                f"{settings.sequences_at_once} sequences at once do not fit into the GPU's memory: choose "
                 "a smaller micro_batch, or gradient_checkpointing, and pass --overwrite"
             ) from error
     return [

@@ -32,7 +32,7 @@ class TrainSettings(BaseModel):
     steps: int = Field(80, ge=1, description="optimizer steps")
     batch: int = Field(240, ge=1, description="sequences a step: completions sampled for grpo, examples for sft")
     micro_batch: int | None = Field(
-        None, ge=1, description="sequences in memory at once, a divisor of batch; None: the whole batch"
+        None, ge=1, description="at most so many sequences in memory at once; None: the whole batch"
     )
     rollouts_per_prompt: int = Field(8, ge=2, description="completions sampled for one prompt (grpo)")
     learning_rate: float = Field(1e-5, gt=0, description="learning rate of AdamW, constant after the warm-up")
@@ -59,9 +59,17 @@ class TrainSettings(BaseModel):
                 f"batch {self.batch} is not divisible by rollouts_per_prompt {self.rollouts_per_prompt}: "
                 f"choose a batch of {max(1, self.batch // self.rollouts_per_prompt) * self.rollouts_per_prompt}"
             )
-        if self.batch % (self.micro_batch or self.batch):
-            raise TrainingError(f"batch {self.batch} is not divisible by micro_batch {self.micro_batch}: change one")
         return self
+
+    @property
+    def sequences_at_once(self) -> int:
+        """The largest divisor of the batch that is at most `micro_batch`.
+
+        >>> TrainSettings(recipe="grpo", tasks=("add",), batch=240, micro_batch=64).sequences_at_once
+        60
+        """
+        most = min(self.micro_batch or self.batch, self.batch)
+        return next(size for size in range(most, 0, -1) if self.batch % size == 0)
 
     @property
     def prompts_per_step(self) -> int:
