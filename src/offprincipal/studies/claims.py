@@ -145,7 +145,7 @@ def judge(id: str, evidence: Evidence) -> dict[str, Any]:
     "C1",
     "sparsity",
     "RLVR leaves far more bfloat16 weights bit-identical than SFT",
-    "step length: what a Gaussian update of equal norm leaves unchanged",
+    "step length: what a Gaussian update of equal length leaves unchanged",
 )
 def sparsity(evidence: Evidence) -> tuple[Judgement, Judgement]:
     share = {kind: evidence.mean(runs, "unchanged_fraction") for kind, runs in _kinds(evidence)}
@@ -166,7 +166,7 @@ def sparsity(evidence: Evidence) -> tuple[Judgement, Judgement]:
         ),
         _judge_difference(
             (share["rl"] - null["rl"]) - (share["sft"] - null["sft"]),
-            measure="unchanged fraction beyond that of a Gaussian update of equal norm, RLVR minus SFT",
+            measure="unchanged fraction beyond that of a Gaussian update of equal length, RLVR minus SFT",
             sentence=(
                 f"Gaussian updates of the same lengths would leave {_percent(null['rl'])} and {_percent(null['sft'])} "
                 f"unchanged. By run, measured minus that: {_by_run(evidence, beyond)}."
