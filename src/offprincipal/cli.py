@@ -22,7 +22,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="What did post-training do to the weights: geometry, precision, or step length?",
 )
 errors = Console(stderr=True)
 
@@ -42,9 +41,26 @@ def main() -> None:
         sys.exit(130)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from offprincipal import __version__
+
+        print(f"offprincipal {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What did post-training do to the weights: geometry, precision, or step length?"""
+
+
 @app.command()
 def study(
-    profile: Annotated[str, typer.Argument(help="A shipped profile, or a YAML file.")] = "quick",
+    profile: Annotated[str, typer.Argument(metavar="PROFILE", help="A shipped profile, or a YAML file.")] = "quick",
     out: Out = Path("study"),
     override: Annotated[
         list[str] | None,
@@ -72,7 +88,7 @@ def study(
 
 @app.command()
 def compare(
-    base: Annotated[str, typer.Argument(help="Folder of the base model (safetensors).")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Folder of the base model (safetensors).")],
     tuned: Annotated[list[str], typer.Argument(metavar="[NAME=]TUNED...", help="Folders of models trained from it.")],
     out: Out = Path("comparison"),
     metrics: Annotated[
@@ -84,7 +100,9 @@ def compare(
     alpha: Annotated[float, typer.Option(help="Density of the masks.")] = 0.5,
     null_draws: Annotated[int, typer.Option(help="Gaussian updates behind each isotropic null.")] = 4,
     seed: Annotated[int, typer.Option(help="Of the random mask and the Gaussian updates.")] = 0,
-    include_embeddings: Annotated[bool, typer.Option(help="Measure embeddings and heads too.")] = False,
+    include_embeddings: Annotated[
+        bool, typer.Option("--include-embeddings", help="Measure embeddings and heads too.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Matrices measured at once; default: all cores.")] = None,
     fail_if: Annotated[
         list[str] | None,
@@ -125,7 +143,7 @@ def compare(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="grpo, sft_own or sft_teacher.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="grpo, sft_own or sft_teacher.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the run; the same command continues a killed one.")],
     task: Annotated[
         list[str], typer.Option("--task", help="add, sort@2, rg:NAME, hf:DATASET?prompt=…&answer=…; repeat for more.")
@@ -179,7 +197,7 @@ def tasks() -> None:
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder that `compare` or `study` wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that `compare` or `study` wrote.")],
 ) -> None:
     """Draw report.html anew from the tables in a folder."""
     from offprincipal.reports import write_report_of
