@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from offprincipal.errors import OffPrincipalError, TaskError, TrainingError
+from offprincipal.errors import FileError, OffPrincipalError, TaskError, TrainingError
 from offprincipal.tasks import mixture, open_task
 from offprincipal.training import (
     StepReport,
@@ -288,3 +288,29 @@ def test_unusable_folders_say_what_to_change(tiny_model: Path, tmp_path: Path) -
     (tmp_path / "model" / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes())
     with pytest.raises(TrainingError, match="no usable tokenizer"):
         open_language_model(tmp_path / "model")
+
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+from offprincipal.files import exclusively
+with exclusively(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_that_another_process_trains_in_is_refused_and_free_once_that_is_killed(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    run = settings(tiny_model, "sft_own", steps=1)
+    other = subprocess.Popen([sys.executable, "-c", HOLDING, str(out)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(FileError, match="another process is writing"):
+            train(run, out, quiet=True)
+    finally:
+        other.kill()
+        other.wait()
+    assert train(run, out, quiet=True)["schema"] == 1

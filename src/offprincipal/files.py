@@ -1,13 +1,20 @@
 """Files that we write: whole or absent. Knows nothing of what is in them, but that JSON holds no NaN."""
 
+import getpass
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from offprincipal.errors import FileError
+
+_PATIENCE = 5.0  # seconds: a process that was just killed may still be on its way out
 
 
 def require_folder(out: Path) -> None:
@@ -22,6 +29,25 @@ def require_folder(out: Path) -> None:
         raise FileError(f"cannot make the output folder {out}: {error.strerror}. Choose another --out") from error
     if not os.access(out, os.W_OK):
         raise FileError(f"the output folder {out} may not be written: choose another --out")
+
+
+@contextmanager
+def exclusively(out: Path) -> Iterator[None]:
+    """Hold a folder against other processes of this machine; a killed one lets go by itself.
+
+    Raises:
+        FileError: another process holds it, and did not let go within five seconds.
+    """
+    name = hashlib.blake2b(str(out.resolve()).encode(errors="surrogateescape"), digest_size=12).hexdigest()
+    lock = FileLock(Path(tempfile.gettempdir()) / f"offprincipal-{getpass.getuser()}-{name}.lock", timeout=_PATIENCE)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise FileError(f"another process is writing to {out}: wait for it to end, or choose another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from offprincipal.errors import StudyError
-from offprincipal.files import require_folder, write_json
+from offprincipal.files import exclusively, require_folder, write_json
 from offprincipal.studies.profile import Profile
 from offprincipal.studies.stages import TrainStage, Workspace, content_digest
 from offprincipal.training import StepReport
@@ -42,7 +42,7 @@ def run_profile(profile: Profile, out: Path, jobs: int, show: ShowStage, overwri
     require_folder(out)
     space = workspace(profile, out)
     graph = _Graph(profile, space)
-    with _training_pool(jobs, show) as pool:
+    with exclusively(out), _training_pool(jobs, show) as pool:
         running: dict[Future[None], str] = {}
         waiting = profile.order()
         while waiting or running:

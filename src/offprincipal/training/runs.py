@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from offprincipal.errors import TrainingError
-from offprincipal.files import read_json, require_folder, write_json
+from offprincipal.files import exclusively, read_json, require_folder, write_json
 from offprincipal.tasks import open_task
 from offprincipal.training.evaluation import evaluate
 from offprincipal.training.models import LanguageModel, identify, open_language_model, require_training_extra
@@ -75,22 +75,24 @@ def train(
     Raises:
         TaskError: a task is not usable.
         TrainingError: the model or the folder is not usable, the folder holds another run, or training diverged.
+        FileError: another process is training in the folder.
     """
     require_training_extra()
     for name in settings.tasks:
         open_task(name)  # an unknown task is refused before a model is opened
     folder = Path(out).expanduser()
-    if overwrite:
-        _discard(folder)
-    record = _complete_record(folder, settings)
-    if record is not None:
-        if not quiet and progress is None:
-            print(f"{folder}: this run is complete already")
-        return record
-    if progress is not None or quiet:
-        return _run(settings, folder, progress or silent)
-    with terminal_progress(f"{settings.recipe} → {folder}") as show:
-        return _run(settings, folder, show)
+    with exclusively(folder):
+        if overwrite:
+            _discard(folder)
+        record = _complete_record(folder, settings)
+        if record is not None:
+            if not quiet and progress is None:
+                print(f"{folder}: this run is complete already")
+            return record
+        if progress is not None or quiet:
+            return _run(settings, folder, progress or silent)
+        with terminal_progress(f"{settings.recipe} → {folder}") as show:
+            return _run(settings, folder, show)
 
 
 def _run(settings: TrainSettings, out: Path, show: ShowProgress) -> dict[str, Any]:
