@@ -36,9 +36,6 @@ def main() -> None:
     except OffPrincipalError as error:
         errors.print(f"[bold red]error:[/] {_escaped(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("\ninterrupted; the same command continues where it stopped")
-        sys.exit(130)
 
 
 def _print_version(wanted: bool) -> None:
@@ -80,8 +77,9 @@ def study(
     from offprincipal.studies import load_profile
     from offprincipal.studies.console import run_on_console
 
-    found = run_on_console(load_profile(profile, override or []), out, jobs, overwrite, Console())
     console = Console()
+    with _resumable():
+        found = run_on_console(load_profile(profile, override or []), out, jobs, overwrite, console)
     console.print(runs_table(found), claims_table(found))
     console.print(f"report: {out / 'report.html'}", soft_wrap=True, highlight=False)
 
@@ -170,7 +168,8 @@ def train(
     values: dict[str, Any] = {"recipe": recipe, "model": model, "tasks": task}
     values |= {key: value for key, value in named.items() if value is not None}
     values |= dict(parse_override(text) for text in override or [])
-    record = run(parse_settings(values), out, overwrite=overwrite)
+    with _resumable():
+        record = run(parse_settings(values), out, overwrite=overwrite)
     console = Console()
     run_entry = {"name": out.name, "seconds": record["seconds"], **record["settings"], **record["accuracy"]}
     console.print(runs_table({"runs": [run_entry]}))
@@ -224,6 +223,16 @@ def _named_runs(tuned: list[str]) -> Any:
                 raise ArgumentError(f"two runs are named '{run}': tell them apart with NAME=PATH")
             runs[run] = folder
     return runs
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Say, when interrupted, that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        errors.print("\ninterrupted: the same command continues where it stopped", highlight=False)
+        raise typer.Exit(130) from error
 
 
 def _exists(path: str) -> bool:
