@@ -1,19 +1,36 @@
-"""One interface for every kind of checkpoint: names, shapes and stored types at once, tensors one by one."""
+"""One interface for every kind of checkpoint: names, shapes and stored types at once, entries range by range.
 
-from collections.abc import Mapping
+Numbers come as numpy arrays in their stored type (bfloat16 and float8 are those of `ml_dtypes`), so that a scan of the
+bits needs no torch.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
-from torch import Tensor
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
 
-from offprincipal.errors import CheckpointError
-
-_NAMED = 5
+Array = NDArray[Any]
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOATS = {
+    str(dtype): dtype
+    for dtype in (
+        *map(np.dtype, ("float64", "float32", "float16")),
+        BFLOAT16,
+        np.dtype(ml_dtypes.float8_e4m3fn),
+        np.dtype(ml_dtypes.float8_e5m2),
+        np.dtype(ml_dtypes.float8_e8m0fnu),
+    )
+}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a checkpoint says of a tensor before it is read."""
+    """What a checkpoint says of a tensor before it is read: its name, shape, and the type that `read` gives."""
 
     name: str
     shape: tuple[int, ...]
@@ -24,9 +41,13 @@ class TensorInfo:
         """Whether it holds floating-point numbers."""
         return self.dtype.startswith(("float", "bfloat"))
 
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
 
 class Checkpoint(Protocol):
-    """A model's tensors, read one at a time."""
+    """A model's tensors, read a range of entries at a time."""
 
     @property
     def source(self) -> str:
@@ -34,59 +55,33 @@ class Checkpoint(Protocol):
         ...
 
     @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Name -> shape and stored type, in the order of the names; tied tensors once."""
+    def folders(self) -> Sequence[Path]:
+        """The local folders whose files it is read from."""
         ...
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, in its stored type, finite.
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Name -> shape and type, in the order of the names; tied tensors once."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The model's `config.json`; empty where there is none."""
+        ...
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a reader of the results should know of how it was read: 'stored in float8 with scales, dequantised'."""
+        ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Entries `start` to `stop` of a tensor, flat in row-major order, as stored; not yet checked for NaN.
 
         Raises:
-            CheckpointError: it cannot be read, or holds NaN or infinity.
+            CheckpointError: it cannot be read.
         """
         ...
 
     def masters(self) -> "Checkpoint | None":
         """The float32 master weights kept beside the stored ones, if any."""
         ...
-
-
-def require_same_tensors(base: Checkpoint, tuned: Checkpoint) -> None:
-    """Check that two checkpoints have the same tensors, of the same shapes.
-
-    Raises:
-        CheckpointError: one has a tensor that the other has not, or shapes differ; the message names them.
-    """
-    missing = [name for name in base.tensors if name not in tuned.tensors]
-    extra = [name for name in tuned.tensors if name not in base.tensors]
-    for names, has, lacks in ((missing, base, tuned), (extra, tuned, base)):
-        if names:
-            raise CheckpointError(
-                f"{lacks.source} lacks {_listed(names)}, which {has.source} has: "
-                "compare a base with checkpoints that were trained from it"
-            )
-    recast = [name for name, info in base.tensors.items() if info.floating != tuned.tensors[name].floating]
-    if recast:
-        here, there = tuned.tensors[recast[0]].dtype, base.tensors[recast[0]].dtype
-        raise CheckpointError(
-            f"{tuned.source} stores {_listed(recast)} as {here}, {base.source} as {there}: dequantise it first"
-        )
-    differing = [
-        f"{name} ({_shape(info)} in the base, {_shape(tuned.tensors[name])} here)"
-        for name, info in base.tensors.items()
-        if info.shape != tuned.tensors[name].shape
-    ]
-    if differing:
-        raise CheckpointError(
-            f"{tuned.source} has other shapes than {base.source}: {_listed(differing)}. Compare one architecture"
-        )
-
-
-def _shape(info: TensorInfo) -> str:
-    return " × ".join(map(str, info.shape)) or "a scalar"
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    noun = "tensor" if len(names) == 1 else f"{len(names)} tensors:"
-    return f"{noun} {', '.join(names[:_NAMED])}{more}"

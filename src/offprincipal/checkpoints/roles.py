@@ -5,22 +5,36 @@ from dataclasses import dataclass
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.([0-9]{1,9})\.")
 _EXPERT = re.compile(r"\.experts\.([0-9]{1,9})\.")
+_FEED_FORWARD = r"\b(?:feed_forward|mlp|shared_experts?|experts(?:\.[0-9]+)?)\."
 _ROLES = (
-    ("q", r"\bq_proj\.weight$"),
-    ("k", r"\bk_proj\.weight$"),
-    ("v", r"\bv_proj\.weight$"),
-    ("o", r"\bo_proj\.weight$"),
-    ("gate", r"\bgate_proj\.weight$"),
-    ("up", r"\bup_proj\.weight$"),
-    ("down", r"\bdown_proj\.weight$"),
-    ("bias", r"\.bias$"),
-    ("norm", r"(?:norm|layernorm)\w*\.weight$"),
-    ("router", r"(?:mlp|block_sparse_moe|router)\.gate\.weight$|\brouter\.weight$"),
+    ("q", r"\b(?:q_proj|q_attn|wq)\.weight$"),
+    ("k", r"\b(?:k_proj|wk)\.weight$"),
+    ("v", r"\b(?:v_proj|wv)\.weight$"),
+    ("o", r"\b(?:o_proj|wo)\.weight$|(?:attn|attention)\.(?:dense|out_proj|c_proj)\.weight$"),
+    ("gate", r"\bgate_proj\.weight$|\bexperts\.(?:gate_proj|w1)$|" + _FEED_FORWARD + r"w1\.weight$"),
+    (
+        "up",
+        r"\b(?:up_proj|fc1|c_fc|dense_h_to_4h)\.weight$|\bexperts\.(?:up_proj|w3)$|" + _FEED_FORWARD + r"w3\.weight$",
+    ),
+    (
+        "down",
+        r"\b(?:down_proj|fc2|mlp\.c_proj|dense_4h_to_h)\.weight$|\bexperts\.(?:down_proj|w2)$|"
+        + _FEED_FORWARD
+        + r"w2\.weight$",
+    ),
+    ("bias", r"[._]bias$"),
+    ("norm", r"(?:norm|layernorm)\w*\.weight$|\bln_\w+\.weight$"),
+    (
+        "router",
+        r"\b(?:mlp|block_sparse_moe|router|moe|feed_forward)\.gate\.weight$|"
+        r"\b(?:router|router\.layer|shared_expert_gate)\.weight$",
+    ),
     ("embedding", r"\b(?:embed_tokens|embed_in|embed_positions|wte|wpe|\w*embeddings?)\.weight$"),
     ("head", r"\b(?:lm_head|embed_out|score)\.weight$|(?:^|model\.)output\.weight$"),
 )
 LINEAR_ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 TABLE_ROLES = ("embedding", "head", "router")
+VECTOR_ROLES = ("bias", "norm")
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,8 @@ def place_of(name: str) -> Place:
 
     >>> place_of("model.layers.3.self_attn.q_proj.weight")
     Place(role='q', layer=3, expert=None)
+    >>> place_of("model.layers.1.block_sparse_moe.experts.7.w2.weight")
+    Place(role='down', layer=1, expert=7)
     >>> place_of("something.else").role
     'other'
     """

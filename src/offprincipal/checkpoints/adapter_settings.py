@@ -1,0 +1,113 @@
+"""What `adapter_config.json` says of a PEFT adapter, checked: every field of it is hostile input."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError
+
+from offprincipal.checkpoints.hostile import read_json
+from offprincipal.errors import CheckpointError
+
+CONFIG = "adapter_config.json"
+KINDS = ("LORA", "SHIRA")
+_RESIDUAL_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_NOT_ONE_UPDATE = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+)
+_LONGEST_PATTERN = 300
+_NESTED = re.compile(r"\)[*+{]")
+_MOST_REPEATS = 4
+
+
+class AdapterSettings(BaseModel):
+    """The fields that decide an adapter's update; the others are about its training."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    peft_type: str
+    base_model_name_or_path: str | None = None
+    r: int = Field(8, gt=0, lt=2**31)
+    lora_alpha: FiniteFloat = 8
+    rank_pattern: dict[str, PositiveInt] | None = None
+    alpha_pattern: dict[str, FiniteFloat] | None = None
+    use_rslora: bool | None = False
+    use_dora: bool | None = False
+    fan_in_fan_out: bool | None = False
+    init_lora_weights: bool | str | None = True
+
+    @property
+    def residual_init(self) -> str | None:
+        """The name of an initialisation that takes its start out of the base: 'pissa'; None for the others."""
+        init = self.init_lora_weights
+        if self.peft_type != "LORA" or not isinstance(init, str):
+            return None
+        return init if init.lower().startswith(_RESIDUAL_INITS) else None
+
+    def rank(self, module: str) -> int:
+        """The rank that an adapted module should have."""
+        return int(_matching(self.rank_pattern, module, self.r))
+
+    def scale(self, module: str, rank: int) -> float:
+        """What BA is multiplied by: α/r, or α/√r for rsLoRA."""
+        alpha = float(_matching(self.alpha_pattern, module, self.lora_alpha))
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def read_settings(folder: Path) -> AdapterSettings:
+    """The settings of the adapter in a folder.
+
+    Raises:
+        CheckpointError: they cannot be read, are of another kind of adapter, or make no sense.
+    """
+    path = folder / CONFIG
+    content = read_json(path)
+    try:
+        settings = AdapterSettings.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path} has a bad {field}: {first['msg']}. Save the adapter again") from error
+    if settings.peft_type not in KINDS:
+        raise CheckpointError(
+            f"{path} is of peft_type {settings.peft_type[:40]!r}, which is not read (only {', '.join(KINDS)}, DoRA "
+            "and PiSSA): merge the adapter into its base and give the merged model"
+        )
+    asked = [name for name in _NOT_ONE_UPDATE if content.get(name)]
+    if asked:
+        raise CheckpointError(
+            f"{path} sets {asked[0]}, which is not read: merge the adapter into its base and give the merged model"
+        )
+    for pattern in (*(settings.rank_pattern or {}), *(settings.alpha_pattern or {})):
+        _require_harmless(pattern, path)
+    return settings
+
+
+def _matching(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that a module's name ends with, as PEFT decides it."""
+    matches = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
+    return next(matches, default)
+
+
+def _require_harmless(pattern: str, path: Path) -> None:
+    """Refuse a regular expression that is none, or that could take forever."""
+    repeats = sum(map(pattern.count, "*+{"))
+    if len(pattern) > _LONGEST_PATTERN or repeats > _MOST_REPEATS or _NESTED.search(pattern):
+        raise CheckpointError(
+            f"{path} has the pattern {pattern[:60]!r}, which is too complex: name the modules plainly"
+        )
+    try:
+        re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} has the pattern {pattern!r}, which is no regular expression ({error})"
+        ) from error

@@ -1,0 +1,83 @@
+"""Models on the Hugging Face Hub, by id and revision: downloaded into its own cache, or found there when offline."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from offprincipal.checkpoints import adapter, safetensors_folder, torch_files
+from offprincipal.errors import CheckpointError
+
+_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95})(?:@(?P<revision>(?!.*\.\.)[\w./-]{1,200}))?", re.ASCII
+)
+_SAFE = [
+    "config.json",
+    "adapter_config.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+]
+_PICKLED = ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json", "adapter_model.bin"]
+_SECONDS = 10
+
+
+def is_id(source: str) -> bool:
+    """Whether a source reads as one: 'org/name' or 'org/name@revision'."""
+    return _ID.fullmatch(source) is not None
+
+
+def download(source: str) -> Path:
+    """The local folder of a model's snapshot; pickles are fetched only where there are no safetensors.
+
+    The library's own settings hold: HF_HUB_OFFLINE, HF_HOME, HF_TOKEN, HF_ENDPOINT.
+
+    Raises:
+        CheckpointError: there is no such model or revision, it needs a token, or it cannot be reached.
+    """
+    match = _ID.fullmatch(source)
+    if match is None:
+        raise CheckpointError(f"{source} is no Hub id: it reads org/name, or org/name@revision")
+    folder = _snapshot(source, match["repo"], match["revision"], _SAFE)
+    if not (safetensors_folder.SafetensorsFolder.is_at(folder) or (folder / adapter.WEIGHTS).is_file()):
+        folder = _snapshot(source, match["repo"], match["revision"], _SAFE + _PICKLED)
+        if not (torch_files.TorchFolder.is_at(folder) or (folder / adapter.PICKLED).is_file()):
+            raise CheckpointError(f"{source} on the Hub holds no weights that are read: give another model or revision")
+    return folder
+
+
+def _snapshot(source: str, repo: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import constants, errors, snapshot_download
+
+    arguments: dict[str, Any] = {"allow_patterns": patterns, "etag_timeout": _SECONDS}
+    try:
+        return Path(snapshot_download(repo, revision=revision, **arguments))
+    except errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"{source} is gated on the Hub: accept its terms there, then `hf auth login` or set HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"{source}: the Hub's {repo} has no revision {revision!r}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{source} is neither a local folder nor a model on the Hub that you may see: check the name, or "
+            "`hf auth login` if it is private"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        where = f"it is not (wholly) in the cache, {constants.HF_HUB_CACHE}"
+        if constants.HF_HUB_OFFLINE:
+            raise CheckpointError(
+                f"{source} is no local folder, and as a Hub id {where}, while HF_HUB_OFFLINE is set: "
+                "unset it, or download the model first"
+            ) from error
+        raise CheckpointError(
+            f"{source} is no local folder, and as a Hub id {where}, and the Hub cannot be reached: check the name and "
+            "the network"
+        ) from error
+    except errors.HFValidationError as error:
+        raise CheckpointError(f"{source} is no Hub id ({error}): it reads org/name, or org/name@revision") from error
+    except Exception as error:  # proxies, TLS, disks: the library passes on what its own parts raise
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise CheckpointError(
+            f"cannot get {source} from the Hub ({type(error).__name__}: {reason}): check name, network and disk"
+        ) from error

@@ -1,0 +1,187 @@
+"""Files of `torch.save`: `pytorch_model.bin`, or shards with `pytorch_model.bin.index.json`.
+
+They are pickles. torch's own restricted unpickler reads them (`weights_only=True`), which refuses whatever could run
+code; nothing here ever turns that off. torch is imported only when such a file is opened.
+"""
+
+import io
+import pickle
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from offprincipal.checkpoints.checkpoint import FLOATS, Array, TensorInfo
+from offprincipal.checkpoints.hostile import is_file, read_json
+from offprincipal.checkpoints.shards import read_index
+from offprincipal.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHTS = "pytorch_model.bin"
+INDEX = "pytorch_model.bin.index.json"
+_MOST_DIMENSIONS = 16
+_GLOBAL = re.compile(r"GLOBAL ([\w.]{1,80})")
+
+
+class TorchFile:
+    """The tensors of one file, mapped into memory.
+
+    Raises:
+        CheckpointError: it is truncated or corrupt, holds code, or is no dictionary of tensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        content = load_tensors(path, path)
+        if not isinstance(content, dict) or not content:
+            raise CheckpointError(f"{path} is no dictionary of tensors, as a state dict is: save the model again")
+        self._tensors: dict[str, Tensor] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        for name in sorted(content, key=str):
+            if not isinstance(name, str):
+                raise CheckpointError(f"{path} is no dictionary of tensors, as a state dict is: save the model again")
+            self._tensors[name] = checked_tensor(content[name], f"{name[:80]!r} in {path}")
+            self.tensors[name] = TensorInfo(name, tuple(content[name].shape), dtype_name(content[name].dtype))
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Entries `start` to `stop` of a tensor, flat, as stored."""
+        return as_array(self._tensors[name].reshape(-1)[start:stop])
+
+
+class TorchFolder:
+    """A `Checkpoint` over a Hugging Face folder that has no safetensors.
+
+    Raises:
+        CheckpointError: a file is truncated, corrupt or missing, holds code, or the index is bad.
+    """
+
+    def __init__(self, folder: Path, source: str | None = None) -> None:
+        self.folder = folder
+        self.folders = (folder,)
+        self.source = source or str(folder)
+        self.config: dict[str, Any] = read_json(path) if is_file(path := folder / "config.json") else {}
+        self.notes: Sequence[str] = ()
+        self._files = self._locate()
+
+    @staticmethod
+    def is_at(folder: Path) -> bool:
+        """Whether a folder holds one."""
+        return is_file(folder / WEIGHTS) or is_file(folder / INDEX)
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        infos = {name: file.tensors[name] for name, file in sorted(self._files.items())}
+        return without_tied_head(infos, self.config)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        return self._files[name].read(name, start, stop)
+
+    def masters(self) -> None:
+        return None
+
+    def _locate(self) -> dict[str, TorchFile]:
+        if is_file(self.folder / WEIGHTS):
+            file = TorchFile(self.folder / WEIGHTS)
+            return dict.fromkeys(file.tensors, file)
+        paths = read_index(self.folder / INDEX)
+        files = {path: TorchFile(path) for path in sorted(set(paths.values()))}
+        for name, path in paths.items():
+            if name not in files[path].tensors:
+                raise CheckpointError(f"{path} lacks {name}, which {INDEX} places there: download it again")
+        return {name: files[path] for name, path in paths.items()}
+
+
+def load_tensors(file: Path | io.BytesIO, where: object) -> Any:
+    """What a file of `torch.save` holds, without running anything in it.
+
+    Args:
+        where: what to call it in an error.
+
+    Raises:
+        CheckpointError: it is truncated or corrupt, or holds more than tensors.
+    """
+    import torch
+
+    zipped = isinstance(file, Path) and _is_zip(file)  # torch maps only its newer, zipped format
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        found = _GLOBAL.search(str(error))
+        if found is None and not ("Unsupported" in str(error) and _starts_as_pickle(file)):
+            raise CheckpointError(f"{where} is truncated or corrupt: download or save it again") from error
+        what = f" ({found[1]})" if found else ""
+        raise CheckpointError(
+            f"{where} holds more than tensors{what}, which could run code, and was not opened. Do not trust it; "
+            "if it is yours, save it again as safetensors"
+        ) from error
+    except Exception as error:  # a corrupt pickle can raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise CheckpointError(f"{where} is truncated or corrupt ({reason}): download or save it again") from error
+
+
+def checked_tensor(value: object, where: str) -> "Tensor":
+    """A value, if it is a plain tensor in memory whose entries lie inside its storage.
+
+    Raises:
+        CheckpointError: it is something else, or of a type that cannot be compared.
+    """
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        raise CheckpointError(
+            f"{where} is {type(value).__name__}, not a tensor: this is no model's state dict. Save the weights alone"
+        )
+    if value.dim() > _MOST_DIMENSIONS:
+        raise CheckpointError(f"{where} has {value.dim()} dimensions: it is no weight. Do not trust it")
+    plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
+    if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise CheckpointError(f"{where} is not a plain tensor (sparse, quantised or without data): save it dense")
+    if value.is_floating_point() and dtype_name(value.dtype) not in FLOATS:
+        raise CheckpointError(f"{where} is stored as {dtype_name(value.dtype)}, which is not read: use bfloat16")
+    return value.detach()
+
+
+def dtype_name(dtype: object) -> str:
+    """The name of a torch type, which is that of its numpy one: 'bfloat16'."""
+    return str(dtype).removeprefix("torch.")
+
+
+def as_array(tensor: "Tensor") -> Array:
+    """A tensor's entries, bits unchanged, as numpy has them."""
+    import torch
+
+    name = dtype_name(tensor.dtype)
+    if name not in FLOATS or hasattr(np, name):
+        return np.asarray(tensor.numpy())
+    bits = torch.uint8 if tensor.element_size() == 1 else torch.int16
+    return np.asarray(tensor.contiguous().view(bits).numpy()).view(FLOATS[name])
+
+
+def without_tied_head(infos: dict[str, TensorInfo], config: dict[str, Any]) -> dict[str, TensorInfo]:
+    """The tensors without the head, where the configuration says that it is the embedding."""
+    if config.get("tie_word_embeddings") and any(name.endswith("embed_tokens.weight") for name in infos):
+        return {name: info for name, info in infos.items() if name != "lm_head.weight"}
+    return infos
+
+
+def _is_zip(path: Path) -> bool:
+    return _first_bytes(path) == b"PK\x03\x04"
+
+
+def _starts_as_pickle(file: Path | io.BytesIO) -> bool:
+    """Whether a file is an old pickle, or a zipped one, and not something else under its name."""
+    start = _first_bytes(file) if isinstance(file, Path) else file.getvalue()[:4]
+    return start[:1] == b"\x80" or start[:2] == b"PK"
+
+
+def _first_bytes(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(4)
+    except OSError as error:
+        raise CheckpointError(f"cannot open {path}: {error.strerror or error}") from error
