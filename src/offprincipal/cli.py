@@ -86,8 +86,14 @@ def study(
 
 @app.command()
 def compare(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="Folder of the base model (safetensors).")],
-    tuned: Annotated[list[str], typer.Argument(metavar="[NAME=]TUNED...", help="Folders of models trained from it.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The base model: a folder, or ORG/NAME[@REVISION].")],
+    tuned: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]TUNED...",
+            help="What was trained from it: folders or ids of models, adapters, or distributed checkpoints.",
+        ),
+    ],
     out: Out = Path("comparison"),
     metrics: Annotated[
         str, typer.Option(help="Of location, spectrum, subspace, bounds; `location` alone decomposes nothing.")
@@ -96,12 +102,25 @@ def compare(
         float, typer.Option(help="Rank of the principal subspace over min(rows, columns).")
     ] = 0.125,
     alpha: Annotated[float, typer.Option(help="Density of the masks.")] = 0.5,
-    null_draws: Annotated[int, typer.Option(help="Gaussian updates behind each isotropic null.")] = 4,
+    null_draws: Annotated[
+        int, typer.Option(help="Gaussian updates behind each isotropic null; large matrices take fewer.")
+    ] = 4,
     seed: Annotated[int, typer.Option(help="Of the random mask and the Gaussian updates.")] = 0,
     include_embeddings: Annotated[
         bool, typer.Option("--include-embeddings", help="Measure embeddings and heads too.")
     ] = False,
+    solver: Annotated[
+        str, typer.Option(help="auto, exact (LAPACK for every matrix) or randomized; matrices up to 256 are exact.")
+    ] = "auto",
+    tolerance: Annotated[
+        float, typer.Option(help="On singular values, relative; a matrix that misses it is solved whole.")
+    ] = 1e-3,
+    device: Annotated[str, typer.Option(help="Where matrices are decomposed: cpu, cuda or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Matrices measured at once; default: all cores.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Measure on a Ray cluster; `local` starts one here.")
+    ] = None,
+    cache: Annotated[bool, typer.Option(help="Keep decomposed bases; see `offprincipal cache`.")] = True,
     fail_if: Annotated[
         list[str] | None,
         typer.Option("--fail-if", metavar="CONDITION", help="Exit 3 if it holds: 'principal_angle_left_max_deg > 10'."),
@@ -109,24 +128,27 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json instead of tables.")] = False,
     report: Annotated[bool, typer.Option(help="Write report.html too.")] = True,
 ) -> None:
-    """Measure what training did to the weights, every figure beside the null that would explain it away."""
+    """Measure what training did to the weights, every figure beside the null that would explain it away.
+
+    Killed at any moment, the same command continues. Writes four Parquet tables, summary.json and report.html.
+    """
     from offprincipal.comparison import CompareSettings, MatrixSettings, parse_condition
     from offprincipal.comparison import compare as compare_checkpoints
-    from offprincipal.files import require_folder
-    from offprincipal.reports import write_report
     from offprincipal.reports.terminal import comparison_table
     from offprincipal.reports.words import verdict_paragraph
 
     groups: Any = tuple(part.strip() for part in metrics.split(","))
-    matrix = MatrixSettings(rank_fraction, alpha, null_draws=null_draws, seed=seed)
+    chosen: Any = {"solver": solver, "tolerance": tolerance, "device": device}
+    matrix = MatrixSettings(rank_fraction, alpha, null_draws=null_draws, seed=seed, **chosen)
     settings = CompareSettings(groups, matrix, include_embeddings)
     conditions = [parse_condition(text, settings.metrics) for text in fail_if or []]
     runs = _named_runs(tuned)
-    require_folder(out)
-    with _matrix_progress() as progress:
-        found = compare_checkpoints(base, runs, settings, threads, progress)
-    found.write(out)
+    options: Any = {"out": out, "threads": threads, "ray": ray, "cache": cache}
+    with _resumable(), _matrix_progress() as progress:
+        found = compare_checkpoints(base, runs, settings, **options, progress=progress)
     if report:
+        from offprincipal.reports.report import write_report
+
         write_report(out / "report.html", out)
     if as_json:
         print(json.dumps(found.summary, indent=1, ensure_ascii=False))
@@ -199,9 +221,31 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that `compare` or `study` wrote.")],
 ) -> None:
     """Draw report.html anew from the tables in a folder."""
-    from offprincipal.reports import write_report_of
+    from offprincipal.reports.report import write_report_of
 
     print(write_report_of(folder))
+
+
+cache_app = typer.Typer(no_args_is_help=True, help="The decomposed bases that `compare` keeps.")
+app.add_typer(cache_app, name="cache")
+
+
+@cache_app.command("info")
+def cache_info() -> None:
+    """Say where decomposed bases are kept, and how much they take."""
+    from offprincipal.comparison.cache import BaseCache, cache_folder
+    from offprincipal.reports.terminal import cache_line
+
+    print(cache_line(BaseCache(cache_folder()).info()))
+
+
+@cache_app.command("clear")
+def cache_clear() -> None:
+    """Remove all decomposed bases."""
+    from offprincipal.comparison.cache import BaseCache, cache_folder
+    from offprincipal.reports.terminal import cache_line
+
+    print(f"removed: {cache_line(BaseCache(cache_folder()).clear())}")
 
 
 def _require_training() -> None:
@@ -214,14 +258,14 @@ def _named_runs(tuned: list[str]) -> Any:
     """Folders, or NAME=PATH, as a mapping where any is named."""
     from offprincipal.comparison import name_runs
 
-    runs: dict[str, Path] = {}
+    runs: dict[str, str] = {}
     for text in tuned:
-        name, equals, path = text.partition("=")
-        given = {name: Path(path)} if equals and name and not _exists(text) else name_runs([text])
-        for run, folder in given.items():
+        name, equals, source = text.partition("=")
+        given = {name: source} if equals and name and not _exists(text) else name_runs([text])
+        for run, named in given.items():
             if run in runs:
                 raise ArgumentError(f"two runs are named '{run}': tell them apart with NAME=PATH")
-            runs[run] = folder
+            runs[run] = named
     return runs
 
 

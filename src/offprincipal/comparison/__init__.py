@@ -1,9 +1,10 @@
 """Compare a base with the checkpoints tuned from it: every metric beside its null, pooled, as tables."""
 
-from offprincipal.comparison.comparison import CompareSettings, Comparison, compare, name_runs
+from offprincipal.comparison.comparison import Comparison, compare, name_runs
 from offprincipal.comparison.conditions import Condition, parse_condition
 from offprincipal.comparison.pair import MatrixSettings
 from offprincipal.comparison.tables import read_summary, read_table
+from offprincipal.comparison.work import CompareSettings
 
 __all__ = [
     "CompareSettings",

@@ -1,56 +1,28 @@
-"""Compare a base with checkpoints tuned from it: plan the tensors, measure them in threads, pool, write the tables."""
+"""Compare a base with checkpoints tuned from it: plan the tensors, have them measured, pool, write the tables."""
 
+import hashlib
+import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from offprincipal.checkpoints import Checkpoint, open_checkpoint, place_of, require_same_tensors
-from offprincipal.checkpoints.roles import TABLE_ROLES
-from offprincipal.comparison.measure import Row, Subject, TensorRows, measure_tensor
-from offprincipal.comparison.pair import MatrixSettings
+from offprincipal.comparison.cache import cache_folder
+from offprincipal.comparison.execution import run_in_threads, run_on_ray
+from offprincipal.comparison.journal import Journal
+from offprincipal.comparison.measure import Row, TensorRows
 from offprincipal.comparison.pooling import pool_pair, pool_run
-from offprincipal.comparison.registry import GROUPS, Group
-from offprincipal.comparison.tables import write_tables
-from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
+from offprincipal.comparison.tables import TABLES, write_tables
+from offprincipal.comparison.work import CompareSettings, Work
+from offprincipal.errors import ArgumentError
+from offprincipal.files import exclusively, require_folder
 
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class CompareSettings:
-    """What decides the numbers of a comparison, beside the checkpoints.
-
-    Args:
-        metrics: groups to measure; `location` alone decomposes nothing, so it leaves out the principal and safe masks.
-        matrix: what decides the numbers of one matrix.
-        include_embeddings: measure and pool embeddings and heads as linear matrices too.
-    """
-
-    metrics: tuple[Group, ...] = GROUPS
-    matrix: MatrixSettings = field(default_factory=MatrixSettings)
-    include_embeddings: bool = False
-
-    def __post_init__(self) -> None:
-        matrix = self.matrix
-        densities = [("alphas", alpha) for alpha in matrix.alphas]
-        for name, value in (("rank_fraction", matrix.rank_fraction), ("alpha", matrix.alpha), *densities):
-            if not 0 < value <= 1:
-                raise ArgumentError(f"{name} is {value}: give a number above 0, at most 1")
-        if matrix.null_draws < 1:
-            raise ArgumentError(f"null_draws is {matrix.null_draws}: give at least 1")
-        unknown = [group for group in self.metrics if group not in GROUPS]
-        if unknown or not self.metrics:
-            raise ArgumentError(f"no metric group {unknown or 'given'}: choose of {', '.join(GROUPS)}")
-        object.__setattr__(self, "metrics", tuple(g for g in GROUPS if g in self.metrics))
 
 
 @dataclass(frozen=True)
@@ -72,74 +44,79 @@ def compare(
     base: str | Path,
     tuned: str | Path | Mapping[str, str | Path] | Sequence[str | Path],
     settings: CompareSettings | None = None,
+    *,
+    out: str | Path | None = None,
     threads: int | None = None,
+    ray: str | None = None,
+    cache: str | Path | bool = True,
     progress: Progress | None = None,
 ) -> Comparison:
     """Measure what training did to the weights, every figure beside its null.
 
     Args:
-        base: folder of the base model.
-        tuned: folders of the models trained from it, by the name of the run, or named after their folders.
+        base: the base model: a folder, or a Hugging Face id.
+        tuned: the models trained from it, by the name of the run, or named after their folders.
         settings: metrics and their parameters.
-        threads: matrices measured at once; each on one core. All cores by default. The numbers do not depend on it.
+        out: folder for the tables. A comparison that was killed goes on from the journal there; without it, nothing is
+            written.
+        threads: matrices measured at once, each on one core; all cores by default. The numbers do not depend on it.
+        ray: address of a Ray cluster to measure on, or `local` for one on this machine, in place of threads.
+        cache: where decompositions of bases are kept: a folder, True for the user's cache folder, False for none.
         progress: called with entries done, entries in all, and the tensor's name.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or the tensors do not match.
         ArgumentError: a setting is out of range, or two runs have one name.
+        FileError: the tables cannot be written, or another process is writing there.
 
     >>> from offprincipal.assets import embedded_base
     >>> result = compare(embedded_base(), {"same": embedded_base()}, CompareSettings(metrics=("location",)))
     >>> result.summary["runs"]["same"]["metrics"]["unchanged_fraction"]["value"]
     1.0
     """
-    settings = settings or CompareSettings()
     if threads is not None and threads < 1:
         raise ArgumentError(f"threads is {threads}: give at least 1")
     if isinstance(tuned, str | Path):
         tuned = [tuned]
-    base_checkpoint = open_checkpoint(base)
-    runs = {name: open_checkpoint(path) for name, path in name_runs(tuned).items()}
-    for run in runs.values():
-        require_same_tensors(base_checkpoint, run)
-    masters = {name: found for name, run in runs.items() if (found := run.masters())}
-    for found in masters.values():
-        require_same_tensors(base_checkpoint, found)
-    subjects = plan(base_checkpoint, settings.include_embeddings)
-    if not subjects:
-        raise CheckpointError(f"{base_checkpoint.source} holds no floating-point tensor: there is nothing to compare")
+    kept = cache_folder() if cache is True else Path(cache) if cache else None
+    work = Work(str(base), name_runs(tuned), settings or CompareSettings(), kept)
+    if work.settings.matrix.device != "cpu" and ray is None:
+        from offprincipal.comparison.spectral import chosen_device
 
-    def measure(subject: Subject) -> TensorRows:
-        def read(checkpoints: Mapping[str, Checkpoint]) -> dict[str, Tensor]:
-            return {name: checkpoint.read(subject.name) for name, checkpoint in checkpoints.items()}
-
-        weight = base_checkpoint.read(subject.name)
-        try:
-            return measure_tensor(subject, weight, read(runs), read(masters), settings.metrics, settings.matrix)
-        except NonFiniteTensor as error:
-            raise CheckpointError(f"{subject.name}: {error}. Look at how it was trained or converted") from error
-
-    measured = list(_in_threads(measure, subjects, threads or os.cpu_count() or 1, progress))
-    matrices, masks, pairs, curves = (
-        [row for rows in measured for row in getattr(rows, table)] for table in ("matrices", "masks", "pairs", "curves")
-    )
-    summary = _summary(base_checkpoint, runs, settings, matrices, pairs)
-    return Comparison(matrices, masks, pairs, curves, summary)
+        chosen_device(work.settings.matrix.device)
+    total, done = sum(subject.numel for subject in work.subjects), 0
+    with _journal(work, out) as (journal, measured):
+        waiting = [subject for subject in work.subjects if subject.name not in measured]
+        done = total - sum(subject.numel for subject in waiting)
+        found = run_on_ray(work, waiting, ray) if ray else run_in_threads(work, waiting, threads or os.cpu_count() or 1)
+        for subject, rows in found:
+            measured[subject.name] = rows
+            if journal:
+                journal.add(subject.name, rows)
+            done += subject.numel
+            if progress:
+                progress(done, total, subject.name)
+        result = _comparison(work, [measured[subject.name] for subject in work.subjects])
+        if out is not None:
+            result.write(out)
+    if journal:
+        journal.discard()
+    return result
 
 
-def name_runs(tuned: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[str, Path]:
-    """Run -> folder; a folder given without a name is its own.
+def name_runs(tuned: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[str, str]:
+    """Run -> source; a source given without a name is named after its folder.
 
     Raises:
         ArgumentError: none is given, or two have one name.
 
     >>> name_runs(["runs/grpo", "runs/sft"])
-    {'grpo': PosixPath('runs/grpo'), 'sft': PosixPath('runs/sft')}
+    {'grpo': 'runs/grpo', 'sft': 'runs/sft'}
     """
     if isinstance(tuned, Mapping):
-        named = [(name, Path(path)) for name, path in tuned.items()]
+        named = [(name, str(source)) for name, source in tuned.items()]
     else:
-        named = [(Path(path).resolve().name, Path(path)) for path in tuned]
+        named = [(Path(source).resolve().name, str(source)) for source in tuned]
     names = [name for name, _ in named]
     if not names:
         raise ArgumentError("no tuned checkpoint given: name at least one")
@@ -149,71 +126,55 @@ def name_runs(tuned: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[st
     return dict(named)
 
 
-def plan(base: Checkpoint, include_embeddings: bool = False) -> list[Subject]:
-    """Every floating-point tensor of the base, and which of them are linear matrices."""
-    subjects = []
-    for info in base.tensors.values():
-        place = place_of(info.name)
-        matrix = len(info.shape) == 2 and min(info.shape) > 0
-        linear = matrix and (include_embeddings or place.role not in TABLE_ROLES)
-        if info.floating:
-            subjects.append(Subject(info.name, info.shape, place, linear))
-    return subjects
-
-
-def _in_threads(
-    measure: Callable[[Subject], TensorRows], subjects: list[Subject], threads: int, progress: Progress | None
-) -> Iterator[TensorRows]:
-    """Results in the order of the subjects, whatever the number of threads; the first error ends it."""
-    total, done = sum(s.numel for s in subjects), 0
-    with _one_core_each(), ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(measure, subject) for subject in subjects]
-        try:
-            for subject, future in zip(subjects, futures, strict=True):
-                yield future.result()
-                done += subject.numel
-                if progress:
-                    progress(done, total, subject.name)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
 @contextmanager
-def _one_core_each() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _journal(work: Work, out: str | Path | None) -> Iterator[tuple[Journal | None, dict[str, TensorRows]]]:
+    """The journal in an output folder held against other processes, and what it already knows."""
+    if out is None:
+        yield None, {}
+        return
+    folder = Path(out)
+    require_folder(folder)
+    journal = Journal(folder, _key(work))
+    with exclusively(folder), journal.opened() as measured:
+        yield journal, measured
 
 
-def _summary(
-    base: Checkpoint,
-    runs: Mapping[str, Checkpoint],
-    settings: CompareSettings,
-    matrices: list[Row],
-    pairs: list[Row],
-) -> dict[str, Any]:
+def _key(work: Work) -> str:
+    """What is compared and how: settings, versions, and every file's path, size and time."""
+    checkpoints = [work.base_checkpoint, *work.runs.values(), *work.masters.values()]
+    folders = dict.fromkeys(folder for checkpoint in checkpoints for folder in checkpoint.folders)
+    paths = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
+    files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    about = [asdict(work.settings), list(work.tuned), files, _versions()]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def _comparison(work: Work, measured: list[TensorRows]) -> Comparison:
+    tables: dict[str, list[Row]] = {
+        table: [row for rows in measured for row in getattr(rows, table)] for table in TABLES
+    }
+    return Comparison(**tables, summary=_summary(work, measured, tables["matrices"], tables["pairs"]))
+
+
+def _summary(work: Work, measured: list[TensorRows], matrices: list[Row], pairs: list[Row]) -> dict[str, Any]:
     entries = {}
-    for name, checkpoint in runs.items():
+    for name, checkpoint in work.runs.items():
         rows = [row for row in matrices if row["run"] == name]
         entries[name] = {
             "source": checkpoint.source,
-            "warnings": _warnings(base, checkpoint, rows),
-            "solvers": {"exact": sum(row["solver"] == "exact" for row in rows)},
+            "warnings": [*work.notes[name], *_warnings(work, name, rows), *_fallback_warnings(work, name, measured)],
+            "solvers": dict(sorted(Counter(row["solver"] for row in rows if row["solver"]).items())),
             "metrics": {metric: pooled.as_dict() for metric, pooled in pool_run(rows).items()},
         }
     couples = dict.fromkeys((row["run_a"], row["run_b"]) for row in pairs)
-    flat = asdict(settings) | asdict(settings.matrix)
+    flat = asdict(work.settings) | asdict(work.settings.matrix)
     return {
         "schema": 1,
-        "base": base.source,
+        "base": work.base_checkpoint.source,
         "arguments": {
             key: list(value) if isinstance(value, tuple) else value for key, value in flat.items() if key != "matrix"
         },
-        "versions": {package: version(package) for package in ("offprincipal", "torch", "safetensors")},
+        "versions": _versions(),
         "runs": entries,
         "pairs": [
             {"run_a": a, "run_b": b} | pool_pair([row for row in pairs if (row["run_a"], row["run_b"]) == (a, b)])
@@ -222,7 +183,28 @@ def _summary(
     }
 
 
-def _warnings(base: Checkpoint, run: Checkpoint, rows: list[Row]) -> list[str]:
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in ("offprincipal", "numpy", "torch", "safetensors")}
+
+
+_FALLBACKS = {
+    "tolerance": "missed the tolerance or moved too little for a warm start: they were solved whole",
+    "memory": "did not fit on the device: they were measured on the CPU",
+}
+
+
+def _fallback_warnings(work: Work, run: str, measured: list[TensorRows]) -> list[str]:
+    warnings = []
+    for reason, words in _FALLBACKS.items():
+        pairs = zip(work.subjects, measured, strict=True)
+        names = [subject.name for subject, rows in pairs if rows.fallbacks.get(run) == reason]
+        if names:
+            warnings.append(f"{len(names)} matrices {words}, {names[0]} among them")
+    return warnings
+
+
+def _warnings(work: Work, name: str, rows: list[Row]) -> list[str]:
+    base, run = work.base_checkpoint, work.runs[name]
     warnings = []
     unchanged = [row["unchanged_fraction"] for row in rows if row.get("unchanged_fraction") is not None]
     if unchanged and min(unchanged) == 1:
@@ -241,7 +223,7 @@ def _warnings(base: Checkpoint, run: Checkpoint, rows: list[Row]) -> list[str]:
     others = [row["tensor"] for row in rows if row["linear"] and row["role"] == "other"]
     if others:
         warnings.append(f"{len(others)} matrices of unknown role count as linear ones, {others[0]} among them")
-    wide = sum(math.prod(info.shape) for info in base.tensors.values() if info.floating and len(info.shape) > 2)
+    wide = sum(math.prod(s.shape) for s in work.subjects if len(s.shape) > 2)
     if wide:
         warnings.append(
             f"{wide:,} parameters sit in tensors of more than two dimensions: only their location is measured"

@@ -5,35 +5,43 @@ Knows nothing of files; a tensor comes with its name and place.
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from offprincipal.checkpoints import Place
-from offprincipal.comparison.pair import BaseMatrix, MatrixPair, MatrixSettings
+from offprincipal.checkpoints import Array, Part
+from offprincipal.comparison.pair import MASKS, BaseMatrix, Block, MatrixPair, MatrixSettings, TensorPair
 from offprincipal.comparison.registry import Group, metrics_of
 from offprincipal.errors import CheckpointError
-from offprincipal.geometry import nulls
-from offprincipal.geometry.masks import MASKS
+from offprincipal.geometry import nulls, scan
+
+if TYPE_CHECKING:
+    from offprincipal.comparison.cache import BaseCache
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A tensor that is to be measured: its keys in every table.
+    """A part of a tensor that is to be measured: its keys in every table.
 
     Args:
         linear: whether it is a linear matrix, whose geometry is measured and pooled.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    place: Place
+    part: Part
     linear: bool
+
+    @property
+    def name(self) -> str:
+        return self.part.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.part.matrix_shape
 
     @property
     def numel(self) -> int:
@@ -44,9 +52,9 @@ class Subject:
         rows = self.shape[0] if self.shape else 1
         return {
             "tensor": self.name,
-            "layer": self.place.layer,
-            "role": self.place.role,
-            "expert": self.place.expert,
+            "layer": self.part.place.layer,
+            "role": self.part.place.role,
+            "expert": self.part.place.expert,
             "rows": rows,
             "cols": self.numel // rows if rows else 0,
             "numel": self.numel,
@@ -55,83 +63,126 @@ class Subject:
 
 @dataclass(frozen=True)
 class TensorRows:
-    """What one tensor adds to each table."""
+    """What one tensor adds to each table.
+
+    Args:
+        fallbacks: run -> why it was not measured as asked: its certificate missed the `tolerance`, or the device's
+            `memory` did not hold it.
+    """
 
     matrices: list[Row] = field(default_factory=list)
     masks: list[Row] = field(default_factory=list)
     pairs: list[Row] = field(default_factory=list)
     curves: list[Row] = field(default_factory=list)
+    fallbacks: dict[str, str] = field(
+        default_factory=dict
+    )
 
 
-def measure_tensor(
+def measure_matrix(
     subject: Subject,
-    base: Tensor,
-    tuned: Mapping[str, Tensor],
-    masters: Mapping[str, Tensor],
+    base: Array,
+    tuned: Mapping[str, Array],
+    masters: Mapping[str, Array],
     groups: tuple[Group, ...],
     settings: MatrixSettings,
+    cache: "BaseCache | None" = None,
 ) -> TensorRows:
-    """All rows of one tensor.
+    """All rows of one linear matrix.
 
     Args:
-        base: the base's tensor; tuned: run -> tensor of the same shape; masters: run -> float32, where they were kept.
+        base: (n, m), as stored; tuned: run -> the same; masters: run -> float32, where they were kept.
+        cache: where decompositions of bases are kept.
     """
-    for run, master in masters.items():
-        if not torch.equal(master.to(tuned[run].dtype), tuned[run]):
-            raise CheckpointError(
-                f"{subject.name}: the masters of '{run}' do not round to its stored weights, so they are of another "
-                "checkpoint: remove its masters folder, or save both again"
-            )
     decompose = set(groups) != {"location"}
-    shape = (subject.keys["rows"], subject.keys["cols"])
-    base_matrix = BaseMatrix(subject.name, base.reshape(shape), settings, decompose)
-    pairs = {
-        run: MatrixPair(base_matrix, tensor.reshape(shape), masters[run].reshape(shape) if run in masters else None)
-        for run, tensor in tuned.items()
-    }
+    base_matrix = BaseMatrix(subject.name, base, settings, decompose, cache)
+    pairs = {run: MatrixPair(base_matrix, tensor, masters.get(run)) for run, tensor in tuned.items()}
+    for run, pair in pairs.items():
+        require_own_masters(subject.name, run, pair.block)
+        pair.scan  # noqa: B018  # finds what is not finite before anything else is done
     found = TensorRows()
     for run, pair in pairs.items():
         keys = {"run": run, **subject.keys}
-        found.matrices.append(keys | _matrix_row(subject, pair, groups))
-        if subject.linear and "location" in groups:
+        found.matrices.append(keys | _matrix_row(pair, groups))
+        if "location" in groups:
             found.masks.extend(keys | row for row in _mask_rows(pair))
             found.curves.extend(_rate_curves(pair, keys))
-        if subject.linear and "spectrum" in groups:
-            found.curves.append(_curve(keys, "singular_values", pair.svd.S))
-        if subject.linear and "subspace" in groups and pair.angles:
-            for side, angles in zip(("left", "right"), pair.angles, strict=True):
-                found.curves.append(_curve(keys, f"principal_angles_{side}_deg", angles))
-    if subject.linear and "spectrum" in groups:
-        found.curves.append(_curve({"run": None, **subject.keys}, "singular_values_base", base_matrix.svd.S))
-    if subject.linear and "location" in groups and len(pairs) > 1:
+        if "spectrum" in groups:
+            found.curves.append(_curve(keys, "singular_values", pair.spectral.svd.S.cpu().numpy()))
+        if "subspace" in groups and pair.spectral.angles:
+            for side, angles in zip(("left", "right"), pair.spectral.angles, strict=True):
+                found.curves.append(_curve(keys, f"principal_angles_{side}_deg", angles.cpu().numpy()))
+        if decompose and pair.spectral.fell_back:
+            found.fallbacks[run] = "tolerance"
+    if "spectrum" in groups:
+        values = base_matrix.spectral.svd.S.cpu().numpy()
+        found.curves.append(_curve({"run": None, **subject.keys}, "singular_values_base", values))
+    if "location" in groups and len(pairs) > 1:
         found.pairs.extend(subject.keys | _pair_row(a, b, pairs) for a, b in itertools.combinations(pairs, 2))
         found.curves.extend(_consensus_curves(pairs, {"run": None, **subject.keys}))
     return found
 
 
-def _matrix_row(subject: Subject, pair: MatrixPair, groups: tuple[Group, ...]) -> Row:
-    measured = subject.linear and pair.base.decompose
+def measure_tensor(
+    subject: Subject, blocks: Mapping[str, Callable[[], Iterable[Block]]], groups: tuple[Group, ...]
+) -> TensorRows:
+    """All rows of a tensor that is no linear matrix, read block by block.
+
+    Args:
+        blocks: run -> what gives its blocks anew.
+    """
+    found = TensorRows()
+    for run, read in blocks.items():
+        pair = TensorPair(partial(_with_own_masters, subject.name, run, read))
+        dtypes = dict(zip(("dtype_base", "dtype_tuned"), pair.tally.dtypes, strict=True))
+        row: Row = dtypes | {"linear": False, "k": None, "alpha": None, "solver": None}
+        for metric in metrics_of(groups):
+            values = metric.measure(pair) if metric.every_tensor else (None,) * len(metric.columns)
+            row |= {column.name: value for column, value in zip(metric.columns, values, strict=True)}
+        found.matrices.append({"run": run, **subject.keys} | row)
+    return found
+
+
+def _with_own_masters(name: str, run: str, read: Callable[[], Iterable[Block]]) -> Iterator[Block]:
+    for block in read():
+        require_own_masters(name, run, block)
+        yield block
+
+
+def require_own_masters(name: str, run: str, block: Block) -> None:
+    """Check that masters round to the weights that they are the masters of.
+
+    Raises:
+        CheckpointError: they are of another checkpoint.
+    """
+    if block.masters is not None and not np.array_equal(block.masters.astype(block.tuned.dtype), block.tuned):
+        raise CheckpointError(
+            f"{name}: the masters of '{run}' do not round to its stored weights, so they are of another "
+            "checkpoint: remove its masters folder, or save both again"
+        )
+
+
+def _matrix_row(pair: MatrixPair, groups: tuple[Group, ...]) -> Row:
+    measured = pair.base.decompose
     row: Row = {
-        "dtype_base": str(pair.base.weight.dtype).removeprefix("torch."),
-        "dtype_tuned": str(pair.tuned.dtype).removeprefix("torch."),
-        "linear": subject.linear,
+        "dtype_base": pair.tally.dtypes[0],
+        "dtype_tuned": pair.tally.dtypes[1],
+        "linear": True,
         "k": pair.base.k if measured else None,
-        "alpha": pair.base.settings.alpha if subject.linear else None,
-        "solver": "exact" if measured else None,
+        "alpha": pair.base.settings.alpha,
+        "solver": pair.spectral.svd.solver if measured else None,
     }
     for metric in metrics_of(groups):
-        applies = subject.linear or metric.every_tensor
-        values = metric.measure(pair) if applies else (None,) * len(metric.columns)
-        row |= {column.name: value for column, value in zip(metric.columns, values, strict=True)}
+        row |= {column.name: value for column, value in zip(metric.columns, metric.measure(pair), strict=True)}
     return row
 
 
 def _mask_rows(pair: MatrixPair) -> list[Row]:
     rows = []
     for alpha in pair.base.settings.alphas:
-        masks = pair.base.masks(alpha)
-        for name in (name for name in MASKS if name in masks):
-            found = pair.overlap(masks[name])
+        overlaps = pair.overlaps[alpha]
+        for name in (name for name in MASKS if name in overlaps):
+            found = overlaps[name]
             rows.append(
                 {
                     "mask": name,
@@ -150,11 +201,11 @@ def _mask_rows(pair: MatrixPair) -> list[Row]:
 
 def _pair_row(run_a: str, run_b: str, pairs: Mapping[str, MatrixPair]) -> Row:
     a, b = pairs[run_a], pairs[run_b]
-    intersection = int((a.changed & b.changed).sum())
+    intersection = scan.count_common(a.changed_bits, b.changed_bits)
     counts = (a.changed_count, b.changed_count)
-    null = nulls.intersection_null(a.base.class_entries, a.class_changed, b.class_changed)
-    known = a.base.on_bf16_grid  # else two runs share where in its rounding cell each weight lies
-    by_chance = counts[0] * counts[1] / a.changed.numel()
+    null = nulls.intersection_null(a.class_entries, a.class_changed, b.class_changed)
+    known = a.tally.on_grid  # else two runs share where in its rounding cell each weight lies
+    by_chance = counts[0] * counts[1] / a.numel
     return {
         "run_a": run_a,
         "run_b": run_b,
@@ -170,26 +221,28 @@ def _pair_row(run_a: str, run_b: str, pairs: Mapping[str, MatrixPair]) -> Row:
     }
 
 
-def _curve(keys: Row, name: str, values: Tensor) -> Row:
+def _curve(keys: Row, name: str, values: Array) -> Row:
     return {key: keys[key] for key in ("run", "tensor", "layer", "role", "expert")} | {
         "curve": name,
-        "values": values.tolist(),
+        "values": values,
     }
 
 
 def _rate_curves(pair: MatrixPair, keys: Row) -> list[Row]:
     curves = []
-    for dim, line in enumerate(("row", "column")):
-        counts, expected, _ = nulls.line_null(pair.changed, pair.base.classes, dim)
-        length = pair.changed.shape[1 - dim]
-        curves.append(_curve(keys, f"{line}_change_rate", counts / length))
+    counts = (pair.scan.rows, pair.scan.columns)
+    lengths = pair.tuned.shape[::-1]
+    for line, changed, (expected, _), length in zip(("row", "column"), counts, pair.line_nulls, lengths, strict=True):
+        curves.append(_curve(keys, f"{line}_change_rate", changed / length))
         curves.append(_curve(keys, f"{line}_change_rate_precision_null", expected / length))
     return curves
 
 
 def _consensus_curves(pairs: Mapping[str, MatrixPair], keys: Row) -> list[Row]:
-    consensus = torch.stack([pair.changed for pair in pairs.values()]).double().mean(dim=0)  # (n, m)
+    """Means of the share of runs that changed each entry: a sum of counts, whatever order it is taken in."""
+    n, m = next(iter(pairs.values())).tuned.shape
+    rows, columns = (sum(getattr(pair.scan, side) for pair in pairs.values()) for side in ("rows", "columns"))
     return [
-        _curve(keys, "consensus_rows", consensus.mean(dim=1)),
-        _curve(keys, "consensus_columns", consensus.mean(dim=0)),
+        _curve(keys, "consensus_rows", rows / (m * len(pairs))),
+        _curve(keys, "consensus_columns", columns / (n * len(pairs))),
     ]

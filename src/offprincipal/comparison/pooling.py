@@ -7,6 +7,7 @@ spread between matrices of one run; it says nothing of how another seed would ha
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -191,11 +192,16 @@ def estimate_ratio(
     """
     table = np.array(parts, dtype=np.float64).reshape(-1, 2)
     count = len(table)
-    weights = np.ones((1, 0))
-    if count:
-        rng = np.random.default_rng(_SEED)
-        weights = np.vstack([np.ones(count), rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)])
-    tops, bottoms = (weights @ table).T
+    tops, bottoms = (_weights(count) @ table).T
     with np.errstate(divide="ignore", invalid="ignore"):
         found = np.where(bottoms > 0, finish(tops, bottoms), math.nan)
     return Estimate(float(found[0]), found[1:], int((table[:, 1] > 0).sum()))
+
+
+@lru_cache(maxsize=8)
+def _weights(count: int) -> Array:
+    """How often each of so many matrices is drawn: once each for the value, then in every resample."""
+    if not count:
+        return np.ones((1 + RESAMPLES, 0))
+    drawn = np.random.default_rng(_SEED).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    return np.vstack([np.ones(count), drawn])

@@ -5,10 +5,10 @@ To add a metric, write a pure function in `geometry`, an entry here, and a test 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from offprincipal.comparison.pair import MatrixPair
-from offprincipal.geometry import bounds, masks, nulls, precision, spectrum
+from offprincipal.comparison.pair import MASKS, MatrixPair, TensorPair
+from offprincipal.geometry import nulls
 
 Group = Literal["location", "spectrum", "subspace", "bounds"]
 GROUPS: tuple[Group, ...] = ("location", "spectrum", "subspace", "bounds")
@@ -38,6 +38,7 @@ class Metric:
     """What is measured of a pair: a function that gives the values of `columns`, in their order.
 
     Args:
+        measure: takes a `MatrixPair`, or a `TensorPair` where every tensor is measured.
         every_tensor: measured of norms, biases and embeddings too, not of linear matrices alone.
         decomposes: needs a singular value decomposition, so it is left out where `location` is measured alone.
     """
@@ -45,7 +46,7 @@ class Metric:
     group: Group
     source: str
     columns: tuple[Column, ...]
-    measure: Callable[[MatrixPair], tuple[Number, ...]]
+    measure: Callable[[Any], tuple[Number, ...]]
     every_tensor: bool = False
     decomposes: bool = False
 
@@ -56,19 +57,13 @@ def metrics_of(groups: tuple[Group, ...]) -> tuple[Metric, ...]:
     return tuple(m for m in METRICS if m.group in groups and (decompose or not m.decomposes))
 
 
-def _stored_unchanged(pair: MatrixPair) -> tuple[Number, ...]:
-    if pair.tuned.dtype != pair.base.weight.dtype or not pair.tuned.numel():
-        return (None,)
-    return ((pair.tuned == pair.base.weight).sum().item() / pair.tuned.numel(),)
-
-
-def _hidden(pair: MatrixPair) -> tuple[Number, ...]:
-    return (None if pair.masters is None else precision.hidden_fraction(pair.base.weight.float(), pair.masters),)
+def _share(count: int | None, pair: TensorPair) -> tuple[Number, ...]:
+    return (None if count is None or not pair.numel else count / pair.numel,)
 
 
 def _overlap(name: str) -> Metric:
     def measure(pair: MatrixPair) -> tuple[Number, ...]:
-        found = pair.overlaps.get(name)
+        found = pair.overlaps[pair.base.settings.alpha].get(name)
         if found is None:
             return (None,) * 5
         null = (found.overlap_precision_null, found.overlap_precision_null_sd, found.overlap_z)
@@ -93,24 +88,9 @@ def _overlap(name: str) -> Metric:
 
 
 def _stripes(pair: MatrixPair) -> tuple[Number, ...]:
-    rates = pair.changed.double()
-    return (
-        nulls.gini(rates.mean(dim=1)),
-        nulls.gini(rates.mean(dim=0)),
-        nulls.dispersion(pair.changed, pair.base.classes, 0),
-        nulls.dispersion(pair.changed, pair.base.classes, 1),
-    )
-
-
-def _shift(pair: MatrixPair) -> tuple[Number, ...]:
-    shift, relative = spectrum.spectral_shift(pair.base.svd.S, pair.svd.S), pair.relative_update_norm
-    per_norm = shift / relative if shift is not None and relative and not pair.is_rounding else None
-    null = (pair.isotropic_null.spectral_shift, pair.stored_null.spectral_shift)
-    return shift, len(pair.svd.S), per_norm, *null
-
-
-def _update_ranks(pair: MatrixPair) -> tuple[Number, ...]:
-    return spectrum.stable_rank(pair.update_spectrum), spectrum.effective_rank(pair.update_spectrum)
+    counts = (pair.scan.rows, pair.scan.columns)
+    ginis = (nulls.gini(line) for line in counts)
+    return *ginis, *(nulls.dispersion(line, *null) for line, null in zip(counts, pair.line_nulls, strict=True))
 
 
 def _angle_columns() -> tuple[Column, ...]:
@@ -130,12 +110,6 @@ def _angle_columns() -> tuple[Column, ...]:
     )
 
 
-def _angles(pair: MatrixPair) -> tuple[Number, ...]:
-    undefined = (None,) * 4
-    measured = [x.item() for side in pair.angles for x in (side.max(), side.mean())] if pair.angles else undefined
-    return *measured, *(pair.isotropic_null.angles or undefined), *(pair.stored_null.angles or undefined)
-
-
 def _energy_columns() -> tuple[Column, ...]:
     sides = (("", "both principal subspaces"), ("_left", "the left one"), ("_right", "the right one"))
     return tuple(
@@ -150,34 +124,6 @@ def _energy_columns() -> tuple[Column, ...]:
     )
 
 
-def _energies(pair: MatrixPair) -> tuple[Number, ...]:
-    (n, m), k = pair.update.shape, pair.base.k
-    isotropic = (k * k / (n * m), k / n, k / m)
-    undefined = (None, None, None)
-    columns = zip(pair.energies or undefined, isotropic, pair.stored_null.energies or undefined, strict=True)
-    return tuple(
-        value
-        for found, null, stored in columns
-        for value in (found, null, None if found is None else found / null, stored)
-    )
-
-
-def _bounds(pair: MatrixPair) -> tuple[Number, ...]:
-    if pair.is_rounding:
-        return (None,) * 4
-    S0, S1, k, norm_2 = pair.base.svd.S, pair.svd.S, pair.base.k, pair.update_norm_2
-    wedin = None
-    if pair.angles:
-        left, right = (side.max().item() for side in pair.angles)
-        wedin = bounds.wedin_tightness(S0, S1, k, norm_2, (left, right))
-    return (
-        bounds.weyl_tightness(S0, S1, norm_2),
-        bounds.mirsky_tightness(S0, S1, pair.update_norm),
-        bounds.ky_fan_tightness(S0, S1, k, norm_2),
-        wedin,
-    )
-
-
 METRICS: tuple[Metric, ...] = (
     Metric(
         "location",
@@ -186,7 +132,7 @@ METRICS: tuple[Metric, ...] = (
             Column("unchanged_fraction", "share of the entries whose bfloat16 value did not change", pool="entries"),
             Column("changed_count", "entries whose bfloat16 value changed", "entries", "none"),
         ),
-        lambda pair: (1 - pair.changed_count / pair.tuned.numel() if pair.tuned.numel() else None, pair.changed_count),
+        lambda pair: (1 - pair.changed_count / pair.numel if pair.numel else None, pair.changed_count),
         every_tensor=True,
     ),
     Metric(
@@ -199,7 +145,7 @@ METRICS: tuple[Metric, ...] = (
                 pool="entries",
             ),
         ),
-        lambda pair: (nulls.unchanged_isotropic(pair.base.weight, pair.gaussian_scale),),
+        lambda pair: (pair.unchanged_isotropic,),
         every_tensor=True,
     ),
     Metric(
@@ -210,7 +156,7 @@ METRICS: tuple[Metric, ...] = (
                 "unchanged_fraction_stored", "share of the entries whose stored value did not change", pool="entries"
             ),
         ),
-        _stored_unchanged,
+        lambda pair: _share(pair.tally.unchanged_stored, pair),
         every_tensor=True,
     ),
     Metric(
@@ -221,10 +167,10 @@ METRICS: tuple[Metric, ...] = (
                 "hidden_fraction", "share whose float32 master moved but whose bfloat16 value did not", pool="entries"
             ),
         ),
-        _hidden,
+        lambda pair: _share(pair.tally.hidden, pair),
         every_tensor=True,
     ),
-    *(_overlap(name) for name in masks.MASKS),
+    *(_overlap(name) for name in MASKS),
     Metric(
         "location",
         "the stripes of arXiv 2511.08567, claim C2; the dispersion against the precision null is ours",
@@ -249,14 +195,14 @@ METRICS: tuple[Metric, ...] = (
                 "relative_norm",
             ),
         ),
-        lambda pair: (pair.base.norm, pair.update_norm, pair.relative_update_norm),
+        lambda pair: (pair.base_norm, pair.update_norm, pair.relative_update_norm),
         every_tensor=True,
     ),
     Metric(
         "spectrum",
         "spectral norm",
         (Column("update_norm_2", "spectral norm of the update", "weight", "norm"),),
-        lambda pair: (pair.update_norm_2,),
+        lambda pair: (pair.spectral.update_norm_2,),
         decomposes=True,
     ),
     Metric(
@@ -269,7 +215,17 @@ METRICS: tuple[Metric, ...] = (
             Column("spectral_shift_isotropic_null", "spectral shift of a Gaussian update of equal norm"),
             Column("spectral_shift_stored_null", "spectral shift of a Gaussian update of equal length, stored alike"),
         ),
-        _shift,
+        lambda pair: pair.spectral.spectral_shift(),
+        decomposes=True,
+    ),
+    Metric(
+        "spectrum",
+        "the residual of the decomposition; null for LAPACK's",
+        (
+            Column("singular_value_error", "certificate: how far a top singular value may be off", "weight", "none"),
+            Column("singular_value_error_relative", "the same over the least of the top singular values", "1", "none"),
+        ),
+        lambda pair: pair.spectral.singular_value_errors(),
         decomposes=True,
     ),
     Metric(
@@ -279,17 +235,30 @@ METRICS: tuple[Metric, ...] = (
             Column("update_stable_rank", "stable rank of the update"),
             Column("update_effective_rank", "effective rank of the update"),
         ),
-        _update_ranks,
+        lambda pair: pair.spectral.update_ranks(),
         decomposes=True,
     ),
     Metric(
         "subspace",
         "Björck and Golub 1973; arXiv 2511.08567, claim C4; the isotropic null is ours",
         _angle_columns(),
-        _angles,
+        lambda pair: pair.spectral.all_angles(),
         decomposes=True,
     ),
-    Metric("subspace", "ours: the energy in the principal subspaces", _energy_columns(), _energies, decomposes=True),
+    Metric(
+        "subspace",
+        "Davis and Kahan 1970; null for LAPACK's",
+        (Column("angle_error_deg", "certificate: how far the principal angles may be off", "degrees", "none"),),
+        lambda pair: (pair.spectral.angle_error_deg,),
+        decomposes=True,
+    ),
+    Metric(
+        "subspace",
+        "ours: the energy in the principal subspaces",
+        _energy_columns(),
+        lambda pair: pair.spectral.all_energies(),
+        decomposes=True,
+    ),
     Metric(
         "bounds",
         "Weyl, Mirsky, Ky Fan, Wedin; arXiv 2511.08567, theorem 3.3 and corollaries, claim C10",
@@ -299,7 +268,7 @@ METRICS: tuple[Metric, ...] = (
             Column("ky_fan_tightness", "shift of the top-k sum over Ky Fan's bound"),
             Column("wedin_tightness", "sine of the largest angle over Wedin's bound"),
         ),
-        _bounds,
+        lambda pair: pair.spectral.bounds(),
         decomposes=True,
     ),
 )

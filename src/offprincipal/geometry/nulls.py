@@ -2,17 +2,19 @@
 
 The *precision null* is exact and in closed form: given how many entries of each exponent class changed, which of the
 class they were is a draw without replacement. The *isotropic null* is a Gaussian update of equal norm, step length
-without direction; the *stored null* is such an update rounded as the tuned weights were.
+without direction; the *stored null* is such an update rounded as the tuned weights were. Here are those that counts
+decide; what needs a drawn update is in `offprincipal.geometry.gaussian`.
 Knows nothing of files, models or layers.
 """
 
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
 
-from offprincipal.geometry.precision import EXPONENT_CLASSES, exponent_class, half_cells
+from offprincipal.geometry.scan import CODES, Array, Counts, Floats
 
 _SHEPPARD_FROM = 4  # σ of so many spacings and more, where rounding adds ulp²/12 to within 1e-30
 
@@ -33,24 +35,7 @@ class CountNull:
         return (observed - self.expected) / math.sqrt(self.variance) if self.variance > 0 else None
 
 
-def class_counts(classes: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Entries of each exponent class, all of them or those in a mask.
-
-    Args:
-        classes: int64, from `exponent_class`.
-        mask: bool, the shape of `classes`.
-
-    Returns:
-        float64, (512,).
-
-    >>> class_counts(torch.tensor([3, 3, 5]), torch.tensor([True, False, True]))[[3, 5]]
-    tensor([1., 1.], dtype=torch.float64)
-    """
-    chosen = classes.flatten() if mask is None else classes[mask]
-    return torch.bincount(chosen, minlength=EXPONENT_CLASSES).double()
-
-
-def overlap_null(entries: Tensor, changed: Tensor, in_mask: Tensor) -> CountNull:
+def overlap_null(entries: Array, changed: Array, in_mask: Array) -> CountNull:
     """The precision null of |mask ∩ changed|.
 
     Args:
@@ -61,16 +46,16 @@ def overlap_null(entries: Tensor, changed: Tensor, in_mask: Tensor) -> CountNull
 
     Source: the hypergeometric distribution, class by class.
 
-    >>> overlap_null(torch.tensor([9.0]), torch.tensor([3.0]), torch.tensor([6.0]))
+    >>> overlap_null(np.array([9]), np.array([3]), np.array([6]))
     CountNull(expected=2.0, variance=0.5)
     """
     N, C, M = _occupied(entries, changed, in_mask)
     share = M / N
-    variance = C * share * (1 - share) * (N - C) / (N - 1).clamp(min=1)
-    return CountNull((C * share).sum().item(), variance.sum().item())
+    variance = C * share * (1 - share) * (N - C) / np.maximum(N - 1, 1)
+    return CountNull(float((C * share).sum()), float(variance.sum()))
 
 
-def intersection_null(entries: Tensor, changed_a: Tensor, changed_b: Tensor) -> CountNull:
+def intersection_null(entries: Array, changed_a: Array, changed_b: Array) -> CountNull:
     """The precision null of |C_a ∩ C_b| of two runs.
 
     Args:
@@ -81,12 +66,12 @@ def intersection_null(entries: Tensor, changed_a: Tensor, changed_b: Tensor) -> 
 
     Source: the hypergeometric distribution, class by class.
 
-    >>> intersection_null(torch.tensor([9.0]), torch.tensor([3.0]), torch.tensor([6.0]))
+    >>> intersection_null(np.array([9]), np.array([3]), np.array([6]))
     CountNull(expected=2.0, variance=0.5)
     """
     N, A, B = _occupied(entries, changed_a, changed_b)
-    variance = A * B * (N - A) * (N - B) / (N**2 * (N - 1).clamp(min=1))
-    return CountNull((A * B / N).sum().item(), variance.sum().item())
+    variance = A * B * (N - A) * (N - B) / (N**2 * np.maximum(N - 1, 1))
+    return CountNull(float((A * B / N).sum()), float(variance.sum()))
 
 
 def jaccard(intersection: float, count_a: float, count_b: float) -> float | None:
@@ -99,61 +84,69 @@ def jaccard(intersection: float, count_a: float, count_b: float) -> float | None
     return intersection / union if union > 0 else None
 
 
-def dispersion(changed: Tensor, classes: Tensor, dim: int) -> float | None:
-    """How far the change counts of rows (dim 0) or columns (dim 1) scatter beyond the precision null.
-
-    mean_i (c_i − E_i)²/V_i over the rows with V_i > 0, with E_i = Σ_e C_e n_ie/N_e and
-    V_i = Σ_e n_ie (C_e/N_e)(1 − C_e/N_e)(N_e − n_ie)/(N_e − 1).
+def bernoulli_overlap(entries: Array, changed: Array, alpha: float, rng: np.random.Generator) -> tuple[Counts, int]:
+    """A Bernoulli(α) mask, by the counts that it would have: the mask itself need not be made.
 
     Args:
-        changed: bool, (n, m).
-        classes: int64, (n, m), from `exponent_class`.
-        dim: 0 for rows, 1 for columns.
+        entries, changed: per class, how many entries there are and how many changed; (classes,).
+
+    Returns:
+        in_mask: (classes,), entries in the mask; and how many of the changed entries are in it.
+
+    Source: a sum of independent Bernoulli variables is binomial.
+
+    >>> in_mask, overlap = bernoulli_overlap(np.array([8, 2]), np.array([3, 0]), 1.0, np.random.default_rng(0))
+    >>> in_mask.tolist(), overlap
+    ([8, 2], 3)
+    """
+    moved = rng.binomial(changed, alpha)
+    return moved + rng.binomial(entries - changed, alpha), int(moved.sum())
+
+
+def line_null(in_class: Array, entries: Array, changed: Array) -> tuple[Floats, Floats]:
+    """Mean and variance of the change counts of lines, rows or columns, under the precision null.
+
+    E_i = Σ_e C_e n_ie/N_e and V_i = Σ_e n_ie (C_e/N_e)(1 − C_e/N_e)(N_e − n_ie)/(N_e − 1).
+
+    Args:
+        in_class: (K, lines), entries n_ie of each line in each class; entries, changed: (K,), N_e > 0 and C_e.
+
+    Returns:
+        expected, variance: (lines,).
+
+    Source: the hypergeometric mean and variance.
+
+    >>> line_null(np.array([[2, 2]]), np.array([4]), np.array([2]))
+    (array([1., 1.]), array([0.33333333, 0.33333333]))
+    """
+    rate = changed / entries
+    spread = rate * (1 - rate) / np.maximum(entries - 1, 1)
+    expected, variance = np.zeros(in_class.shape[1]), np.zeros(in_class.shape[1])
+    _add_line_moments(in_class, rate, spread, entries.astype(np.float64), expected, variance)
+    return expected, variance
+
+
+def dispersion(counts: Array, expected: Floats, variance: Floats) -> float | None:
+    """How far the change counts of lines scatter beyond the precision null: mean_i (c_i − E_i)²/V_i where V_i > 0.
+
+    Args:
+        counts: (lines,), changed entries; expected, variance: (lines,), from `line_null`.
 
     Returns:
         About 1 for a weight-blind update without structure, large for stripes; None where nothing is left to chance.
 
     Source: Pearson's statistic with the hypergeometric mean and variance.
 
-    >>> stripes = torch.zeros(8, 8, dtype=torch.bool)
-    >>> stripes[:4] = True
-    >>> round(dispersion(stripes, torch.zeros(8, 8, dtype=torch.int64), dim=0), 3)
-    9.0
+    >>> dispersion(np.array([3, 1]), np.array([2.0, 2.0]), np.array([0.5, 0.5]))
+    2.0
     """
-    counts, expected, variance = line_null(changed, classes, dim)
     left = variance > 0
-    if not bool(left.any()):
+    if not left.any():
         return None
-    return ((counts - expected)[left] ** 2 / variance[left]).mean().item()
+    return float(((counts - expected)[left] ** 2 / variance[left]).mean())
 
 
-def line_null(changed: Tensor, classes: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Change counts of every row (dim 0) or column (dim 1), with mean and variance under the precision null.
-
-    Args:
-        changed: bool, (n, m); classes: int64, (n, m); dim: 0 or 1.
-
-    Returns:
-        counts, expected, variance: float64, (n,) or (m,).
-
-    >>> counts, expected, _ = line_null(torch.eye(2, dtype=torch.bool), torch.zeros(2, 2, dtype=torch.int64), dim=0)
-    >>> counts.tolist(), expected.tolist()
-    ([1.0, 1.0], [1.0, 1.0])
-    """
-    if dim == 1:
-        changed, classes = changed.T, classes.T
-    occupied, compact = torch.unique(classes, return_inverse=True)
-    lines = classes.shape[0]
-    index = (torch.arange(lines, device=classes.device)[:, None] * len(occupied) + compact).flatten()
-    n = torch.bincount(index, minlength=lines * len(occupied)).view(lines, -1).double()  # (lines, classes)
-    N = n.sum(dim=0)
-    C = torch.bincount(compact[changed], minlength=len(occupied)).double()
-    rate = C / N
-    variance = (n * rate * (1 - rate) * (N - n) / (N - 1).clamp(min=1)).sum(dim=1)
-    return changed.sum(dim=1).double(), n @ rate, variance
-
-
-def gini(rates: Tensor) -> float | None:
+def gini(rates: Array) -> float | None:
     """Gini coefficient of non-negative rates: 0 where all are equal, towards 1 where one has all; None if all are 0.
 
     Args:
@@ -161,82 +154,67 @@ def gini(rates: Tensor) -> float | None:
 
     Source: the mean absolute difference over twice the mean.
 
-    >>> gini(torch.tensor([1.0, 1.0])), gini(torch.tensor([0.0, 0.0, 0.0, 1.0]))
+    >>> gini(np.array([1.0, 1.0])), gini(np.array([0.0, 0.0, 0.0, 1.0]))
     (0.0, 0.75)
     """
-    ordered = rates.double().sort().values
-    total = ordered.sum().item()
+    ordered = np.sort(rates)
+    total = float(ordered.sum())
     if total == 0:
         return None
-    n = ordered.numel()
-    index = torch.arange(1, n + 1, dtype=torch.float64, device=ordered.device)
-    return ((2 * index - n - 1) @ ordered).item() / (n * total)
+    n = len(ordered)
+    return float((2 * np.arange(1, n + 1) - n - 1) @ ordered) / (n * total)
 
 
-def isotropic_update(shape: torch.Size, norm: float, generator: torch.Generator) -> Tensor:
-    """A Gaussian update of a given Frobenius norm: step length without direction.
-
-    Args:
-        shape: of the result; norm: its Frobenius norm; generator: its randomness.
-
-    Returns:
-        float64.
-
-    >>> update = isotropic_update(torch.Size([3, 4]), 2.0, torch.Generator().manual_seed(0))
-    >>> round(update.norm().item(), 12)
-    2.0
-    """
-    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-    update: Tensor = noise * (norm / noise.norm())
-    return update
-
-
-def stored_update(base: Tensor, update: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is left of an update once the updated weights are stored.
-
-    Args:
-        base: as stored; update: float64, its shape; dtype: what the updated weights are stored in.
-
-    Returns:
-        float64.
-
-    >>> stored_update(torch.ones(2), torch.tensor([0.001, 0.01]).double(), torch.bfloat16)
-    tensor([0.0000, 0.0078], dtype=torch.float64)
-    """
-    return (base.double() + update).to(dtype).double() - base.double()
-
-
-def unchanged_isotropic(base: Tensor, sigma: float) -> float | None:
-    """Expected share of bfloat16 values that a Gaussian update leaves as they are; None if empty.
+def unchanged_isotropic(entries: Counts, sigma: float) -> float | None:
+    """Expected share of bfloat16 values that a Gaussian update leaves as they are; None if there are none.
 
     The mean of Φ(out/σ) − Φ(−in/σ) over the entries, `out` and `in` being the distances to where rounding changes.
 
     Args:
-        base: float tensor; it need not be stored in bfloat16.
+        entries: (32768,), entries of each magnitude code, all bfloat16 numbers.
         sigma: standard deviation of each entry of the update, before it is stored.
 
     Source: ours; the normal distribution function at bfloat16's rounding boundaries.
 
-    >>> round(unchanged_isotropic(torch.ones(4), 0.00390625), 4)  # half the spacing up, the spacing down
+    >>> entries = np.zeros(CODES, np.int64)
+    >>> entries[0x3F80] = 4  # of 1.0
+    >>> round(unchanged_isotropic(entries, 0.00390625), 4)  # half the spacing up, the spacing down
     0.5328
     """
-    if base.numel() == 0:
+    total = int(entries.sum())
+    if total == 0:
         return None
     if sigma == 0:
         return 1.0
-    outwards, inwards = half_cells(base)
-    stay = torch.special.ndtr(outwards / sigma) - torch.special.ndtr(-inwards / sigma)
-    return float(stay.mean())
+    occur = np.flatnonzero(entries)
+    return float(entries[occur] @ _stay(occur, np.zeros(len(occur)), sigma)) / total
 
 
-def gaussian_scale(base: Tensor, stored_norm: float) -> float:
+def unchanged_isotropic_off_grid(codes: NDArray[np.uint16], values: Array, sigma: float) -> float:
+    """Expected number of values that a Gaussian update leaves in their bfloat16 rounding cells.
+
+    Args:
+        codes: of the values rounded; values: float32 or float64, as many, not bfloat16 numbers themselves; sigma > 0.
+
+    Source: as `unchanged_isotropic`; where in its cell a value lies counts too.
+
+    >>> round(unchanged_isotropic_off_grid(np.array([0x3F80], np.uint16), np.array([1.0]), 0.00390625), 4)
+    0.5328
+    """
+    magnitudes = codes.reshape(-1) & np.uint16(CODES - 1)
+    rounded = (magnitudes.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    offsets = np.abs(values.reshape(-1)).astype(np.float64) - rounded
+    return float(_stay(magnitudes, offsets, sigma).sum())
+
+
+def gaussian_scale(entries: Counts, stored_norm: float) -> float:
     """The σ of the Gaussian update whose *stored* size is expected to be a given norm.
 
     A bfloat16 weight moves in whole spacings, so a small update that is stored has a larger norm than it had before:
     σ solves Σ E[round(σz)²] = norm², with E[round(δ)²] = ulp² Σ_j (2j + 1) P(|δ| > (j + ½) ulp).
 
     Args:
-        base: bfloat16 numbers, any float type.
+        entries: (512,), entries of each exponent class.
         stored_norm: Frobenius norm of the stored update.
 
     Returns:
@@ -244,31 +222,80 @@ def gaussian_scale(base: Tensor, stored_norm: float) -> float:
 
     Source: ours; summation by parts, and Sheppard's correction where σ is several spacings.
 
-    >>> round(gaussian_scale(torch.full((100,), 1e-20), 2.0), 6)
+    >>> entries = np.zeros(512, np.int64)
+    >>> entries[122] = 100  # of about 1e-20
+    >>> round(gaussian_scale(entries, 2.0), 6)
     0.2
     """
-    if stored_norm == 0 or base.numel() == 0:
+    if stored_norm == 0 or not entries.any():
         return 0.0
-    entries = class_counts(exponent_class(base))
-    exponent = (torch.arange(EXPONENT_CLASSES, dtype=torch.float64) // 2).clamp(min=1)
-    ulp = torch.exp2(exponent - 134)[entries > 0]
-    entries = entries[entries > 0]
-    steps = torch.arange(_SHEPPARD_FROM * 8, dtype=torch.float64)
-
-    def stored_square(sigma: float) -> float:
-        beyond = torch.special.erfc((steps + 0.5) * ulp[:, None] / (sigma * math.sqrt(2)))  # (classes, steps)
-        summed = ulp**2 * ((2 * steps + 1) * beyond).sum(dim=1)
-        each = torch.where(sigma > _SHEPPARD_FROM * ulp, sigma**2 + ulp**2 / 12, summed)
-        return float(entries @ each)
-
-    high = stored_norm
-    low = high * 1e-12
-    for _ in range(100):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if stored_square(middle) < stored_norm**2 else (low, middle)
-    return math.sqrt(low * high)
+    occur = np.flatnonzero(entries)
+    ulp = np.exp2(np.maximum(occur // 2, 1) - 134.0)
+    return float(_solve_scale(entries[occur].astype(np.float64), ulp, stored_norm))
 
 
-def _occupied(entries: Tensor, *counts: Tensor) -> tuple[Tensor, ...]:
+def _occupied(entries: Array, *counts: Array) -> tuple[Floats, ...]:
     keep = entries > 0
-    return tuple(count[keep].double() for count in (entries, *counts))
+    return tuple(count[keep].astype(np.float64) for count in (entries, *counts))
+
+
+@njit(nogil=True, cache=True)
+def _add_line_moments(in_class, rate, spread, entries, expected, variance):  # type: ignore[no-untyped-def] # pragma: no cover
+    for e in range(len(rate)):
+        for i in range(len(expected)):
+            n = np.float64(in_class[e, i])
+            expected[i] += rate[e] * n
+            variance[i] += spread[e] * n * (entries[e] - n)
+
+
+@njit(nogil=True, cache=True)
+def _stay(codes, offsets, sigma):  # type: ignore[no-untyped-def] # pragma: no cover
+    """P(a Gaussian step leaves each value in its rounding cell); the cell is half as deep inwards at a power of two."""
+    found = np.empty(len(codes))
+    for i in range(len(codes)):
+        exponent, mantissa = codes[i] >> 7, codes[i] & 127
+        ulp = 2.0 ** (max(exponent, 1) - 134.0)
+        inwards = ulp / 4 if mantissa == 0 and exponent > 1 else ulp / 2
+        root = sigma * math.sqrt(2.0)
+        found[i] = (math.erf((ulp / 2 - offsets[i]) / root) + math.erf((inwards + offsets[i]) / root)) / 2
+    return found
+
+
+@njit(nogil=True, cache=True)
+def _stored_square(entries, ulp, sigma):  # type: ignore[no-untyped-def] # pragma: no cover
+    total = 0.0
+    for e in range(len(entries)):
+        if sigma > _SHEPPARD_FROM * ulp[e]:
+            total += entries[e] * (sigma**2 + ulp[e] ** 2 / 12)
+            continue
+        summed = 0.0
+        for j in range(_SHEPPARD_FROM * 8):
+            beyond = math.erfc((j + 0.5) * ulp[e] / (sigma * math.sqrt(2.0)))
+            if beyond == 0:
+                break
+            summed += (2 * j + 1) * beyond
+        total += entries[e] * ulp[e] ** 2 * summed
+    return total
+
+
+@njit(nogil=True, cache=True)
+def _solve_scale(entries, ulp, norm):  # type: ignore[no-untyped-def] # pragma: no cover
+    """Bisection for the magnitude, then the secant, on logarithms, kept inside its bracket."""
+    target = 2 * math.log(norm)
+    low, high = math.log(norm) - 12 * math.log(10.0), math.log(norm)
+    above, below = math.inf, -math.inf
+    for step in range(100):
+        middle = (low + high) / 2
+        if step > 8 and math.isfinite(below) and math.isfinite(above):
+            middle = low + (high - low) * min(max(-below / (above - below), 0.001), 0.999)
+        square = _stored_square(entries, ulp, math.exp(middle))
+        error = math.log(square) - target if square > 0 else -math.inf
+        if error < 0:
+            low, below = middle, error
+            above = above / 2 if step > 8 else above
+        else:
+            high, above = middle, error
+            below = below / 2 if step > 8 else below
+        if high - low < 1e-15 * max(abs(low), 1.0) or error == 0:
+            break
+    return math.exp((low + high) / 2)

@@ -14,7 +14,8 @@ def principal_angles(basis_a: Tensor, basis_b: Tensor) -> Tensor:
     keeps all its digits where it is used.
 
     Args:
-        basis_a, basis_b: (n, k), orthonormal columns.
+        basis_a, basis_b: (n, k), orthonormal columns; in float32 the residual's singular values come from its Gram
+            matrix, whose rounding in float64 lies below that of the bases.
 
     Returns:
         float64, (k,), in degrees.
@@ -26,8 +27,12 @@ def principal_angles(basis_a: Tensor, basis_b: Tensor) -> Tensor:
     tensor([60.0000], dtype=torch.float64)
     """
     product = basis_a.T @ basis_b  # (k, k)
-    cosines = torch.linalg.svdvals(product).clamp(max=1)
-    sines = torch.linalg.svdvals(basis_b - basis_a @ product).clamp(max=1).flip(0)
+    residual = basis_b - basis_a @ product
+    if basis_b.dtype == torch.float32:
+        sines = torch.linalg.eigvalsh(residual.double().T @ residual.double()).clamp(0, 1).sqrt()
+    else:
+        sines = torch.linalg.svdvals(residual).clamp(max=1).flip(0)
+    cosines = torch.linalg.svdvals(product.double()).clamp(max=1)
     sines = torch.nn.functional.pad(sines, (max(len(cosines) - len(sines), 0), 0))  # 2k > n: the angles left out are 0
     return torch.rad2deg(torch.where(cosines**2 > 0.5, torch.asin(sines), torch.acos(cosines)))
 
@@ -45,10 +50,17 @@ def principal_energies(U: Tensor, V: Tensor, update: Tensor) -> tuple[float, flo
     >>> principal_energies(e[:, :1], e[:, :1], torch.tensor([[3.0, 4.0], [0.0, 0.0]]).double())
     (0.36, 1.0, 0.36)
     """
-    scale = update.abs().max()
-    if scale == 0:
+    total = _norm(update)
+    if total == 0:
         return None
-    update = update / scale
-    total = update.square().sum()
     left, right = U.T @ update, update @ V
-    return tuple((part.square().sum() / total).item() for part in (left @ V, left, right))  # type: ignore[return-value]
+    both, left_only, right_only = ((_norm(part) / total) ** 2 for part in (left @ V, left, right))
+    return both, left_only, right_only
+
+
+def _norm(x: Tensor) -> float:
+    """The Frobenius norm, summed in float64, of numbers of any scale."""
+    scale = x.abs().max().item() if x.dtype == torch.float64 else 1.0
+    if scale == 0:
+        return 0.0
+    return scale * float(torch.linalg.vector_norm(x / scale if scale != 1.0 else x, dtype=torch.float64))

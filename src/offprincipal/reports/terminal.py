@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from offprincipal.comparison.cache import CacheInfo
 from offprincipal.tasks import Task, mixture
 
 _SHOWN = (
@@ -26,6 +27,12 @@ _VERDICTS = {
     "no effect beyond the control": "yellow",
     "inconclusive": "dim",
 }
+
+
+def cache_line(info: CacheInfo) -> str:
+    """Where decomposed bases are kept, how many matrices, and how much they take."""
+    size, limit = (f"{amount / 1024**3:.2f} GiB" for amount in (info.size, info.limit))
+    return f"{info.folder}: {info.matrices:,} matrices, {size} of at most {limit}"
 
 
 def comparison_table(summary: Mapping[str, Any]) -> Group:

@@ -165,7 +165,7 @@ class ReportStage(_Stage):
         return (self.comparison, self.claims)
 
     def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
-        from offprincipal.reports import write_report
+        from offprincipal.reports.report import write_report
 
         write_report(space.out / "report.html", space.folder(self.comparison), read_json(space.out / "study.json"))
 

@@ -1,0 +1,129 @@
+"""Run the work of a comparison: in threads of this process, or on a Ray cluster. The rows are the same.
+
+Each tensor is measured on one core, because two matrices on two cores beat one on both, and so that the numbers do not
+depend on how many there are.
+"""
+
+import contextlib
+import ctypes
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+from offprincipal.comparison.measure import Subject, TensorRows
+from offprincipal.comparison.work import Work
+from offprincipal.errors import ArgumentError, OffPrincipalError
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_KEPT = 1 << 25  # the most that glibc takes
+
+
+def run_in_threads(work: Work, subjects: Sequence[Subject], threads: int) -> Iterator[tuple[Subject, TensorRows]]:
+    """Subjects with their rows, as they are done; the first error ends it."""
+    _keep_freed_memory()
+    with _one_core_each(work), ThreadPoolExecutor(threads) as pool:
+        futures = {pool.submit(work.measure, subject): subject for subject in subjects}
+        try:
+            for future in as_completed(futures):
+                yield futures.pop(future), future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def run_on_ray(work: Work, subjects: Sequence[Subject], address: str) -> Iterator[tuple[Subject, TensorRows]]:
+    """Subjects with their rows, as the workers of a Ray cluster are done with them; Ray retries lost workers.
+
+    Args:
+        address: of a running cluster, or `local` for one on this machine. Its workers must see the same files.
+
+    Raises:
+        ArgumentError: Ray is not installed, or there is no such cluster.
+    """
+    ray = _ray()
+    started = not ray.is_initialized()
+    if started:
+        try:
+            ray.init(
+                None if address == "local" else address,
+                include_dashboard=False if address == "local" else None,
+                log_to_driver=False,
+                logging_level="error",
+            )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ArgumentError(f"no Ray cluster at '{address}': {error}. Start one, or give no address") from error
+    try:
+        measure = ray.remote(max_retries=3)(_measure_on_worker)
+        shared = ray.put((work.base, dict(work.tuned), work.settings, work.cache))
+        waiting = {measure.remote(shared, subject): subject for subject in subjects}
+        while waiting:
+            done, _ = ray.wait(list(waiting))
+            for reference in done:
+                yield waiting.pop(reference), _result(ray, reference)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _measure_on_worker(parts: tuple[Any, ...], subject: Subject) -> TensorRows:
+    base, tuned, settings, cache = parts
+    work = _opened(base, tuple(tuned.items()), settings, cache)
+    with _one_core_each(work):
+        return work.measure(subject)
+
+
+@lru_cache(maxsize=1)
+def _opened(base: str, tuned: tuple[tuple[str, str], ...], *rest: Any) -> Work:
+    """Checkpoints are opened once a worker."""
+    return Work(base, dict(tuned), *rest)
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise ArgumentError("Ray is not installed: pip install 'offprincipal[ray]', or leave --ray out") from error
+    return ray
+
+
+def _result(ray: Any, reference: Any) -> TensorRows:
+    """The rows, or the error of ours that the worker met."""
+    try:
+        rows: TensorRows = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, OffPrincipalError):
+            raise error.cause from None
+        raise
+    return rows
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep what one matrix frees for the next one, where it is glibc.
+
+    By default it hands large buffers back to the kernel, and waiting for fresh pages took a third of a scan's time.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, _KEPT)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT)
+
+
+@contextmanager
+def _one_core_each(work: Work) -> Iterator[None]:
+    """Hold torch to one thread and to full float32; where nothing is decomposed, torch is not even imported."""
+    if set(work.settings.metrics) == {"location"} and "torch" not in sys.modules:
+        yield
+        return
+    import torch
+
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,175 @@
+"""The work of a comparison: opened checkpoints, the plan over their tensors, and the rows of one tensor at a time.
+
+A `Work` is made anew from sources and settings wherever tensors are measured: in threads of this process, or in workers
+on other machines.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+from offprincipal.checkpoints import (
+    Array,
+    Checkpoint,
+    Pairing,
+    Part,
+    TensorInfo,
+    open_checkpoint,
+    pair_tensors,
+    parts_of,
+)
+from offprincipal.checkpoints.roles import TABLE_ROLES, VECTOR_ROLES
+from offprincipal.comparison.cache import BaseCache
+from offprincipal.comparison.measure import Subject, TensorRows, measure_matrix, measure_tensor
+from offprincipal.comparison.pair import Block, MatrixSettings
+from offprincipal.comparison.registry import GROUPS, Group
+from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
+
+_LINE = 1 << 12  # entries of a tensor that is no matrix, laid out as lines of so many
+_BLOCK = 1 << 20  # entries of it that are read at once
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """What decides the numbers of a comparison, beside the checkpoints.
+
+    Args:
+        metrics: groups to measure; `location` alone decomposes nothing, so it leaves out the principal and safe masks.
+        matrix: what decides the numbers of one matrix.
+        include_embeddings: measure and pool embeddings and heads as linear matrices too.
+    """
+
+    metrics: tuple[Group, ...] = GROUPS
+    matrix: MatrixSettings = field(default_factory=MatrixSettings)
+    include_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [group for group in self.metrics if group not in GROUPS]
+        if unknown or not self.metrics:
+            raise ArgumentError(f"no metric group {unknown or 'given'}: choose of {', '.join(GROUPS)}")
+        object.__setattr__(self, "metrics", tuple(g for g in GROUPS if g in self.metrics))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be compared, and how.
+
+    Args:
+        base: source of the base; tuned: run -> source.
+        cache: where decompositions of bases are kept; None keeps none.
+
+    Raises:
+        CheckpointError: on first use, where a checkpoint cannot be read or the tensors do not match.
+    """
+
+    base: str
+    tuned: Mapping[str, str]
+    settings: CompareSettings
+    cache: Path | None = None
+
+    @cached_property
+    def base_checkpoint(self) -> Checkpoint:
+        return open_checkpoint(self.base)
+
+    @cached_property
+    def runs(self) -> dict[str, Checkpoint]:
+        return {name: open_checkpoint(source, self.base_checkpoint) for name, source in self.tuned.items()}
+
+    @cached_property
+    def masters(self) -> dict[str, Checkpoint]:
+        """Run -> float32 masters, where they were kept."""
+        return {name: found for name, run in self.runs.items() if (found := run.masters())}
+
+    @cached_property
+    def notes(self) -> dict[str, list[str]]:
+        """Run -> what a reader should know of how it was read and paired."""
+        own = self.base_checkpoint.notes
+        return {name: [*own, *run.notes, *self._pairings[name].notes] for name, run in self.runs.items()}
+
+    @cached_property
+    def subjects(self) -> list[Subject]:
+        """Every floating-point part that all checkpoints have, and which of them are linear matrices."""
+        subjects = [
+            self._subject(part)
+            for info in self._common.values()
+            if info.floating
+            for part in parts_of(info, self.base_checkpoint.config)
+        ]
+        if not subjects:
+            raise CheckpointError(
+                f"{self.base_checkpoint.source} holds no floating-point tensor: there is nothing to compare"
+            )
+        return subjects
+
+    def measure(self, subject: Subject) -> TensorRows:
+        """All rows of one part.
+
+        Raises:
+            CheckpointError: it cannot be read, holds NaN or infinity, or masters are another checkpoint's.
+        """
+        try:
+            if not subject.linear:
+                blocks = {run: partial(self._blocks, subject, run) for run in self.runs}
+                return measure_tensor(subject, blocks, self.settings.metrics)
+            return self._measure_matrix(subject)
+        except NonFiniteTensor as error:
+            raise CheckpointError(f"{subject.name}: {error}. Look at how it was trained or converted") from error
+
+    def _measure_matrix(self, subject: Subject) -> TensorRows:
+        read = {run: self._read(checkpoint, subject) for run, checkpoint in self.runs.items()}
+        masters = {run: self._read(checkpoint, subject) for run, checkpoint in self.masters.items()}
+        weight = self._read(self.base_checkpoint, subject)
+        matrix = self.settings.matrix
+        cache = BaseCache(self.cache) if self.cache else None
+        measure = partial(measure_matrix, subject, weight, read, masters, self.settings.metrics)
+        if matrix.device == "cpu":
+            return measure(matrix, cache)
+        import torch
+
+        try:
+            return measure(matrix, cache)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            found = measure(replace(matrix, device="cpu"), cache)
+            return replace(found, fallbacks=dict.fromkeys(self.runs, "memory"))
+
+    def _read(self, checkpoint: Checkpoint, subject: Subject) -> Array:
+        part = subject.part
+        return part.of(checkpoint.read(part.tensor, part.start, part.stop))
+
+    def _blocks(self, subject: Subject, run: str) -> Iterator[Block]:
+        part, masters = subject.part, self.masters.get(run)
+        sides = [self.base_checkpoint, self.runs[run], *([masters] if masters else [])]
+        if subject.numel != part.stop - part.start or not subject.numel:  # interleaved with others, or empty
+            yield _block([self._read(side, subject).reshape(1, -1) for side in sides])
+            return
+        for start in range(part.start, part.stop, _BLOCK):
+            read = [side.read(part.tensor, start, min(start + _BLOCK, part.stop)) for side in sides]
+            whole = len(read[0]) // _LINE * _LINE
+            if whole:
+                yield _block([entries[:whole].reshape(-1, _LINE) for entries in read])
+            if whole < len(read[0]):
+                yield _block([entries[whole:].reshape(1, -1) for entries in read])
+
+    @cached_property
+    def _pairings(self) -> dict[str, Pairing]:
+        base = self.base_checkpoint
+        for found in self.masters.values():
+            pair_tensors(base, found)
+        return {name: pair_tensors(base, run) for name, run in self.runs.items()}
+
+    @cached_property
+    def _common(self) -> dict[str, TensorInfo]:
+        """The base's tensors that every run has, with the rows that all of them have."""
+        paired = [pairing.tensors for pairing in self._pairings.values()]
+        names = [name for name in self.base_checkpoint.tensors if all(name in tensors for tensors in paired)]
+        return {name: min((tensors[name] for tensors in paired), key=lambda info: info.numel) for name in names}
+
+    def _subject(self, part: Part) -> Subject:
+        matrix = len(part.matrix_shape) == 2 and min(part.matrix_shape) > 0 and part.place.role not in VECTOR_ROLES
+        return Subject(part, matrix and (self.settings.include_embeddings or part.place.role not in TABLE_ROLES))
+
+
+def _block(sides: list[Array]) -> Block:
+    return Block(sides[0], sides[1], sides[2] if len(sides) > 2 else None)
