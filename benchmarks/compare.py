@@ -1,108 +1,142 @@
 """Ratios against the alternatives, side by side in one run: `make bench`.
 
-Both sides of a row run on the same files, in turn, in this process; a row says what each does and shows the median of
-the ratios. Machines differ and are noisy, so no absolute time is a result. Writes `benchmarks/RESULTS.md`.
+    python benchmarks/compare.py --only a,b
+    python benchmarks/compare.py --quick --out /tmp/results.md
+
+Machines differ and are noisy, so a result is a ratio; absolute figures stand beside it as context for one machine on
+one day. Writes benchmarks/RESULTS.md after each group of rows, with what is measured so far.
 """
 
-import os
+import argparse
 import platform
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
+from change_scan import change_scan
+from decomposition import against_svd, second_tuned
+from gpu import end_to_end
+from harness import NotMeasured, Table, machine
+from pairs import PairFolder
+from scaling import ALL_METRICS, Point, measure_scaling, memory_table, time_table
+from spectra import against_weightwatcher
 
-from offprincipal.assets import embedded_base
-from offprincipal.comparison import CompareSettings, MatrixSettings, compare
-
-ROUNDS = 5
+HERE = Path(__file__).parent
+WORK = Path(tempfile.gettempdir()) / "offprincipal-bench"
+PACKAGES = ("offprincipal", "torch", "transformers", "safetensors", "numpy")
+TINY = "tiny:64,160,2,4,2,512"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One comparison: what ours does, what the alternative does, ours over the alternative in time."""
+class Plan:
+    """On which pairs the groups are measured."""
 
-    ours: str
-    alternative: str
-    ratio: float
-    low: float
-    high: float
+    scan: tuple[str, int | None]
+    decomposition: tuple[str, int]
+    spectra: tuple[str, int]
+    scaling: tuple[tuple[str, str, tuple[int, ...]], ...]
+    rounds: int
+    loaded: int
+
+
+FULL = Plan(
+    scan=("0.5b", None),
+    decomposition=("0.5b", 4),
+    spectra=("0.5b", 8),
+    scaling=(
+        ("0.5b", "location", (6, 12, 24)),
+        ("1.5b", "location", (7, 14, 28)),
+        ("0.5b", ALL_METRICS, (2, 4, 8)),
+        ("1.5b", ALL_METRICS, (2, 4)),
+    ),
+    rounds=5,
+    loaded=4,
+)
+QUICK = Plan(
+    scan=(TINY, None),
+    decomposition=(TINY, 1),
+    spectra=(TINY, 1),
+    scaling=((TINY, "location", (1, 2)), (TINY, ALL_METRICS, (1,))),
+    rounds=1,
+    loaded=1,
+)
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        base = embedded_base()
-        tuned = moved_copy(base, Path(folder))
-        rows = [
-            side_by_side(
-                "full compare: five decompositions a matrix and all metrics, one thread",
-                "two decompositions a matrix by torch.linalg.svd in float64, one thread",
-                lambda: compare(base, [tuned], CompareSettings(matrix=MatrixSettings(null_draws=1)), threads=1),
-                lambda: two_svds(base, tuned),
-            ),
-            side_by_side(
-                f"full compare, {os.cpu_count()} threads",
-                "full compare, one thread",
-                lambda: compare(base, [tuned]),
-                lambda: compare(base, [tuned], threads=1),
-            ),
-        ]
-    text = render(rows)
-    (Path(__file__).parent / "RESULTS.md").write_text(text)
-    print(text)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="default: RESULTS.md beside this file, if every group is measured")
+    parser.add_argument("--only", help="groups of rows, such as a,b; all by default")
+    parser.add_argument("--quick", action="store_true", help="tiny models, one round, without d and g: does it run?")
+    parser.add_argument("--rounds", type=int, help="ratios behind each median")
+    parser.add_argument("--work", type=Path, default=WORK, help="keeps the models and weightwatcher's environment")
+    arguments = parser.parse_args()
+    plan = QUICK if arguments.quick else FULL
+    groups = groups_of(plan, arguments.work, arguments.rounds or plan.rounds)
+    wanted = (
+        arguments.only.split(",")
+        if arguments.only
+        else [key for key in groups if not (arguments.quick and key in "dg")]
+    )
+    unknown = [key for key in wanted if key not in groups]
+    if unknown:
+        parser.error(f"no group {', '.join(unknown)}: choose of {', '.join(groups)}")
+    out = arguments.out or (None if arguments.only or arguments.quick else HERE / "RESULTS.md")
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    tables: list[Table] = []
+    for key in wanted:
+        tables.append(measured(key, groups[key]))
+        print(tables[-1], flush=True)
+        if out:
+            out.write_text(render(tables))
 
 
-def moved_copy(base: Path, folder: Path) -> Path:
-    """The base after a small Gaussian update, as a folder."""
-    generator = torch.Generator().manual_seed(0)
-    weights = load_file(base / "model.safetensors")
-    for name, weight in weights.items():
-        weights[name] = (weight.float() + 1e-4 * torch.randn(weight.shape, generator=generator)).bfloat16()
-    save_file(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text((base / "config.json").read_text())
-    return folder
+def groups_of(plan: Plan, work: Path, rounds: int) -> dict[str, Callable[[], Table]]:
+    """Every group of rows by its letter; (e) and (f) are two views of one set of runs."""
+    folder = PairFolder(work)
+    points: list[Point] = []
+
+    def scaling() -> list[Point]:
+        if not points:
+            points.extend(measure_scaling(folder, plan.scaling, rounds))
+        return points
+
+    return {
+        "a": lambda: change_scan(folder.pair(*plan.scan), rounds, plan.loaded),
+        "b": lambda: against_svd(folder.pair(*plan.decomposition), rounds),
+        "c": lambda: second_tuned(folder.pair(*plan.decomposition), folder.second(*plan.decomposition), rounds),
+        "d": lambda: against_weightwatcher(folder.pair(*plan.spectra), min(rounds, 3), work / "weightwatcher"),
+        "e": lambda: memory_table(scaling()),
+        "f": lambda: time_table(scaling()),
+        "g": lambda: end_to_end(folder, rounds),
+    }
 
 
-def two_svds(base: Path, tuned: Path) -> None:
-    """Base and tuned decomposed, matrix by matrix; embeddings are left out, as `compare` leaves them out."""
-    for folder in (base, tuned):
-        for name, weight in load_file(folder / "model.safetensors").items():
-            if weight.ndim == 2 and "embed_tokens" not in name:
-                torch.linalg.svd(weight.double(), full_matrices=False)
+def measured(key: str, group: Callable[[], Table]) -> Table:
+    try:
+        return group()
+    except NotMeasured as reason:
+        return Table(f"({key})", f"Not measured: {reason}.")
 
 
-def side_by_side(ours: str, alternative: str, run_ours: Callable[[], object], run_other: Callable[[], object]) -> Row:
-    """Time both in turn and keep the ratios."""
-    run_ours(), run_other()
-    ratios = [seconds(run_ours) / seconds(run_other) for _ in range(ROUNDS)]
-    return Row(ours, alternative, statistics.median(ratios), min(ratios), max(ratios))
+def render(tables: list[Table]) -> str:
+    return "\n".join([*heading(), *map(str, tables)])
 
 
-def seconds(run: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
-
-
-def render(rows: list[Row]) -> str:
-    lines = [
-        "# Benchmark",
-        "",
-        f"{date.today()}, {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}; the embedded base",
-        f"against a copy moved by a Gaussian update. Median of {ROUNDS} ratios of wall time, least and most in",
-        "brackets; below 1, ours is faster. `make bench` makes this file.",
-        "",
-        "| ours | alternative | ours / alternative |",
-        "|---|---|---|",
-        *(f"| {r.ours} | {r.alternative} | {r.ratio:.2f} ({r.low:.2f}–{r.high:.2f}) |" for r in rows),
-    ]
-    return "\n".join(lines) + "\n"
+def heading() -> Iterator[str]:
+    yield "# Benchmark\n"
+    yield (
+        f"{date.today()}; {machine()}; Python {platform.python_version()}, "
+        + ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+        + ". `make bench` makes this file.\n"
+    )
+    yield (
+        "A ratio is the alternative's cost over ours, so above 1 ours needs less: the **median** of the rounds, with "
+        "the least and the most in brackets. Both sides run in turn on the same files. The models are synthetic, "
+        "with the shapes of Qwen2 and a power-law spectrum (`scripts/make_synthetic.py`).\n"
+    )
 
 
 if __name__ == "__main__":
