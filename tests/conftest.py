@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from pretraining import pretraining_script
 
 from offprincipal.training import TrainSettings, train
+
+settings.register_profile("unhurried", deadline=None)  # the first call of a compiled function compiles it
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,11 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -11,11 +14,13 @@ from checkpoint_folders import base_weights, moved, stored, write_model, write_s
 from matrices import gaussian
 
 from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare, parse_condition, read_table
+from offprincipal.comparison.measure import Row
 from offprincipal.comparison.pooling import estimate_ratio, pool_column
 from offprincipal.comparison.registry import METRICS
 from offprincipal.errors import ArgumentError, CheckpointError
 
 LINEAR = 6
+CERTIFICATES = ("singular_value_error", "singular_value_error_relative", "angle_error_deg")  # none for LAPACK's
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +45,10 @@ def value(result: Comparison, run: str, metric: str) -> float:
     return found
 
 
+def _as_lists(row: Row) -> Row:
+    return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in row.items()}
+
+
 def test_there_is_a_row_for_every_tensor_and_run(result: Comparison) -> None:
     assert len(result.matrices) == 2 * (LINEAR + 2)
     assert sum(row["linear"] for row in result.matrices) == 2 * LINEAR
@@ -52,7 +61,7 @@ def test_every_registered_column_is_measured(result: Comparison) -> None:
     for metric in METRICS:
         for column in metric.columns:
             values = [row[column.name] for row in result.matrices if row["run"] == "near" and row["linear"]]
-            assert any(v is not None for v in values), column.name
+            assert any(v is not None for v in values) != (column.name in CERTIFICATES), column.name
 
 
 def test_the_unchanged_fraction_counts_every_entry(result: Comparison, folders: dict[str, Path]) -> None:
@@ -107,6 +116,19 @@ def test_the_default_mask_columns_are_those_of_the_sweep(result: Comparison) -> 
             assert row[f"overlap{suffix}"] == matrix[f"{row['mask']}_overlap{suffix}"]
 
 
+def test_masks_hold_what_their_definitions_say_and_the_random_one_scatters_about_it(result: Comparison) -> None:
+    for row in result.masks:
+        wanted, numel = round(row["alpha"] * row["numel"]), row["numel"]
+        size = row["density"] * numel
+        if row["mask"] == "random":
+            assert abs(size - wanted) < 5 * (numel * row["alpha"] * (1 - row["alpha"])) ** 0.5 + 1
+        elif row["mask"] == "safe":
+            assert size >= max(wanted, numel - wanted) - 1e-6
+        else:
+            assert size == pytest.approx(wanted, rel=1e-12)
+        assert row["overlap_random"] == row["density"]
+
+
 def test_masters_show_what_storage_hides(result: Comparison) -> None:
     near = value(result, "near", "hidden_fraction")
     assert near == pytest.approx(value(result, "near", "unchanged_fraction"), abs=1e-3)
@@ -126,7 +148,7 @@ def test_the_tables_on_disk_are_the_rows_and_say_what_they_mean(result: Comparis
         *("curves.parquet", "masks.parquet", "matrices.parquet", "pairs.parquet", "summary.json")
     ]
     for name in ("matrices", "masks", "pairs", "curves"):
-        assert read_table(out, name) == getattr(result, name)
+        assert read_table(out, name) == [_as_lists(row) for row in getattr(result, name)]
     field = pq.read_schema(out / "matrices.parquet").field("spectral_shift")
     assert b"NSS" in field.metadata[b"source"]
     assert json.loads((out / "summary.json").read_text()) == result.summary
@@ -173,12 +195,20 @@ def test_location_alone_decomposes_nothing(folders: dict[str, Path], monkeypatch
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a matrix was decomposed")
 
-    monkeypatch.setattr(torch.linalg, "svd", refuse)
-    monkeypatch.setattr(torch.linalg, "svdvals", refuse)
+    for name in ("svd", "svdvals", "eigh", "eigvalsh", "qr"):
+        monkeypatch.setattr(torch.linalg, name, refuse)
     result = compare(folders["base"], [folders["near"]], CompareSettings(metrics=("location",)))
     row = next(row for row in result.matrices if row["linear"])
     assert row["low_magnitude_overlap"] is not None and row["solver"] is None
     assert "principal_overlap" not in row and "spectral_shift" not in row
+
+
+def test_location_alone_does_not_even_import_torch(folders: dict[str, Path]) -> None:
+    program = (
+        "import sys; from offprincipal.comparison import CompareSettings, compare; "
+        "compare(sys.argv[1], sys.argv[2:], CompareSettings(metrics=('location',))); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program, *map(str, (folders["base"], folders["near"]))], check=True)
 
 
 def test_what_is_rounding_of_the_decomposition_is_not_measured(tmp_path: Path) -> None:

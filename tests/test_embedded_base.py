@@ -7,17 +7,19 @@ from functools import cache
 
 import pytest
 import torch
-from matrices import gaussian
+from bits import class_counts, line_dispersion
+from matrices import gaussian, principal_rank
 from pretraining import pretraining_script
 from torch import Tensor
 
 from offprincipal.assets import embedded_base
-from offprincipal.checkpoints import open_checkpoint
-from offprincipal.comparison.comparison import plan
+from offprincipal.comparison import CompareSettings
+from offprincipal.comparison.spectral import to_tensor
+from offprincipal.comparison.work import Work
 from offprincipal.geometry.masks import low_magnitude_ranks, principal_ranks
-from offprincipal.geometry.nulls import class_counts, dispersion, intersection_null, overlap_null
+from offprincipal.geometry.nulls import intersection_null, overlap_null
 from offprincipal.geometry.precision import changed, exponent_class
-from offprincipal.geometry.spectrum import decompose, principal_rank
+from offprincipal.geometry.spectrum import decompose
 from offprincipal.tasks import mixture, open_task, split_of, symbolic_kinds
 from offprincipal.training import evaluate
 
@@ -27,8 +29,10 @@ SIZE = 1e-4  # of a weight-blind update, near what a short GRPO run does
 
 @cache
 def matrices() -> dict[str, Tensor]:
-    checkpoint = open_checkpoint(embedded_base())
-    return {subject.name: checkpoint.read(subject.name) for subject in plan(checkpoint) if subject.linear}
+    work = Work(str(embedded_base()), {"same": str(embedded_base())}, CompareSettings())
+    linear = [subject.part for subject in work.subjects if subject.linear]
+    read = work.base_checkpoint.read
+    return {part.name: to_tensor(part.of(read(part.tensor, part.start, part.stop))) for part in linear}
 
 
 @cache
@@ -45,7 +49,7 @@ def half_mask(name: str, mask: str) -> Tensor:
     W = matrices()[name]
     if mask == "low_magnitude":
         return low_magnitude_ranks(W) < W.numel() // 2
-    svd = decompose(W).top(principal_rank(W.shape, 0.125))
+    svd = decompose(W).top(principal_rank(W.shape))
     return principal_ranks(svd.U, svd.S, svd.Vh) < W.numel() // 2
 
 
@@ -90,7 +94,7 @@ def test_jaccards_of_weight_blind_updates_of_the_real_base_agree_with_the_precis
 
 
 def test_rows_of_weight_blind_updates_of_the_real_base_show_no_stripes() -> None:
-    found = [dispersion(blind_changes(0)[name], exponent_class(W), 0) for name, W in matrices().items()]
+    found = [line_dispersion(W, blind_changes(0)[name], 0) for name, W in matrices().items()]
     values = torch.tensor([x for x in found if x is not None], dtype=torch.float64)
     assert abs(values.mean().item() - 1) < 5 * values.std().item() / len(values) ** 0.5
 

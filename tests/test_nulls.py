@@ -2,27 +2,30 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from bits import as_array, class_counts, codes_of, line_dispersion, line_moments
 from hypothesis import given
 from hypothesis import strategies as st
 from matrices import gaussian, orthogonal, seeds
 from torch import Tensor
 
+from offprincipal.geometry.gaussian import isotropic_update
 from offprincipal.geometry.masks import low_magnitude_ranks, principal_ranks
 from offprincipal.geometry.nulls import (
-    class_counts,
+    bernoulli_overlap,
     dispersion,
     gaussian_scale,
     gini,
     intersection_null,
-    isotropic_update,
     jaccard,
-    line_null,
     overlap_null,
     unchanged_isotropic,
+    unchanged_isotropic_off_grid,
 )
 from offprincipal.geometry.precision import changed, exponent_class
+from offprincipal.geometry.scan import count_codes
 from offprincipal.geometry.spectrum import decompose
 
 
@@ -100,27 +103,27 @@ def test_an_update_that_looks_at_the_weights_is_found() -> None:
 @given(st.integers(1, 60), st.data())
 def test_one_class_is_the_hypergeometric_distribution(N: int, data: st.DataObject) -> None:
     C, M = data.draw(st.integers(0, N)), data.draw(st.integers(0, N))
-    null = overlap_null(*(torch.tensor([float(x)]) for x in (N, C, M)))
+    null = overlap_null(*(np.array([x]) for x in (N, C, M)))
     ways = {x: math.comb(M, x) * math.comb(N - M, C - x) for x in range(max(0, C + M - N), min(C, M) + 1)}
     total = sum(ways.values())
     mean = sum(x * w for x, w in ways.items()) / total
     variance = sum((x - mean) ** 2 * w for x, w in ways.items()) / total
     assert null.expected == pytest.approx(mean, abs=1e-9)
     assert null.variance == pytest.approx(variance, abs=1e-9)
-    other = intersection_null(*(torch.tensor([float(x)]) for x in (N, C, M)))
+    other = intersection_null(*(np.array([x]) for x in (N, C, M)))
     assert (other.expected, other.variance) == pytest.approx((null.expected, null.variance), abs=1e-9)
 
 
 def test_classes_add_and_empty_ones_do_not_count() -> None:
-    parts = [overlap_null(*(torch.tensor([float(x)]) for x in row)) for row in ((10, 4, 5), (20, 6, 3))]
-    both = overlap_null(torch.tensor([10.0, 0, 20]), torch.tensor([4.0, 0, 6]), torch.tensor([5.0, 0, 3]))
+    parts = [overlap_null(*(np.array([x]) for x in row)) for row in ((10, 4, 5), (20, 6, 3))]
+    both = overlap_null(np.array([10, 0, 20]), np.array([4, 0, 6]), np.array([5, 0, 3]))
     assert both.expected == pytest.approx(sum(part.expected for part in parts))
     assert both.variance == pytest.approx(sum(part.variance for part in parts))
 
 
 def test_where_all_or_none_of_a_class_changed_nothing_is_left_to_chance() -> None:
-    N, M = torch.tensor([10.0]), torch.tensor([4.0])
-    for C in (torch.tensor([0.0]), N):
+    N, M = np.array([10]), np.array([4])
+    for C in (np.array([0]), N):
         assert overlap_null(N, C, M).z(C.item() * 0.4) is None
 
 
@@ -131,9 +134,8 @@ def test_jaccard_of_nothing_is_undefined() -> None:
 
 def test_rows_of_a_weight_blind_update_scatter_as_the_null_says() -> None:
     base = structured_base()
-    classes = exponent_class(base)
     for dim in (0, 1):
-        found = [dispersion(changed(base, weight_blind(base, 1e-4, s)), classes, dim) for s in range(60)]
+        found = [line_dispersion(base, changed(base, weight_blind(base, 1e-4, s)), dim) for s in range(60)]
         values = torch.tensor([x for x in found if x is not None])
         assert abs(values.mean().item() - 1) < 5 * values.std().item() / 60**0.5
 
@@ -141,41 +143,41 @@ def test_rows_of_a_weight_blind_update_scatter_as_the_null_says() -> None:
 def test_stripes_are_found_and_strong_rows_alone_are_none() -> None:
     """A strong row changes less because of its exponents: its rate is low, its dispersion is not high."""
     base = structured_base()
-    classes = exponent_class(base)
     blind = changed(base, weight_blind(base, 1e-4, 0))
-    assert (gini(blind.double().mean(dim=1)) or 0) > 0.1
-    assert (dispersion(blind, classes, 0) or 9) < 2
+    assert (gini(blind.double().mean(dim=1).numpy()) or 0) > 0.1
+    assert (line_dispersion(base, blind, 0) or 9) < 2
     factor = torch.where(torch.arange(96) % 8 == 0, 3.0, 1.0).double()[:, None]
     striped = changed(base, base.double() + factor * 1e-4 * gaussian(96, 128, seed=0))
-    assert (dispersion(striped, classes, 0) or 0) > 5
+    assert (line_dispersion(base, striped, 0) or 0) > 5
 
 
 def test_line_nulls_keep_the_totals() -> None:
     base = structured_base()
-    moved, classes = changed(base, weight_blind(base, 1e-4, 0)), exponent_class(base)
+    moved = changed(base, weight_blind(base, 1e-4, 0))
     for dim in (0, 1):
-        counts, expected, _ = line_null(moved, classes, dim)
+        counts, expected, _ = line_moments(base, moved, dim)
         assert counts.sum().item() == pytest.approx(expected.sum().item()) == int(moved.sum())
 
 
 def test_dispersion_is_undefined_where_nothing_or_everything_changed() -> None:
-    classes = torch.zeros(3, 4, dtype=torch.int64)
-    assert dispersion(torch.zeros(3, 4, dtype=torch.bool), classes, 0) is None
-    assert dispersion(torch.ones(3, 4, dtype=torch.bool), classes, 1) is None
+    base = torch.ones(3, 4)
+    assert line_dispersion(base, torch.zeros(3, 4, dtype=torch.bool), 0) is None
+    assert line_dispersion(base, torch.ones(3, 4, dtype=torch.bool), 1) is None
+    assert dispersion(np.zeros(0), np.zeros(0), np.zeros(0)) is None
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=20).filter(lambda rates: sum(rates) > 0.01))
 def test_gini_is_half_the_mean_absolute_difference_over_the_mean(rates: list[float]) -> None:
     n, mean = len(rates), sum(rates) / len(rates)
     expected = sum(abs(a - b) for a in rates for b in rates) / (2 * n * n * mean)
-    assert gini(torch.tensor(rates, dtype=torch.float64)) == pytest.approx(expected, abs=1e-9)
+    assert gini(np.array(rates)) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("relative", [1e-4, 1e-3, 1e-2, 1.0])
 def test_what_a_gaussian_update_leaves_unchanged_is_in_closed_form(relative: float) -> None:
     base = torch.cat([structured_base().flatten(), torch.tensor([1.0, -2.0, 0.0, 0.5] * 500).bfloat16()])
     norm = relative * base.double().norm().item()
-    expected = unchanged_isotropic(base, norm / base.numel() ** 0.5)
+    expected = unchanged_isotropic(count_codes(codes_of(base)), norm / base.numel() ** 0.5)
     assert expected is not None
     shares = []
     for seed in range(40):
@@ -193,8 +195,7 @@ def test_off_the_bfloat16_grid_the_closed_form_still_holds(relative: float) -> N
     shares = torch.tensor(
         [1 - changed(base, base + sigma * gaussian(100, 100, seed=s)).double().mean() for s in range(40)]
     )
-    expected = unchanged_isotropic(base, sigma)
-    assert expected is not None
+    expected = unchanged_isotropic_off_grid(codes_of(base), as_array(base), sigma) / base.numel()
     assert abs(shares.mean().item() - expected) < 5 * shares.std().item() / 40**0.5
 
 
@@ -204,17 +205,53 @@ def test_the_length_before_storing_is_found_from_the_stored_one(sigma: float) ->
     base = structured_base()
     norms = [(weight_blind(base, sigma, s).double() - base.double()).norm().item() for s in range(20)]
     norm = (sum(x * x for x in norms) / len(norms)) ** 0.5
-    assert gaussian_scale(base, norm) == pytest.approx(sigma, rel=0.02)
+    assert gaussian_scale(class_counts(exponent_class(base)), norm) == pytest.approx(sigma, rel=0.02)
 
 
 def test_the_length_of_nothing_is_nothing() -> None:
-    assert gaussian_scale(torch.ones(3).bfloat16(), 0.0) == 0.0
-    assert gaussian_scale(torch.empty(0).bfloat16(), 1.0) == 0.0
+    assert gaussian_scale(class_counts(exponent_class(torch.ones(3))), 0.0) == 0.0
+    assert gaussian_scale(class_counts(exponent_class(torch.empty(0))), 1.0) == 0.0
 
 
 def test_a_zero_update_leaves_everything_unchanged() -> None:
-    assert unchanged_isotropic(torch.ones(3), 0.0) == 1.0
-    assert unchanged_isotropic(torch.empty(0), 1.0) is None
+    assert unchanged_isotropic(count_codes(codes_of(torch.ones(3))), 0.0) == 1.0
+    assert unchanged_isotropic(count_codes(codes_of(torch.empty(0))), 1.0) is None
+
+
+def test_on_the_bfloat16_grid_both_closed_forms_are_one() -> None:
+    base = torch.cat([structured_base().flatten(), torch.tensor([1.0, -2.0, 0.0, 2.0**-126, 2.0**-133]).bfloat16()])
+    codes = codes_of(base)
+    for sigma in (1e-39, 1e-6, 1e-4, 1.0):
+        one_by_one = unchanged_isotropic_off_grid(codes, as_array(base.float()), sigma)
+        assert unchanged_isotropic(count_codes(codes), sigma) == pytest.approx(one_by_one / base.numel(), rel=1e-12)
+
+
+@given(seeds, st.sampled_from([0.05, 0.3, 0.5, 1.0]))
+def test_a_random_mask_by_counts_holds_no_more_than_there_is(seed: int, alpha: float) -> None:
+    entries = np.array([0, 1, 7, 100])
+    changed_entries = np.array([0, 1, 0, 30])
+    in_mask, overlap = bernoulli_overlap(entries, changed_entries, alpha, np.random.default_rng(seed))
+    assert bool((in_mask <= entries).all()) and 0 <= overlap <= min(31, int(in_mask.sum()))
+    assert alpha < 1 or (in_mask.tolist(), overlap) == (entries.tolist(), 31)
+
+
+def test_a_random_mask_by_counts_is_that_of_independent_entries() -> None:
+    """Sizes are binomial, and the overlap scatters about the null of the mask's own counts with unit variance."""
+    classes = exponent_class(structured_base())
+    moved = changed(structured_base(), weight_blind(structured_base(), 1e-4, 0))
+    entries, changed_entries = class_counts(classes), class_counts(classes, moved)
+    rng = np.random.default_rng(0)
+    sizes, scores = [], []
+    for _ in range(400):
+        in_mask, overlap = bernoulli_overlap(entries, changed_entries, 0.3, rng)
+        sizes.append(in_mask.sum())
+        scores.append(overlap_null(entries, changed_entries, in_mask).z(overlap))
+    for found, mean, variance in (
+        (np.array(sizes), 0.3 * entries.sum(), 0.21 * entries.sum()),
+        (np.array(scores, np.float64), 0, 1),
+    ):
+        assert abs(found.mean() - mean) < 5 * (variance / 400) ** 0.5
+        assert abs(found.var() / variance - 1) < 5 * (2 / 399) ** 0.5
 
 
 @given(seeds, st.floats(1e-20, 1e20))

@@ -15,9 +15,9 @@ from plotly.offline import get_plotlyjs
 
 from offprincipal.comparison import CompareSettings, compare, read_summary
 from offprincipal.errors import FileError
-from offprincipal.reports import verdict_paragraph, write_report, write_report_of
 from offprincipal.reports.figures import choose_matrices, heatmaps
-from offprincipal.reports.words import answers, run_paragraph
+from offprincipal.reports.report import write_report, write_report_of
+from offprincipal.reports.words import answers, run_paragraph, verdict_paragraph
 
 HOSTILE_RUN = "<script>alert(1)</script>"
 HOSTILE_TENSOR = '"><img src=x onerror=alert(2)>'

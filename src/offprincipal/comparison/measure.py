@@ -74,9 +74,7 @@ class TensorRows:
     masks: list[Row] = field(default_factory=list)
     pairs: list[Row] = field(default_factory=list)
     curves: list[Row] = field(default_factory=list)
-    fallbacks: dict[str, str] = field(
-        default_factory=dict
-    )
+    fallbacks: dict[str, str] = field(default_factory=dict)
 
 
 def measure_matrix(

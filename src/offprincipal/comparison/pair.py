@@ -308,8 +308,9 @@ class MatrixPair(TensorPair):
     """
 
     def __init__(self, base: BaseMatrix, tuned: Array, masters: Array | None = None) -> None:
-        self.block = Block(base.weight, tuned, masters)
-        super().__init__(lambda: [self.block])
+        block = Block(base.weight, tuned, masters)
+        super().__init__(lambda: [block])
+        self.block = block
         self.base = base
         self.tuned = tuned
 

@@ -5,7 +5,8 @@ from it. Knows nothing of files or tables.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -62,10 +63,14 @@ class GaussianNull:
 
 
 class BaseSpectrum:
-    """The base's decomposition, shared by every tuned checkpoint."""
+    """The base's decomposition, shared by every tuned checkpoint.
+
+    Args:
+        base: it owns this, so it is held weakly: a cycle would keep a matrix in memory until it is collected.
+    """
 
     def __init__(self, base: BaseMatrix) -> None:
-        self.base = base
+        self.base: BaseMatrix = weakref.proxy(base)
         self.k = base.k
         self.shape = torch.Size(base.weight.shape)
 
@@ -130,14 +135,15 @@ class BaseSpectrum:
         tolerance = self.base.settings.tolerance
         up_to = _GPU_GRAM_UP_TO if W.is_cuda else spectrum.GRAM_UP_TO
         if solver == "randomized" or min(W.shape) > up_to:
-            found = spectrum.decompose_randomized(W, self.k, tolerance, self.generator("start"))
+            start = torch.Generator().manual_seed(0)  # equal matrices are decomposed alike, whatever their names
+            found = spectrum.decompose_randomized(W, self.k, tolerance, start)
             if spectrum.within(found, self.k, tolerance):
                 return found
         return spectrum.decompose_by_gram(W, self.k)
 
     def _principal_masks(self, svd: Svd) -> PrincipalMasks:
         top = svd.top(self.k)
-        scores = ((top.U * top.S.to(top.U)) @ top.Vh).abs().float().cpu().numpy()
+        scores = ((top.U * top.S.to(top.U)) @ top.Vh).abs_().float().cpu().numpy()
         codes = self.base.codes
         cuts = scan.largest_cuts(scores, self.base.mask_sizes)
         low_cuts = scan.low_magnitude_cuts(scan.count_codes(codes), self.base.mask_sizes)
@@ -153,16 +159,20 @@ class BaseSpectrum:
 
 
 class PairSpectrum:
-    """The decompositions of a pair, and what follows from them."""
+    """The decompositions of a pair, and what follows from them.
+
+    Args:
+        pair: it owns this, and is held weakly, as a base is.
+    """
 
     def __init__(self, pair: MatrixPair) -> None:
-        self.pair = pair
+        self.pair: MatrixPair = weakref.proxy(pair)
         self.base = pair.base.spectral
         self.k = self.base.k
 
-    @cached_property
+    @property
     def values(self) -> Tensor:
-        """The tuned matrix, on the device."""
+        """The tuned matrix, on the device; not kept."""
         return to_tensor(self.pair.tuned).to(self.base.device).to(self.base.dtype)
 
     @cached_property
@@ -298,33 +308,26 @@ class PairSpectrum:
     @cached_property
     def _nulls(self) -> tuple[GaussianNull, GaussianNull]:
         """Both from the same draws."""
-        drawn = [
-            (self._null_of(isotropic, energies=False), self._null_of(stored))
-            for isotropic, stored in self._gaussian_updates()
-        ]
-        return _mean([pair[0] for pair in drawn]), _mean([pair[1] for pair in drawn])
-
-    def _gaussian_updates(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """An isotropic update and a stored one a draw; zero ones where nothing moved."""
-        base = self.base
-        size = base.shape.numel()
+        base, size = self.base, self.base.shape.numel()
         if self.pair.update_norm == 0:
-            zero = torch.zeros(base.shape, dtype=base.dtype, device=base.device)
-            yield zero, zero
-            return
+            still = self._null_of(torch.zeros(base.shape, dtype=base.dtype, device=base.device))
+            return still, still
         generator = base.generator("gaussian")
-        draws = base.base.settings.null_draws
         length = self.pair.gaussian_scale * math.sqrt(size)
         dtype = to_tensor(self.pair.tuned[:1, :1]).dtype
-        for _ in range(max(1, min(draws, draws * _SMALL // size))):
-            update = gaussian.isotropic_update(base.shape, 1.0, generator, base.dtype).to(base.device)
-            stored = gaussian.stored_update(base.values, update * length, dtype)
-            yield update * self.pair.update_norm, stored
+        wanted = base.base.settings.null_draws
+        isotropic, stored = [], []
+        for _ in range(max(1, min(wanted, wanted * _SMALL // size))):
+            update = gaussian.isotropic_update(base.shape, self.pair.update_norm, generator, base.dtype).to(base.device)
+            isotropic.append(self._null_of(update, energies=False))
+            update = gaussian.stored_update(base.values, update.mul_(length / self.pair.update_norm), dtype)
+            stored.append(self._null_of(update))
+        return _mean(isotropic), _mean(stored)
 
     def _null_of(self, update: Tensor, energies: bool = True) -> GaussianNull:
         """What one drawn update shows; an isotropic one's energies are known without drawing it."""
         base = self.base
-        moved = base.solve(base.values + update, certify=False) if update.abs().max() > 0 else base.svd
+        moved = base.solve(base.values + update, certify=False) if spectrum.largest_entry(update) else base.svd
         if not base.has_principal_subspace:
             return GaussianNull(self._shift_to(moved), None, None)
         sides = self._angles_to(moved)

@@ -50,7 +50,8 @@ def write_tables(
     require_folder(out)
     for name, rows in zip(TABLES, (matrices, masks, pairs, curves), strict=True):
         table = pa.Table.from_pylist(rows, schema=_schema(name, rows))
-        write_atomically(out / f"{name}.parquet", partial(pq.write_table, table))
+        texts = [field.name for field in table.schema if field.type == pa.string()]
+        write_atomically(out / f"{name}.parquet", partial(pq.write_table, table, use_dictionary=texts))
     write_json(out / "summary.json", summary)
     return out
 

@@ -138,7 +138,8 @@ def scan(base: NDArray[np.uint16], tuned: NDArray[np.uint16]) -> Scan:
         (int(_scan(base[i : i + step], tuned[i : i + step], table, rows[i : i + step], columns)))
         for i in range(0, max(n, 1), step)
     )
-    entries, changed = table.reshape(-1, 2).sum(axis=1), table[1::2].copy()
+    changed = table[1::2].copy()
+    entries = table[::2] + changed
     if largest >= _FIRST_INFINITE or entries[_FIRST_INFINITE:].any():
         raise NonFiniteTensor("it holds NaN or infinity")
     return Scan(entries, changed, rows, columns)
@@ -446,8 +447,11 @@ def _classes_of_lines(codes, lowest, rows, columns):  # type: ignore[no-untyped-
     """Eight tables for a row, taken in turn, so that a class met again at once is not waited for."""
     n, m = codes.shape
     width, span = 4096, rows.shape[1]
-    offset, stride = np.uint16(lowest), np.uint16(span)
+    offset = np.uint16(lowest)
     in_row, in_column = np.empty(width, np.uint16), np.empty(width, np.uint32)
+    table_of, place = np.empty(width, np.uint16), np.empty(width, np.uint32)
+    for j in range(width):
+        table_of[j], place[j] = (j & 7) * span, j
     by_row = np.zeros(8 * span, np.uint16)
     by_column = np.zeros(span * min(m, width), np.uint16)
     for first in range(0, m, width):
@@ -460,8 +464,8 @@ def _classes_of_lines(codes, lowest, rows, columns):  # type: ignore[no-untyped-
                 power = np.uint16((x & np.uint16(127)) == 0)
                 shifted = np.uint16(np.uint16(((x >> np.uint16(6)) & np.uint16(0x1FE)) | power) - offset)
                 in_class = np.uint16(0) if (x & np.uint16(0x7FFF)) == 0 else np.uint16(shifted + np.uint16(1))
-                in_row[j] = np.uint16(in_class + np.uint16((np.uint16(j) & np.uint16(7)) * stride))
-                in_column[j] = np.uint32(in_class) * np.uint32(wide) + np.uint32(j)
+                in_row[j] = np.uint16(in_class + table_of[j])
+                in_column[j] = np.uint32(in_class) * np.uint32(wide) + place[j]
             for j in range(wide):
                 by_row[in_row[j]] += np.uint16(1)
             for j in range(wide):

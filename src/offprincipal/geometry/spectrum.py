@@ -20,6 +20,7 @@ _AMPLIFICATION = 1e5  # of the largest direction over the unwanted ones in one r
 _ROUNDS = 24
 _OVERSAMPLING = 16
 _GRAM_BLOCKS = 4
+_SQUARES_FIT = 1e-10  # float32 sums the squares of entries of this size and more
 _SQUARING = 16  # float64 roundings in an eigenvalue of a Gram matrix
 
 
@@ -86,9 +87,7 @@ def decompose(W: Tensor) -> Svd:
     tensor([2., 1.], dtype=torch.float64)
     """
     W = W.double()
-    scale = W.abs().max()
-    if scale == 0:
-        scale = torch.ones_like(scale)
+    scale = largest_entry(W) or 1.0
     try:
         U, S, Vh = torch.linalg.svd(W / scale, full_matrices=False)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -138,7 +137,9 @@ def decompose_randomized(W: Tensor, k: int, tolerance: float, generator: torch.G
     A = _tall(W)
     b = min(k + max(_OVERSAMPLING, k // 2), A.shape[1])
     start = torch.randn(A.shape[1], b, generator=generator, dtype=torch.float64).to(A)
-    found = _certified(A, _ritz(A, _orthonormal(A.T @ (A @ _orthonormal(start)))), k, W, "randomized")
+    Y = A @ _orthonormal(start)
+    once = A.T @ (Y / Y.abs().max().clamp(min=torch.finfo(Y.dtype).tiny))  # the square of W may overflow
+    found = _certified(A, _ritz(A, _orthonormal(once)), k, W, "randomized")
     return _filtered(A, found, k, tolerance, W)
 
 
@@ -189,17 +190,32 @@ def update_spectrum(update: Tensor) -> Tensor:
         found: Tensor = torch.linalg.svdvals(update)
         return found
     A = _tall(update)
-    scale = A.abs().max()
+    scale = largest_entry(A)
     if scale == 0:
         return torch.zeros(A.shape[1], dtype=torch.float64, device=A.device)
-    A = A / scale
+    if _SQUARES_FIT <= scale <= 1 / _SQUARES_FIT:
+        scale = 1.0
+    else:
+        A = A / scale
     values = torch.linalg.eigvalsh(_gram(A)).flip(0).double()
     floor = 8 * torch.finfo(A.dtype).eps * values[0]
     unresolved = (values < floor).sum() * floor.sqrt()
     if unresolved > 0.001 * values.clamp(min=0).sqrt().sum():
         values = torch.linalg.eigvalsh(_gram(A.double())).flip(0)
-    roots: Tensor = values.clamp(min=0).sqrt() * scale.double()
+    roots: Tensor = values.clamp(min=0).sqrt() * scale
     return roots
+
+
+def largest_entry(x: Tensor) -> float:
+    """max |x|, without a copy of x; 0 where it is empty.
+
+    >>> largest_entry(torch.tensor([1.0, -2.0]))
+    2.0
+    """
+    if x.numel() == 0:
+        return 0.0
+    low, high = torch.aminmax(x)
+    return max(-low.item(), high.item())
 
 
 def _gram(A: Tensor) -> Tensor:
@@ -292,7 +308,7 @@ def _corrected(A: Tensor, ritz: tuple[Tensor, Tensor, Tensor], rest: Tensor, S_r
     R = _residuals(A, ritz)  # (r, b)
     along = (rest.T @ R.to(rest.dtype)).double()  # (r − b, b)
     gaps = S**2 - S_rest[:, None].to(S) ** 2
-    least = torch.finfo(torch.float64).eps * S[0] ** 2
+    least = (torch.finfo(torch.float64).eps * S[0] ** 2).clamp(min=torch.finfo(torch.float64).tiny)
     steps = along * S / torch.where(gaps.abs() > least, gaps, least)
     return _orthonormal(V + rest @ steps.clamp(-1, 1).to(rest.dtype))
 
@@ -306,9 +322,10 @@ def _filtered(A: Tensor, found: Svd, k: int, tolerance: float, W: Tensor) -> Svd
         reach = math.acosh(found.S[0].item() ** 2 / cut - 1)
         degree = min(max(int(math.acosh(_AMPLIFICATION) / reach), 1), _DEGREE) if reach > 0 else _DEGREE
         V = _short(found, W)
-        before, now = V, (A.T @ (A @ V)) / cut - V
+        root = math.sqrt(cut)
+        before, now = V, A.T @ (A @ V / root) / root - V
         for _ in range(degree - 1):
-            before, now = now, 2 * ((A.T @ (A @ now)) / cut - now) - before
+            before, now = now, 2 * (A.T @ (A @ now / root) / root - now) - before
         better = _certified(A, _ritz(A, _orthonormal(now)), k, W, found.solver)
         if better.residual > 0.9 * found.residual:
             break

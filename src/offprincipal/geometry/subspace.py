@@ -59,8 +59,9 @@ def principal_energies(U: Tensor, V: Tensor, update: Tensor) -> tuple[float, flo
 
 
 def _norm(x: Tensor) -> float:
-    """The Frobenius norm, summed in float64, of numbers of any scale."""
-    scale = x.abs().max().item() if x.dtype == torch.float64 else 1.0
-    if scale == 0:
-        return 0.0
-    return scale * float(torch.linalg.vector_norm(x / scale if scale != 1.0 else x, dtype=torch.float64))
+    """The Frobenius norm of numbers of any scale, whose squares might be none."""
+    plain = float(torch.linalg.vector_norm(x))
+    if 1e-12 < plain < 1e12:
+        return plain
+    scale = x.abs().max()
+    return float(scale * torch.linalg.vector_norm(x / scale)) if scale > 0 else 0.0

@@ -1,0 +1,374 @@
+"""Comparisons by the fast solvers against those by LAPACK, and the cache of decomposed bases."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_folders import write_model
+from matrices import gaussian, orthogonal
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare
+from offprincipal.comparison.cache import DEFAULT_LIMIT, BaseCache, cache_folder
+from offprincipal.comparison.measure import Row
+from offprincipal.comparison.pair import BaseMatrix
+from offprincipal.comparison.spectral import BaseDecomposition
+
+SHAPES = {"model.layers.0.self_attn.q_proj.weight": (300, 512), "model.layers.0.mlp.down_proj.weight": (512, 300)}
+K = 38  # an eighth of 300
+FILES = ("matrices.parquet", "masks.parquet", "pairs.parquet", "curves.parquet", "summary.json")
+
+
+def weights_of(scale: float = 1.0) -> dict[str, Tensor]:
+    """bfloat16 matrices with a spectrum that falls like a power of the rank."""
+    weights = {}
+    for seed, (name, (n, m)) in enumerate(SHAPES.items()):
+        S = scale * torch.arange(1, 301, dtype=torch.float64) ** -0.6
+        weights[name] = ((orthogonal(n, seed)[:, :300] * S) @ orthogonal(m, seed + 10)[:300]).bfloat16()
+    return weights
+
+
+def updated(weights: dict[str, Tensor], relative: float, seed: int) -> dict[str, Tensor]:
+    """bfloat16 weights after a Gaussian update of a relative norm."""
+    found = {}
+    for i, (name, tensor) in enumerate(weights.items()):
+        noise = gaussian(*tensor.shape, seed=seed + i)
+        found[name] = (tensor.double() + relative * tensor.double().norm() * noise / noise.norm()).bfloat16()
+    return found
+
+
+def settings_of(**chosen: object) -> CompareSettings:
+    return CompareSettings(matrix=MatrixSettings(**chosen))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("wide")
+    weights = weights_of()
+    return {
+        "base": write_model(root / "base", weights),
+        "near": write_model(root / "near", updated(weights, 3e-3, 100)),
+        "far": write_model(root / "far", updated(weights, 3e-2, 200)),
+    }
+
+
+def compared(folders: dict[str, Path], **chosen: object) -> Comparison:
+    return compare(folders["base"], [folders["near"], folders["far"]], settings_of(**chosen), cache=False)
+
+
+@pytest.fixture(scope="module")
+def by_lapack(folders: dict[str, Path]) -> Comparison:
+    return compared(folders, solver="exact")
+
+
+@pytest.fixture(scope="module", params=["auto", "randomized"])
+def fast(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Comparison:
+    return compared(folders, solver=request.param)
+
+
+def pairs_of(fast: Comparison, exact: Comparison) -> list[tuple[Row, Row]]:
+    """The rows of the same tensor and run."""
+    by_key = {(row["run"], row["tensor"]): row for row in exact.matrices}
+    return [(row, by_key[row["run"], row["tensor"]]) for row in fast.matrices]
+
+
+def test_every_row_says_who_solved_it_and_how_well(fast: Comparison, by_lapack: Comparison) -> None:
+    for row, exact in pairs_of(fast, by_lapack):
+        assert row["solver"] in ("warm", "randomized") and exact["solver"] == "exact"
+        assert 0 < row["singular_value_error_relative"] <= 1e-3
+        assert row["singular_value_error"] > 0 and 0 < row["angle_error_deg"] <= 90
+        assert exact["singular_value_error"] is exact["singular_value_error_relative"] is None
+        assert exact["angle_error_deg"] is None
+    for run in ("near", "far"):
+        assert sum(fast.summary["runs"][run]["solvers"].values()) == len(SHAPES)
+        assert fast.summary["runs"][run]["warnings"] == by_lapack.summary["runs"][run]["warnings"] == []
+
+
+def test_the_shift_is_over_the_top_values_or_over_all_and_says_so(fast: Comparison, by_lapack: Comparison) -> None:
+    values = {(r["run"], r["tensor"]): r["values"] for r in by_lapack.curves if r["curve"] == "singular_values"}
+    base = {r["tensor"]: r["values"] for r in by_lapack.curves if r["curve"] == "singular_values_base"}
+    for row, exact in pairs_of(fast, by_lapack):
+        assert (row["spectral_shift_rank"], exact["spectral_shift_rank"]) == (K, 300)
+        before, after = base[row["tensor"]], values[row["run"], row["tensor"]]
+        for found, count in ((row, K), (exact, 300)):
+            shift = np.linalg.norm((after - before)[:count]) / np.linalg.norm(before[:count])
+            error = 2 * K**0.5 * (row["singular_value_error"] or 0) / np.linalg.norm(before[:K])
+            assert abs(found["spectral_shift"] - shift) <= (error if found is row else 1e-12)
+
+
+def test_angles_agree_within_their_certificate(fast: Comparison, by_lapack: Comparison) -> None:
+    names = [f"principal_angle_{side}_{which}_deg" for side in ("left", "right") for which in ("max", "mean")]
+    for row, exact in pairs_of(fast, by_lapack):
+        for name in names:
+            assert abs(row[name] - exact[name]) <= row["angle_error_deg"] + 1e-6
+
+
+def test_warm_starts_are_as_good_as_exact_ones_for_small_updates(
+    folders: dict[str, Path], by_lapack: Comparison
+) -> None:
+    close = ["principal_energy", "principal_energy_left", "update_norm_2", "update_stable_rank"]
+    for row, exact in pairs_of(compared(folders), by_lapack):
+        for side in ("left", "right"):
+            name = f"principal_angle_{side}_mean_deg"
+            if row["run"] == "near":
+                assert row[name] == pytest.approx(exact[name], rel=2e-2)
+                for null in ("isotropic_null", "stored_null"):  # drawn in another precision, so of other updates
+                    assert row[f"{name}_{null}"] == pytest.approx(exact[f"{name}_{null}"], rel=0.25)
+        for name in close:
+            assert row[name] == pytest.approx(exact[name], rel=1e-3)
+        assert row["update_effective_rank"] == pytest.approx(exact["update_effective_rank"], rel=1e-2)
+
+
+def test_masks_agree_and_what_needs_no_decomposition_is_the_same(fast: Comparison, by_lapack: Comparison) -> None:
+    for row, exact in pairs_of(fast, by_lapack):
+        for name in ("principal_overlap", "safe_overlap", "principal_overlap_precision_null"):
+            assert row[name] == pytest.approx(exact[name], abs=1e-3)
+        for name in ("unchanged_fraction", "low_magnitude_overlap", "random_overlap", "row_dispersion", "update_norm"):
+            assert row[name] == exact[name]
+    assert fast.pairs == by_lapack.pairs
+
+
+def test_no_bound_is_broken_beyond_the_certificates(fast: Comparison) -> None:
+    for row in fast.matrices:
+        slack = 2 * row["singular_value_error"] / row["update_norm_2"]
+        for bound in ("weyl", "ky_fan"):
+            assert row[f"{bound}_tightness"] <= 1 + slack + 1e-6
+        assert row["mirsky_tightness"] <= 1 + K**0.5 * slack
+        assert row["wedin_tightness"] is None or row["wedin_tightness"] <= 1 + slack
+
+
+def test_a_tolerance_of_nothing_means_lapack(folders: dict[str, Path], by_lapack: Comparison) -> None:
+    strict = compared(folders, tolerance=0.0)
+    assert strict.matrices == by_lapack.matrices and strict.masks == by_lapack.masks
+
+
+def test_small_matrices_are_exact_whatever_the_solver(folders: dict[str, Path], by_lapack: Comparison) -> None:
+    assert compared(folders, solver="randomized", exact_up_to=300).matrices == by_lapack.matrices
+
+
+def test_a_tolerance_that_is_missed_ends_in_a_whole_solution_and_a_warning(folders: dict[str, Path]) -> None:
+    for solver in ("auto", "randomized"):
+        found = compared(folders, solver=solver, tolerance=1e-9)
+        assert {row["solver"] for row in found.matrices} == {"exact"}
+        assert all(row["singular_value_error_relative"] <= 1e-9 for row in found.matrices)
+        assert "2 matrices missed the tolerance" in found.summary["runs"]["near"]["warnings"][0]
+
+
+@pytest.mark.parametrize("solver", ["auto", "randomized"])
+def test_an_update_too_small_for_float32_is_solved_whole(solver: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    weights = weights_of()
+    name = next(iter(SHAPES))
+    row, column = divmod(int(weights[name].abs().argmin()), SHAPES[name][1])
+    weights[name][row, column] *= 2
+    tiny = write_model(tmp_path / "tiny", weights)
+    found = compare(folders["base"], [tiny], settings_of(solver=solver), cache=False)
+    moved, same = sorted(found.matrices, key=lambda line: -line["changed_count"])
+    assert moved["changed_count"] == 1 and moved["solver"] == "exact"
+    assert same["changed_count"] == 0 and same["spectral_shift"] == 0 == same["principal_angle_left_max_deg"]
+    (warning,) = found.summary["runs"]["tiny"]["warnings"]
+    assert "moved too little for a warm start" in warning and name in warning
+    exact = compare(folders["base"], [tiny], settings_of(solver="exact"), cache=False).matrices
+    expected = next(line for line in exact if line["tensor"] == name)
+    assert abs(moved["principal_angle_left_max_deg"] - expected["principal_angle_left_max_deg"]) <= (
+        moved["angle_error_deg"] + 1e-6
+    )
+
+
+@pytest.mark.parametrize("solver", ["auto", "randomized"])
+@pytest.mark.parametrize("scale", [2.0**-80, 2.0**80])
+def test_the_scale_of_the_weights_decides_nothing(
+    solver: str, scale: float, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    here = compared(folders, solver=solver)
+    both = (load_file(folders[name] / "model.safetensors") for name in ("base", "near"))
+    sides = [{name: tensor * scale for name, tensor in side.items()} for side in both]
+    base, near = (write_model(tmp_path / name, side) for name, side in zip(("base", "near"), sides, strict=True))
+    there = compare(base, [near], settings_of(solver=solver), cache=False)
+    for row, same in pairs_of(there, here):
+        assert row["singular_value_error_relative"] <= 1e-3
+        for name in ("unchanged_fraction", "principal_overlap", "low_magnitude_overlap"):
+            assert row[name] == pytest.approx(same[name], abs=1e-4)
+        assert row["solver"] == same["solver"]
+        names = ("spectral_shift", "weyl_tightness", "principal_energy", "update_effective_rank", "update_stable_rank")
+        for name in names:
+            assert row[name] == pytest.approx(same[name], rel=1e-2)
+
+
+def tables(out: Path) -> dict[str, bytes]:
+    return {name: (out / name).read_bytes() for name in FILES}
+
+
+def run(folders: dict[str, Path], out: Path, cache: str | Path | bool) -> dict[str, bytes]:
+    """The bytes of the tables of one comparison."""
+    compare(folders["base"], [folders["near"], folders["far"]], out=out, cache=cache)
+    return tables(out)
+
+
+def test_a_kept_base_changes_no_byte(folders: dict[str, Path], tmp_path: Path) -> None:
+    cache = tmp_path / "bases"
+    first = run(folders, tmp_path / "first", cache)
+    assert BaseCache(cache).info().matrices == len(SHAPES)
+    assert run(folders, tmp_path / "second", cache) == first
+    assert run(folders, tmp_path / "without", False) == first
+    assert BaseCache(cache).info().matrices == len(SHAPES)
+
+
+def test_twins_share_what_is_kept_and_no_byte_tells(tmp_path: Path) -> None:
+    """A decomposition from a random start must not depend on a tensor's name: the cache knows its bytes alone."""
+    name, weight = next(iter(weights_of().items()))
+    twins = {name: weight, name.replace("q_proj", "k_proj"): weight.clone()}
+    base, near = write_model(tmp_path / "base", twins), write_model(tmp_path / "near", updated(twins, 3e-3, 1))
+    for out, cache in (("kept", tmp_path / "bases"), ("without", False)):
+        compare(base, [near], settings_of(solver="randomized"), out=tmp_path / out, cache=cache)
+    assert BaseCache(tmp_path / "bases").info().matrices == 1
+    assert tables(tmp_path / "kept") == tables(tmp_path / "without")
+
+
+def test_what_is_kept_is_what_is_used(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Seen by keeping something else: the base's singular values halved."""
+    cache = tmp_path / "bases"
+    before = run(folders, tmp_path / "first", cache)
+    for path in cache.iterdir():
+        tensors = load_file(path)
+        about = {"solver": "exact", "residual": "0.0", "singular_value_error": "1e-9"}
+        save_file(tensors | {"S": tensors["S"] / 2}, path, metadata=about)
+    assert run(folders, tmp_path / "second", cache) != before
+
+
+@pytest.mark.parametrize("damage", ["empty", "noise", "cut", "other tensors", "a folder"])
+def test_a_damaged_cache_is_computed_anew(damage: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    cache = tmp_path / "bases"
+    before = run(folders, tmp_path / "first", cache)
+    for path in list(cache.iterdir()):
+        content = path.read_bytes()
+        path.unlink()
+        if damage == "other tensors":
+            save_file({"U": torch.zeros(3)}, path)
+        elif damage == "a folder":
+            path.mkdir()
+        else:
+            path.write_bytes({"empty": b"", "noise": b"\xff" * 1000, "cut": content[: len(content) // 2]}[damage])
+    assert run(folders, tmp_path / "second", cache) == before
+    if damage != "a folder":
+        assert all(load_file(path)["S"].shape == (300,) for path in cache.iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    assert run(folders, tmp_path / "out", tmp_path / "file") == run(folders, tmp_path / "without", False)
+    assert (tmp_path / "file").read_text() == "no folder"
+
+
+def test_two_processes_share_a_cache(folders: dict[str, Path], tmp_path: Path) -> None:
+    program = "import sys; from offprincipal.comparison import compare; compare(*sys.argv[1:3], out=sys.argv[3])"
+    environment = {**os.environ, "OFFPRINCIPAL_CACHE": str(tmp_path / "bases")}
+    outs = [tmp_path / "one", tmp_path / "two"]
+    started = [
+        subprocess.Popen([sys.executable, "-c", program, folders["base"], folders["near"], out], env=environment)
+        for out in outs
+    ]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    assert tables(outs[0]) == tables(outs[1])
+    assert len(list((tmp_path / "bases").iterdir())) == BaseCache(tmp_path / "bases").info().matrices == len(SHAPES)
+
+
+def test_the_folder_is_what_the_environment_says(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OFFPRINCIPAL_CACHE", str(tmp_path / "bases"))
+    run(folders, tmp_path / "out", True)
+    assert BaseCache(tmp_path / "bases").info().matrices == len(SHAPES)
+    run(folders, tmp_path / "out", False)
+    run(folders, tmp_path / "out", tmp_path / "elsewhere")
+    assert BaseCache(tmp_path / "elsewhere").info().matrices == len(SHAPES)
+    monkeypatch.delenv("OFFPRINCIPAL_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    assert cache_folder() == tmp_path / "user" / "offprincipal" / "bases"
+
+
+@pytest.mark.parametrize(("text", "limit"), [("0.5", 1 << 29), ("much", DEFAULT_LIMIT), ("inf", DEFAULT_LIMIT)])
+def test_its_limit_is_what_the_environment_says(
+    text: str, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OFFPRINCIPAL_CACHE_LIMIT_GB", text)
+    assert BaseCache(tmp_path).limit == limit
+
+
+def base_of(seed: int, settings: MatrixSettings | None = None) -> BaseMatrix:
+    weight = gaussian(40, 60, seed=seed).float().numpy()
+    return BaseMatrix("W", weight, settings or MatrixSettings(exact_up_to=8))
+
+
+def never() -> BaseDecomposition:
+    raise AssertionError("a kept base was decomposed")
+
+
+def decomposing(base: BaseMatrix) -> Callable[[], BaseDecomposition]:
+    return lambda: base.spectral.decomposition
+
+
+def test_a_full_cache_forgets_what_was_used_longest_ago(tmp_path: Path) -> None:
+    a, b, c = (base_of(seed) for seed in range(3))
+    roomy = BaseCache(tmp_path)
+    paths = {}
+    for age, (name, base) in enumerate((("a", a), ("b", b))):
+        known = set(tmp_path.iterdir())
+        roomy.get(base, decomposing(base))
+        (paths[name],) = set(tmp_path.iterdir()) - known
+        os.utime(paths[name], (1 + age, 1 + age))
+    size = paths["a"].stat().st_size
+    roomy.get(a, never)
+    BaseCache(tmp_path, limit=int(2.5 * size)).get(c, decomposing(c))
+    assert not paths["b"].exists() and paths["a"].exists()
+    roomy.get(a, never)
+    roomy.get(c, never)
+    BaseCache(tmp_path, limit=0).get(b, decomposing(b))
+    assert roomy.info().matrices == 1
+    roomy.get(b, never)
+    assert roomy.clear().matrices == 1 and roomy.info().matrices == 0 == roomy.info().size
+
+
+def test_a_base_is_known_by_its_bytes_and_by_what_decides_its_decomposition(tmp_path: Path) -> None:
+    cache, settings = BaseCache(tmp_path), MatrixSettings(exact_up_to=8)
+    base = base_of(0)
+    cache.get(base, decomposing(base))
+    cache.get(BaseMatrix("another name", base.weight.copy(), replace(settings, null_draws=9)), never)
+    others = [
+        base_of(1),
+        BaseMatrix("W", base.weight.reshape(60, 40), settings),
+        *(
+            base_of(0, replace(settings, **change))
+            for change in (
+                {"rank_fraction": 0.2},
+                {"alpha": 0.4},
+                {"tolerance": 1e-4},
+                {"solver": "randomized"},
+                {"solver": "exact"},
+            )
+        ),
+    ]
+    for count, other in enumerate(others, start=2):
+        cache.get(other, decomposing(other))
+        assert cache.info().matrices == count
+
+
+def test_what_comes_back_from_the_cache_is_what_went_in(tmp_path: Path) -> None:
+    for solver in ("auto", "exact"):
+        base = base_of(3, MatrixSettings(exact_up_to=8, solver=solver))  # type: ignore[arg-type]
+        cache = BaseCache(tmp_path)
+        put, got = cache.get(base, decomposing(base)), cache.get(base, never)
+        for name in ("U", "S", "Vh"):
+            assert torch.equal(getattr(put.svd, name), getattr(got.svd, name))
+        assert (put.svd.basis is None) == (got.svd.basis is None) == (solver == "exact")
+        for name in ("solver", "singular_value_error", "residual"):
+            assert getattr(put.svd, name) == getattr(got.svd, name)
+        assert put.masks is not None and got.masks is not None
+        for name, array in vars(put.masks).items():
+            np.testing.assert_array_equal(array, getattr(got.masks, name))
