@@ -4,8 +4,6 @@ Each tensor is measured on one core, because two matrices on two cores beat one 
 depend on how many there are.
 """
 
-import contextlib
-import ctypes
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -17,13 +15,9 @@ from offprincipal.comparison.measure import Subject, TensorRows
 from offprincipal.comparison.work import Work
 from offprincipal.errors import ArgumentError, OffPrincipalError
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_KEPT = 1 << 25  # the most that glibc takes
-
 
 def run_in_threads(work: Work, subjects: Sequence[Subject], threads: int) -> Iterator[tuple[Subject, TensorRows]]:
     """Subjects with their rows, as they are done; the first error ends it."""
-    _keep_freed_memory()
     with _one_core_each(work), ThreadPoolExecutor(threads) as pool:
         futures = {pool.submit(work.measure, subject): subject for subject in subjects}
         try:
@@ -98,17 +92,6 @@ def _result(ray: Any, reference: Any) -> TensorRows:
             raise error.cause from None
         raise
     return rows
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library keep what one matrix frees for the next one, where it is glibc.
-
-    By default it hands large buffers back to the kernel, and waiting for fresh pages took a third of a scan's time.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, _KEPT)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 
 @contextmanager
