@@ -1,5 +1,6 @@
 """A comparison's tables against figures worked out by hand, and its promises: nulls, determinism, nothing undefined."""
 
+import gc
 import json
 import math
 import subprocess
@@ -15,6 +16,7 @@ from matrices import gaussian
 
 from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare, parse_condition, read_table
 from offprincipal.comparison.measure import Row
+from offprincipal.comparison.pair import BaseMatrix, MatrixPair
 from offprincipal.comparison.pooling import estimate_ratio, pool_column
 from offprincipal.comparison.registry import METRICS
 from offprincipal.errors import ArgumentError, CheckpointError
@@ -350,3 +352,14 @@ def test_an_interval_needs_more_than_one_matrix_and_ignores_tensors_that_do_not_
     pooled = pool_column("update_norm", rows).pooled()
     assert pooled.value == pooled.low == pooled.high == pytest.approx(20**0.5)
     assert pooled.matrices == 20
+
+
+def test_a_measured_matrix_is_let_go_at_once(folders: dict[str, Path]) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        compare(folders["base"], [folders["near"], folders["far"]], threads=1)
+        alive = [type(found).__name__ for found in gc.get_objects() if isinstance(found, BaseMatrix | MatrixPair)]
+    finally:
+        gc.enable()
+    assert alive == []

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare
-from offprincipal.comparison.cache import DEFAULT_LIMIT, BaseCache, cache_folder
+from offprincipal.comparison.cache import DEFAULT_LIMIT, BaseCache, Kept, cache_folder
 from offprincipal.comparison.measure import Row
-from offprincipal.comparison.pair import BaseMatrix
-from offprincipal.comparison.spectral import BaseDecomposition
+from offprincipal.comparison.pair import BaseMatrix, Solver
 
 SHAPES = {"model.layers.0.self_attn.q_proj.weight": (300, 512), "model.layers.0.mlp.down_proj.weight": (512, 300)}
 K = 38  # an eighth of 300
@@ -301,50 +299,53 @@ def test_its_limit_is_what_the_environment_says(
     assert BaseCache(tmp_path).limit == limit
 
 
-def base_of(seed: int, settings: MatrixSettings | None = None) -> BaseMatrix:
-    weight = gaussian(40, 60, seed=seed).float().numpy()
-    return BaseMatrix("W", weight, settings or MatrixSettings(exact_up_to=8))
+APPROXIMATE = MatrixSettings(exact_up_to=8)
 
 
-def never() -> BaseDecomposition:
-    raise AssertionError("a kept base was decomposed")
+def keep(number: int) -> Kept:
+    return {"number": torch.full((1000,), float(number))}, {}
 
 
-def decomposing(base: BaseMatrix) -> Callable[[], BaseDecomposition]:
-    return lambda: base.spectral.decomposition
+def restore(kept: Kept) -> int:
+    return int(kept[0]["number"][0])
+
+
+def never() -> int:
+    raise AssertionError("what is kept was computed")
 
 
 def test_a_full_cache_forgets_what_was_used_longest_ago(tmp_path: Path) -> None:
-    a, b, c = (base_of(seed) for seed in range(3))
     roomy = BaseCache(tmp_path)
-    paths = {}
-    for age, (name, base) in enumerate((("a", a), ("b", b))):
-        known = set(tmp_path.iterdir())
-        roomy.get(base, decomposing(base))
-        (paths[name],) = set(tmp_path.iterdir()) - known
-        os.utime(paths[name], (1 + age, 1 + age))
-    size = paths["a"].stat().st_size
-    roomy.get(a, never)
-    BaseCache(tmp_path, limit=int(2.5 * size)).get(c, decomposing(c))
-    assert not paths["b"].exists() and paths["a"].exists()
-    roomy.get(a, never)
-    roomy.get(c, never)
-    BaseCache(tmp_path, limit=0).get(b, decomposing(b))
+    for age, name in enumerate("ab"):
+        assert roomy.get(name, lambda age=age: age, keep, restore) == age
+        os.utime(tmp_path / f"{name}.safetensors", (1 + age, 1 + age))
+    size = (tmp_path / "a.safetensors").stat().st_size
+    assert roomy.get("a", never, keep, restore) == 0
+    BaseCache(tmp_path, limit=int(2.5 * size)).get("c", lambda: 2, keep, restore)
+    assert not (tmp_path / "b.safetensors").exists()
+    assert (roomy.get("a", never, keep, restore), roomy.get("c", never, keep, restore)) == (0, 2)
+    BaseCache(tmp_path, limit=0).get("b", lambda: 1, keep, restore)
     assert roomy.info().matrices == 1
-    roomy.get(b, never)
-    assert roomy.clear().matrices == 1 and roomy.info().matrices == 0 == roomy.info().size
+    assert roomy.get("b", never, keep, restore) == 1
+    (tmp_path / ".b.safetensors.left").write_bytes(b"by a killed process")
+    assert roomy.clear().matrices == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def base_in(folder: Path, seed: int, settings: MatrixSettings = APPROXIMATE, name: str = "W") -> BaseMatrix:
+    weight = gaussian(40, 60, seed=seed).float().numpy()
+    return BaseMatrix(name, weight, settings, cache=BaseCache(folder))
 
 
 def test_a_base_is_known_by_its_bytes_and_by_what_decides_its_decomposition(tmp_path: Path) -> None:
-    cache, settings = BaseCache(tmp_path), MatrixSettings(exact_up_to=8)
-    base = base_of(0)
-    cache.get(base, decomposing(base))
-    cache.get(BaseMatrix("another name", base.weight.copy(), replace(settings, null_draws=9)), never)
-    others = [
-        base_of(1),
-        BaseMatrix("W", base.weight.reshape(60, 40), settings),
+    bases = [
+        base_in(tmp_path, 0),
+        base_in(tmp_path, 1),
+        BaseMatrix(
+            "W", gaussian(40, 60, seed=0).float().numpy().reshape(60, 40), APPROXIMATE, cache=BaseCache(tmp_path)
+        ),
         *(
-            base_of(0, replace(settings, **change))
+            base_in(tmp_path, 0, replace(APPROXIMATE, **change))
             for change in (
                 {"rank_fraction": 0.2},
                 {"alpha": 0.4},
@@ -354,21 +355,23 @@ def test_a_base_is_known_by_its_bytes_and_by_what_decides_its_decomposition(tmp_
             )
         ),
     ]
-    for count, other in enumerate(others, start=2):
-        cache.get(other, decomposing(other))
-        assert cache.info().matrices == count
+    for count, base in enumerate(bases, start=1):
+        base.spectral.decomposition  # noqa: B018
+        assert BaseCache(tmp_path).info().matrices == count
+    for settings in (replace(APPROXIMATE, null_draws=9), replace(APPROXIMATE, seed=7)):
+        base_in(tmp_path, 0, settings, "another name").spectral.decomposition  # noqa: B018
+    assert BaseCache(tmp_path).info().matrices == len(bases)
 
 
-def test_what_comes_back_from_the_cache_is_what_went_in(tmp_path: Path) -> None:
-    for solver in ("auto", "exact"):
-        base = base_of(3, MatrixSettings(exact_up_to=8, solver=solver))  # type: ignore[arg-type]
-        cache = BaseCache(tmp_path)
-        put, got = cache.get(base, decomposing(base)), cache.get(base, never)
-        for name in ("U", "S", "Vh"):
-            assert torch.equal(getattr(put.svd, name), getattr(got.svd, name))
-        assert (put.svd.basis is None) == (got.svd.basis is None) == (solver == "exact")
-        for name in ("solver", "singular_value_error", "residual"):
-            assert getattr(put.svd, name) == getattr(got.svd, name)
-        assert put.masks is not None and got.masks is not None
-        for name, array in vars(put.masks).items():
-            np.testing.assert_array_equal(array, getattr(got.masks, name))
+@pytest.mark.parametrize("solver", ["auto", "exact"])
+def test_what_comes_back_from_the_cache_is_what_went_in(solver: Solver, tmp_path: Path) -> None:
+    put, got = (base_in(tmp_path, 3, replace(APPROXIMATE, solver=solver)).spectral.decomposition for _ in range(2))
+    assert put is not got
+    for name in ("U", "S", "Vh"):
+        assert torch.equal(getattr(put.svd, name), getattr(got.svd, name))
+    assert (put.svd.basis is None) == (got.svd.basis is None) == (solver == "exact")
+    for name in ("solver", "singular_value_error", "residual"):
+        assert getattr(put.svd, name) == getattr(got.svd, name)
+    assert put.masks is not None and got.masks is not None
+    for name, array in vars(put.masks).items():
+        np.testing.assert_array_equal(array, getattr(got.masks, name))

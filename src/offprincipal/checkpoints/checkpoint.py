@@ -85,3 +85,10 @@ class Checkpoint(Protocol):
     def masters(self) -> "Checkpoint | None":
         """The float32 master weights kept beside the stored ones, if any."""
         ...
+
+
+def without_tied_head(infos: dict[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """The tensors without the head, where the configuration says that it is the embedding."""
+    if config.get("tie_word_embeddings") and any(name.endswith("embed_tokens.weight") for name in infos):
+        return {name: info for name, info in infos.items() if name != "lm_head.weight"}
+    return infos

@@ -6,16 +6,17 @@ model's tensors are kept, an optimizer's and a data loader's left out; their nam
 
 import io
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from offprincipal.checkpoints.checkpoint import FLOATS, Array, Checkpoint, TensorInfo
+from offprincipal.checkpoints.checkpoint import FLOATS, Array, Checkpoint, TensorInfo, without_tied_head
 from offprincipal.checkpoints.distributed_index import METADATA, Chunk, StoredTensor, read_stored_tensors
 from offprincipal.checkpoints.hostile import is_file, read_json
-from offprincipal.checkpoints.torch_files import as_array, checked_tensor, dtype_name, load_tensors, without_tied_head
+from offprincipal.checkpoints.torch_files import as_array, checked_tensor, dtype_name, load_tensors
 from offprincipal.errors import CheckpointError
 
 _FSDP = "pytorch_model_fsdp_*"
@@ -99,7 +100,7 @@ class Distributed:
         for name, info in self.tensors.items():
             if info.floating and info.dtype not in FLOATS:
                 raise CheckpointError(f"{name} in {source} is stored as {info.dtype}, which is not read: use bfloat16")
-        self._last: tuple[str, dict[Chunk, Array]] = ("", {})
+        self._last = threading.local()  # each thread reads a tensor of its own
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         info = self.tensors[name]
@@ -138,10 +139,9 @@ class Distributed:
 
     def _entries(self, name: str, chunk: Chunk) -> Array:
         """A chunk's entries; those of the tensor that was read last are kept."""
-        last, kept = self._last
-        if last != name:
-            kept = {}
-            self._last = (name, kept)
+        if getattr(self._last, "name", None) != name:
+            self._last.name, self._last.kept = name, {}
+        kept: dict[Chunk, Array] = self._last.kept
         if chunk not in kept:
             kept[chunk] = self._load(name, chunk)
         return kept[chunk]

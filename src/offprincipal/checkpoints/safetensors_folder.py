@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from offprincipal.checkpoints.checkpoint import Array, TensorInfo
+from offprincipal.checkpoints.checkpoint import Array, TensorInfo, without_tied_head
 from offprincipal.checkpoints.float8 import (
     Block,
     block_in,
@@ -51,9 +51,7 @@ class SafetensorsFolder:
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        infos = dict(self._stored)
-        if self.config.get("tie_word_embeddings") and any(name.endswith("embed_tokens.weight") for name in infos):
-            infos.pop("lm_head.weight", None)
+        infos = dict(without_tied_head(self._stored, self.config))
         if self._scales:
             for name in (*self._scales.values(), *scales_of_activations(infos)):
                 infos.pop(name, None)

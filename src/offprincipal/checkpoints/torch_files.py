@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from offprincipal.checkpoints.checkpoint import FLOATS, Array, TensorInfo
+from offprincipal.checkpoints.checkpoint import FLOATS, Array, TensorInfo, without_tied_head
 from offprincipal.checkpoints.hostile import is_file, read_json
 from offprincipal.checkpoints.shards import read_index
 from offprincipal.errors import CheckpointError
@@ -160,13 +160,6 @@ def as_array(tensor: "Tensor") -> Array:
         return np.asarray(tensor.numpy())
     bits = torch.uint8 if tensor.element_size() == 1 else torch.int16
     return np.asarray(tensor.contiguous().view(bits).numpy()).view(FLOATS[name])
-
-
-def without_tied_head(infos: dict[str, TensorInfo], config: dict[str, Any]) -> dict[str, TensorInfo]:
-    """The tensors without the head, where the configuration says that it is the embedding."""
-    if config.get("tie_word_embeddings") and any(name.endswith("embed_tokens.weight") for name in infos):
-        return {name: info for name, info in infos.items() if name != "lm_head.weight"}
-    return infos
 
 
 def _is_zip(path: Path) -> bool:

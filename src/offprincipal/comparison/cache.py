@@ -1,28 +1,27 @@
-"""The cache of decomposed bases: triplets, masks and class counts, by what they were computed from.
+"""The cache of decomposed bases: named tensors under a key, in a folder that has a limit.
 
-A file a matrix, named after the hash of its bytes and of the settings that decide the decomposition, so that a base is
-decomposed once, whichever checkpoint it lies in. Files are written whole and renamed; processes may share the folder.
-The least recently used go when it is full.
+A file an entry, written whole and renamed, so that processes may share the folder. The least recently used go when it
+is full. Knows nothing of what the tensors are.
 """
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from offprincipal.errors import FileError
 from offprincipal.files import write_atomically
 
 if TYPE_CHECKING:
-    from offprincipal.comparison.pair import BaseMatrix
-    from offprincipal.comparison.spectral import BaseDecomposition
+    from torch import Tensor
 
 DEFAULT_LIMIT = 20 * 1024**3
-_FORMAT = "1"
 _SUFFIX = ".safetensors"
+
+T = TypeVar("T")
+Kept = tuple[dict[str, "Tensor"], dict[str, str]]  # tensors by name, and words about them
 
 
 def cache_folder() -> Path:
@@ -55,16 +54,22 @@ class BaseCache:
         self.folder = folder
         self.limit = limit if limit is not None else _limit()
 
-    def get(self, base: "BaseMatrix", decompose: Callable[[], "BaseDecomposition"]) -> "BaseDecomposition":
-        """The decomposition of a base, computed where it is not kept; a cache that cannot be written is no error."""
-        path = self.folder / f"{_key(base)}{_SUFFIX}"
-        found = _read(path)
-        if found is None:
-            found = decompose()
-            with contextlib.suppress(FileError, OSError):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, lambda temporary: _write(temporary, found))
-                self._shrink()
+    def get(self, key: str, compute: Callable[[], T], keep: Callable[[T], Kept], restore: Callable[[Kept], T]) -> T:
+        """What is kept under a key, computed where it is not; a cache that cannot be written is no error.
+
+        Args:
+            key: a file's name without its ending.
+            keep: to what can be kept; restore: from that, with a KeyError or ValueError where it is something else.
+        """
+        path = self.folder / f"{key}{_SUFFIX}"
+        with contextlib.suppress(KeyError, ValueError):
+            if (kept := _read(path)) is not None:
+                return restore(kept)
+        found = compute()
+        with contextlib.suppress(FileError, OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda temporary: _write(temporary, keep(found)))
+            self._shrink()
         return found
 
     def info(self) -> CacheInfo:
@@ -75,7 +80,7 @@ class BaseCache:
     def clear(self) -> CacheInfo:
         """Remove all that it holds, and say how much that was."""
         before = self.info()
-        for _, _, path in self._files():
+        for path in (*self.folder.glob(f"*{_SUFFIX}"), *self.folder.glob(f".*{_SUFFIX}.*")):  # and what a kill left
             path.unlink(missing_ok=True)
         return before
 
@@ -105,38 +110,22 @@ def _limit() -> int:
         return DEFAULT_LIMIT
 
 
-def _key(base: "BaseMatrix") -> str:
-    settings = base.settings
-    decides = (settings.rank_fraction, settings.densities, settings.solver, settings.tolerance, settings.seed)
-    about = (
-        f"{_FORMAT}/{base.weight.shape}/{base.weight.dtype}/{base.spectral.exact}/{base.spectral.device.type}/{decides}"
-    )
-    digest = hashlib.sha256(about.encode())
-    digest.update(base.weight.view("u1").data)
-    return digest.hexdigest()[:40]
-
-
-def _write(path: Path, found: "BaseDecomposition") -> None:
+def _write(path: Path, kept: Kept) -> None:
     from safetensors.torch import save_file
 
-    from offprincipal.comparison.spectral import to_tensors
-
-    tensors, about = to_tensors(found)
+    tensors, about = kept
     save_file(tensors, path, metadata=about)
 
 
-def _read(path: Path) -> "BaseDecomposition | None":
+def _read(path: Path) -> Kept | None:
     """What is kept, marked as used; None where there is nothing, or nothing that can be read."""
     from safetensors import SafetensorError, safe_open
 
-    from offprincipal.comparison.spectral import from_tensors
-
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            found = from_tensors(tensors, file.metadata() or {})
-    except (OSError, SafetensorError, KeyError, ValueError):
+            kept = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError):
         return None
     with contextlib.suppress(OSError):  # it may be another user's, or have been removed since
         os.utime(path)
-    return found
+    return kept

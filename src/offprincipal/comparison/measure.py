@@ -112,9 +112,11 @@ def measure_matrix(
                 found.curves.append(_curve(keys, f"principal_angles_{side}_deg", angles.cpu().numpy()))
         if decompose and pair.spectral.fell_back:
             found.fallbacks[run] = "tolerance"
+        pair.release()
     if "spectrum" in groups:
         values = base_matrix.spectral.svd.S.cpu().numpy()
         found.curves.append(_curve({"run": None, **subject.keys}, "singular_values_base", values))
+    base_matrix.release()
     if "location" in groups and len(pairs) > 1:
         found.pairs.extend(subject.keys | _pair_row(a, b, pairs) for a, b in itertools.combinations(pairs, 2))
         found.curves.extend(_consensus_curves(pairs, {"run": None, **subject.keys}))

@@ -297,6 +297,10 @@ class BaseMatrix:
 
         return BaseSpectrum(self)
 
+    def release(self) -> None:
+        """Let go of the decomposition: it refers back, and a cycle stays in memory until it happens to be collected."""
+        self.__dict__.pop("spectral", None)
+
 
 class MatrixPair(TensorPair):
     """A base matrix and one tuned from it: what linear matrices are measured for.
@@ -356,6 +360,10 @@ class MatrixPair(TensorPair):
         from offprincipal.comparison.spectral import PairSpectrum
 
         return PairSpectrum(self)
+
+    def release(self) -> None:
+        """Let go of the decompositions, as a base does."""
+        self.__dict__.pop("spectral", None)
 
     def _low_magnitude_counts(self) -> list[MaskCounts]:
         entries, changed = self.tally.entries, self.tally.changed

@@ -4,8 +4,8 @@ The base is decomposed once, by the solver that the settings choose, or comes fr
 from it. Knows nothing of files or tables.
 """
 
+import hashlib
 import math
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offprincipal.checkpoints.checkpoint import BFLOAT16, Array
+from offprincipal.comparison.cache import Kept
 from offprincipal.comparison.pair import BaseMatrix, MaskCounts, MatrixPair
 from offprincipal.errors import ArgumentError
 from offprincipal.geometry import bounds, gaussian, scan, spectrum, subspace
 from offprincipal.geometry.spectrum import Svd
 
 _SMALL = 1 << 16  # entries up to which every Gaussian update of the settings is drawn
+_CACHE_FORMAT = 2
 _LEAST_STEP = 1e-5  # spectral norm of an update over that of its base, below which float32 cannot tell its effect
 _GPU_GRAM_UP_TO = 1024  # min(n, m) up to which a GPU solves the whole symmetric eigenproblem rather than iterate
 
@@ -63,14 +65,10 @@ class GaussianNull:
 
 
 class BaseSpectrum:
-    """The base's decomposition, shared by every tuned checkpoint.
-
-    Args:
-        base: it owns this, so it is held weakly: a cycle would keep a matrix in memory until it is collected.
-    """
+    """The base's decomposition, shared by every tuned checkpoint."""
 
     def __init__(self, base: BaseMatrix) -> None:
-        self.base: BaseMatrix = weakref.proxy(base)
+        self.base = base
         self.k = base.k
         self.shape = torch.Size(base.weight.shape)
 
@@ -102,7 +100,7 @@ class BaseSpectrum:
         cache = self.base.cache
         if cache is None or min(self.shape) <= self.base.settings.exact_up_to:
             return self._decompose()
-        return cache.get(self.base, self._decompose)
+        return cache.get(self._key(), self._decompose, kept, restored)
 
     @cached_property
     def svd(self) -> Svd:
@@ -124,6 +122,15 @@ class BaseSpectrum:
     def generator(self, purpose: str) -> torch.Generator:
         """Randomness that depends on the seed, the tensor's name and the purpose alone."""
         return torch.Generator().manual_seed(self.base.seed(purpose))
+
+    def _key(self) -> str:
+        """A hash of all that decides the decomposition: the matrix as stored, and the settings."""
+        weight, settings = self.base.weight, self.base.settings
+        decides = (settings.rank_fraction, settings.densities, settings.solver, settings.tolerance, self.exact)
+        about = (_CACHE_FORMAT, weight.shape, str(weight.dtype), self.device.type, decides)
+        digest = hashlib.sha256(repr(about).encode())
+        digest.update(weight.view("u1").data)
+        return digest.hexdigest()[:40]
 
     def _decompose(self) -> BaseDecomposition:
         svd = spectrum.decompose(self.values) if self.exact else self._cold(self.values, self.base.settings.solver)
@@ -159,14 +166,10 @@ class BaseSpectrum:
 
 
 class PairSpectrum:
-    """The decompositions of a pair, and what follows from them.
-
-    Args:
-        pair: it owns this, and is held weakly, as a base is.
-    """
+    """The decompositions of a pair, and what follows from them."""
 
     def __init__(self, pair: MatrixPair) -> None:
-        self.pair: MatrixPair = weakref.proxy(pair)
+        self.pair = pair
         self.base = pair.base.spectral
         self.k = self.base.k
 
@@ -388,7 +391,7 @@ def _means_of(draws: Sequence[Sequence[float] | None]) -> tuple[float, ...] | No
     return tuple(np.mean(np.array(draws, dtype=np.float64), axis=0).tolist())
 
 
-def to_tensors(found: BaseDecomposition) -> tuple[dict[str, Tensor], dict[str, str]]:
+def kept(found: BaseDecomposition) -> Kept:
     """A decomposition as named tensors and text, for keeping."""
     svd = found.svd.to(torch.device("cpu"))
     tensors = {"U": svd.U, "S": svd.S, "Vh": svd.Vh} | ({} if svd.basis is None else {"basis": svd.basis})
@@ -401,8 +404,13 @@ def to_tensors(found: BaseDecomposition) -> tuple[dict[str, Tensor], dict[str, s
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, about
 
 
-def from_tensors(tensors: dict[str, Tensor], about: dict[str, str]) -> BaseDecomposition:
-    """The decomposition that `to_tensors` took apart."""
+def restored(content: Kept) -> BaseDecomposition:
+    """The decomposition that `kept` took apart.
+
+    Raises:
+        KeyError, ValueError: it is something else.
+    """
+    tensors, about = content
     error = float(about["singular_value_error"]) if "singular_value_error" in about else None
     svd = Svd(
         tensors["U"],

@@ -1,0 +1,103 @@
+"""However a comparison is run, its tables are the same to the byte; and a disk that is full loses nothing."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoint_folders import base_weights, moved, stored, write_model
+
+from offprincipal.comparison import CompareSettings, MatrixSettings, compare
+from offprincipal.errors import ArgumentError, CheckpointError
+
+TABLES = ("matrices.parquet", "masks.parquet", "pairs.parquet", "curves.parquet", "summary.json")
+APPROXIMATE = CompareSettings(matrix=MatrixSettings(exact_up_to=4))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    """A base and two runs."""
+    folder = tmp_path_factory.mktemp("execution")
+    weights = base_weights()
+    runs = {name: write_model(folder / name, stored(moved(weights, 1e-3, seed))) for name, seed in (("a", 5), ("b", 6))}
+    return write_model(folder / "base", weights), runs
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in TABLES}
+
+
+def test_one_thread_two_threads_and_ray_write_the_same_bytes(
+    sources: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    ways = {"one": {"threads": 1}, "two": {"threads": 2}, "ray": {"ray": "local"}}
+    written = []
+    for name, way in ways.items():
+        compare(*sources, APPROXIMATE, out=tmp_path / name, cache=tmp_path / f"{name}-cache", **way)
+        written.append(content(tmp_path / name))
+    assert written[0] == written[1] == written[2]
+    matrices = compare(*sources, APPROXIMATE).matrices
+    assert {row["solver"] for row in matrices if row["linear"]} == {"warm"}
+
+
+def test_an_error_in_a_ray_worker_is_the_users_error(sources: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    base, _ = sources
+    broken = base_weights()
+    broken["model.norm.weight"][3] = float("nan")
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight: 1 of 24 entries are NaN"):
+        compare(base, write_model(tmp_path / "broken", broken), ray="local")
+
+
+def test_a_cluster_that_is_not_there_is_an_argument_error(sources: tuple[Path, dict[str, Path]]) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(ArgumentError, match="no Ray cluster at 'not-an-address'"):
+        compare(*sources, ray="not-an-address")
+
+
+def test_a_full_disk_is_said_and_loses_nothing(sources: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+    base, runs = sources
+    command = [sys.executable, "-m", "offprincipal", "compare", str(base), str(runs["a"]), "--no-report"]
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # the journal needs more
+
+    full = subprocess.run(
+        [*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, preexec_fn=small_files, check=False
+    )
+    assert full.returncode == 2, full.stderr
+    assert "cannot write" in full.stderr
+    assert "Free some space" in full.stderr
+    assert not any((tmp_path / "out" / table).exists() for table in TABLES)
+    again = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    compare(base, {"a": runs["a"]}, out=tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_is_named(sources: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+    base, runs = sources
+    tmp_path.chmod(0o500)
+    done = subprocess.run(
+        [sys.executable, "-m", "offprincipal", "compare", str(base), str(runs["a"]), "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "cannot make the output folder" in done.stderr
+
+
+def test_without_a_gpu_cuda_is_an_argument_error(sources: tuple[Path, dict[str, Path]]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ArgumentError, match="no CUDA device is at hand"):
+        compare(*sources, CompareSettings(matrix=MatrixSettings(device="cuda")))
+    on_cpu = compare(*sources, CompareSettings(matrix=MatrixSettings(device="auto"))).matrices
+    assert on_cpu == compare(*sources).matrices
