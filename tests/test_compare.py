@@ -359,7 +359,7 @@ def test_a_measured_matrix_is_let_go_at_once(folders: dict[str, Path]) -> None:
     gc.disable()
     try:
         compare(folders["base"], [folders["near"], folders["far"]], threads=1)
-        alive = [type(found).__name__ for found in gc.get_objects() if isinstance(found, BaseMatrix | MatrixPair)]
+        alive = [type(found).__name__ for found in gc.get_objects() if type(found) in (BaseMatrix, MatrixPair)]
     finally:
         gc.enable()
     assert alive == []

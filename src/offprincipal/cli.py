@@ -86,7 +86,9 @@ def study(
 
 @app.command()
 def compare(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="The base model: a folder, or ORG/NAME[@REVISION].")],
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="The base model: a folder, or a Hub id such as org/name@revision.")
+    ],
     tuned: Annotated[
         list[str],
         typer.Argument(

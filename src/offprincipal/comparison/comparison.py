@@ -162,7 +162,12 @@ def _summary(work: Work, measured: list[TensorRows], matrices: list[Row], pairs:
         rows = [row for row in matrices if row["run"] == name]
         entries[name] = {
             "source": checkpoint.source,
-            "warnings": [*work.notes[name], *_warnings(work, name, rows), *_fallback_warnings(work, name, measured)],
+            "warnings": [
+                *work.notes[name],
+                *_warnings(work, name, rows),
+                *_certificates(rows),
+                *_fallback_warnings(work, name, measured),
+            ],
             "solvers": dict(sorted(Counter(row["solver"] for row in rows if row["solver"]).items())),
             "metrics": {metric: pooled.as_dict() for metric, pooled in pool_run(rows).items()},
         }
@@ -185,6 +190,18 @@ def _summary(work: Work, measured: list[TensorRows], matrices: list[Row], pairs:
 
 def _versions() -> dict[str, str]:
     return {package: version(package) for package in ("offprincipal", "numpy", "torch", "safetensors")}
+
+
+def _certificates(rows: list[Row]) -> list[str]:
+    """What is known of the matrices that were approximated."""
+    errors = [error for row in rows if (error := row.get("singular_value_error_relative")) is not None]
+    if not errors:
+        return []
+    angles = [angle for row in rows if (angle := row.get("angle_error_deg")) is not None]
+    known = f", their principal angles to {max(angles):.2g}°" if angles else ""
+    return [
+        f"{len(errors)} matrices were approximated: their singular values are certified to {max(errors):.1e}{known}"
+    ]
 
 
 _FALLBACKS = {

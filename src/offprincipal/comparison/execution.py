@@ -48,7 +48,7 @@ def run_on_ray(work: Work, subjects: Sequence[Subject], address: str) -> Iterato
                 logging_level="error",
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ArgumentError(f"no Ray cluster at '{address}': {error}. Start one, or give no address") from error
+            raise ArgumentError(f"no Ray cluster at '{address}': {error}. Start one, or say --ray local") from error
     try:
         measure = ray.remote(max_retries=3)(_measure_on_worker)
         shared = ray.put((work.base, dict(work.tuned), work.settings, work.cache))

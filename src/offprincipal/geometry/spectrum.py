@@ -33,7 +33,7 @@ class Svd:
         solver: `exact`, `randomized` or `warm`.
         singular_value_error: each S_i with i ≤ k is within that of a singular value of W, in the units of W; None for
             LAPACK's. It is max_i ‖[W v_i − σ_i u_i; Wᵀ u_i − σ_i v_i]‖₂/√2.
-        residual: ‖[W V_k − U_k Σ_k; Wᵀ U_k − V_k Σ_k]‖_F, from which the error of the subspaces follows.
+        residual: ‖[W V_k − U_k Σ_k; Wᵀ U_k − V_k Σ_k]‖₂, from which the error of the subspaces follows.
         basis: orthonormal basis of all singular directions of the shorter side, (r, r), where it is known: what a warm
             start corrects with.
     """
@@ -281,10 +281,11 @@ def _residuals(A: Tensor, ritz: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 
 def _certified(A: Tensor, ritz: tuple[Tensor, Tensor, Tensor], k: int, W: Tensor, solver: str) -> Svd:
     U, S, V = ritz
-    norms = torch.linalg.vector_norm(_residuals(A, ritz)[:, :k], dim=0)
+    R = _residuals(A, ritz)[:, :k]
+    squares = R.T @ R  # (k, k)
     rounding = torch.finfo(A.dtype).eps * S[0].item() * math.sqrt(2) + _gram_rounding(S, k)
-    error = norms.max().item() / math.sqrt(2) + rounding
-    residual = torch.linalg.vector_norm(norms).item() + rounding
+    error = math.sqrt(squares.diagonal().max().item() / 2) + rounding
+    residual = math.sqrt(max(torch.linalg.eigvalsh(squares)[-1].item(), 0.0)) + rounding
     return replace(_oriented(U, S, V, W, solver), singular_value_error=error, residual=residual)
 
 
