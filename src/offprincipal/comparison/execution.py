@@ -4,6 +4,8 @@ Each tensor is measured on one core, because two matrices on two cores beat one 
 depend on how many there are.
 """
 
+import contextlib
+import ctypes
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -16,13 +18,18 @@ from offprincipal.comparison.work import Work
 from offprincipal.errors import ArgumentError, OffPrincipalError
 
 
+_GIVE_BACK_AFTER = 16  # tensors
+
+
 def run_in_threads(work: Work, subjects: Sequence[Subject], threads: int) -> Iterator[tuple[Subject, TensorRows]]:
     """Subjects with their rows, as they are done; the first error ends it."""
     with _one_core_each(work), ThreadPoolExecutor(threads) as pool:
         futures = {pool.submit(work.measure, subject): subject for subject in subjects}
         try:
-            for future in as_completed(futures):
+            for done, future in enumerate(as_completed(futures), start=1):
                 yield futures.pop(future), future.result()
+                if done % _GIVE_BACK_AFTER == 0:
+                    _give_back_memory()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -92,6 +99,12 @@ def _result(ray: Any, reference: Any) -> TensorRows:
             raise error.cause from None
         raise
     return rows
+
+
+def _give_back_memory() -> None:
+    """Let glibc return what it freed: rows that are kept lie between the buffers of matrices, and pin them."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

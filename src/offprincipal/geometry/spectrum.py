@@ -19,7 +19,7 @@ _DEGREE = 8
 _AMPLIFICATION = 1e5  # of the largest direction over the unwanted ones in one round, which float32 survives
 _ROUNDS = 24
 _OVERSAMPLING = 16
-_GRAM_BLOCKS = 4
+_GRAM_BLOCKS, _GRAM_ROWS = 4, 2048
 _SQUARES_FIT = 1e-10  # float32 sums the squares of entries of this size and more
 _SQUARING = 16  # float64 roundings in an eigenvalue of a Gram matrix
 
@@ -111,7 +111,7 @@ def decompose_by_gram(W: Tensor, k: int) -> Svd:
     ([4.0, 2.0, 1.0], True)
     """
     A = _tall(W)
-    values, vectors = torch.linalg.eigh(_gram(A.double()))
+    values, vectors = torch.linalg.eigh(_gram(A, torch.float64))
     S, basis = values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
     b = _block(k, len(S))
     short = basis[:, :b].to(W.dtype)
@@ -197,11 +197,11 @@ def update_spectrum(update: Tensor) -> Tensor:
         scale = 1.0
     else:
         A = A / scale
-    values = torch.linalg.eigvalsh(_gram(A)).flip(0).double()
+    values = torch.linalg.eigvalsh(_gram(A, A.dtype)).flip(0).double()
     floor = 8 * torch.finfo(A.dtype).eps * values[0]
     unresolved = (values < floor).sum() * floor.sqrt()
     if unresolved > 0.001 * values.clamp(min=0).sqrt().sum():
-        values = torch.linalg.eigvalsh(_gram(A.double())).flip(0)
+        values = torch.linalg.eigvalsh(_gram(A, torch.float64)).flip(0)
     roots: Tensor = values.clamp(min=0).sqrt() * scale
     return roots
 
@@ -218,13 +218,17 @@ def largest_entry(x: Tensor) -> float:
     return max(-low.item(), high.item())
 
 
-def _gram(A: Tensor) -> Tensor:
-    """Aᵀ A of a tall A, (r, r): the blocks on and above the diagonal are computed, the rest mirrored."""
+def _gram(A: Tensor, dtype: torch.dtype) -> Tensor:
+    """Aᵀ A of a tall A, (r, r), in a type: blocks on and above the diagonal, some rows at a time, the rest mirrored."""
     r = A.shape[1]
     step = -(-r // _GRAM_BLOCKS)
-    G = A.new_empty(r, r)
+    G = A.new_zeros(r, r, dtype=dtype)
+    height = A.shape[0] if A.dtype == dtype else _GRAM_ROWS
+    for first in range(0, A.shape[0], height):
+        rows = A[first : first + height].to(dtype)
+        for i in range(0, r, step):
+            G[i : i + step, i:] += rows[:, i : i + step].T @ rows[:, i:]
     for i in range(0, r, step):
-        G[i : i + step, i:] = A[:, i : i + step].T @ A[:, i:]
         G[i + step :, i : i + step] = G[i : i + step, i + step :].T
     return G
 
