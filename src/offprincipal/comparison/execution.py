@@ -17,7 +17,6 @@ from offprincipal.comparison.measure import Subject, TensorRows
 from offprincipal.comparison.work import Work
 from offprincipal.errors import ArgumentError, OffPrincipalError
 
-
 _GIVE_BACK_AFTER = 16  # tensors
 
 
