@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -15,7 +15,7 @@ from typing import Any
 from offprincipal.comparison.cache import cache_folder
 from offprincipal.comparison.execution import run_in_threads, run_on_ray
 from offprincipal.comparison.journal import Journal
-from offprincipal.comparison.measure import Row, TensorRows
+from offprincipal.comparison.measure import Row, Subject, TensorRows
 from offprincipal.comparison.pooling import pool_pair, pool_run
 from offprincipal.comparison.tables import TABLES, write_tables
 from offprincipal.comparison.work import CompareSettings, Work
@@ -88,7 +88,10 @@ def compare(
     with _journal(work, out) as (journal, measured):
         waiting = [subject for subject in work.subjects if subject.name not in measured]
         done = total - sum(subject.numel for subject in waiting)
-        found = run_on_ray(work, waiting, ray) if ray else run_in_threads(work, waiting, threads or os.cpu_count() or 1)
+        found: Iterable[tuple[Subject, TensorRows]] = ()
+        if waiting:
+            cores = threads or os.cpu_count() or 1
+            found = run_on_ray(work, waiting, ray) if ray else run_in_threads(work, waiting, cores)
         for subject, rows in found:
             measured[subject.name] = rows
             if journal:
