@@ -224,7 +224,7 @@ def _pair_row(run_a: str, run_b: str, pairs: Mapping[str, MatrixPair]) -> Row:
 def _curve(keys: Row, name: str, values: Array) -> Row:
     return {key: keys[key] for key in ("run", "tensor", "layer", "role", "expert")} | {
         "curve": name,
-        "values": values,
+        "values": np.array(values, np.float64),  # a copy: a view would keep all that it was cut from
     }
 
 
