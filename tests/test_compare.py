@@ -358,8 +358,9 @@ def test_a_measured_matrix_is_let_go_at_once(folders: dict[str, Path]) -> None:
     gc.collect()
     gc.disable()
     try:
-        compare(folders["base"], [folders["near"], folders["far"]], threads=1)
-        alive = [type(found).__name__ for found in gc.get_objects() if type(found) in (BaseMatrix, MatrixPair)]
+        found = compare(folders["base"], [folders["near"], folders["far"]], threads=1)
+        alive = [type(kept).__name__ for kept in gc.get_objects() if type(kept) in (BaseMatrix, MatrixPair)]
     finally:
         gc.enable()
     assert alive == []
+    assert all(row["values"].flags.owndata for row in found.curves)  # a view would pin all that it was cut from
