@@ -19,7 +19,7 @@ from offprincipal.checkpoints.float8 import (
 )
 from offprincipal.checkpoints.hostile import is_file, read_json
 from offprincipal.checkpoints.safetensors_file import SafetensorsFile
-from offprincipal.checkpoints.shards import read_index
+from offprincipal.checkpoints.shards import open_files
 from offprincipal.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
@@ -40,7 +40,7 @@ class SafetensorsFolder:
         self.folders = (folder,)
         self.source = source or str(folder)
         self.config: dict[str, Any] = read_json(path) if is_file(path := folder / "config.json") else {}
-        self._files = self._locate()
+        self._files = open_files(folder, WEIGHTS, INDEX, SafetensorsFile)
         self._stored = {name: file.tensors[name] for name, file in sorted(self._files.items())}
         self._scales = scales_beside(self._stored)
 
@@ -94,15 +94,3 @@ class SafetensorsFolder:
                 "to bfloat16"
             )
         return block
-
-    def _locate(self) -> dict[str, SafetensorsFile]:
-        """Name -> file, from the one file or the index."""
-        if is_file(self.folder / WEIGHTS):
-            file = SafetensorsFile(self.folder / WEIGHTS)
-            return dict.fromkeys(file.tensors, file)
-        paths = read_index(self.folder / INDEX)
-        files = {path: SafetensorsFile(path) for path in sorted(set(paths.values()))}
-        for name, path in paths.items():
-            if name not in files[path].tensors:
-                raise CheckpointError(f"{path} lacks {name}, which {INDEX} places there: download it again")
-        return {name: files[path] for name, path in paths.items()}

@@ -1,9 +1,22 @@
 """An index of shards, `{"weight_map": {name: file}}`, checked before any file that it names is opened."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Protocol, TypeVar
 
+from offprincipal.checkpoints.checkpoint import TensorInfo
 from offprincipal.checkpoints.hostile import is_file, read_json
 from offprincipal.errors import CheckpointError
+
+
+class OpenedFile(Protocol):
+    """A file of tensors, by name."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+
+F = TypeVar("F", bound=OpenedFile)
 
 
 def read_index(path: Path) -> dict[str, Path]:
@@ -25,6 +38,26 @@ def read_index(path: Path) -> dict[str, Path]:
                 f"{path.parent / shard} is missing, though {path.name} names it: download the checkpoint again"
             )
     return {name: path.parent / shard for name, shard in weight_map.items()}
+
+
+def open_files(folder: Path, weights: str, index: str, opened: Callable[[Path], F]) -> dict[str, F]:
+    """Name -> the opened file that holds it: one file, or the shards of an index, each opened once.
+
+    Args:
+        weights, index: what the one file, and the index, are called.
+
+    Raises:
+        CheckpointError: a file cannot be opened, the index is bad, or a file lacks what the index places there.
+    """
+    if is_file(folder / weights):
+        file = opened(folder / weights)
+        return dict.fromkeys(file.tensors, file)
+    paths = read_index(folder / index)
+    files = {path: opened(path) for path in sorted(set(paths.values()))}
+    for name, path in paths.items():
+        if name not in files[path].tensors:
+            raise CheckpointError(f"{path} lacks {name}, which {index} places there: download it again")
+    return {name: files[path] for name, path in paths.items()}
 
 
 def is_inside(shard: object) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from offprincipal.checkpoints.checkpoint import FLOATS, Array, TensorInfo, without_tied_head
 from offprincipal.checkpoints.hostile import is_file, read_json
-from offprincipal.checkpoints.shards import read_index
+from offprincipal.checkpoints.shards import open_files
 from offprincipal.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class TorchFolder:
         self.source = source or str(folder)
         self.config: dict[str, Any] = read_json(path) if is_file(path := folder / "config.json") else {}
         self.notes: Sequence[str] = ()
-        self._files = self._locate()
+        self._files = open_files(folder, WEIGHTS, INDEX, TorchFile)
 
     @staticmethod
     def is_at(folder: Path) -> bool:
@@ -83,17 +83,6 @@ class TorchFolder:
 
     def masters(self) -> None:
         return None
-
-    def _locate(self) -> dict[str, TorchFile]:
-        if is_file(self.folder / WEIGHTS):
-            file = TorchFile(self.folder / WEIGHTS)
-            return dict.fromkeys(file.tensors, file)
-        paths = read_index(self.folder / INDEX)
-        files = {path: TorchFile(path) for path in sorted(set(paths.values()))}
-        for name, path in paths.items():
-            if name not in files[path].tensors:
-                raise CheckpointError(f"{path} lacks {name}, which {INDEX} places there: download it again")
-        return {name: files[path] for name, path in paths.items()}
 
 
 def load_tensors(file: Path | io.BytesIO, where: object) -> Any:
