@@ -16,11 +16,6 @@ def orthogonal(n: int, seed: int) -> Tensor:
     return Q * R.diagonal().sign()
 
 
-def principal_rank(shape: torch.Size, rank_fraction: float = 0.125) -> int:
-    """k = max(1, round(rank_fraction · min(n, m))), the rank of the principal subspace by its definition."""
-    return max(1, round(rank_fraction * min(shape)))
-
-
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.integers(1, 12)
 scales = st.sampled_from([1e-9, 1e-4, 1e-2, 1.0, 100.0])

@@ -7,13 +7,13 @@ import torch
 from checkpoint_folders import write_model
 from hypothesis import given
 from hypothesis import strategies as st
-from matrices import gaussian, principal_rank
+from matrices import gaussian
 from torch import Tensor
 
 from offprincipal.comparison import compare
 from offprincipal.errors import StudyError
 from offprincipal.geometry.masks import principal_ranks
-from offprincipal.geometry.spectrum import decompose
+from offprincipal.geometry.spectrum import decompose, principal_rank
 from offprincipal.studies.claims import CLAIMS, Evidence, decide, judge
 
 VERDICTS = {"supported", "contradicted", "no effect beyond the control", "inconclusive"}
@@ -38,7 +38,7 @@ def rows_of_many_scales() -> dict[str, Tensor]:
 
 
 def principal_mask(tensor: Tensor) -> Tensor:
-    svd = decompose(tensor).top(principal_rank(tensor.shape))
+    svd = decompose(tensor).top(principal_rank(tensor.shape, 0.125))
     return principal_ranks(svd.U, svd.S, svd.Vh) < tensor.numel() // 2
 
 

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 from bits import class_counts, line_dispersion
-from matrices import gaussian, principal_rank
+from matrices import gaussian
 from pretraining import pretraining_script
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from offprincipal.comparison.work import Work
 from offprincipal.geometry.masks import low_magnitude_ranks, principal_ranks
 from offprincipal.geometry.nulls import intersection_null, overlap_null
 from offprincipal.geometry.precision import changed, exponent_class
-from offprincipal.geometry.spectrum import decompose
+from offprincipal.geometry.spectrum import decompose, principal_rank
 from offprincipal.tasks import mixture, open_task, split_of, symbolic_kinds
 from offprincipal.training import evaluate
 
@@ -49,7 +49,7 @@ def half_mask(name: str, mask: str) -> Tensor:
     W = matrices()[name]
     if mask == "low_magnitude":
         return low_magnitude_ranks(W) < W.numel() // 2
-    svd = decompose(W).top(principal_rank(W.shape))
+    svd = decompose(W).top(principal_rank(W.shape, 0.125))
     return principal_ranks(svd.U, svd.S, svd.Vh) < W.numel() // 2
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from matrices import gaussian, orthogonal, principal_rank, seeds, sizes, updates
+from matrices import gaussian, orthogonal, seeds, sizes, updates
 from torch import Tensor
 
 from offprincipal.comparison.pair import BaseMatrix, MatrixSettings
 from offprincipal.geometry.bounds import ky_fan_tightness, mirsky_tightness, wedin_tightness, weyl_tightness
-from offprincipal.geometry.spectrum import decompose, effective_rank, spectral_shift, stable_rank
+from offprincipal.geometry.spectrum import decompose, effective_rank, principal_rank, spectral_shift, stable_rank
 from offprincipal.geometry.subspace import principal_angles, principal_energies
 
 SLACK = 1 + 1e-9
@@ -59,7 +59,7 @@ def test_ranks_of_a_flat_spectrum_are_its_length_at_any_scale(r: int, scale: flo
 @pytest.mark.parametrize(("shape", "k"), [((1, 1), 1), ((4, 100), 1), ((96, 192), 12), ((192, 512), 24)])
 def test_the_principal_rank_is_an_eighth_and_at_least_one(shape: tuple[int, int], k: int) -> None:
     assert principal_rank(torch.Size(shape), 0.125) == k
-    assert BaseMatrix("W", np.zeros(shape, np.float32), MatrixSettings()).k == k
+    assert BaseMatrix("W", np.zeros(shape, np.float32), MatrixSettings()).spectral.k == k
 
 
 @given(st.floats(1e-12, math.pi / 2), st.integers(2, 8), seeds)

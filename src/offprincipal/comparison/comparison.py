@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -84,7 +83,7 @@ def compare(
         from offprincipal.comparison.spectral import chosen_device
 
         chosen_device(work.settings.matrix.device)
-    total, done = sum(subject.numel for subject in work.subjects), 0
+    total = sum(subject.numel for subject in work.subjects)
     with _journal(work, out) as (journal, measured):
         waiting = [subject for subject in work.subjects if subject.name not in measured]
         done = total - sum(subject.numel for subject in waiting)
@@ -243,7 +242,7 @@ def _warnings(work: Work, name: str, rows: list[Row]) -> list[str]:
     others = [row["tensor"] for row in rows if row["linear"] and row["role"] == "other"]
     if others:
         warnings.append(f"{len(others)} matrices of unknown role count as linear ones, {others[0]} among them")
-    wide = sum(math.prod(s.shape) for s in work.subjects if len(s.shape) > 2)
+    wide = sum(subject.numel for subject in work.subjects if len(subject.shape) > 2)
     if wide:
         warnings.append(
             f"{wide:,} parameters sit in tensors of more than two dimensions: only their location is measured"

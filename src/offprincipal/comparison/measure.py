@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from offprincipal.checkpoints import Array, Part
-from offprincipal.comparison.pair import MASKS, BaseMatrix, Block, MatrixPair, MatrixSettings, TensorPair
+from offprincipal.comparison.pair import BaseMatrix, Block, MatrixPair, MatrixSettings, TensorPair
 from offprincipal.comparison.registry import Group, metrics_of
 from offprincipal.errors import CheckpointError
 from offprincipal.geometry import nulls, scan
+from offprincipal.geometry.scan import MASKS
 
 if TYPE_CHECKING:
     from offprincipal.comparison.cache import BaseCache
@@ -168,7 +169,7 @@ def _matrix_row(pair: MatrixPair, groups: tuple[Group, ...]) -> Row:
         "dtype_base": pair.tally.dtypes[0],
         "dtype_tuned": pair.tally.dtypes[1],
         "linear": True,
-        "k": pair.base.k if measured else None,
+        "k": pair.base.spectral.k if measured else None,
         "alpha": pair.base.settings.alpha,
         "solver": pair.spectral.svd.solver if measured else None,
     }

@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,15 +19,12 @@ from numpy.typing import NDArray
 from offprincipal.checkpoints.checkpoint import BFLOAT16, Array
 from offprincipal.errors import ArgumentError, NonFiniteTensor
 from offprincipal.geometry import nulls, scan
-from offprincipal.geometry.scan import Counts, Floats
+from offprincipal.geometry.scan import ALPHAS, MASKS, Counts, Floats
 
 if TYPE_CHECKING:
     from offprincipal.comparison.cache import BaseCache
     from offprincipal.comparison.spectral import BaseSpectrum, PairSpectrum
 
-ALPHAS = (0.05, 0.1, 0.2, 0.3, 0.5)
-MASKS = ("principal", "low_magnitude", "safe", "random")
-SOLVERS = ("auto", "exact", "randomized")
 MaskCounts = tuple[Counts, int]  # entries of a mask by exponent class, and how many changed entries are in it
 Solver = Literal["auto", "exact", "randomized"]
 Device = Literal["cpu", "cuda", "auto"]
@@ -71,10 +68,9 @@ class MatrixSettings:
             raise ArgumentError(f"null_draws is {self.null_draws}: give at least 1")
         if not 0 <= self.tolerance < 1:
             raise ArgumentError(f"tolerance is {self.tolerance}: give a number from 0, below 1")
-        if self.solver not in SOLVERS:
-            raise ArgumentError(f"no solver '{self.solver}': choose of {', '.join(SOLVERS)}")
-        if self.device not in ("cpu", "cuda", "auto"):
-            raise ArgumentError(f"no device '{self.device}': choose of cpu, cuda, auto")
+        for name, chosen, kinds in (("solver", self.solver, Solver), ("device", self.device, Device)):
+            if chosen not in get_args(kinds):
+                raise ArgumentError(f"no {name} '{chosen}': choose of {', '.join(get_args(kinds))}")
 
     @property
     def densities(self) -> tuple[float, ...]:
@@ -164,18 +160,22 @@ def tally(block: Block, counted: scan.Scan) -> Tally:
     )
 
 
-def scan_block(block: Block) -> scan.Scan:
-    """The scan of one block.
+def scan_block(block: Block, base_codes: NDArray[np.uint16], tuned_codes: NDArray[np.uint16]) -> scan.Scan:
+    """The scan of one block, given both sides rounded to bfloat16.
 
     Raises:
         NonFiniteTensor: a side holds NaN, infinity, or a number beyond bfloat16's largest; the message says where.
     """
     try:
-        return scan.scan(scan.bf16_codes(block.base), scan.bf16_codes(block.tuned))
+        return scan.scan(base_codes, tuned_codes)
     except NonFiniteTensor:
         scan.require_storable(block.base)
         scan.require_storable(block.tuned)
         raise
+
+
+def _tally_alone(block: Block) -> Tally:
+    return tally(block, scan_block(block, scan.bf16_codes(block.base), scan.bf16_codes(block.tuned)))
 
 
 class TensorPair:
@@ -190,8 +190,7 @@ class TensorPair:
 
     @cached_property
     def tally(self) -> Tally:
-        tallies = [tally(block, scan_block(block)) for block in self._blocks()]
-        return functools.reduce(operator.add, tallies)
+        return functools.reduce(operator.add, map(_tally_alone, self._blocks()))
 
     @cached_property
     def numel(self) -> int:
@@ -271,12 +270,6 @@ class BaseMatrix:
         return int.from_bytes(digest, "big") >> 1
 
     @cached_property
-    def k(self) -> int:
-        """Rank of the principal subspace."""
-        k: int = max(1, round(self.settings.rank_fraction * min(self.weight.shape)))
-        return k
-
-    @cached_property
     def codes(self) -> NDArray[np.uint16]:
         return scan.bf16_codes(self.weight)
 
@@ -288,7 +281,7 @@ class BaseMatrix:
     @cached_property
     def mask_sizes(self) -> Counts:
         """Entries of a mask at each of the settings' densities."""
-        return np.array([round(alpha * self.weight.size) for alpha in self.settings.densities], np.int64)
+        return np.array([scan.mask_size(self.weight.size, alpha) for alpha in self.settings.densities], np.int64)
 
     @cached_property
     def spectral(self) -> "BaseSpectrum":
@@ -321,7 +314,7 @@ class MatrixPair(TensorPair):
     @cached_property
     def scan(self) -> scan.Scan:
         """Which entries changed after rounding both sides to bfloat16, counted."""
-        return scan_block(self.block)
+        return scan_block(self.block, self.base.codes, self.codes)
 
     @cached_property
     def tally(self) -> Tally:

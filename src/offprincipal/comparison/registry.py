@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from offprincipal.comparison.pair import MASKS, MatrixPair, TensorPair
+from offprincipal.comparison.pair import MatrixPair, TensorPair
 from offprincipal.geometry import nulls
+from offprincipal.geometry.scan import MASKS
 
 Group = Literal["location", "spectrum", "subspace", "bounds"]
 GROUPS: tuple[Group, ...] = ("location", "spectrum", "subspace", "bounds")

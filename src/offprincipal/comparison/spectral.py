@@ -69,8 +69,8 @@ class BaseSpectrum:
 
     def __init__(self, base: BaseMatrix) -> None:
         self.base = base
-        self.k = base.k
         self.shape = torch.Size(base.weight.shape)
+        self.k = spectrum.principal_rank(self.shape, base.settings.rank_fraction)
 
     @cached_property
     def device(self) -> torch.device:

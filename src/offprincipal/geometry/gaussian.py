@@ -38,4 +38,4 @@ def stored_update(base: Tensor, update: Tensor, dtype: torch.dtype) -> Tensor:
     >>> stored_update(torch.ones(2), torch.tensor([0.001, 0.01]), torch.bfloat16)
     tensor([0.0000, 0.0078])
     """
-    return (base + update).to(dtype).to(base.dtype).sub_(base) if dtype != base.dtype else (base + update).sub_(base)
+    return (base + update).to(dtype).to(base.dtype).sub_(base)

@@ -7,8 +7,18 @@ entry, 0 for the first to enter, so that one sort serves the whole sweep of dens
 import torch
 from torch import Tensor
 
-MASKS = ("principal", "low_magnitude", "safe", "random")
-ALPHAS = (0.05, 0.1, 0.2, 0.3, 0.5)
+from offprincipal.geometry.scan import ALPHAS, MASKS, mask_size
+
+__all__ = [
+    "ALPHAS",
+    "MASKS",
+    "entry_ranks",
+    "low_magnitude_ranks",
+    "mask_size",
+    "masks_at",
+    "principal_ranks",
+    "random_ranks",
+]
 
 
 def entry_ranks(scores: Tensor) -> Tensor:
@@ -28,15 +38,6 @@ def entry_ranks(scores: Tensor) -> Tensor:
     ranks = torch.empty_like(order)
     ranks[order] = torch.arange(order.numel(), device=order.device)
     return ranks.view(scores.shape)
-
-
-def mask_size(numel: int, alpha: float) -> int:
-    """Entries in a mask of density `alpha`.
-
-    >>> mask_size(10, 0.25)
-    2
-    """
-    return round(alpha * numel)
 
 
 def principal_ranks(U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from offprincipal.geometry.scan import CODES, Array, Counts, Floats
+from offprincipal.geometry.scan import CODES, Array, Counts, Floats, values_of_codes
 
 _SHEPPARD_FROM = 4  # σ of so many spacings and more, where rounding adds ulp²/12 to within 1e-30
 
@@ -202,8 +202,7 @@ def unchanged_isotropic_off_grid(codes: NDArray[np.uint16], values: Array, sigma
     0.5328
     """
     magnitudes = codes.reshape(-1) & np.uint16(CODES - 1)
-    rounded = (magnitudes.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    offsets = np.abs(values.reshape(-1)).astype(np.float64) - rounded
+    offsets = np.abs(values.reshape(-1)).astype(np.float64) - values_of_codes(magnitudes)
     return float(_stay(magnitudes, offsets, sigma).sum())
 
 

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from offprincipal.errors import NonFiniteTensor
 
+MASKS = ("principal", "low_magnitude", "safe", "random")
+ALPHAS = (0.05, 0.1, 0.2, 0.3, 0.5)
 CODES = 1 << 15
 CLASSES = 512
 _FIRST_INFINITE = 0x7F80
@@ -46,6 +48,15 @@ class Scan:
     @property
     def changed_count(self) -> int:
         return int(self.changed.sum())
+
+
+def mask_size(numel: int, alpha: float) -> int:
+    """Entries in a mask of density `alpha`.
+
+    >>> mask_size(10, 0.25)
+    2
+    """
+    return round(alpha * numel)
 
 
 def largest_cuts(scores: NDArray[np.float32], sizes: Array) -> tuple[NDArray[np.uint32], Counts]:
@@ -115,6 +126,15 @@ def bf16_codes(values: Array) -> NDArray[np.uint16]:
     return values.view(np.uint16)
 
 
+def values_of_codes(codes: Array) -> NDArray[np.float32]:
+    """The bfloat16 numbers that have these bits.
+
+    >>> values_of_codes(np.array([0xBF80]))
+    array([-1.], dtype=float32)
+    """
+    return (codes.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
 def scan(base: NDArray[np.uint16], tuned: NDArray[np.uint16]) -> Scan:
     """Count what changed between two matrices of bfloat16 bits.
 
@@ -135,7 +155,7 @@ def scan(base: NDArray[np.uint16], tuned: NDArray[np.uint16]) -> Scan:
     rows, columns = np.zeros(n, np.int64), np.zeros(m, np.int64)
     step = max(_CHUNK // max(m, 1), 1)
     largest = max(
-        (int(_scan(base[i : i + step], tuned[i : i + step], table, rows[i : i + step], columns)))
+        int(_scan(base[i : i + step], tuned[i : i + step], table, rows[i : i + step], columns))
         for i in range(0, max(n, 1), step)
     )
     changed = table[1::2].copy()
@@ -314,8 +334,7 @@ def on_bf16_grid(values: Array) -> bool:
     """
     if values.dtype == ml_dtypes.bfloat16:
         return True
-    rounded = (bf16_codes(values).astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return bool((rounded == values).all())
+    return bool((values_of_codes(bf16_codes(values)) == values).all())
 
 
 def require_storable(values: Array) -> None:
@@ -354,8 +373,7 @@ def square_of_codes(entries: Counts) -> float:
     25.0
     """
     occur = np.flatnonzero(entries)
-    values = (occur.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
-    return float(entries[occur] @ values**2)
+    return float(entries[occur] @ values_of_codes(occur).astype(np.float64) ** 2)
 
 
 def update_square(base: Array, tuned: Array) -> float:

@@ -7,6 +7,7 @@ moved. All but the first carry certificates. Knows nothing of files, models or l
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -138,7 +139,7 @@ def decompose_randomized(W: Tensor, k: int, tolerance: float, generator: torch.G
     b = min(k + max(_OVERSAMPLING, k // 2), A.shape[1])
     start = torch.randn(A.shape[1], b, generator=generator, dtype=torch.float64).to(A)
     Y = A @ _orthonormal(start)
-    once = A.T @ (Y / Y.abs().max().clamp(min=torch.finfo(Y.dtype).tiny))  # the square of W may overflow
+    once = A.T @ (Y / max(largest_entry(Y), torch.finfo(Y.dtype).tiny))  # the square of W may overflow
     found = _certified(A, _ritz(A, _orthonormal(once)), k, W, "randomized")
     return _filtered(A, found, k, tolerance, W)
 
@@ -367,6 +368,15 @@ def has_principal_subspace(svd: Svd, k: int, shape: torch.Size) -> bool:
     """
     next_value = svd.S[k].item() if k < len(svd.S) else 0.0
     return svd.S[k - 1].item() - next_value > rounding_floor(svd, shape)
+
+
+def principal_rank(shape: Sequence[int], rank_fraction: float) -> int:
+    """k = max(1, round(rank_fraction · min(n, m))), the rank of the principal subspace.
+
+    >>> principal_rank((64, 192), 0.125)
+    8
+    """
+    return max(1, round(rank_fraction * min(shape)))
 
 
 def spectral_shift(S_base: Tensor, S_tuned: Tensor) -> float | None:
