@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from offprincipal.errors import FileError, OffPrincipalError, TaskError, TrainingError
+from offprincipal.errors import FileError, ModelError, OffPrincipalError, TaskError, TrainingError
+from offprincipal.models import open_language_model
 from offprincipal.tasks import mixture, open_task
 from offprincipal.training import (
     StepReport,
     TrainSettings,
     evaluate,
-    open_language_model,
     parse_settings,
     terminal_progress,
     train,
@@ -188,7 +188,7 @@ def test_a_changed_base_is_not_continued(taught_model: Path, tmp_path: Path) -> 
 
 
 def test_a_fault_found_late_can_be_mended_in_the_same_folder(taught_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="exceeds the model's context"):
+    with pytest.raises(ModelError, match="exceeds the model's context"):
         train(settings(taught_model, "grpo", max_new_tokens=250), tmp_path / "run", quiet=True)
     assert train(settings(taught_model, "grpo", steps=1), tmp_path / "run", quiet=True)["log"]
 
@@ -257,10 +257,10 @@ def test_progress_is_a_line_a_tenth_where_there_is_no_terminal(capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"model": "/nowhere/at/all"}, TrainingError, "not there"),
+        ({"model": "/nowhere/at/all"}, ModelError, "not there"),
         ({"tasks": ("adds",)}, TaskError, "no symbolic task"),
         ({"batch": 12, "recipe": "grpo"}, TrainingError, "not divisible by rollouts_per_prompt"),
-        ({"max_new_tokens": 250, "recipe": "grpo"}, TrainingError, "exceeds the model's context of 256"),
+        ({"max_new_tokens": 250, "recipe": "grpo"}, ModelError, "exceeds the model's context of 256"),
         ({"steps": 0}, TrainingError, "steps: .*greater than or equal to 1"),
         ({"report_to": ("nobody",)}, TrainingError, "report_to 'nobody' is not installed"),
         ({"stepz": 1}, TrainingError, "stepz: .*not permitted"),
@@ -280,13 +280,13 @@ def test_unusable_folders_say_what_to_change(tiny_model: Path, tmp_path: Path) -
     for out, message in ((tmp_path / "file", "is a file"), (tmp_path, "no run: choose another")):
         with pytest.raises(TrainingError, match=message):
             train(settings(tiny_model), out, quiet=True)
-    with pytest.raises(TrainingError, match=r"no config\.json"):
+    with pytest.raises(ModelError, match=r"no config\.json"):
         open_language_model(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text((tiny_model / "config.json").read_text())
-    with pytest.raises(TrainingError, match="no causal language model"):
+    with pytest.raises(ModelError, match="no causal language model"):
         open_language_model(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes())
-    with pytest.raises(TrainingError, match="no usable tokenizer"):
+    with pytest.raises(ModelError, match="no usable tokenizer"):
         open_language_model(tmp_path / "model")
 
 

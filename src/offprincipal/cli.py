@@ -251,7 +251,7 @@ def cache_clear() -> None:
 
 
 def _require_training() -> None:
-    from offprincipal.training.models import require_training_extra
+    from offprincipal.models import require_training_extra
 
     require_training_extra()
 

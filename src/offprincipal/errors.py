@@ -24,6 +24,10 @@ class TaskError(OffPrincipalError):
     """A task's name, level, columns or prompts are not usable."""
 
 
+class ModelError(OffPrincipalError):
+    """A language model cannot be opened, or cannot be run as asked."""
+
+
 class TrainingError(OffPrincipalError):
     """A training run cannot start or continue with these settings."""
 

@@ -3,18 +3,18 @@
 from importlib import resources
 from pathlib import Path
 
-from offprincipal.errors import TrainingError
+from offprincipal.errors import ModelError
 
 
 def embedded_base() -> Path:
     """The folder of the embedded base model.
 
     Raises:
-        TrainingError: this installation does not hold it.
+        ModelError: this installation does not hold it.
     """
     folder = Path(str(resources.files("offprincipal.assets"))) / "base"
     if not (folder / "config.json").is_file():
-        raise TrainingError(
+        raise ModelError(
             f"the embedded base model is not at {folder}: reinstall offprincipal, or make it with "
             "scripts/pretrain_base.py, or name another model"
         )

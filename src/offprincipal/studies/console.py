@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from offprincipal.files import read_json
+from offprincipal.models import EMBEDDED
 from offprincipal.studies.graph import ShowStage, pending, run_profile
 from offprincipal.studies.profile import Profile
 from offprincipal.studies.stages import TrainStage
 from offprincipal.training import StepReport
 from offprincipal.training.progress import describe
-from offprincipal.training.settings import EMBEDDED
 
 _MOST_JOBS = 4
 _PRINT_EVERY = 30.0  # seconds between lines where there is no terminal

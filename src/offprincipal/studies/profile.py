@@ -10,8 +10,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from offprincipal.errors import StudyError
+from offprincipal.models import EMBEDDED
 from offprincipal.studies.stages import ClaimsStage, CompareStage, ReportStage, TrainStage
-from offprincipal.training.settings import EMBEDDED
 
 Stage = Annotated[TrainStage | CompareStage | ClaimsStage | ReportStage, Field(discriminator="kind")]
 

@@ -17,10 +17,10 @@ from offprincipal.comparison import CompareSettings, MatrixSettings, compare
 from offprincipal.comparison.registry import GROUPS, Group
 from offprincipal.errors import StudyError
 from offprincipal.files import read_json, write_json
+from offprincipal.models import model_name
 from offprincipal.studies.claims import CLAIMS, Evidence, judge
 from offprincipal.tasks import open_task
 from offprincipal.training import ShowProgress, TrainSettings, parse_settings, silent, train
-from offprincipal.training.models import model_name
 
 
 @dataclass(frozen=True)

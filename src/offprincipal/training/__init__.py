@@ -4,19 +4,16 @@ torch is imported with this package; transformers, TRL and datasets only when a 
 """
 
 from offprincipal.training.evaluation import evaluate
-from offprincipal.training.models import LanguageModel, open_language_model
 from offprincipal.training.progress import ShowProgress, StepReport, silent, terminal_progress
 from offprincipal.training.runs import train
 from offprincipal.training.settings import Recipe, TrainSettings, parse_settings
 
 __all__ = [
-    "LanguageModel",
     "Recipe",
     "ShowProgress",
     "StepReport",
     "TrainSettings",
     "evaluate",
-    "open_language_model",
     "parse_settings",
     "silent",
     "terminal_progress",

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from offprincipal.errors import TrainingError
+from offprincipal.models import LanguageModel, open_language_model
+from offprincipal.models.decoding import Completions, complete
+from offprincipal.models.quiet import quiet_libraries
 from offprincipal.tasks import Problem, mixture, open_task
-from offprincipal.training.decoding import Completions, complete
-from offprincipal.training.models import LanguageModel, open_language_model
-from offprincipal.training.quiet import quiet_libraries
 
 _PROMPTS_AT_ONCE = 64
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from offprincipal.errors import TaskError, TrainingError
+from offprincipal.models import LanguageModel
 from offprincipal.tasks import Problem, Task, mixture, open_task
-from offprincipal.training.models import LanguageModel
 from offprincipal.training.settings import TrainSettings
 
 RIGHT, WRONG = 1.0, -1.0

@@ -21,11 +21,11 @@ import torch
 
 from offprincipal.errors import TrainingError
 from offprincipal.files import exclusively, read_json, require_folder, write_json
+from offprincipal.models import LanguageModel, identify, open_language_model, require_training_extra
+from offprincipal.models.quiet import quiet_libraries
 from offprincipal.tasks import open_task
 from offprincipal.training.evaluation import evaluate
-from offprincipal.training.models import LanguageModel, identify, open_language_model, require_training_extra
 from offprincipal.training.progress import ShowProgress, StepReport, silent, terminal_progress
-from offprincipal.training.quiet import quiet_libraries
 from offprincipal.training.settings import TrainSettings
 
 SCHEMA = 1

@@ -6,9 +6,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from offprincipal.errors import TrainingError
+from offprincipal.models import EMBEDDED
 
 Recipe = Literal["grpo", "sft_teacher", "sft_own"]
-EMBEDDED = "embedded"
 
 
 class TrainSettings(BaseModel):

@@ -1,4 +1,4 @@
-"""Opening language models for training and measuring: weights in float32, a tokenizer that can pad and stop.
+"""Opening language models: weights in float32, a tokenizer that can pad and stop.
 
 Knows nothing of tasks or runs.
 """
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from offprincipal.assets import embedded_base
-from offprincipal.errors import TrainingError
-from offprincipal.training.quiet import quiet_libraries
-from offprincipal.training.settings import EMBEDDED
+from offprincipal.errors import ModelError
+from offprincipal.models.quiet import quiet_libraries
 
+EMBEDDED = "embedded"
 _EXTRA = ("transformers", "trl", "datasets", "accelerate")
 
 
@@ -54,12 +54,12 @@ class LanguageModel:
         """Tokens of a prompt that leaves room for a completion.
 
         Raises:
-            TrainingError: prompt and completion do not fit into the context.
+            ModelError: prompt and completion do not fit into the context.
         """
         ids: list[int] = self.tokenizer(prompt).input_ids
         if self.context is not None and len(ids) + room > self.context:
             shown = prompt if len(prompt) <= 60 else prompt[:57] + "…"
-            raise TrainingError(
+            raise ModelError(
                 f"prompt '{shown}' has {len(ids)} tokens, and with a completion of {room} exceeds the model's context "
                 f"of {self.context}: choose a task with shorter prompts, or shorter completions"
             )
@@ -67,23 +67,23 @@ class LanguageModel:
 
 
 def require_training_extra() -> None:
-    """Raises TrainingError where the packages that training needs are not installed."""
+    """Raises ModelError where the packages that training needs are not installed."""
     absent = [package for package in _EXTRA if importlib.util.find_spec(package) is None]
     if absent:
-        raise TrainingError(f"training needs {', '.join(absent)}: pip install 'offprincipal[train]'")
+        raise ModelError(f"training needs {', '.join(absent)}: pip install 'offprincipal[train]'")
 
 
 def resolve_device(device: str) -> str:
     """`cpu` or `cuda`, from `auto` or either.
 
     Raises:
-        TrainingError: cuda is asked for and there is none.
+        ModelError: cuda is asked for and there is none.
 
     >>> resolve_device("cpu")
     'cpu'
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise TrainingError("device 'cuda' is not available to torch on this machine: choose 'auto' or 'cpu'")
+        raise ModelError("device 'cuda' is not available to torch on this machine: choose 'auto' or 'cpu'")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
@@ -95,7 +95,7 @@ def open_language_model(source: str | Path, device: str = "auto") -> LanguageMod
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
-        TrainingError: there is no such model, it is no causal language model, or its tokenizer is missing or unusable.
+        ModelError: there is no such model, it is no causal language model, or its tokenizer is missing or unusable.
     """
     require_training_extra()
     transformers: Any = importlib.import_module("transformers")
@@ -105,15 +105,15 @@ def open_language_model(source: str | Path, device: str = "auto") -> LanguageMod
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         except Exception as error:  # unknown ids, bad folders, foreign architectures and lost connections all differ
-            raise TrainingError(f"{name} is no causal language model to transformers: {_reason(error)}") from error
+            raise ModelError(f"{name} is no causal language model to transformers: {_reason(error)}") from error
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="left")
         except Exception as error:
-            raise TrainingError(f"model {name} has no usable tokenizer beside its weights: {_reason(error)}") from error
+            raise ModelError(f"model {name} has no usable tokenizer beside its weights: {_reason(error)}") from error
     if not tokenizer("0").input_ids or len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        raise TrainingError(f"model {name} has no usable tokenizer beside its weights: copy its tokenizer files there")
+        raise ModelError(f"model {name} has no usable tokenizer beside its weights: copy its tokenizer files there")
     if tokenizer.eos_token_id is None:
-        raise TrainingError(f"the tokenizer of {name} has no end-of-sequence token: name one in tokenizer_config.json")
+        raise ModelError(f"the tokenizer of {name} has no end-of-sequence token: name one in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return LanguageModel(model.to(place).eval(), tokenizer)
@@ -123,18 +123,18 @@ def model_name(source: str | Path) -> str:
     """The folder or Hugging Face id that a source stands for.
 
     Raises:
-        TrainingError: it looks like a folder and is none, or a folder that holds no model.
+        ModelError: it looks like a folder and is none, or a folder that holds no model.
     """
     if str(source) == EMBEDDED:
         return str(embedded_base())
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise TrainingError(f"folder {path} holds no model: it has no config.json")
+            raise ModelError(f"folder {path} holds no model: it has no config.json")
         return str(path)
     looks_like_path = isinstance(source, Path) or path.is_absolute() or str(source).startswith((".", "~"))
     if path.exists() or looks_like_path or str(source).count("/") > 1:
-        raise TrainingError(f"model folder {path} is not there or no folder: name one with config.json and weights")
+        raise ModelError(f"model folder {path} is not there or no folder: name one with config.json and weights")
     return str(source)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offprincipal.errors import TrainingError
-from offprincipal.training.models import LanguageModel
+from offprincipal.errors import ModelError
+from offprincipal.models.opening import LanguageModel
 
 _DROP_SHARE = 0.25
 
@@ -54,7 +54,7 @@ class _Decoder:
         output = self._model(input_ids=ids, attention_mask=mask, past_key_values=self._cache, use_cache=True, **extra)
         self._cache = getattr(output, "past_key_values", None)
         if self._cache is None:
-            raise TrainingError(f"{type(self._model).__name__} keeps no key-value cache: choose a model that does")
+            raise ModelError(f"{type(self._model).__name__} keeps no key-value cache: choose a model that does")
         log_p: Tensor = output.logits[:, -1].double().log_softmax(-1)
         return log_p
 
@@ -88,7 +88,7 @@ def complete(
         reference: what the divergence is measured to; its vocabulary is the policy's.
 
     Raises:
-        TrainingError: a model has no key-value cache.
+        ModelError: a model has no key-value cache.
     """
     device = language_model.device
     group = 1 + samples

@@ -1,0 +1,24 @@
+"""Language models as transformers gives them: opened in float32 with a tokenizer, and sampled from.
+
+torch is imported with this package; transformers only when a model is opened.
+"""
+
+from offprincipal.models.opening import (
+    EMBEDDED,
+    LanguageModel,
+    identify,
+    model_name,
+    open_language_model,
+    require_training_extra,
+    resolve_device,
+)
+
+__all__ = [
+    "EMBEDDED",
+    "LanguageModel",
+    "identify",
+    "model_name",
+    "open_language_model",
+    "require_training_extra",
+    "resolve_device",
+]
