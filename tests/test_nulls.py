@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from matrices import gaussian, orthogonal, seeds
 from torch import Tensor
 
-from offprincipal.geometry.gaussian import isotropic_update
+from offprincipal.geometry.gaussian import isotropic_update, moved_isotropically
 from offprincipal.geometry.masks import low_magnitude_ranks, principal_ranks
 from offprincipal.geometry.nulls import (
     bernoulli_overlap,
@@ -26,7 +26,8 @@ from offprincipal.geometry.nulls import (
 )
 from offprincipal.geometry.precision import changed, exponent_class
 from offprincipal.geometry.scan import count_codes
-from offprincipal.geometry.spectrum import decompose
+from offprincipal.geometry.spectrum import Svd, decompose, spectral_shift
+from offprincipal.geometry.subspace import principal_angles
 
 
 def weight_blind(base: Tensor, size: float, seed: int) -> Tensor:
@@ -266,3 +267,28 @@ def test_an_isotropic_update_prefers_no_direction() -> None:
     shares = [(frame.T @ isotropic_update(torch.Size([6, 6]), 1.0, generator)).square().sum(dim=1) for _ in range(3000)]
     mean = torch.stack(shares).mean(dim=0)
     assert bool(((mean - 1 / 6).abs() < 0.01).all())
+
+
+@pytest.mark.parametrize("shape", [(64, 40), (40, 40), (50, 40), (40, 120)])
+def test_a_gaussian_update_need_not_be_drawn_to_know_what_it_does(shape: tuple[int, int]) -> None:
+    """Shift and angles of moved spectra have the law that they have under updates that are drawn and decomposed."""
+    (n, m), r, k, sigma, draws = shape, min(shape), 5, 1e-6, 400
+    S = torch.arange(1.0, r + 1, dtype=torch.float64) ** -0.5
+    W = orthogonal(n, 0)[:, :r] * S @ orthogonal(m, 1)[:r]
+    base, rng = decompose(W), np.random.default_rng(0)
+
+    def shown(moved: Svd, left: Tensor, right: Tensor) -> list[float]:
+        sides = (principal_angles(left, moved.U[:, :k]), principal_angles(right, moved.Vh[:k].T))
+        shift = spectral_shift(S[:k], moved.S[:k])
+        assert shift is not None
+        return [shift, *(x.item() for side in sides for x in (side.max(), side.mean()))]
+
+    drawn, in_law = [], []
+    for seed in range(draws):
+        drawn.append(shown(decompose(W + sigma * gaussian(n, m, seed=seed)), base.U[:, :k], base.Vh[:k].T))
+        moved = moved_isotropically(S, torch.Size(shape), k, sigma, rng)
+        in_law.append(shown(moved, *(torch.eye(len(side), k).double() for side in (moved.U, moved.Vh.T))))
+    one, two = np.array(drawn), np.array(in_law)
+    z = (one.mean(axis=0) - two.mean(axis=0)) / np.sqrt((one.var(axis=0) + two.var(axis=0)) / draws)
+    assert np.abs(z).max() < 4
+    assert np.abs(np.log(one.std(axis=0) / two.std(axis=0))).max() < 5 / (2 * draws) ** 0.5

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from offprincipal.geometry import bounds, gaussian, scan, spectrum, subspace
 from offprincipal.geometry.spectrum import Svd
 
 _SMALL = 1 << 16  # entries up to which every Gaussian update of the settings is drawn
-_CACHE_FORMAT = 2
+_CACHE_FORMAT = 3
+_CERTIFICATE = ("singular_value_error", "residual", "next_value_error")
 _LEAST_STEP = 1e-5  # spectral norm of an update over that of its base, below which float32 cannot tell its effect
 _GPU_GRAM_UP_TO = 1024  # min(n, m) up to which a GPU solves the whole symmetric eigenproblem rather than iterate
 
@@ -249,7 +251,7 @@ class PairSpectrum:
     def all_angles(self) -> tuple[Number, ...]:
         """Largest and mean angle of either side: measured, and under both nulls."""
         undefined = (None,) * 4
-        measured = [x.item() for side in self.angles for x in (side.max(), side.mean())] if self.angles else undefined
+        measured = _summarized(self.angles) if self.angles else undefined
         return *measured, *(self.isotropic_null.angles or undefined), *(self.stored_null.angles or undefined)
 
     def all_energies(self) -> tuple[Number, ...]:
@@ -298,44 +300,66 @@ class PairSpectrum:
             }
         return found
 
-    @property
+    @cached_property
     def isotropic_null(self) -> GaussianNull:
-        """Gaussian updates of the stored update's norm."""
-        return self._nulls[0]
-
-    @property
-    def stored_null(self) -> GaussianNull:
-        """Gaussian updates of the length that the update had before storing, stored as the tuned weights are."""
-        return self._nulls[1]
+        """Gaussian updates of the stored update's norm; their energies are known without drawing them."""
+        base, norm = self.base, self.pair.update_norm
+        if norm == 0:
+            return self._still
+        if base.exact or base.svd.basis is None:
+            generator = base.generator("isotropic")
+            draws = (gaussian.isotropic_update(base.shape, norm, generator, base.dtype) for _ in range(self._draws))
+            return _mean([self._null_of(update.to(base.device), energies=False) for update in draws])
+        rng = np.random.default_rng(base.base.seed("isotropic"))
+        sigma = norm / math.sqrt(base.shape.numel())
+        moves = (gaussian.moved_isotropically(base.svd.S, base.shape, self.k, sigma, rng) for _ in range(self._draws))
+        return _mean([self._null_in_own_coordinates(moved) for moved in moves])
 
     @cached_property
-    def _nulls(self) -> tuple[GaussianNull, GaussianNull]:
-        """Both from the same draws."""
-        base, size = self.base, self.base.shape.numel()
+    def stored_null(self) -> GaussianNull:
+        """Gaussian updates of the length that the update had before storing, stored as the tuned weights are."""
+        base, found = self.base, []
         if self.pair.update_norm == 0:
-            still = self._null_of(torch.zeros(base.shape, dtype=base.dtype, device=base.device))
-            return still, still
+            return self._still
         generator = base.generator("gaussian")
-        length = self.pair.gaussian_scale * math.sqrt(size)
+        length = self.pair.gaussian_scale * math.sqrt(base.shape.numel())
         dtype = to_tensor(self.pair.tuned[:1, :1]).dtype
-        wanted = base.base.settings.null_draws
-        isotropic, stored = [], []
-        for _ in range(max(1, min(wanted, wanted * _SMALL // size))):
-            update = gaussian.isotropic_update(base.shape, self.pair.update_norm, generator, base.dtype).to(base.device)
-            isotropic.append(self._null_of(update, energies=False))
-            update = gaussian.stored_update(base.values, update.mul_(length / self.pair.update_norm), dtype)
-            stored.append(self._null_of(update))
-        return _mean(isotropic), _mean(stored)
+        for _ in range(self._draws):
+            update = gaussian.isotropic_update(base.shape, length, generator, base.dtype).to(base.device)
+            found.append(self._null_of(gaussian.stored_update(base.values, update, dtype)))
+        return _mean(found)
+
+    @property
+    def _draws(self) -> int:
+        """Updates behind each null: a large matrix averages over itself."""
+        wanted = self.base.base.settings.null_draws
+        return max(1, min(wanted, wanted * _SMALL // self.base.shape.numel()))
+
+    @property
+    def _still(self) -> GaussianNull:
+        """What no update at all shows."""
+        base = self.base
+        return self._null_of(torch.zeros(base.shape, dtype=base.dtype, device=base.device))
 
     def _null_of(self, update: Tensor, energies: bool = True) -> GaussianNull:
-        """What one drawn update shows; an isotropic one's energies are known without drawing it."""
+        """What one drawn update shows."""
         base = self.base
-        moved = base.solve(base.values + update, certify=False) if spectrum.largest_entry(update) else base.svd
+        moved = base.solve(base.values + update, certify=False) if update.any() else base.svd
         if not base.has_principal_subspace:
             return GaussianNull(self._shift_to(moved), None, None)
-        sides = self._angles_to(moved)
-        angles = tuple(x.item() for side in sides for x in (side.max(), side.mean()))
+        angles = _summarized(self._angles_to(moved))
         return GaussianNull(self._shift_to(moved), angles, self._energies_of(update) if energies else None)
+
+    def _null_in_own_coordinates(self, moved: Svd) -> GaussianNull:
+        """What one update shows whose sum with the base is known in coordinates along the base's singular vectors."""
+        shift = self._shift_to(moved)
+        if not self.base.has_principal_subspace:
+            return GaussianNull(shift, None, None)
+        sides = (moved.U.float(), moved.Vh.T.float())
+        return GaussianNull(shift, _summarized([self._angles_from_axes(side) for side in sides]), None)
+
+    def _angles_from_axes(self, vectors: Tensor) -> Tensor:
+        return subspace.principal_angles(torch.eye(len(vectors), self.k), vectors[:, : self.k])
 
     def _compared(self, moved: Svd) -> int:
         """How many singular values are compared: all where both sides know all, else the top k."""
@@ -344,7 +368,7 @@ class PairSpectrum:
 
     def _shift_to(self, moved: Svd) -> float | None:
         count = self._compared(moved)
-        return spectrum.spectral_shift(self.base.svd.S[:count], moved.S[:count])
+        return spectrum.spectral_shift(self.base.svd.S[:count], moved.S[:count].to(self.base.svd.S))
 
     def _angles_to(self, moved: Svd) -> tuple[Tensor, Tensor]:
         base, k = self.base.svd, self.k
@@ -378,6 +402,11 @@ def to_tensor(array: Array) -> Tensor:
     return torch.from_numpy(array)
 
 
+def _summarized(sides: Sequence[Tensor]) -> tuple[float, ...]:
+    """Largest and mean angle of the left side, and of the right."""
+    return tuple(x.item() for side in sides for x in (side.max(), side.mean()))
+
+
 def _mean(draws: Sequence[GaussianNull]) -> GaussianNull:
     shift = _means_of([None if draw.spectral_shift is None else (draw.spectral_shift,) for draw in draws])
     angles, energies = (_means_of([getattr(draw, name) for draw in draws]) for name in ("angles", "energies"))
@@ -398,9 +427,7 @@ def kept(found: BaseDecomposition) -> Kept:
     if found.masks:
         masks = vars(found.masks).items()
         tensors |= {f"masks.{name}": torch.from_numpy(array.view(np.int64)) for name, array in masks}
-    about = {"solver": svd.solver, "residual": repr(svd.residual)}
-    if svd.singular_value_error is not None:
-        about["singular_value_error"] = repr(svd.singular_value_error)
+    about = {"solver": svd.solver} | {name: repr(getattr(svd, name)) for name in _CERTIFICATE}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, about
 
 
@@ -411,16 +438,8 @@ def restored(content: Kept) -> BaseDecomposition:
         KeyError, ValueError: it is something else.
     """
     tensors, about = content
-    error = float(about["singular_value_error"]) if "singular_value_error" in about else None
-    svd = Svd(
-        tensors["U"],
-        tensors["S"],
-        tensors["Vh"],
-        about["solver"],
-        error,
-        float(about["residual"]),
-        tensors.get("basis"),
-    )
+    certificate: Any = {name: None if about[name] == "None" else float(about[name]) for name in _CERTIFICATE}
+    svd = Svd(tensors["U"], tensors["S"], tensors["Vh"], about["solver"], **certificate, basis=tensors.get("basis"))
     if "masks.bits" not in tensors:
         return BaseDecomposition(svd, None)
     arrays = {name: tensors[f"masks.{name}"].numpy() for name in ("bits", "outside", "classes", "outside_classes")}

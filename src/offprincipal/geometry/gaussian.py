@@ -1,10 +1,13 @@
-"""Gaussian updates: step length without direction, as drawn, and as it would be stored.
+"""Gaussian updates: step length without direction, as drawn, as it would be stored, and what it does to a spectrum.
 
 Knows nothing of files, models or layers.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from offprincipal.geometry.spectrum import Svd, block_size, first_order_steps, orthonormal
 
 
 def isotropic_update(
@@ -39,3 +42,67 @@ def stored_update(base: Tensor, update: Tensor, dtype: torch.dtype) -> Tensor:
     tensor([0.0000, 0.0078])
     """
     return (base + update).to(dtype).to(base.dtype).sub_(base)
+
+
+def moved_isotropically(S: Tensor, shape: torch.Size, k: int, sigma: float, rng: np.random.Generator) -> Svd:
+    """What a Gaussian update does to a matrix of known singular values, without drawing the update.
+
+    A Gaussian matrix looks the same in every orthonormal basis, so in that of the base's own singular vectors the base
+    is diag(S) and the update is Gaussian still. The warm solver (`decompose_warm`) looks at it in few directions only;
+    what it sees there is drawn from its exact law, one product after the other given those before, and the rest never.
+
+    Args:
+        S: (r,), all singular values of the base, from the largest down.
+        shape: (n, m) of the base; k: triplets that matter.
+        sigma: standard deviation of each entry of the update.
+
+    Returns:
+        The first triplets of the sum, float64, on the CPU, in coordinates along the base's singular vectors: the long
+        side has r of them and then some along directions that the base does not reach.
+
+    Source: ours; invariance of the Gaussian under rotation, Bartlett's decomposition for what lies beyond the base.
+
+    >>> S = torch.linspace(2.0, 1.0, 40, dtype=torch.float64)
+    >>> moved = moved_isotropically(S, torch.Size([90, 40]), 4, 1e-9, np.random.default_rng(0))
+    >>> torch.allclose(moved.S[:4], S[:4]), torch.allclose(moved.Vh[:4, :4].abs(), torch.eye(4).double(), atol=1e-6)
+    (True, True)
+    """
+    S = S.cpu().double()
+    r, b = len(S), block_size(k, len(S))
+
+    def noise(rows: int, columns: int) -> Tensor:
+        return torch.from_numpy(sigma * rng.standard_normal((rows, columns)))
+
+    def beyond(dimensions: int, columns: int) -> Tensor:
+        return torch.from_numpy(sigma * _triangular(dimensions, columns, rng))
+
+    outside = max(shape) - r
+    first = beyond(outside, b)  # (t, b), the update's first b columns outside the base's column space
+    Y = torch.cat([torch.diag(S)[:, :b] + noise(r, b), first])  # (r + t, b), A V_b
+    values, Q = torch.linalg.eigh(Y.T @ Y)
+    ritz, Q = values.flip(0).clamp(min=0).sqrt(), Q.flip(1)
+    U = (Y @ Q) / ritz.clamp(min=torch.finfo(torch.float64).tiny)
+
+    H = noise(r - b, b)  # the update's other columns, along U
+    steps = first_order_steps(S[b:, None] * U[b:r] + H, ritz, S[b:])  # (r − b, b)
+    spread = torch.linalg.qr(steps).R  # (q, b)
+    Z = noise(len(U), len(spread)) @ spread  # the other columns taken `steps` far, but for their part along U
+    moved = U * ritz + U @ (H.T @ steps - U.T @ Z) + Z
+    moved[b:r] += S[b:, None] * steps
+    moved = torch.cat([moved, beyond(outside - len(first), len(spread)) @ spread])
+    return Svd(*_by_side(shape, orthonormal(moved), ritz, orthonormal(torch.cat([Q, steps]))), "warm")
+
+
+def _by_side(shape: torch.Size, long: Tensor, S: Tensor, short: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return (long, S, short.T) if shape[0] >= shape[1] else (short, S, long.T)
+
+
+def _triangular(rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:
+    """A standard Gaussian matrix (rows, columns), turned so that all below row `columns` is zero, and cut there.
+
+    Source: Bartlett's decomposition.
+    """
+    height = min(rows, columns)
+    R = np.triu(rng.standard_normal((height, columns)), 1)
+    R[np.diag_indices(height)] = np.sqrt(rng.chisquare(rows - np.arange(height)))
+    return R

@@ -9,6 +9,7 @@ moved. All but the first carry certificates. Knows nothing of files, models or l
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ class Svd:
         singular_value_error: each S_i with i ≤ k is within that of a singular value of W, in the units of W; None for
             LAPACK's. It is max_i ‖[W v_i − σ_i u_i; Wᵀ u_i − σ_i v_i]‖₂/√2.
         residual: ‖[W V_k − U_k Σ_k; Wᵀ U_k − V_k Σ_k]‖₂, from which the error of the subspaces follows.
+        next_value_error: what `singular_value_error` is to the first k, of the (k + 1)-th, which bounds the gap.
         basis: orthonormal basis of all singular directions of the shorter side, (r, r), where it is known: what a warm
             start corrects with.
     """
@@ -45,6 +47,7 @@ class Svd:
     solver: str = "exact"
     singular_value_error: float | None = None
     residual: float = 0.0
+    next_value_error: float = 0.0
     basis: Tensor | None = None
 
     def top(self, k: int) -> "Svd":
@@ -63,6 +66,9 @@ class Svd:
     def angle_error_deg(self, k: int) -> float | None:
         """How far the top-k subspaces may be from the true ones, degrees; None for LAPACK's.
 
+        No residual can tell that a direction was missed altogether. Where all singular values are known (`exact`, and
+        `warm` from there) none was; `randomized` leaves that to its random start.
+
         Source: Davis and Kahan, Wedin: arcsin(residual/gap), the gap being σ_k − σ_{k+1} less what these may be off.
 
         >>> decompose(torch.eye(3)).angle_error_deg(1) is None
@@ -71,7 +77,7 @@ class Svd:
         if self.singular_value_error is None:
             return None
         gap = (self.S[k - 1] - self.S[k]).item() if k < len(self.S) else self.S[k - 1].item()
-        gap -= self.singular_value_error
+        gap -= self.singular_value_error + self.next_value_error
         return math.degrees(math.asin(min(self.residual / gap, 1.0))) if gap > 0 else 90.0
 
 
@@ -114,7 +120,7 @@ def decompose_by_gram(W: Tensor, k: int) -> Svd:
     A = _tall(W)
     values, vectors = torch.linalg.eigh(_gram(A, torch.float64))
     S, basis = values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
-    b = _block(k, len(S))
+    b = block_size(k, len(S))
     short = basis[:, :b].to(W.dtype)
     return replace(_certified(A, _ritz(A, short), k, W, "exact"), S=S, basis=basis.to(W.dtype))
 
@@ -138,9 +144,9 @@ def decompose_randomized(W: Tensor, k: int, tolerance: float, generator: torch.G
     A = _tall(W)
     b = min(k + max(_OVERSAMPLING, k // 2), A.shape[1])
     start = torch.randn(A.shape[1], b, generator=generator, dtype=torch.float64).to(A)
-    Y = A @ _orthonormal(start)
+    Y = A @ orthonormal(start)
     once = A.T @ (Y / max(largest_entry(Y), torch.finfo(Y.dtype).tiny))  # the square of W may overflow
-    found = _certified(A, _ritz(A, _orthonormal(once)), k, W, "randomized")
+    found = _certified(A, _ritz(A, orthonormal(once)), k, W, "randomized")
     return _filtered(A, found, k, tolerance, W)
 
 
@@ -165,14 +171,14 @@ def decompose_warm(W: Tensor, base: Svd, k: int, tolerance: float, certify: bool
     """
     A = _tall(W)
     short = _short(base, W).to(A.dtype)
-    b = _block(k, A.shape[1]) if base.basis is not None else short.shape[1]
+    b = block_size(k, A.shape[1]) if base.basis is not None else short.shape[1]
     ritz = _ritz(A, short[:, :b])
     if base.basis is None:
         return _filtered(A, _certified(A, ritz, k, W, "warm"), k, tolerance, W)
     corrected = _corrected(A, ritz, base.basis[:, b:].to(A.dtype), base.S[b:])
     if certify:
         return _certified(A, _ritz(A, corrected), k, W, "warm")
-    return _oriented(_orthonormal(A @ corrected), ritz[1], corrected, W, "warm")
+    return _oriented(orthonormal(A @ corrected), ritz[1], corrected, W, "warm")
 
 
 def update_spectrum(update: Tensor) -> Tensor:
@@ -205,6 +211,55 @@ def update_spectrum(update: Tensor) -> Tensor:
         values = torch.linalg.eigvalsh(_gram(A, torch.float64)).flip(0)
     roots: Tensor = values.clamp(min=0).sqrt() * scale
     return roots
+
+
+def block_size(k: int, r: int) -> int:
+    """How many triplets are worked with so that the first k converge, of r in all.
+
+    >>> block_size(112, 896)
+    128
+    """
+    return min(k + max(_OVERSAMPLING, k // 8), r)
+
+
+def orthonormal(X: Tensor) -> Tensor:
+    """An orthonormal basis of the columns of X, worked out in float64: the first j columns span what X's first j do.
+
+    By Cholesky of the Gram matrix, or by Householder reflections where its columns are too nearly dependent for that.
+
+    >>> orthonormal(torch.tensor([[3.0], [4.0]])).flatten()
+    tensor([0.6000, 0.8000])
+    """
+    wide = X.double()
+    gram = wide.T @ wide
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    spread = factor.diagonal()
+    if bool(failed) or (spread.min() < 1e-5 * spread.max()):
+        reflected: Tensor = torch.linalg.qr(wide)[0].to(X.dtype)
+        return reflected
+    Q: Tensor = torch.linalg.solve_triangular(factor, wide.T, upper=False).T.to(X.dtype)
+    return Q
+
+
+def first_order_steps(along: Tensor, S: Tensor, S_rest: Tensor) -> Tensor:
+    """How far approximate right singular vectors v_i have to move along the rest of a basis, to first order.
+
+    (w_jᵀ r_i) σ_i/(σ_i² − s_j²), r_i = Aᵀu_i − σ_i v_i being the residual of the pair (u_i, v_i).
+
+    Args:
+        along: (q, b), float64, w_jᵀ r_i for the other basis vectors w_j; S: (b,), σ_i; S_rest: (q,), s_j.
+
+    Returns:
+        (q, b), at most 1 in size.
+
+    Source: first-order perturbation theory of singular vectors.
+
+    >>> first_order_steps(torch.tensor([[0.3]]).double(), torch.tensor([2.0]), torch.tensor([1.0]))
+    tensor([[0.2000]], dtype=torch.float64)
+    """
+    gaps = S**2 - S_rest[:, None] ** 2
+    least = (torch.finfo(torch.float64).eps * S[0] ** 2).clamp(min=torch.finfo(torch.float64).tiny)
+    return (along * S / torch.where(gaps.abs() > least, gaps, least)).clamp(-1, 1)
 
 
 def largest_entry(x: Tensor) -> float:
@@ -243,26 +298,6 @@ def _short(svd: Svd, W: Tensor) -> Tensor:
     return svd.Vh.T if W.shape[0] >= W.shape[1] else svd.U
 
 
-def _block(k: int, r: int) -> int:
-    return min(k + max(_OVERSAMPLING, k // 8), r)
-
-
-def _orthonormal(X: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of X, worked out in float64: the first j columns span what X's first j do.
-
-    By Cholesky of the Gram matrix, or by Householder reflections where its columns are too nearly dependent for that.
-    """
-    wide = X.double()
-    gram = wide.T @ wide
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    spread = factor.diagonal()
-    if bool(failed) or (spread.min() < 1e-5 * spread.max()):
-        reflected: Tensor = torch.linalg.qr(wide)[0].to(X.dtype)
-        return reflected
-    Q: Tensor = torch.linalg.solve_triangular(factor, wide.T, upper=False).T.to(X.dtype)
-    return Q
-
-
 def _ritz(A: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rayleigh–Ritz: the best triplets of A (l, r) with right vectors in the span of the orthonormal V (r, b).
 
@@ -286,12 +321,14 @@ def _residuals(A: Tensor, ritz: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 
 def _certified(A: Tensor, ritz: tuple[Tensor, Tensor, Tensor], k: int, W: Tensor, solver: str) -> Svd:
     U, S, V = ritz
-    R = _residuals(A, ritz)[:, :k]
-    squares = R.T @ R  # (k, k)
+    R = _residuals(A, ritz)[:, : k + 1]
+    next_error = math.sqrt(R[:, k:].square().sum().item() / 2)  # 0 where k is all there is
+    squares = R[:, :k].T @ R[:, :k]  # (k, k)
     rounding = torch.finfo(A.dtype).eps * S[0].item() * math.sqrt(2) + _gram_rounding(S, k)
     error = math.sqrt(squares.diagonal().max().item() / 2) + rounding
     residual = math.sqrt(max(torch.linalg.eigvalsh(squares)[-1].item(), 0.0)) + rounding
-    return replace(_oriented(U, S, V, W, solver), singular_value_error=error, residual=residual)
+    certificate: Any = {"singular_value_error": error, "residual": residual, "next_value_error": next_error}
+    return replace(_oriented(U, S, V, W, solver), **certificate)
 
 
 def _gram_rounding(S: Tensor, k: int) -> float:
@@ -306,17 +343,11 @@ def _oriented(U: Tensor, S: Tensor, V: Tensor, W: Tensor, solver: str) -> Svd:
 
 
 def _corrected(A: Tensor, ritz: tuple[Tensor, Tensor, Tensor], rest: Tensor, S_rest: Tensor) -> Tensor:
-    """Right Ritz vectors with their first-order components along the rest of the base's basis, orthonormal.
-
-    v_i += Σ_j w_j (w_jᵀ r_i) σ_i/(σ_i² − s_j²), r_i the residual, w_j and s_j the base's other vectors and values.
-    """
+    """Right Ritz vectors with their first-order components along the rest of the base's basis, orthonormal."""
     _, S, V = ritz
     R = _residuals(A, ritz)  # (r, b)
-    along = (rest.T @ R.to(rest.dtype)).double()  # (r − b, b)
-    gaps = S**2 - S_rest[:, None].to(S) ** 2
-    least = (torch.finfo(torch.float64).eps * S[0] ** 2).clamp(min=torch.finfo(torch.float64).tiny)
-    steps = along * S / torch.where(gaps.abs() > least, gaps, least)
-    return _orthonormal(V + rest @ steps.clamp(-1, 1).to(rest.dtype))
+    steps = first_order_steps((rest.T @ R.to(rest.dtype)).double(), S, S_rest.to(S))
+    return orthonormal(V + rest @ steps.to(rest.dtype))
 
 
 def _filtered(A: Tensor, found: Svd, k: int, tolerance: float, W: Tensor) -> Svd:
@@ -332,7 +363,7 @@ def _filtered(A: Tensor, found: Svd, k: int, tolerance: float, W: Tensor) -> Svd
         before, now = V, A.T @ (A @ V / root) / root - V
         for _ in range(degree - 1):
             before, now = now, 2 * (A.T @ (A @ now / root) / root - now) - before
-        better = _certified(A, _ritz(A, _orthonormal(now)), k, W, found.solver)
+        better = _certified(A, _ritz(A, orthonormal(now)), k, W, found.solver)
         if better.residual > 0.9 * found.residual:
             break
         found = better
