@@ -237,7 +237,7 @@ def test_what_is_kept_is_what_is_used(folders: dict[str, Path], tmp_path: Path) 
     before = run(folders, tmp_path / "first", cache)
     for path in cache.iterdir():
         tensors = load_file(path)
-        about = {"solver": "exact", "residual": "0.0", "singular_value_error": "1e-9"}
+        about = {"solver": "exact", "residual": "0.0", "singular_value_error": "1e-9", "next_value_error": "0.0"}
         save_file(tensors | {"S": tensors["S"] / 2}, path, metadata=about)
     assert run(folders, tmp_path / "second", cache) != before
 
