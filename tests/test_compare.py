@@ -156,6 +156,15 @@ def test_the_tables_on_disk_are_the_rows_and_say_what_they_mean(result: Comparis
     assert json.loads((out / "summary.json").read_text()) == result.summary
 
 
+def test_columns_too_long_for_one_chunk_are_written_in_several(
+    result: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offprincipal.comparison.tables._MOST_OFFSET", 200)
+    out = result.write(tmp_path / "out")
+    for name in ("matrices", "curves"):
+        assert read_table(out, name) == [_as_lists(row) for row in getattr(result, name)]
+
+
 def test_identical_checkpoints_give_nulls_not_numbers(folders: dict[str, Path], tmp_path: Path) -> None:
     result = compare(folders["base"], {"same": folders["base"], "again": folders["base"]})
     result.write(tmp_path)

@@ -7,8 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from offprincipal.comparison.registry import METRICS
 from offprincipal.errors import FileError
@@ -33,6 +35,9 @@ _FIELDS = {
     "curves": ("run", "tensor", "layer", "role", "expert", "curve", "values"),
 }
 
+_MOST_OFFSET = 2**31 - 1
+_NUMPY = {pa.bool_(): np.bool_, pa.int64(): np.int64, pa.float64(): np.float64}
+
 
 def write_tables(
     out: Path,
@@ -49,7 +54,7 @@ def write_tables(
     """
     require_folder(out)
     for name, rows in zip(TABLES, (matrices, masks, pairs, curves), strict=True):
-        table = pa.Table.from_pylist(rows, schema=_schema(name, rows))
+        table = _table(rows, _schema(name, rows))
         texts = [field.name for field in table.schema if field.type == pa.string()]
         write_atomically(out / f"{name}.parquet", partial(pq.write_table, table, use_dictionary=texts))
     write_json(out / "summary.json", summary)
@@ -77,6 +82,46 @@ def read_summary(folder: Path) -> dict[str, Any]:
         FileError: the folder holds none.
     """
     return read_json(folder / "summary.json")
+
+
+def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    """The rows as columns; made from buffers, because `pa.array` imports pandas wherever it is installed."""
+    columns = [_column([row.get(field.name) for row in rows], field.type) for field in schema]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _column(values: list[Any], kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
+    """One column; None where a value is undefined; in several chunks where 32-bit offsets do not reach."""
+    there = np.array([value is not None for value in values], np.bool_)
+    validity = None if there.all() else pa.py_buffer(np.packbits(there, bitorder="little"))
+    known = [value for value in values if value is not None]
+    if kind in _NUMPY:
+        dtype = _NUMPY[kind]
+        return pa.Array.from_buffers(kind, len(values), [validity, pa.py_buffer(_spread(known, there, dtype))])
+    parts = [value.encode() for value in known] if kind == pa.string() else known
+    lengths = np.zeros(len(values) + 1, np.int64)
+    lengths[1:][there] = [len(part) for part in parts]
+    offsets = np.cumsum(lengths)
+    if offsets[-1] > _MOST_OFFSET:
+        halves = values[: len(values) // 2], values[len(values) // 2 :]
+        return pa.chunked_array([chunk for half in halves for chunk in _chunks(_column(half, kind))])
+    buffers = [validity, pa.py_buffer(offsets.astype(np.int32))]
+    if kind == pa.string():
+        return pa.Array.from_buffers(kind, len(values), [*buffers, pa.py_buffer(b"".join(parts))])
+    entries = np.concatenate(parts, dtype=np.float64) if parts else np.zeros(0)
+    child = pa.Array.from_buffers(pa.float64(), len(entries), [None, pa.py_buffer(entries)])
+    return pa.Array.from_buffers(kind, len(values), buffers, children=[child])
+
+
+def _chunks(column: pa.Array | pa.ChunkedArray) -> list[pa.Array]:
+    return column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+
+
+def _spread(known: list[Any], there: NDArray[np.bool_], dtype: type) -> NDArray[Any]:
+    """Known values at their places, with zeros between; bits where they are truths."""
+    values: NDArray[Any] = np.zeros(len(there), dtype)
+    values[there] = known
+    return np.packbits(values, bitorder="little") if dtype is np.bool_ else values
 
 
 def _schema(table: str, rows: list[dict[str, Any]]) -> pa.Schema:
