@@ -1,5 +1,7 @@
 """The compiled scan counts what the definitions say, entry by entry, on any bits and any shape."""
 
+import itertools
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -198,16 +200,23 @@ def test_counting_codes_of_chosen_entries(pair: tuple[Bits, Bits], data: st.Data
     np.testing.assert_array_equal(scan.count_codes(codes), scan.count_codes(codes, np.ones_like(chosen)))
 
 
+@st.composite
+def mask_sizes(draw: st.DrawFn, size: int) -> Array:
+    """Of nested masks, from the smallest up."""
+    return np.array(sorted(draw(st.lists(st.integers(0, size), min_size=1, max_size=4))))
+
+
 def require_low_magnitude_counts(base: Bits, tuned: Bits, sizes: Array) -> None:
     """Cuts and ties give the mask of the smallest magnitudes, ties by index, and how much of it changed."""
     counted, moved = scan.scan(base, tuned), differs(base, tuned)
     codes, ties = scan.low_magnitude_cuts(counted.entries, sizes)
     overlaps = scan.changed_ties(base, tuned, codes, ties) + [counted.changed[:code].sum() for code in codes]
     values = base.view(BFLOAT16)
-    for size, code, tied, overlap in zip(sizes, codes, ties, overlaps, strict=True):
+    levels = scan.low_magnitude_levels(values, codes, ties)
+    for a, (size, code, tied, overlap) in enumerate(zip(sizes, codes, ties, overlaps, strict=True)):
         mask = smallest(as_tensor(base).float(), size)
         assert mask.sum() == size
-        np.testing.assert_array_equal(scan.low_magnitude_mask(values, code, tied), mask)
+        np.testing.assert_array_equal(levels <= a, mask)
         assert overlap == (mask & moved).sum()
         classes = precision.exponent_class(as_tensor(base))
         below = scan.classes_below(counted.entries, code, tied)
@@ -216,19 +225,19 @@ def require_low_magnitude_counts(base: Bits, tuned: Bits, sizes: Array) -> None:
 
 @given(bit_matrices(least=1), st.data())
 def test_the_low_magnitude_mask_by_counts_is_that_by_sorting(pair: tuple[Bits, Bits], data: st.DataObject) -> None:
-    sizes = data.draw(st.lists(st.integers(0, pair[0].size), min_size=1, max_size=4))
-    require_low_magnitude_counts(*pair, np.array(sizes))
+    require_low_magnitude_counts(*pair, data.draw(mask_sizes(pair[0].size)))
 
 
 @given(off_grid(), st.data())
 def test_off_the_grid_the_low_magnitude_mask_sorts_within_a_rounding_cell(
     values: NDArray[np.float32], data: st.DataObject
 ) -> None:
-    size = data.draw(st.integers(0, values.size))
+    sizes = data.draw(mask_sizes(values.size))
     for stored in (values, values.astype(np.float64)):
-        (code,), (ties,) = scan.low_magnitude_cuts(scan.count_codes(scan.bf16_codes(stored)), np.array([size]))
-        expected = smallest(torch.from_numpy(stored), size)
-        np.testing.assert_array_equal(scan.low_magnitude_mask(stored, code, ties), expected)
+        cuts = scan.low_magnitude_cuts(scan.count_codes(scan.bf16_codes(stored)), sizes)
+        levels = scan.low_magnitude_levels(stored, *cuts)
+        for a, size in enumerate(sizes):
+            np.testing.assert_array_equal(levels <= a, smallest(torch.from_numpy(stored), size))
 
 
 @given(
@@ -248,10 +257,22 @@ def test_masks_of_the_largest_scores_are_those_by_sorting(
         "normal": np.abs(rng.standard_normal((n, m))),
         "one half": 1 + rng.integers(0, 4, (n, m)) * 2.0**-23,  # the upper sixteen bits are all the same
     }[kind].astype(np.float32)
-    sizes = np.array(data.draw(st.lists(st.integers(0, n * m), min_size=1, max_size=4)))
+    sizes = data.draw(mask_sizes(n * m))
     ranks = entry_ranks(torch.from_numpy(scores)).numpy()
-    for size, key, ties in zip(sizes, *scan.largest_cuts(scores, sizes), strict=True):
-        np.testing.assert_array_equal(scan.largest_mask(scores, int(key), int(ties)), ranks < size)
+    levels = scan.largest_levels(scores, *scan.largest_cuts(scores, sizes))
+    for a, size in enumerate(sizes):
+        np.testing.assert_array_equal(levels <= a, ranks < size)
+
+
+@given(bit_matrices(least=1), seeds)
+def test_classes_by_levels_are_those_of_the_masks_together(pair: tuple[Bits, Bits], seed: int) -> None:
+    codes, rng = pair[0], np.random.default_rng(seed)
+    one, two = (rng.integers(0, 4, codes.shape).astype(np.uint8) for _ in range(2))
+    counts = scan.classes_by_levels(codes, one, two, 3)
+    classes = precision.exponent_class(as_tensor(codes))
+    for a, b in itertools.product(range(4), repeat=2):
+        chosen = torch.from_numpy((one == a) & (two == b))
+        np.testing.assert_array_equal(counts[a, b], class_counts(classes, chosen))
 
 
 @given(st.integers(0, 200), seeds)

@@ -365,8 +365,8 @@ class MatrixPair(TensorPair):
             tied = scan.changed_ties(self.base.codes, self.codes, codes, ties)
             overlaps = [int(changed[:code].sum() + moved) for code, moved in zip(codes, tied, strict=True)]
         else:
-            masks = (scan.low_magnitude_mask(self.base.weight, *cut) for cut in zip(codes, ties, strict=True))
-            overlaps = [scan.count_common(self.changed_bits, scan.pack(mask)) for mask in masks]
+            levels = scan.low_magnitude_levels(self.base.weight, codes, ties)
+            overlaps = [scan.count_common(self.changed_bits, scan.pack(levels <= a)) for a in range(len(codes))]
         cuts = zip(codes, ties, overlaps, strict=True)
         return [(scan.classes_below(entries, code, count), overlap) for code, count, overlap in cuts]
 

@@ -156,15 +156,16 @@ class BaseSpectrum:
         codes = self.base.codes
         cuts = scan.largest_cuts(scores, self.base.mask_sizes)
         low_cuts = scan.low_magnitude_cuts(scan.count_codes(codes), self.base.mask_sizes)
-        bits, outside, classes, outside_classes = [], [], [], []
-        for key, ties, code, low_ties in zip(*cuts, *low_cuts, strict=True):
-            mask = scan.largest_mask(scores, key, ties)
-            left_out = mask & ~scan.low_magnitude_mask(self.base.weight, code, low_ties)
-            bits.append(scan.pack(mask))
-            outside.append(scan.pack(left_out))
-            classes.append(scan.count_by_class(scan.count_codes(codes, mask)))
-            outside_classes.append(scan.count_by_class(scan.count_codes(codes, left_out)))
-        return PrincipalMasks(np.stack(bits), np.stack(outside), np.stack(classes), np.stack(outside_classes))
+        inside = scan.largest_levels(scores, *cuts)
+        low = scan.low_magnitude_levels(self.base.weight, *low_cuts)
+        counts = scan.classes_by_levels(codes, inside, low, len(self.base.mask_sizes))
+        masks = range(len(self.base.mask_sizes))
+        return PrincipalMasks(
+            np.stack([scan.pack(inside <= a) for a in masks]),
+            np.stack([scan.pack((inside <= a) & (low > a)) for a in masks]),
+            np.stack([counts[: a + 1].sum(axis=(0, 1)) for a in masks]),
+            np.stack([counts[: a + 1, a + 1 :].sum(axis=(0, 1)) for a in masks]),
+        )
 
 
 class PairSpectrum:

@@ -27,6 +27,7 @@ _CHUNK = 1 << 30  # entries that a 32-bit counter can count
 
 Array = NDArray[Any]
 Counts = NDArray[np.int64]
+Levels = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 
 
@@ -74,41 +75,65 @@ def largest_cuts(scores: NDArray[np.float32], sizes: Array) -> tuple[NDArray[np.
     """
     bits = scores.reshape(-1).view(np.uint32)
     high = np.zeros(1 << 16, np.int64)
-    _count_halves(bits, np.uint32(16), np.uint32(0), False, high)
-    keys, ties = np.zeros(len(sizes), np.uint32), np.zeros(len(sizes), np.int64)
-    for a, size in enumerate(sizes):
-        first, left = _from_top(high, int(size))
-        low = np.zeros(1 << 16, np.int64)
-        _count_halves(bits, np.uint32(0), np.uint32(first), True, low)
-        second, ties[a] = _from_top(low, left)
-        keys[a] = first << 16 | second
-    return keys, ties
+    _count_high_halves(bits, high)
+    firsts, left = zip(*(_from_top(high, int(size)) for size in sizes), strict=True)
+    kept, slots = np.unique(np.array(firsts), return_inverse=True)
+    slot_of = np.full(1 << 16, len(kept), np.uint32)
+    slot_of[kept] = np.arange(len(kept))
+    low = np.zeros((len(kept) + 1, 1 << 16), np.int64)
+    _count_low_halves(bits, slot_of, np.uint32(len(kept)), low)
+    seconds, ties = zip(*(_from_top(low[slot], rest) for slot, rest in zip(slots, left, strict=True)), strict=True)
+    return (np.array(firsts, np.uint32) << np.uint32(16)) | np.array(seconds, np.uint32), np.array(ties, np.int64)
 
 
-def largest_mask(scores: NDArray[np.float32], key: int, ties: int) -> NDArray[np.bool_]:
-    """The mask of one cut of `largest_cuts`; the shape of `scores`.
+def largest_levels(scores: NDArray[np.float32], keys: NDArray[np.uint32], ties: Counts) -> Levels:
+    """Of the nested masks of `largest_cuts`, from the smallest up, how many leave out each entry; mask a is `<= a`.
 
-    >>> largest_mask(np.array([3.0, 1.0, 3.0], np.float32), int(np.float32(3.0).view(np.uint32)), 1)
-    array([ True, False, False])
+    >>> scores = np.array([3.0, 1.0, 3.0, 2.0], np.float32)
+    >>> largest_levels(scores, *largest_cuts(scores, np.array([1, 3])))
+    array([0, 2, 1, 1], dtype=uint8)
     """
     bits = scores.view(np.uint32)
-    return _with_first(bits > np.uint32(key), bits == np.uint32(key), ties)
+    levels = _levels(bits, keys)
+    _admit_first(bits.reshape(-1), keys, ties, levels.reshape(-1))
+    return levels
 
 
-def low_magnitude_mask(values: Array, code: int, ties: int) -> NDArray[np.bool_]:
-    """The mask of one cut of `low_magnitude_cuts`; the shape of `values`, which need not be bfloat16 numbers.
+def low_magnitude_levels(values: Array, codes: Counts, ties: Counts) -> Levels:
+    """The same for the nested masks of `low_magnitude_cuts`; the values need not be bfloat16 numbers.
 
-    >>> low_magnitude_mask(np.array([2.0, 1.0, -1.0]), 0x3F80, 1)
-    array([False,  True, False])
+    >>> low_magnitude_levels(np.array([2.0, 1.0, -1.0]), np.array([0x3F80, 0x4000]), np.array([1, 1]))
+    array([1, 0, 1], dtype=uint8)
     """
-    magnitudes = bf16_codes(values) & np.uint16(CODES - 1)
-    mask, tied = magnitudes < np.uint16(code), magnitudes == np.uint16(code)
+    heights = ~bf16_codes(values) & np.uint16(CODES - 1)  # large where the magnitude is small
+    keys = (CODES - 1 - codes).astype(np.uint16)
+    levels = _levels(heights, keys)
+    flat = levels.reshape(-1)
     if on_bf16_grid(values):
-        return _with_first(mask, tied, ties)
-    carrying = np.flatnonzero(tied)
-    nearest = np.argsort(np.abs(values.reshape(-1)[carrying]), kind="stable")[:ties]
-    mask.reshape(-1)[carrying[nearest]] = True
-    return mask
+        _admit_first(heights.reshape(-1), keys, ties, flat)
+        return levels
+    for key, count in zip(keys, ties, strict=True):
+        carrying = np.flatnonzero(heights == key)
+        flat[carrying[np.argsort(np.abs(values.reshape(-1)[carrying]), kind="stable")[:count]]] -= 1
+    return levels
+
+
+def classes_by_levels(codes: NDArray[np.uint16], one: Levels, two: Levels, masks: int) -> Counts:
+    """How many entries of each exponent class have each pair of levels.
+
+    Args:
+        codes: from `bf16_codes`; one, two: as many, levels of two families of nested masks; masks: in each.
+
+    Returns:
+        (masks + 1, masks + 1, 512).
+
+    >>> counts = classes_by_levels(bf16_codes(np.array([1.0, 1.5])), *np.array([[0, 1], [1, 1]], np.uint8), 1)
+    >>> counts[0, 1, 255], counts[1, 1, 254]
+    (np.int64(1), np.int64(1))
+    """
+    counts = np.zeros((masks + 1, masks + 1, CLASSES), np.int64)
+    _count_levels(codes.reshape(-1), one.reshape(-1), two.reshape(-1), counts)
+    return counts
 
 
 def bf16_codes(values: Array) -> NDArray[np.uint16]:
@@ -399,13 +424,11 @@ def _from_top(counts: Counts, size: int) -> tuple[int, int]:
     return len(counts) - 1 - place, size - int(above[place] - counts[::-1][place])
 
 
-def _with_first(mask: NDArray[np.bool_], tied: NDArray[np.bool_], ties: int) -> NDArray[np.bool_]:
-    """The mask and the first `ties` of the tied entries."""
-    if ties:
-        flat = tied.reshape(-1)
-        _keep_first(flat, ties)
-        mask |= tied
-    return mask
+def _levels(heights: Array, keys: Array) -> Levels:
+    """How many of the falling keys each entry is not above; the shape of `heights`."""
+    levels = np.zeros(heights.shape, np.uint8)
+    _add_levels(heights.reshape(-1), keys, levels.reshape(-1))
+    return levels
 
 
 @njit(nogil=True, cache=True)
@@ -529,20 +552,48 @@ def _changed_ties(base, tuned, codes, ties, found):  # type: ignore[no-untyped-d
 
 
 @njit(nogil=True, cache=True)
-def _keep_first(mask, ties):  # type: ignore[no-untyped-def] # pragma: no cover
-    for j in range(len(mask)):
-        if mask[j]:
-            mask[j] = ties > 0
-            ties -= 1
+def _add_levels(heights, keys, levels):  # type: ignore[no-untyped-def] # pragma: no cover
+    width = 4096
+    for first in range(0, len(heights), width):
+        block, found = heights[first : first + width], levels[first : first + width]
+        for a in range(len(keys)):
+            key = keys[a]
+            for j in range(len(block)):
+                found[j] = np.uint8(found[j] + np.uint8(block[j] <= key))
 
 
 @njit(nogil=True, cache=True)
-def _count_halves(bits, shift, high, only, counts):  # type: ignore[no-untyped-def] # pragma: no cover
-    """Count one 16-bit half of each word; the low half of those words alone whose high half is `high`."""
-    for j in range(len(bits)):
-        word = bits[j]
-        if not only or (word >> np.uint32(16)) == high:
-            counts[(word >> shift) & np.uint32(0xFFFF)] += 1
+def _admit_first(heights, keys, ties, levels):  # type: ignore[no-untyped-def] # pragma: no cover
+    """Let the first `ties` entries that equal each key into its mask."""
+    for a in range(len(keys)):
+        key, left, j = keys[a], ties[a], 0
+        while left > 0:
+            if heights[j] == key:
+                levels[j] -= np.uint8(1)
+                left -= 1
+            j += 1
+
+
+@njit(nogil=True, cache=True)
+def _count_levels(codes, one, two, counts):  # type: ignore[no-untyped-def] # pragma: no cover
+    for j in range(len(codes)):
+        code = codes[j] & np.uint16(0x7FFF)
+        counts[one[j], two[j], 2 * (code >> 7) + ((code & 127) == 0)] += 1
+
+
+@njit(nogil=True, cache=True)
+def _count_high_halves(words, counts):  # type: ignore[no-untyped-def] # pragma: no cover
+    for j in range(len(words)):
+        counts[words[j] >> np.uint32(16)] += 1
+
+
+@njit(nogil=True, cache=True)
+def _count_low_halves(words, slot_of, none, counts):  # type: ignore[no-untyped-def] # pragma: no cover
+    """Count the low halves of those words whose high half has a slot."""
+    for j in range(len(words)):
+        slot = slot_of[words[j] >> np.uint32(16)]
+        if slot != none:
+            counts[slot, words[j] & np.uint32(0xFFFF)] += 1
 
 
 @njit(nogil=True, cache=True)
