@@ -196,8 +196,7 @@ def update_spectrum(update: Tensor) -> Tensor:
     if update.dtype == torch.float64:
         found: Tensor = torch.linalg.svdvals(update)
         return found
-    A = _tall(update)
-    scale = largest_entry(A)
+    A, scale = _tall(update), largest_entry(update)
     if scale == 0:
         return torch.zeros(A.shape[1], dtype=torch.float64, device=A.device)
     if _SQUARES_FIT <= scale <= 1 / _SQUARES_FIT:
