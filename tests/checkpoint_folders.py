@@ -8,6 +8,7 @@ from matrices import gaussian
 from safetensors.torch import save_file
 from torch import Tensor
 
+COMPARISON_FILES = ("matrices.parquet", "masks.parquet", "pairs.parquet", "curves.parquet", "summary.json")
 LAYERS = 2
 SHAPES = {
     "self_attn.q_proj": (32, 24),
@@ -49,6 +50,18 @@ def write_model(folder: Path, weights: dict[str, Tensor], masters: dict[str, Ten
         (folder / "masters").mkdir()
         save_file(masters, folder / "masters" / "model.safetensors")
     return folder
+
+
+def base_and_two_runs(folder: Path) -> tuple[Path, dict[str, Path]]:
+    """A base and the runs `a` and `b`, written to a folder."""
+    weights = base_weights()
+    runs = {name: write_model(folder / name, stored(moved(weights, 1e-3, seed))) for name, seed in (("a", 5), ("b", 6))}
+    return write_model(folder / "base", weights), runs
+
+
+def tables_in(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file of a comparison but its report."""
+    return {name: (folder / name).read_bytes() for name in COMPARISON_FILES}
 
 
 def write_shards(folder: Path, weights: dict[str, Tensor]) -> Path:

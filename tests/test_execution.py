@@ -7,26 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoint_folders import base_weights, moved, stored, write_model
+from checkpoint_folders import COMPARISON_FILES, base_and_two_runs, base_weights, tables_in, write_model
 
 from offprincipal.comparison import CompareSettings, MatrixSettings, compare
 from offprincipal.errors import ArgumentError, CheckpointError
 
-TABLES = ("matrices.parquet", "masks.parquet", "pairs.parquet", "curves.parquet", "summary.json")
 APPROXIMATE = CompareSettings(matrix=MatrixSettings(exact_up_to=4))
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
     """A base and two runs."""
-    folder = tmp_path_factory.mktemp("execution")
-    weights = base_weights()
-    runs = {name: write_model(folder / name, stored(moved(weights, 1e-3, seed))) for name, seed in (("a", 5), ("b", 6))}
-    return write_model(folder / "base", weights), runs
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in TABLES}
+    return base_and_two_runs(tmp_path_factory.mktemp("execution"))
 
 
 def test_one_thread_two_threads_and_ray_write_the_same_bytes(
@@ -37,7 +29,7 @@ def test_one_thread_two_threads_and_ray_write_the_same_bytes(
     written = []
     for name, way in ways.items():
         compare(*sources, APPROXIMATE, out=tmp_path / name, cache=tmp_path / f"{name}-cache", **way)
-        written.append(content(tmp_path / name))
+        written.append(tables_in(tmp_path / name))
     assert written[0] == written[1] == written[2]
     matrices = compare(*sources, APPROXIMATE).matrices
     assert {row["solver"] for row in matrices if row["linear"]} == {"warm"}
@@ -71,11 +63,11 @@ def test_a_full_disk_is_said_and_loses_nothing(sources: tuple[Path, dict[str, Pa
     assert full.returncode == 2, full.stderr
     assert "cannot write" in full.stderr
     assert "Free some space" in full.stderr
-    assert not any((tmp_path / "out" / table).exists() for table in TABLES)
+    assert not any((tmp_path / "out" / table).exists() for table in COMPARISON_FILES)
     again = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     compare(base, {"a": runs["a"]}, out=tmp_path / "whole")
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert tables_in(tmp_path / "out") == tables_in(tmp_path / "whole")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

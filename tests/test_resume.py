@@ -9,23 +9,18 @@ import time
 from pathlib import Path
 
 import pytest
-from checkpoint_folders import base_weights, moved, stored, write_model
+from checkpoint_folders import base_and_two_runs, tables_in
 
 from offprincipal.comparison import compare
 from offprincipal.comparison.journal import NAME
 from offprincipal.errors import FileError
 from offprincipal.files import exclusively
 
-TABLES = ("matrices.parquet", "masks.parquet", "pairs.parquet", "curves.parquet", "summary.json")
-
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
     """A base and two runs."""
-    folder = tmp_path_factory.mktemp("resume")
-    weights = base_weights()
-    runs = {name: write_model(folder / name, stored(moved(weights, 1e-3, seed))) for name, seed in (("a", 5), ("b", 6))}
-    return write_model(folder / "base", weights), runs
+    return base_and_two_runs(tmp_path_factory.mktemp("resume"))
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +29,6 @@ def whole(sources: tuple[Path, dict[str, Path]], tmp_path_factory: pytest.TempPa
     out = tmp_path_factory.mktemp("whole")
     compare(*sources, out=out)
     return out
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in TABLES}
 
 
 def start(sources: tuple[Path, dict[str, Path]], out: Path) -> subprocess.Popen[bytes]:
@@ -70,7 +61,7 @@ def test_killed_again_and_again_a_comparison_ends_with_the_same_bytes(
     finished = start(sources, out)
     _, errors = finished.communicate()
     assert finished.returncode == 0, errors
-    assert content(out) == content(whole)
+    assert tables_in(out) == tables_in(whole)
     assert not (out / NAME).exists()
 
 
@@ -92,7 +83,7 @@ def test_wherever_the_journal_was_cut_short_the_rest_is_measured_again(
     for length in range(0, len(journal), len(journal) // 12):
         (out / NAME).write_bytes(journal[:length])
         compare(*sources, out=out)
-        assert content(out) == content(whole)
+        assert tables_in(out) == tables_in(whole)
 
 
 def test_what_is_done_is_not_done_again(sources: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
