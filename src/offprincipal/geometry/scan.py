@@ -526,28 +526,31 @@ def _changed_ties(base, tuned, codes, ties, found):  # type: ignore[no-untyped-d
     n, m = base.shape
     width = 4096
     sign = np.uint16(0x7FFF)
-    for a in range(len(codes)):
-        code, left = codes[a], ties[a]
-        for i in range(n):
-            for first in range(0, m, width):
-                if left == 0:
-                    break
-                wide = min(width, m - first)
-                w0, w1 = base[i, first : first + wide], tuned[i, first : first + wide]
+    left = ties.copy()
+    for i in range(n):
+        if not left.any():
+            break
+        for first in range(0, m, width):
+            wide = min(width, m - first)
+            w0, w1 = base[i, first : first + wide], tuned[i, first : first + wide]
+            for a in range(len(codes)):
+                if left[a] == 0:
+                    continue
+                code = codes[a]
                 carrying, moved = np.uint16(0), np.uint16(0)
                 for j in range(wide):
                     x, y = w0[j], w1[j]
                     carries = np.uint16((x & sign) == code)
                     carrying = np.uint16(carrying + carries)
                     moved = np.uint16(moved + (carries & np.uint16((x != y) & (((x | y) & sign) != 0))))
-                if carrying <= left:
-                    left -= carrying
+                if carrying <= left[a]:
+                    left[a] -= carrying
                     found[a] += moved
                     continue
                 for j in range(wide):
                     x, y = w0[j], w1[j]
-                    if left and (x & sign) == code:
-                        left -= 1
+                    if left[a] and (x & sign) == code:
+                        left[a] -= 1
                         found[a] += (x != y) & (((x | y) & sign) != 0)
 
 
