@@ -235,14 +235,16 @@ def test_what_is_kept_is_what_is_used(folders: dict[str, Path], tmp_path: Path) 
     """Seen by keeping something else: the base's singular values halved."""
     cache = tmp_path / "bases"
     before = run(folders, tmp_path / "first", cache)
-    for path in cache.iterdir():
+    about = {"solver": "exact", "residual": "0.0", "singular_value_error": "1e-9", "next_value_error": "0.0"}
+    for path in list(cache.iterdir()):
         tensors = load_file(path)
-        about = {"solver": "exact", "residual": "0.0", "singular_value_error": "1e-9", "next_value_error": "0.0"}
-        save_file(tensors | {"S": tensors["S"] / 2}, path, metadata=about)
+        path.unlink()
+        halved = tensors | {"S": tensors["S"] / 2}, about
+        BaseCache(cache).get(path.stem, lambda: None, lambda _, kept=halved: kept, lambda _: None)
     assert run(folders, tmp_path / "second", cache) != before
 
 
-@pytest.mark.parametrize("damage", ["empty", "noise", "cut", "other tensors", "a folder"])
+@pytest.mark.parametrize("damage", ["empty", "noise", "cut", "a flipped bit", "other tensors", "a folder"])
 def test_a_damaged_cache_is_computed_anew(damage: str, folders: dict[str, Path], tmp_path: Path) -> None:
     cache = tmp_path / "bases"
     before = run(folders, tmp_path / "first", cache)
@@ -254,7 +256,9 @@ def test_a_damaged_cache_is_computed_anew(damage: str, folders: dict[str, Path],
         elif damage == "a folder":
             path.mkdir()
         else:
-            path.write_bytes({"empty": b"", "noise": b"\xff" * 1000, "cut": content[: len(content) // 2]}[damage])
+            flipped = content[:-1] + bytes([content[-1] ^ 1])
+            cut = content[: len(content) // 2]
+            path.write_bytes({"empty": b"", "noise": b"\xff" * 1000, "cut": cut, "a flipped bit": flipped}[damage])
     assert run(folders, tmp_path / "second", cache) == before
     if damage != "a folder":
         assert all(load_file(path)["S"].shape == (300,) for path in cache.iterdir())

@@ -6,6 +6,7 @@ is full. Knows nothing of what the tensors are.
 
 import contextlib
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_LIMIT = 20 * 1024**3
 _SUFFIX = ".safetensors"
+_CHECKSUM = "crc32"
 
 T = TypeVar("T")
 Kept = tuple[dict[str, "Tensor"], dict[str, str]]  # tensors by name, and words about them
@@ -69,7 +71,7 @@ class BaseCache:
         with contextlib.suppress(FileError, OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda temporary: _write(temporary, keep(found)))
-            self._shrink()
+            self._shrink(path)
         return found
 
     def info(self) -> CacheInfo:
@@ -93,12 +95,15 @@ class BaseCache:
                 found.append((status.st_mtime_ns, status.st_size, path))
         return sorted(found)
 
-    def _shrink(self) -> None:
+    def _shrink(self, newest: Path) -> None:
+        """Down to the limit, but for the newest, which times cannot tell: they are as coarse as the kernel's tick."""
         files = self._files()
         total = sum(size for _, size, _ in files)
-        for _, size, path in files[:-1]:  # the newest stays, whatever its size
+        for _, size, path in files:
             if total <= self.limit:
                 break
+            if path == newest:
+                continue
             path.unlink(missing_ok=True)
             total -= size
 
@@ -114,18 +119,28 @@ def _write(path: Path, kept: Kept) -> None:
     from safetensors.torch import save_file
 
     tensors, about = kept
-    save_file(tensors, path, metadata=about)
+    save_file(tensors, path, metadata=about | {_CHECKSUM: _checksum(tensors)})
 
 
 def _read(path: Path) -> Kept | None:
-    """What is kept, marked as used; None where there is nothing, or nothing that can be read."""
+    """What is kept, marked as used; None where there is nothing, or nothing that is whole."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            kept = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError):
+        return None
+    if about.pop(_CHECKSUM, None) != _checksum(tensors):
         return None
     with contextlib.suppress(OSError):  # it may be another user's, or have been removed since
         os.utime(path)
-    return kept
+    return tensors, about
+
+
+def _checksum(tensors: dict[str, "Tensor"]) -> str:
+    """Of all entries, so that a damaged file is computed anew."""
+    found = 0
+    for name in sorted(tensors):
+        found = zlib.crc32(tensors[name].numpy().reshape(-1).view("u1").data, found)
+    return f"{found:08x}"
