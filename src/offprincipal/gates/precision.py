@@ -28,6 +28,7 @@ SWEPT_MASKS = ("principal", "low_magnitude")
 _EXACT_UP_TO = 256
 
 Row = dict[str, Any]
+Null = Literal["nothing", "random", "precision"]
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def location(
     rows: Sequence[Row],
     mask: str,
     of: Literal["changed", "distance"] = "changed",
-    beyond: Literal["nothing", "random", "precision"] = "random",
+    beyond: Null = "random",
 ) -> Estimate:
     """Share of an update that is in a mask, minus what a null puts there; over matrices of one format and step length.
 
