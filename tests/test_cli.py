@@ -26,7 +26,9 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return int(ended.value.code or 0)
 
 
-@pytest.mark.parametrize("command", [[], ["study"], ["compare"], ["train"], ["settings"], ["tasks"], ["report"]])
+@pytest.mark.parametrize(
+    "command", [[], ["study"], ["compare"], ["train"], ["settings"], ["tasks"], ["report"], ["intervene"]]
+)
 def test_every_command_explains_itself(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

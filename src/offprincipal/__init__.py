@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare
+    from offprincipal.interventions import intervene
     from offprincipal.training import TrainSettings, evaluate, train
 
 __version__ = version("offprincipal")
@@ -18,12 +19,22 @@ _HOMES = {
     "CompareSettings": "comparison",
     "MatrixSettings": "comparison",
     "compare": "comparison",
+    "intervene": "interventions",
     "TrainSettings": "training",
     "evaluate": "training",
     "train": "training",
 }
 
-__all__ = ["CompareSettings", "Comparison", "MatrixSettings", "TrainSettings", "compare", "evaluate", "train"]
+__all__ = [
+    "CompareSettings",
+    "Comparison",
+    "MatrixSettings",
+    "TrainSettings",
+    "compare",
+    "evaluate",
+    "intervene",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

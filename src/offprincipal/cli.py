@@ -201,6 +201,70 @@ def train(
 
 
 @app.command()
+def intervene(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Folder, Hugging Face id or `embedded`; with --undo, what was trained."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the result, made whole or not at all.")],
+    rotate: Annotated[
+        str | None,
+        typer.Option(metavar="LAYERS", help="Rotate the values of each key-value head: 3, or 0,2 or 4-7, or all."),
+    ] = None,
+    permute: Annotated[
+        str | None, typer.Option(metavar="LAYERS", help="Reorder attention heads and MLP neurons of these layers.")
+    ] = None,
+    rotate_residual: Annotated[
+        bool, typer.Option("--rotate-residual", help="Rotate the whole residual stream; norms' gains are folded.")
+    ] = False,
+    matrix: Annotated[str, typer.Option(help="haar (uniform) or hadamard (random signs).")] = "haar",
+    seed: Annotated[int, typer.Option(help="Of the draws; every layer has its own.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="Store as float32, bfloat16 or float16; default: as MODEL, undone as float32.")
+    ] = None,
+    undo: Annotated[
+        Path | None,
+        typer.Option(metavar="RECORD", help="Bring MODEL, trained after this intervention, back to its base's axes."),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="With --undo: the base, if not where the record says.")] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="With --undo: bring back the weights, not the update; keeps the rounding.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an intervention that is in the folder.")
+    ] = False,
+) -> None:
+    """Change a model's weights and not its function, prove it, and undo it after training.
+
+    Writes an ordinary Hugging Face folder with intervention.json, a record of what was done; --undo takes that record.
+    """
+    _require_training()
+    from offprincipal import interventions
+    from offprincipal.reports.terminal import proof_lines
+
+    if undo is None:
+        if base is not None or exact:
+            raise ArgumentError("--base and --exact belong to --undo RECORD: give it, or leave them out")
+        layers: Any = {
+            "rotate": interventions.parse_layers(rotate) if rotate is not None else (),
+            "permute": interventions.parse_layers(permute) if permute is not None else (),
+        }
+        options: Any = {"residual": rotate_residual, "matrix": matrix, "seed": seed, "dtype": dtype}
+        done = interventions.intervene(model, out, **layers, **options, overwrite=overwrite)
+        lines = proof_lines(done.proof, done.dtype, undone=False)
+    else:
+        if rotate is not None or permute is not None or rotate_residual:
+            raise ArgumentError(
+                "--undo takes from RECORD what was done: leave out --rotate, --permute, --rotate-residual"
+            )
+        undone = interventions.undo(undo, model, out, base=base, dtype=dtype, exact=exact, overwrite=overwrite)
+        lines = proof_lines(undone["proof"], undone["dtype"], undone=True)
+    console = Console()
+    for line in (*lines, f"model: {out}"):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command()
 def settings() -> None:
     """List every training setting with its default."""
     from offprincipal.reports.terminal import settings_table

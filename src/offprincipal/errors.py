@@ -36,5 +36,9 @@ class StudyError(OffPrincipalError):
     """A study's profile is not usable, or one of its stages failed."""
 
 
+class InterventionError(OffPrincipalError):
+    """A model's weights cannot be changed as asked without changing its function, or a record is not that model's."""
+
+
 class ArgumentError(OffPrincipalError):
     """An argument is outside what it may be."""

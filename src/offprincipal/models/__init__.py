@@ -6,6 +6,7 @@ torch is imported with this package; transformers only when a model is opened.
 from offprincipal.models.opening import (
     EMBEDDED,
     LanguageModel,
+    hash_of,
     identify,
     model_name,
     open_language_model,
@@ -16,6 +17,7 @@ from offprincipal.models.opening import (
 __all__ = [
     "EMBEDDED",
     "LanguageModel",
+    "hash_of",
     "identify",
     "model_name",
     "open_language_model",

@@ -6,6 +6,7 @@ Knows nothing of tasks or runs.
 import hashlib
 import importlib
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,11 +141,16 @@ def model_name(source: str | Path) -> str:
 
 def identify(source: str | Path, model: Any) -> dict[str, str]:
     """What a base is: the source as given, and a hash of its names and float32 weights, however it is stored."""
+    return {"source": str(source), "weights_blake2b": hash_of(model.state_dict())}
+
+
+def hash_of(weights: Mapping[str, torch.Tensor]) -> str:
+    """A hash of names, shapes and values as float32, 32 hexadecimal digits; a tied head counts under both its names."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
-    return {"source": str(source), "weights_blake2b": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def _reason(error: Exception) -> str:

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from offprincipal.comparison.cache import CacheInfo
+from offprincipal.reports.numbers import number
 from offprincipal.tasks import Task, mixture
 
 _SHOWN = (
@@ -50,6 +51,22 @@ def comparison_table(summary: Mapping[str, Any]) -> Group:
         if any(metric in metrics for metrics in found):
             table.add_row(title, *(_with_null(metrics, metric, null, factor) for metrics in found))
     return Group("what training did to the weights (null in brackets)", table)
+
+
+def proof_lines(proof: Mapping[str, float], dtype: str, *, undone: bool) -> list[str]:
+    """What proves an intervention, or that it was undone, beside what its figures may be compared with.
+
+    Args:
+        proof: as `intervention.json` or `undo.json` holds it.
+        dtype: what the weights were stored in.
+        undone: whether it was undone.
+    """
+    stored, whose = number(proof["kl_stored"], 2), "the trained model" if undone else "the base"
+    computed = "the rounding" if undone else f"computing the base in {dtype} costs {number(proof['kl_computed'], 2)}"
+    return [
+        f"float64 logits differ by {number(proof['logits_relative_difference'], 2)} relatively (at most 1e-9)",
+        f"stored in {dtype}, the KL to {whose} is {stored} nats a token ({computed})",
+    ]
 
 
 def runs_table(study: Mapping[str, Any]) -> Group:

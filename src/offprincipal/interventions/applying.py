@@ -1,0 +1,132 @@
+"""Change a model's weights and not its function, prove it, and write it with a record of what was done."""
+
+import platform
+from collections.abc import Iterable
+from importlib import metadata
+from operator import index
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from offprincipal.errors import InterventionError
+from offprincipal.files import write_json
+from offprincipal.interventions.folders import new_folder, write_model
+from offprincipal.interventions.opened import Opened, open_model, require_own_layers
+from offprincipal.interventions.plan import Request, plan_of
+from offprincipal.interventions.proof import (
+    SEQUENCES,
+    divergence,
+    logits,
+    random_tokens,
+    require_equal,
+    sampled_tokens,
+)
+from offprincipal.interventions.record import DTYPES, RECORD, Record, require_request
+from offprincipal.interventions.rounding import rounded
+from offprincipal.models import hash_of, open_language_model
+
+UNDONE = "undo.json"
+
+
+def intervene(
+    model: str | Path,
+    out: str | Path,
+    *,
+    rotate: Iterable[int] | Literal["all"] = (),
+    permute: Iterable[int] | Literal["all"] = (),
+    residual: bool = False,
+    matrix: str = "haar",
+    seed: int = 0,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> Record:
+    """Rotate or reorder a model's weights so that its function stays the same, and write it as a Hugging Face folder.
+
+    Reordering comes first, then the values' rotation, then that of the residual stream. All is computed in float64 and
+    rounded once.
+
+    Args:
+        model: a folder, a Hub id, or `embedded`: Llama, Mistral, Qwen2, Qwen3, or Gemma.
+        out: folder of the result; absent, empty, or with `overwrite` one that was written by an intervention.
+        rotate: layers whose values are rotated, a block for each key-value head; `all` for all.
+        permute: layers whose heads and neurons are reordered; `all` for all.
+        residual: rotate the residual stream, with the norms' gains folded into the matrices that read it. A head that
+            was tied to the embedding is written on its own.
+        matrix: `haar` (uniform) or `hadamard` (with random signs).
+        seed: of the draws; each layer and kind has its own, whatever else is done.
+        dtype: what the result is stored in: float32, bfloat16 or float16; what the model is stored in by default.
+        overwrite: replace an intervention that is in the folder.
+
+    Returns:
+        The record, as in `intervention.json`.
+
+    Raises:
+        InterventionError: a layer is out of range, the architecture is not known or does not allow it, layers share
+            weights, the folder is not free, or the float64 logits are not those of the model. Nothing is written then.
+        ModelError, CheckpointError: the model cannot be opened.
+
+    Source: the interventions of arXiv 2511.08567, section on causal evidence; the residual rotation of QuaRot
+    (arXiv 2404.00456) and SliceGPT (arXiv 2401.15024).
+    """
+    rotated, permuted = _listed(rotate), _listed(permute)
+    require_request(Request(rotated or (), permuted or (), residual or None in (rotated, permuted), matrix, seed))
+    require_dtype(dtype)
+    opened = open_model(model)
+    require_dtype(dtype or opened.dtype)
+    everything = tuple(range(opened.architecture.layers))
+    rotated, permuted = (everything if layers is None else layers for layers in (rotated, permuted))
+    request = Request(rotated, permuted, residual, matrix, seed)
+    require_request(request, len(everything))
+    require_own_layers(opened, set(everything if residual else request.rotate + request.permute))
+    with new_folder(Path(out), (RECORD, UNDONE), overwrite, (opened.folder,)) as part:
+        record = _written(part, opened, request, dtype or opened.dtype)
+        write_json(part / RECORD, record.as_json())
+    return record
+
+
+def require_dtype(dtype: str | None) -> None:
+    """Raises InterventionError where a type is none that is stored."""
+    if dtype is not None and dtype not in DTYPES:
+        raise InterventionError(f"no dtype {dtype!r} to store weights in: choose {', '.join(DTYPES)}")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide the figures."""
+    packages = ("offprincipal", "torch", "transformers")
+    return {"python": platform.python_version(), **{package: metadata.version(package) for package in packages}}
+
+
+def _written(part: Path, opened: Opened, request: Request, dtype: str) -> Record:
+    """Prove the intervention, write the model, and measure it as it was written."""
+    model = opened.language_model.model
+    uniform = random_tokens(opened.vocabulary, opened.length, request.seed)
+    said = logits(model, opened.weights, uniform)
+    plan = plan_of(request, opened.architecture, opened.weights)
+    after = plan.apply(opened.weights)
+    difference = require_equal(logits(model, after, uniform), said, "this intervention")
+    write_model(part, opened.language_model, rounded(after, dtype), dtype)
+    del after
+
+    stored = open_language_model(part, "cpu").model.state_dict()
+    sampled = sampled_tokens(model, opened.length, request.seed)
+    exact = logits(model, opened.weights, sampled)
+    proof = {
+        "logits_relative_difference": difference,
+        "kl_stored": divergence(exact, logits(model, stored, sampled)),
+        "kl_computed": divergence(exact, logits(model, opened.weights, sampled, getattr(torch, dtype))),
+        "sequences": SEQUENCES,
+        "length": opened.length,
+    }
+    result = {"weights_blake2b": hash_of(stored)}
+    return Record(opened.identity, opened.architecture.kind, request, dtype, result, proof, versions())
+
+
+def _listed(layers: Iterable[Any]) -> tuple[int, ...] | None:
+    """Layers in order, each once; None for all."""
+    if layers == "all":
+        return None
+    try:
+        return tuple(sorted({index(layer) for layer in layers}))
+    except TypeError as error:
+        raise InterventionError(f"layers {layers!r} are not all whole numbers: give these, or 'all'") from error

@@ -1,0 +1,157 @@
+"""What interventions must know of an architecture: which tensors write and read each axis, and what its norms do.
+
+One entry a model type. The rest is told by the tensors' names and the configuration's sizes.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from offprincipal.checkpoints import place_of
+from offprincipal.errors import InterventionError
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+LAST_NORM = "model.norm.weight"
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What the norms of a model type do.
+
+    Args:
+        gain_offset: added to a norm's stored weight to make its gain; Gemma stores the gain less one.
+        norms_after_blocks: whether a block's output is normed on its way into the residual stream.
+    """
+
+    gain_offset: float = 0.0
+    norms_after_blocks: bool = False
+
+
+_KINDS = {
+    "llama": _Kind(),
+    "mistral": _Kind(),
+    "qwen2": _Kind(),
+    "qwen3": _Kind(),
+    "gemma": _Kind(gain_offset=1.0),
+    "gemma2": _Kind(gain_offset=1.0, norms_after_blocks=True),
+    "gemma3_text": _Kind(gain_offset=1.0, norms_after_blocks=True),
+}
+# Where a block's output is not normed, these norms feed these projections and nothing else.
+_READERS = {"input_layernorm": ("q", "k", "v"), "post_attention_layernorm": ("gate", "up")}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of a model, and the names of its tensors by layer and role.
+
+    Args:
+        kind: the model type, as `config.json` names it.
+        layers, heads, kv_heads, head_size, hidden, neurons: how many there are.
+        names: of all tensors.
+    """
+
+    kind: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    hidden: int
+    neurons: int
+    names: frozenset[str]
+
+    @property
+    def gain_offset(self) -> float:
+        """Added to a norm's stored weight to make its gain."""
+        return _KINDS[self.kind].gain_offset
+
+    def rows(self, layer: int, role: str) -> list[str]:
+        """The tensors whose first axis is a projection's output: its weight, and its bias where it has one."""
+        weight = self._weight(layer, role)
+        bias = weight.removesuffix(".weight") + ".bias"
+        return [weight, bias] if bias in self.names else [weight]
+
+    def columns(self, layer: int, role: str) -> list[str]:
+        """The tensors whose second axis is a projection's input."""
+        return [self._weight(layer, role)]
+
+    def readers(self) -> dict[str, list[str]]:
+        """Each norm on the residual stream, with the tensors that read what it gives.
+
+        Raises:
+            InterventionError: a block's output is normed too, so that the stream cannot be rotated.
+        """
+        if _KINDS[self.kind].norms_after_blocks:
+            raise InterventionError(
+                f"the residual stream of {self.kind} cannot be rotated: its norms after attention and MLP multiply "
+                "each coordinate by a gain of its own on the way into the stream, and no next matrix can take these "
+                "gains up. --rotate and --permute preserve its function"
+            )
+        found = {
+            f"model.layers.{layer}.{norm}.weight": [name for role in roles for name in self.columns(layer, role)]
+            for layer in range(self.layers)
+            for norm, roles in _READERS.items()
+        }
+        return {**found, LAST_NORM: [HEAD]}
+
+    def writers(self) -> list[str]:
+        """The tensors whose first axis is written into the residual stream, but for the embedding."""
+        return [name for layer in range(self.layers) for role in ("o", "down") for name in self.rows(layer, role)]
+
+    def _weight(self, layer: int, role: str) -> str:
+        block = "mlp" if role in ("gate", "up", "down") else "self_attn"
+        return f"model.layers.{layer}.{block}.{role}_proj.weight"
+
+
+def require_kind(config: Mapping[str, Any], source: str) -> str:
+    """The model type of a configuration, where interventions know it.
+
+    Raises:
+        InterventionError: they do not, or the weights are quantised.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise InterventionError(
+            f"{source} is of architecture {kind!r}, whose functions interventions are not known to preserve: they take "
+            f"{', '.join(_KINDS)}"
+        )
+    if config.get("quantization_config"):
+        raise InterventionError(f"{source} is stored quantised: dequantise it to bfloat16 first")
+    return kind
+
+
+def architecture_of(kind: str, config: Any, names: Iterable[str], source: str) -> Architecture:
+    """The architecture of an opened model.
+
+    Args:
+        kind: a known model type.
+        config: the transformers configuration.
+        names: of the model's tensors.
+        source: for messages.
+
+    Raises:
+        InterventionError: it has tensors that the model type does not have, or lacks some.
+    """
+    heads = int(config.num_attention_heads)
+    architecture = Architecture(
+        kind=kind,
+        layers=int(config.num_hidden_layers),
+        heads=heads,
+        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_size=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        hidden=int(config.hidden_size),
+        neurons=int(config.intermediate_size),
+        names=frozenset(names),
+    )
+    roles = ("q", "k", "v", "o", "gate", "up", "down")
+    known = {name for layer in range(architecture.layers) for role in roles for name in architecture.rows(layer, role)}
+    unknown = sorted(
+        name for name in architecture.names - known - {EMBEDDING, HEAD, LAST_NORM} if place_of(name).role != "norm"
+    )
+    lacking = sorted((known | {EMBEDDING, LAST_NORM}) - architecture.names)
+    if unknown or lacking:
+        raise InterventionError(
+            f"{source} is no {kind} as interventions know it: it {'has' if unknown else 'lacks'} "
+            f"{(unknown or lacking)[0]}"
+        )
+    return architecture

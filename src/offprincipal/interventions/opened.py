@@ -1,0 +1,130 @@
+"""A model opened for an intervention: its architecture known, nothing lacking or shared."""
+
+import hashlib
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from offprincipal.checkpoints import Checkpoint, open_checkpoint, place_of
+from offprincipal.errors import InterventionError
+from offprincipal.interventions.architectures import HEAD, Architecture, architecture_of, require_kind
+from offprincipal.interventions.plan import Weights
+from offprincipal.interventions.proof import LENGTH, non_finite
+from offprincipal.models import EMBEDDED, LanguageModel, identify, model_name, open_language_model
+
+_BUFFER = "rotary_emb.inv_freq"  # stored by old versions of transformers, computed by new ones
+_PREFIX = "model."  # lacking where a model was saved without its head
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model and what interventions need of it.
+
+    Args:
+        source: as the user named it; a folder in full.
+        folder: where its files are, if it is a folder.
+        language_model: in float32.
+        weights: those of the model, float32, by name; without the head where it is tied.
+        architecture: sizes and names.
+        dtype: what most of its weights are stored in.
+        identity: of its weights, as training runs note it.
+    """
+
+    source: str
+    folder: Path | None
+    language_model: LanguageModel
+    weights: Weights
+    architecture: Architecture
+    dtype: str
+    identity: dict[str, str]
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows."""
+        return int(self.language_model.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence that the model is tried on."""
+        return min(LENGTH, self.language_model.context or LENGTH)
+
+
+def open_model(source: str | Path) -> Opened:
+    """Open a model.
+
+    Raises:
+        InterventionError: its architecture is not known, it lacks tensors or has others, or holds NaN or infinity.
+        ModelError, CheckpointError: it cannot be opened.
+    """
+    name = model_name(source)
+    checkpoint = open_checkpoint(name)
+    kind = require_kind(checkpoint.config, str(source))
+    language_model = open_language_model(name, "cpu")
+    state = language_model.model.state_dict()
+    _require_all_stored(checkpoint, set(state))
+    if language_model.model.config.tie_word_embeddings:
+        state.pop(HEAD, None)
+    if bad := next(non_finite(state), None):
+        raise InterventionError(f"{bad} in {source} holds NaN or infinity: give a model that was not damaged")
+    folder = Path(name) if Path(name).is_dir() else None
+    named = str(folder.resolve()) if folder is not None and str(source) != EMBEDDED else str(source)
+    return Opened(
+        source=named,
+        folder=folder,
+        language_model=language_model,
+        weights=state,
+        architecture=architecture_of(kind, language_model.model.config, state.keys() | {HEAD}, str(source)),
+        dtype=_stored_dtype(checkpoint),
+        identity=identify(named, language_model.model),
+    )
+
+
+def require_own_layers(opened: Opened, layers: set[int]) -> None:
+    """Refuse layers that share a weight matrix with another layer.
+
+    Raises:
+        InterventionError: one does; the message names both.
+    """
+    holders = defaultdict(list)
+    for name, tensor in opened.weights.items():
+        if tensor.dim() == 2 and place_of(name).layer is not None and bool((tensor != tensor.flatten()[0]).any()):
+            holders[hashlib.blake2b(tensor.numpy().data, digest_size=16).digest()].append(name)
+    for names in holders.values():
+        if len(names) > 1 and any(place_of(name).layer in layers for name in names):
+            raise InterventionError(
+                f"{names[0]} and {names[1]} in {opened.source} are the same to the last bit: a model that shares "
+                "weights across layers cannot be changed in one of them. Train the layers apart first"
+            )
+
+
+def _require_all_stored(checkpoint: Checkpoint, names: set[str]) -> None:
+    """Refuse a checkpoint that does not store exactly what the model holds: transformers would make the rest up."""
+    stored = {name if name in names else _PREFIX + name for name in checkpoint.tensors if not name.endswith(_BUFFER)}
+    lacking = sorted(names - stored - {HEAD})
+    if lacking:
+        raise InterventionError(
+            f"{checkpoint.source} does not store {lacking[0]}{_more(lacking)}: it shares weights across layers or is "
+            "incomplete, and cannot be changed layer by layer"
+        )
+    foreign = sorted(stored - names)
+    if foreign:
+        raise InterventionError(
+            f"{checkpoint.source} stores {foreign[0]}{_more(foreign)}, which is no part of the model as transformers "
+            "opens it: convert it first"
+        )
+    double = next((info.name for info in checkpoint.tensors.values() if info.dtype == "float64"), None)
+    if double is not None:
+        raise InterventionError(
+            f"{double} in {checkpoint.source} is stored in float64, and models are opened in float32: convert it first"
+        )
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> str:
+    counts: dict[str, int] = defaultdict(int)
+    for info in checkpoint.tensors.values():
+        counts[info.dtype] += info.numel
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""

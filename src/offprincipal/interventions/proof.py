@@ -1,0 +1,109 @@
+"""Whether two sets of weights are one function: logits in float64, and the divergence where they are not.
+
+transformers computes norms and some softmaxes in float32 whatever the weights are; in here it does not, so that float64
+means float64. Knows nothing of what was done to the weights.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from offprincipal.errors import InterventionError
+from offprincipal.interventions.architectures import HEAD
+from offprincipal.interventions.orthogonal import generator_of
+
+TOLERANCE = 1e-9
+SEQUENCES = 8
+LENGTH = 32
+
+
+class _NothingNarrowed(TorchFunctionMode):
+    """Inside, no float64 tensor is narrowed to float32 on a model's way to its logits."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], Tensor) and args[0].dtype is torch.float64:
+            asked = (*args[1:], kwargs.get("dtype"))
+            narrows = any(dtype is torch.float32 for dtype in asked)
+            if func is Tensor.float or (func is Tensor.to and narrows):
+                return args[0]
+            if func in (torch.nn.functional.softmax, torch.softmax, Tensor.softmax) and narrows:
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+@torch.no_grad()
+def logits(model: Any, weights: dict[str, Tensor], ids: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """What a model says with other weights than its own.
+
+    Args:
+        model: a transformers model; only its code and configuration count.
+        weights: by name; without the head where it is tied.
+        ids: int64, (sequences, length).
+        dtype: what is computed in.
+
+    Returns:
+        float64, (sequences, length, vocabulary).
+    """
+    arguments = {"input_ids": ids, "use_cache": False}
+    cast = {name: x.to(dtype) for name, x in weights.items()}
+    with _NothingNarrowed():
+        output = torch.func.functional_call(model, cast, (), arguments, tie_weights=HEAD not in cast)
+    found: Tensor = output.logits
+    return found.double()
+
+
+def require_equal(ours: Tensor, theirs: Tensor, what: str) -> float:
+    """The largest difference of two sets of logits over the largest logit.
+
+    Raises:
+        InterventionError: it is above 1e-9, or not finite.
+
+    >>> require_equal(torch.tensor([2.0, 1.0]), torch.tensor([2.0, 1.0]), "nothing")
+    0.0
+    """
+    difference = float((ours - theirs).abs().max() / theirs.abs().max())
+    if not difference <= TOLERANCE:
+        raise InterventionError(
+            f"{what} changes the model's function: float64 logits differ by {difference:.1e} relatively, and at most "
+            f"{TOLERANCE:.0e} is rounding. Nothing was written; please report the model's config.json"
+        )
+    return difference
+
+
+def divergence(reference: Tensor, other: Tensor) -> float:
+    """KL(reference‖other) per token, in nats, the mean over all positions.
+
+    Args:
+        reference, other: logits, float64, (…, vocabulary).
+
+    >>> divergence(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]))  # log((1 + e)/2) − 1/2
+    0.120...
+    """
+    p, q = reference.log_softmax(-1), other.log_softmax(-1)
+    terms = p.exp() * (p.clamp(min=-1e4) - q.clamp(min=-1e4))
+    return max(0.0, float(terms.sum(-1).mean()))
+
+
+def random_tokens(vocabulary: int, length: int, seed: int) -> Tensor:
+    """Sequences of uniform tokens; int64, (8, length)."""
+    return torch.randint(vocabulary, (SEQUENCES, length), generator=generator_of(seed, "tokens"))
+
+
+@torch.no_grad()
+def sampled_tokens(model: Any, length: int, seed: int) -> Tensor:
+    """Sequences that a model samples itself at temperature 1, after one uniform token; int64, (8, length)."""
+    generator = generator_of(seed, "samples")
+    ids = random_tokens(model.get_input_embeddings().weight.shape[0], 1, seed)
+    for _ in range(length - 1):
+        probabilities = model(input_ids=ids, use_cache=False).logits[:, -1].double().softmax(-1)
+        ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
+    return ids
+
+
+def non_finite(weights: dict[str, Tensor]) -> Iterator[str]:
+    """The names of tensors that hold NaN or infinity."""
+    return (name for name, x in weights.items() if not bool(torch.isfinite(x).all()))

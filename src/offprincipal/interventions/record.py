@@ -1,0 +1,122 @@
+"""The record of an intervention, `intervention.json`: what was done, to which weights, and the proof of no harm.
+
+A record that is read is input like any other: every field that is used is checked.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from offprincipal.errors import FileError, InterventionError
+from offprincipal.files import read_json
+from offprincipal.interventions.orthogonal import MATRICES
+from offprincipal.interventions.plan import Request
+
+SCHEMA = 1
+RECORD = "intervention.json"
+DTYPES = ("float32", "bfloat16", "float16")
+MOST_SEED = 2**32
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was done to a model.
+
+    Args:
+        base: `source`, as it was named, and `weights_blake2b`, a hash of its names and weights as float32.
+        architecture: the model type.
+        request: what was done, with its layers, matrix and seed.
+        dtype: what the weights are stored in.
+        result: `weights_blake2b` of the stored weights; a run that was trained from them notes the same hash.
+        proof: `logits_relative_difference` in float64, over `sequences` of `length` uniform tokens; `kl_stored`, the KL
+            per token in nats that storing costs, over as many tokens that the base samples; `kl_computed`, what it
+            costs there to compute the base's own logits in that type.
+        versions: of the packages that matter.
+    """
+
+    base: Mapping[str, str]
+    architecture: str
+    request: Request
+    dtype: str
+    result: Mapping[str, str]
+    proof: Mapping[str, float | int]
+    versions: Mapping[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        """As it is written."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+
+def read_record(source: str | Path) -> Record:
+    """The record in a file, or in the folder that `intervene` wrote.
+
+    Raises:
+        InterventionError: there is none, or it is none of ours; the message names the field.
+    """
+    path = Path(source).expanduser()
+    path = path / RECORD if path.is_dir() else path
+    try:
+        content = read_json(path)
+    except FileError as error:
+        raise InterventionError(f"no record of an intervention: {error}") from error
+    if content.get("schema") != SCHEMA:
+        raise InterventionError(
+            f"{path} is no record of schema {SCHEMA}: give the {RECORD} that `offprincipal intervene` wrote"
+        )
+    return Record(
+        base=_words(content, "base", ("source", "weights_blake2b"), path),
+        architecture=_one_of(content, "architecture", str, path),
+        request=_request(content, path),
+        dtype=_one_of(content, "dtype", str, path, DTYPES),
+        result=_words(content, "result", ("weights_blake2b",), path),
+        proof=_one_of(content, "proof", dict, path),
+        versions=_one_of(content, "versions", dict, path),
+    )
+
+
+def require_request(request: Request, layers: int | None = None) -> None:
+    """Check what is asked, against a model's layers where they are known.
+
+    Raises:
+        InterventionError: nothing is asked, or a layer, the matrix or the seed is out of range.
+    """
+    if not (request.rotate or request.permute or request.residual):
+        raise InterventionError("nothing to do: name layers to rotate or permute, or rotate the residual stream")
+    if request.matrix not in MATRICES:
+        raise InterventionError(f"no matrix {request.matrix!r}: choose {' or '.join(MATRICES)}")
+    if type(request.seed) is not int or not 0 <= request.seed < MOST_SEED:
+        raise InterventionError(f"seed {request.seed!r} is no whole number from 0 to 2**32 − 1")
+    for word, named in (("rotate", request.rotate), ("permute", request.permute)):
+        for layer in named:
+            if type(layer) is not int or layer < 0 or (layers is not None and layer >= layers):
+                there = "" if layers is None else f": the model has layers 0 to {layers - 1}"
+                raise InterventionError(f"cannot {word} layer {layer!r}{there or ': layers are counted from 0'}")
+
+
+def _request(content: dict[str, Any], path: Path) -> Request:
+    found = _one_of(content, "request", dict, path)
+    try:
+        request = Request(
+            rotate=tuple(_one_of(found, "rotate", list, path)),
+            permute=tuple(_one_of(found, "permute", list, path)),
+            residual=_one_of(found, "residual", bool, path),
+            matrix=_one_of(found, "matrix", str, path),
+            seed=_one_of(found, "seed", int, path),
+        )
+        require_request(request)
+    except InterventionError as error:
+        raise InterventionError(f"{path} is no usable record: {error}") from error
+    return request
+
+
+def _one_of(content: dict[str, Any], key: str, kind: type, path: Path, allowed: tuple[str, ...] | None = None) -> Any:
+    value = content.get(key)
+    if type(value) is not kind or (allowed is not None and value not in allowed):
+        raise InterventionError(f"{path} is no usable record: {key} is {value!r}. Give what `intervene` wrote")
+    return value
+
+
+def _words(content: dict[str, Any], key: str, keys: tuple[str, ...], path: Path) -> dict[str, str]:
+    found = _one_of(content, key, dict, path)
+    return {word: _one_of(found, word, str, path) for word in keys}

@@ -1,0 +1,271 @@
+"""Bring a model that was trained after an intervention back to the coordinates of its base.
+
+What is brought back is the *update*, the trained weights less the intervened ones as they were stored, and it is added
+to the base. Bringing the weights themselves back would lay them beside the base's grid, since the intervention rounded
+them, and every entry would count as changed by training.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offprincipal.checkpoints import Checkpoint, open_checkpoint
+from offprincipal.checkpoints.safetensors_folder import MASTERS
+from offprincipal.errors import InterventionError
+from offprincipal.files import write_json
+from offprincipal.interventions.applying import UNDONE, require_dtype, versions
+from offprincipal.interventions.architectures import EMBEDDING, HEAD
+from offprincipal.interventions.folders import new_folder, write_model
+from offprincipal.interventions.opened import Opened, open_model
+from offprincipal.interventions.plan import Plan, Weights, plan_of
+from offprincipal.interventions.proof import (
+    SEQUENCES,
+    divergence,
+    logits,
+    random_tokens,
+    require_equal,
+    sampled_tokens,
+)
+from offprincipal.interventions.record import RECORD, Record, read_record, require_request
+from offprincipal.interventions.rounding import rounded
+from offprincipal.models import hash_of, open_language_model
+
+SCHEMA = 1
+_LEAST_CORRELATION = 0.5  # of a trained matrix with the one that it was trained from
+
+
+@dataclass(frozen=True)
+class _Made:
+    """An intervention made anew.
+
+    Args:
+        base: the weights that it was made on.
+        plan: what was done to them.
+        exact: what that gave, before it was rounded.
+        stored: what was stored.
+    """
+
+    base: Weights
+    plan: Plan
+    exact: Weights
+    stored: Weights
+
+    def kept_all_digits(self, name: str) -> bool:
+        """Whether a tensor was stored as it was computed, as one that was only reordered is."""
+        return torch.equal(self.exact[name].double(), self.stored[name].double())
+
+
+def undo(
+    record: str | Path,
+    model: str | Path,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: str | None = None,
+    exact: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a model that was trained after an intervention in the coordinates of the base.
+
+    By default the update is brought back and added to the base: W = W0 + T⁻¹(W1 − Q(T W0)), T being the intervention
+    and Q its rounding. A tensor that the intervention did not round comes back bit for bit. Gains that training gave to
+    folded norms have no counterpart in the base's, and come back in the matrices that read them.
+
+    Where the trained model has float32 masters, these are brought back, and what is stored is they, rounded: what
+    training would have left had it stored its masters in the base's coordinates. Where it has none, the update that
+    comes back is the one that its own grid let through.
+
+    Args:
+        record: `intervention.json`, or the folder that it is in.
+        model: the trained model.
+        out: folder of the result; absent, empty, or with `overwrite` one that was written by an intervention.
+        base: the model that the intervention was made on; what the record names by default.
+        dtype: what the result is stored in: by default what the trained model is stored in, but float32 where it has no
+            masters and the intervention rounded anything.
+        exact: bring back the weights themselves: the trained model's function to the last digit, at the price that the
+            intervention's rounding counts as change.
+        overwrite: replace an intervention that is in the folder.
+
+    Returns:
+        What was done, as in `undo.json`: `record`, `model`, `exact`, `dtype`, `result`, `versions` and `proof`, where
+        `logits_relative_difference` is of the result from what was brought back, less the intervention's rounding
+        unless `exact`, in float64; and `kl_stored` is KL(trained‖stored result) per token in nats.
+
+    Raises:
+        InterventionError: the record does not belong to the base or to the model, gains that were folded are zero, or
+            the logits differ. Nothing is written then.
+        ModelError, CheckpointError: a model cannot be opened.
+    """
+    written = read_record(record)
+    require_dtype(dtype)
+    opened = open_model(base if base is not None else written.base["source"])
+    place = Path(record).expanduser()
+    made = _made_anew(written, opened, place if place.is_dir() else place.parent)
+    trained = open_model(model)
+    _require_trained_from(trained, opened, made)
+    masters = None if trained.folder is None else _masters(open_checkpoint(trained.folder), trained)
+    moved = trained.weights if masters is None else masters
+    kept_all = masters is not None or all(map(made.kept_all_digits, made.stored))
+    chosen = dtype or (trained.dtype if kept_all else "float32")
+
+    result = _brought_back(made, moved, exact)
+    difference = _proved(trained, moved, made, result, exact)
+    single = rounded(result, "float32")
+    stored = rounded(single, chosen)  # of what the masters hold, so that these are its masters
+    kept = (opened.folder, trained.folder, place if place.is_dir() else place.parent)
+    with new_folder(Path(out), (RECORD, UNDONE), overwrite, kept) as part:
+        write_model(part, trained.language_model, stored, chosen)
+        if masters is not None:
+            write_model(part / MASTERS, trained.language_model, single, "float32", tokenizer=False)
+        content = {
+            "schema": SCHEMA,
+            "record": written.as_json(),
+            "model": trained.identity,
+            "exact": exact,
+            "dtype": chosen,
+            "result": {"weights_blake2b": hash_of(_with_head(stored))},
+            "proof": {"logits_relative_difference": difference, **_cost(trained, stored)},
+            "versions": versions(),
+        }
+        write_json(part / UNDONE, content)
+    return content
+
+
+def _made_anew(record: Record, base: Opened, folder: Path) -> _Made:
+    """The intervention of a record, made once more.
+
+    Args:
+        folder: where the record is. Should this machine round otherwise, the intervened model beside it is taken.
+
+    Raises:
+        InterventionError: the record is of other weights, or its intervention cannot be made again or taken back.
+    """
+    if base.identity["weights_blake2b"] != record.base["weights_blake2b"]:
+        raise InterventionError(
+            f"the record is of other weights than those of {base.source}: it was made on {record.base['source']}; "
+            "name that model with --base"
+        )
+    require_request(record.request, base.architecture.layers)
+    plan = plan_of(record.request, base.architecture, base.weights)
+    for norm in plan.readers:
+        if bool((base.weights[norm] + plan.gain_offset == 0).any()):
+            raise InterventionError(f"gains of {norm} are zero: what was multiplied by them cannot be brought back")
+    exact = plan.apply(base.weights)
+    stored = rounded(exact, record.dtype)
+    if hash_of(_with_head(stored)) != record.result["weights_blake2b"]:
+        stored = _beside(record, folder, exact)
+    return _Made(plan.before(base.weights), plan, exact, {name: stored[name] for name in exact})
+
+
+def _beside(record: Record, folder: Path, exact: Weights) -> Weights:
+    """The intervened weights as they stand beside their record, if they are those that it asks for but for rounding."""
+    if (folder / "config.json").is_file():
+        weights: Weights = open_language_model(folder, "cpu").model.state_dict()
+        step = torch.finfo(getattr(torch, record.dtype))
+        close = (
+            name in weights and torch.allclose(weights[name].double(), x.double(), rtol=2 * step.eps, atol=step.tiny)
+            for name, x in exact.items()
+        )
+        if hash_of(weights) == record.result["weights_blake2b"] and all(close):
+            return weights
+    raise InterventionError(
+        f"the intervention of the record in {folder} gives other weights here than it noted: its seed, layers or dtype "
+        "were edited, or this machine rounds otherwise. Keep the record beside the model that it was written with"
+    )
+
+
+def _require_trained_from(trained: Opened, base: Opened, made: _Made) -> None:
+    """Refuse a model that cannot have been trained from the intervened one."""
+    if trained.architecture.kind != base.architecture.kind:
+        raise InterventionError(
+            f"{trained.source} is of architecture {trained.architecture.kind}, and the record of "
+            f"{base.architecture.kind}: give the record of the model that it was trained from"
+        )
+    for name in sorted(made.stored.keys() | trained.weights.keys()):
+        ours, theirs = made.stored.get(name), trained.weights.get(name)
+        if ours is None or theirs is None or ours.shape != theirs.shape:
+            raise InterventionError(
+                f"{trained.source} does not fit the record: {name} is in one of them only, or has another shape. "
+                "Give the record of the model that it was trained from"
+            )
+    for name, ours in made.stored.items():
+        if ours.dim() == 2 and (correlation := _correlation(trained.weights[name], ours)) < _LEAST_CORRELATION:
+            raise InterventionError(
+                f"{trained.source} was not trained from what the record describes: its {name} has a correlation of "
+                f"{correlation:.2f} with the intervened one. Give the record of the model that it was trained from"
+            )
+
+
+def _correlation(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Of two matrices about zero; 1 where the second is zero."""
+    x, y = x.double().flatten(), y.double().flatten()
+    return float(x @ y / (x.norm() * y.norm())) if bool(y.any()) and bool(x.any()) else 1.0
+
+
+def _brought_back(made: _Made, weights: Weights, exact: bool) -> Weights:
+    """Trained weights in the base's coordinates; float64 where the intervention touched them."""
+    folded = made.plan.fold(weights)
+    back = {}
+    for name, x in folded.items():
+        if name in made.plan.readers:
+            back[name] = made.base[name]
+        elif exact or made.kept_all_digits(name):
+            back[name] = made.plan.take_back(name, x)
+        else:
+            update = x.double() - made.stored[name].double()
+            back[name] = made.base[name].double() + made.plan.take_back(name, update)
+    return back
+
+
+def _proved(trained: Opened, moved: Weights, made: _Made, result: Weights, exact: bool) -> float:
+    """How far the result's float64 logits are from those of the weights that were brought back.
+
+    Raises:
+        InterventionError: further than rounding explains.
+    """
+    model = trained.language_model.model
+    uniform = random_tokens(trained.vocabulary, trained.length, 0)
+    expected = moved
+    if not exact:
+        folded = made.plan.fold(moved)
+        expected = {name: x.double() - made.stored[name].double() + made.exact[name] for name, x in folded.items()}
+    return require_equal(logits(model, result, uniform), logits(model, expected, uniform), "bringing it back")
+
+
+def _cost(trained: Opened, stored: Weights) -> dict[str, float | int]:
+    """How far the stored result is from the trained model, and over how many tokens."""
+    model = trained.language_model.model
+    sampled = sampled_tokens(model, trained.length, 0)
+    kl = divergence(logits(model, trained.weights, sampled), logits(model, stored, sampled))
+    return {"kl_stored": kl, "sequences": SEQUENCES, "length": trained.length}
+
+
+def _masters(checkpoint: Checkpoint, trained: Opened) -> Weights | None:
+    """The float32 masters of a trained model, if it has any.
+
+    Raises:
+        InterventionError: they do not round to its weights, so that they are of another model.
+    """
+    masters = checkpoint.masters()
+    if masters is None:
+        return None
+    found = {
+        name: torch.from_numpy(masters.read(name).astype("float32")).reshape(info.shape)
+        for name, info in masters.tensors.items()
+    }
+    for name in sorted(found.keys() | trained.weights.keys()):
+        ours, theirs = found.get(name), trained.weights.get(name)
+        stored = checkpoint.tensors[name].dtype if name in checkpoint.tensors else trained.dtype
+        if ours is None or theirs is None or not torch.equal(ours.to(getattr(torch, stored)).float(), theirs):
+            raise InterventionError(
+                f"the masters of {trained.source} do not round to its {name}, so they are of another model: remove its "
+                "masters folder, or save both again"
+            )
+    return found
+
+
+def _with_head(weights: Weights) -> Weights:
+    """As a model's state has it: a tied head under both its names."""
+    return weights if HEAD in weights else weights | {HEAD: weights[EMBEDDING]}
