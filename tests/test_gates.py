@@ -270,7 +270,7 @@ def test_random_directions_stay_on_their_support_with_unit_norm() -> None:
 
 
 def test_random_directions_have_the_norm_of_the_update_in_every_matrix(base: LanguageModel, tiny_model: Path) -> None:
-    matrices = linear_matrices(base.model, open_checkpoint(tiny_model), 0.125, 0.5, seed=0)
+    matrices, _ = linear_matrices(base.model, open_checkpoint(tiny_model), 0.125, 0.5, seed=0)
     assert len(matrices) == 14
     update = {
         matrix.parameter: torch.full((1, 1), 0.01 * i) * torch.ones(matrix.part.matrix_shape)
@@ -296,12 +296,32 @@ def test_fused_and_transposed_projections_go_back_to_where_they_lie(family: str,
     config = getattr(transformers, f"{family}Config")(**size)
     model = transformers.AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path)
-    matrices = linear_matrices(model, open_checkpoint(tmp_path), 0.125, 0.5, seed=0)
+    matrices, left_out = linear_matrices(model, open_checkpoint(tmp_path), 0.125, 0.5, seed=0)
+    assert left_out == []
     assert {matrix.part.place.role for matrix in matrices} >= {"q", "k", "v", "o", "up", "down"}
     update = {m.parameter: torch.randn_like(dict(model.named_parameters())[m.parameter]) for m in matrices}
     parts = [update_direction(matrices, update, each) for each in UPDATE_DIRECTIONS]
     for name, D in update.items():
         torch.testing.assert_close(parts[0][name] + parts[1][name], D)
+
+
+def test_experts_that_transformers_holds_otherwise_are_left_out_and_said(tiny_model: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "vocab_size": 99}
+    torch.manual_seed(0)
+    folders = []
+    for name in ("base", "tuned"):
+        folders.append(copy_of(tiny_model, tmp_path / name))
+        config = transformers.Qwen3MoeConfig(**sizes, **experts, head_dim=16, eos_token_id=1, pad_token_id=0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folders[-1])
+    base = open_for_derivatives(folders[0], GateSettings(device="cpu"))
+    matrices, left_out = linear_matrices(base.model, open_checkpoint(folders[0]), 0.125, 0.5, seed=0)
+    assert [matrix.part.place.role for matrix in matrices] == ["k", "o", "q", "v"]
+    assert len(left_out) == 12 and ".experts." in left_out[0]
+    assert fisher_quadratic(base.model, stacked(unit_direction(base)), random_batch(base)).item() > 0
+    with pytest.raises(ModelError, match=r"experts\S* of .* is no parameter of Qwen3MoeForCausalLM"):
+        Tuned(base, open_checkpoint(folders[0]), folders[1], "auto").update()
 
 
 # --- statistics ---
@@ -413,7 +433,7 @@ def test_curvature_is_that_of_explicit_directions(tiny_model: Path, tuned: Path,
     base = open_for_derivatives(tiny_model, GateSettings(device="cpu"))
     checkpoint = open_checkpoint(tiny_model)
     update = Tuned(base, checkpoint, tuned, "auto").update().tensors
-    matrices = linear_matrices(base.model, checkpoint, 0.125, 0.5, seed=0)
+    matrices, _ = linear_matrices(base.model, checkpoint, 0.125, 0.5, seed=0)
     batch = Batch.of([base.tokenizer(text).input_ids[:-1] for text in TEXTS], first=[0] * len(TEXTS))
 
     def curvature(D: dict[str, Tensor]) -> float:

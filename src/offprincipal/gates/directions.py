@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offprincipal.checkpoints import Checkpoint, Part, parts_of
+from offprincipal.checkpoints import Checkpoint, Part, TensorInfo, parts_of
 from offprincipal.checkpoints.roles import TABLE_ROLES, VECTOR_ROLES
 from offprincipal.gates.updates import parameter_of
 from offprincipal.geometry.masks import mask_size, principal_ranks
@@ -143,19 +143,26 @@ class LinearMatrix:
         return torch.from_numpy(flat).to(self._device)
 
 
-def linear_matrices(model: Any, base: Checkpoint, rank_fraction: float, alpha: float, seed: int) -> list[LinearMatrix]:
+def linear_matrices(
+    model: Any, base: Checkpoint, rank_fraction: float, alpha: float, seed: int
+) -> tuple[list[LinearMatrix], list[str]]:
     """The attention and MLP projections of a base, those that `compare` measures, with their principal subspaces.
 
     Args:
         model: the base as transformers opened it; base: the base as a checkpoint.
+
+    Returns:
+        the matrices, and the names of those that the model holds under another name or shape, which are left out.
     """
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    found = []
-    for part in _linear_parts(base):
-        name = parameter_of(part.tensor, parameters, model.base_model_prefix)
-        if name is not None:
+    found, left_out = [], []
+    for info, part in _linear_parts(base):
+        name = parameter_of(info.name, parameters, model.base_model_prefix)
+        if name is None or parameters[name].shape != info.shape:
+            left_out.append(part.name)
+        else:
             found.append(LinearMatrix(part, name, parameters[name], rank_fraction, alpha, seed))
-    return found
+    return found, left_out
 
 
 def cells(matrices: Iterable[LinearMatrix]) -> dict[tuple[int | None, str], list[LinearMatrix]]:
@@ -202,9 +209,9 @@ def generator_of(seed: int, *what: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def _linear_parts(base: Checkpoint) -> Iterable[Part]:
+def _linear_parts(base: Checkpoint) -> Iterable[tuple[TensorInfo, Part]]:
     for info in base.tensors.values():
         for part in parts_of(info, base.config) if info.floating else ():
             matrix = len(part.matrix_shape) == 2 and min(part.matrix_shape) > 0
             if matrix and part.place.role not in (*VECTOR_ROLES, *TABLE_ROLES):
-                yield part
+                yield info, part

@@ -71,7 +71,7 @@ def fisher_sums(
     model = language_model.model
     found, squares = np.zeros((len(directions), len(sequences))), np.zeros(len(directions))
     start = 0
-    for stack, norms in _stacks(language_model, directions):
+    for stack, norms in _stacks(language_model, directions, max(map(len, sequences.ids))):
         rows = slice(start, start + len(norms))
         squares[rows] = norms
         if stack:
@@ -83,10 +83,11 @@ def fisher_sums(
 
 
 def _stacks(
-    language_model: LanguageModel, directions: Sequence[Callable[[], Direction]]
+    language_model: LanguageModel, directions: Sequence[Callable[[], Direction]], longest: int
 ) -> Iterator[tuple[dict[str, Tensor], Array]]:
     """Directions a few at a time, stacked by parameter, with their squared norms; unmoved parameters are left out."""
-    most = max(1, _FLOATS // (_TOKENS * _floats_a_token(language_model)))
+    batch = _TOKENS * _floats_a_token(language_model, longest)
+    most = max(1, _FLOATS // batch)
     start = 0
     while start < len(directions):
         first = directions[start]()
@@ -103,14 +104,16 @@ def _stacks(
 
 
 def _batches(language_model: LanguageModel, sequences: Sequences) -> Iterator[tuple[list[int], Batch]]:
-    tokens = min(_TOKENS, max(1, _FLOATS // _floats_a_token(language_model)))
+    longest = max(map(len, sequences.ids))
+    tokens = min(_TOKENS, max(1, _FLOATS // _floats_a_token(language_model, longest)))
     return batches_within(sequences.ids, sequences.first, tokens, language_model.device)
 
 
-def _floats_a_token(language_model: LanguageModel) -> int:
-    """What a forward pass holds of a token at once, roughly: its logits, and some activations of one layer."""
+def _floats_a_token(language_model: LanguageModel, longest: int) -> int:
+    """What a forward pass holds of a token at once, roughly: its logits, and one layer's activations and attention."""
     config = language_model.model.config.get_text_config()
-    return int(config.vocab_size + 32 * getattr(config, "hidden_size", 0))
+    heads, hidden = (getattr(config, name, 0) for name in ("num_attention_heads", "hidden_size"))
+    return int(config.vocab_size + 32 * hidden + 2 * heads * longest)
 
 
 def _by_row(of_tokens: Tensor, batch: Batch) -> Array:

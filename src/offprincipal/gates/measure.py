@@ -203,6 +203,8 @@ def open_for_derivatives(base: str | Path, settings: GateSettings) -> LanguageMo
     model = language_model.model.to(getattr(torch, settings.dtype))
     try:
         model.set_attn_implementation(settings.attention)
+        if model.config.get_text_config().to_dict().get("num_experts_per_tok"):
+            model.set_experts_implementation("eager")  # grouped products have no forward-mode derivative
     except (ValueError, ImportError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
@@ -255,7 +257,7 @@ class _Study:
     ) -> None:
         self.language_model, self.ground, self.prompts, self.settings = language_model, ground, prompts, settings
         options = (settings.rank_fraction, settings.alpha, settings.seed)
-        self.matrices = linear_matrices(language_model.model, base, *options)
+        self.matrices, self.left_out = linear_matrices(language_model.model, base, *options)
         self.cells = cells(self.matrices) if settings.per_layer else {}
         of_run = 1 + len(UPDATE_DIRECTIONS) * (1 + len(self.cells)) + len(RANDOM_DIRECTIONS) * settings.draws
         of_base = len(self.cells) * len(RANDOM_DIRECTIONS) * settings.layer_draws
@@ -353,9 +355,15 @@ class _Study:
             self._progress(self._done, self._total, run)
 
     def _warnings(self) -> list[str]:
-        if self.ground.batches >= ENOUGH_BATCHES:
-            return []
-        return [
-            f"{self.ground.batches} batches: intervals and sign tests of the curvature want {ENOUGH_BATCHES} or more, "
-            "so more prompts or sequences"
-        ]
+        found = []
+        if self.ground.batches < ENOUGH_BATCHES:
+            found.append(
+                f"{self.ground.batches} batches: intervals and sign tests of the curvature want {ENOUGH_BATCHES} or "
+                "more, so more prompts or sequences"
+            )
+        if self.left_out:
+            found.append(
+                f"{len(self.left_out)} matrices, {self.left_out[0]} among them, are held by transformers under another "
+                "name or shape: no curvature is measured in them"
+            )
+        return found
