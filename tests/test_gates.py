@@ -40,7 +40,7 @@ from offprincipal.gates.statistics import (
     resampled_means,
     sign_test,
 )
-from offprincipal.gates.updates import Tuned, moved_by
+from offprincipal.gates.updates import Tuned, Update, moved_by
 from offprincipal.models import LanguageModel, open_language_model
 
 SMALL = {"batches": 4, "prompts_per_batch": 2, "max_new_tokens": 3, "draws": 2, "layer_draws": 1}
@@ -464,7 +464,15 @@ def test_the_norm_bound_is_the_root_of_the_two_ends_of_the_curve(
     assert bound["tightness_low"] <= bound["tightness"] <= bound["tightness_high"]
 
 
-def test_masters_are_read_where_they_were_kept(tiny_model: Path, tuned: Path, tmp_path: Path) -> None:
+def kl_of(base: LanguageModel, update: Update) -> float:
+    """The mean divergence over the given sequences."""
+    sequences = Sequences([base.tokenizer(text).input_ids[:-1] for text in TEXTS], [0] * len(TEXTS), "given")
+    return float(kl_sums(base, update.tensors, [1.0], sequences).sum() / sum(sequences.tokens))
+
+
+def test_the_update_is_that_of_the_masters_and_the_divergence_that_of_the_stored_policy(
+    tiny_model: Path, tuned: Path, given_sequences: Path, tmp_path: Path
+) -> None:
     run = copy_of(tuned, tmp_path / "run")
     masters = load_file(tuned / "model.safetensors")
     save_file({n: w.bfloat16() for n, w in masters.items()}, run / "model.safetensors", metadata={"format": "pt"})
@@ -483,6 +491,13 @@ def test_masters_are_read_where_they_were_kept(tiny_model: Path, tuned: Path, tm
     torch.testing.assert_close(by["stored"].tensors[name], masters[name].bfloat16().float() - before)
     with pytest.raises(CheckpointError, match="keeps no float32 masters"):
         Tuned(base, checkpoint, tuned, "masters")
+    of_masters, of_stored = (kl_of(base, update) for update in (by["masters"], by["stored"]))
+    found = measure_gates(tiny_model, {"run": run}, sequences=given_sequences, per_layer=False, draws=1, device="cpu")
+    entry = found.runs["run"]
+    assert entry["weights"] == "masters"
+    assert entry["kl_cumulative"]["value"] == pytest.approx(of_stored, rel=1e-5)  # the policy that was stored
+    assert entry["curve"][-1]["kl"] == pytest.approx(of_masters, rel=1e-5)
+    assert of_masters != pytest.approx(of_stored, rel=1e-5)
     save_file({n: 2 * w for n, w in masters.items()}, run / "masters" / "model.safetensors")
     with pytest.raises(CheckpointError, match="do not round to its stored weights"):
         Tuned(base, checkpoint, run, "auto").update()

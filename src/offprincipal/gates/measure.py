@@ -267,15 +267,15 @@ class _Study:
     def entry(self, run: str, tuned: Tuned) -> dict[str, Any]:
         """A run's entry of `gates.json`."""
         update = tuned.update()
+        policy = tuned.policy() if tuned.has_masters else update
+        divergence = self._divergence(policy)
+        del policy
         sequences, tokens = self.ground.sequences, self.ground.tokens
         kl = kl_sums(self.language_model, update.tensors, FRACTIONS, sequences)
         fisher, _ = self._fisher(run, [lambda: update.tensors])
-        pooled = [*self._pooled(run, update)]
+        pooled = self._pooled(run, update)
         curvatures = [*pooled, *self._update_cells(run, update), *self._shared_cells()]
         pairs = pair_rows(curvatures)
-        divergence = {sequences.samples: mean_with_interval(kl[-1], tokens)}
-        if self.prompts is not None:
-            divergence = {"tuned": self._own_divergence(update)} | divergence
         known = [each for each in pooled if each.value is not None]
         least = min(known, key=lambda each: each.value or 0.0, default=None)
         smallest = None if least is None else {"direction": least.direction, "value": least.value}
@@ -291,14 +291,20 @@ class _Study:
             "norm_bound": norm_bound(kl[-1], fisher[0], tokens, update.norm, smallest),
         }
 
-    def _own_divergence(self, update: Update) -> dict[str, Any]:
-        """KL(π_new‖π_old) on continuations of the tuned policy itself."""
-        model = self.language_model
-        with moved_by(model.model, update.tensors):
-            own = sample_continuations(
-                model, self.prompts or [], self.settings.max_new_tokens, self.settings.seed, "tuned"
-            )
-        return mean_with_interval(kl_sums(model, update.tensors, [1.0], own)[0], own.tokens)
+    def _divergence(self, policy: Update) -> dict[str, dict[str, Any]]:
+        """KL(π_new‖π_old) on the policy's own continuations, where any are sampled, and on the sequences at hand."""
+        model, ground = self.language_model, self.ground.sequences
+        measured = [ground]
+        if self.prompts is not None:
+            with moved_by(model.model, policy.tensors):
+                own = sample_continuations(
+                    model, self.prompts, self.settings.max_new_tokens, self.settings.seed, samples="tuned"
+                )
+            measured = [own, ground]
+        return {
+            each.samples: mean_with_interval(kl_sums(model, policy.tensors, [1.0], each)[0], each.tokens)
+            for each in measured
+        }
 
     def _pooled(self, run: str, update: Update) -> list[Curvature]:
         """Of all linear matrices at once; each random direction has the norm of the update in every matrix."""

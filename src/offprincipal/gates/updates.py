@@ -53,7 +53,8 @@ class Tuned:
     Args:
         language_model, base: the base, open both as a model and as a checkpoint.
         source: whatever `open_checkpoint` opens, an adapter on the base included.
-        weights: `auto` takes float32 masters where they were kept, and the stored weights elsewhere.
+        weights: what `update` reads: `auto` takes float32 masters where they were kept, and the stored weights
+            elsewhere.
 
     Raises:
         CheckpointError: the tuned checkpoint cannot be read, or is of another architecture.
@@ -72,13 +73,29 @@ class Tuned:
             pair_tensors(base, self._masters)
         self._require_same_vocabulary()
 
+    @property
+    def has_masters(self) -> bool:
+        """Whether the update is read from float32 masters, and differs from the policy's."""
+        return self._masters is not None
+
+    def policy(self) -> Update:
+        """The update of the policy as it is stored: what anyone runs who opens the checkpoint.
+
+        Raises:
+            CheckpointError, ModelError: as for `update`.
+        """
+        return self._read(None)
+
     def update(self) -> Update:
-        """The update, read tensor by tensor.
+        """The update before it was stored, where masters were kept; as it is stored elsewhere.
 
         Raises:
             CheckpointError: a tensor cannot be read, holds NaN or infinity, or the masters are another checkpoint's.
             ModelError: a tensor that moved is no parameter of the model.
         """
+        return self._read(self._masters)
+
+    def _read(self, masters: Checkpoint | None) -> Update:
         parameters = dict(self._model.named_parameters())
         tensors: dict[str, Tensor] = {}
         for stored, info in self._pairing.tensors.items():
@@ -90,11 +107,10 @@ class Tuned:
                     f"{stored} of {self._stored.source} is no parameter of {type(self._model).__name__}: transformers "
                     "loads it under another name or shape (as it does experts), which is not measured"
                 )
-            moved = self._values(stored).reshape(info.shape).to(parameters[name]) - parameters[name].detach()
+            moved = self._values(stored, masters).reshape(info.shape).to(parameters[name]) - parameters[name].detach()
             if bool(moved.any()):
                 tensors[name] = moved
-        weights = "stored" if self._masters is None else "masters"
-        return Update(tensors, weights, (*self._stored.notes, *self._pairing.notes))
+        return Update(tensors, "stored" if masters is None else "masters", (*self._stored.notes, *self._pairing.notes))
 
     def _require_same_vocabulary(self) -> None:
         for name in self._pairing.tensors:
@@ -110,10 +126,10 @@ class Tuned:
         ours, theirs = (side.read(name).astype(np.float64) for side in (self._base, self._stored))
         return np.array_equal(ours, theirs)
 
-    def _values(self, name: str) -> Tensor:
+    def _values(self, name: str, masters: Checkpoint | None) -> Tensor:
         stored = self._stored.read(name)
-        values = stored if self._masters is None else self._masters.read(name)
-        if self._masters is not None and not np.array_equal(values.astype(stored.dtype), stored):
+        values = stored if masters is None else masters.read(name)
+        if masters is not None and not np.array_equal(values.astype(stored.dtype), stored):
             raise CheckpointError(
                 f"{name}: the masters of {self._stored.source} do not round to its stored weights, so they are of "
                 "another checkpoint: remove its masters folder, or choose --weights stored"
