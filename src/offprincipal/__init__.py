@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare
     from offprincipal.training import TrainSettings, evaluate, train
+    from offprincipal.training.monitor import Monitor
 
 __version__ = version("offprincipal")
 
@@ -17,13 +18,23 @@ _HOMES = {
     "Comparison": "comparison",
     "CompareSettings": "comparison",
     "MatrixSettings": "comparison",
+    "Monitor": "training.monitor",
     "compare": "comparison",
     "TrainSettings": "training",
     "evaluate": "training",
     "train": "training",
 }
 
-__all__ = ["CompareSettings", "Comparison", "MatrixSettings", "TrainSettings", "compare", "evaluate", "train"]
+__all__ = [
+    "CompareSettings",
+    "Comparison",
+    "MatrixSettings",
+    "Monitor",
+    "TrainSettings",
+    "compare",
+    "evaluate",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
