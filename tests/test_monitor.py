@@ -24,8 +24,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_cli import call
 from test_training import KILLED, record_of, settings
-from train_monitored import BATCH, STEPS, fit
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from train_monitored import BATCH, STEPS, fit, trainer_of
+from transformers import TrainerCallback
 
 import offprincipal
 from offprincipal.errors import ArgumentError, FileError, NonFiniteTensor, TrainingError
@@ -240,30 +240,6 @@ class TestInAPlainLoop:
         rows = read_monitor(plain)
         assert all(value == value for row in rows for value in row.values() if isinstance(value, float))
 
-    def test_two_processes_of_fsdp2_write_the_rows_of_one(self, plain: Path, tiny_model: Path, tmp_path: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        program = Path(__file__).with_name("train_monitored.py")
-        environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, str(program), str(tiny_model), str(tmp_path / "out")],
-                env=environment | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
-                stderr=subprocess.PIPE,
-            )
-            for rank in range(2)
-        ]
-        for rank in ranks:
-            _, errors = rank.communicate(timeout=120)
-            assert rank.returncode == 0, errors.decode()[-2000:]
-        sharded, whole = (measured(read_monitor(folder)) for folder in (tmp_path / "out", plain))
-        for row, wanted in zip(sharded, whole, strict=True):
-            assert row.keys() == wanted.keys()
-            for name, value in wanted.items():
-                exact = value is None or isinstance(value, str)
-                assert row[name] == (value if exact else pytest.approx(value, rel=1e-5, abs=1e-9)), name
-
     def test_a_run_that_goes_on_has_every_step_once(self, plain: Path, tiny_model: Path, tmp_path: Path) -> None:
         """Stopped after step 3 of which the checkpoint holds 2; the rows beyond it come from the second sitting."""
         model = opened(tiny_model)
@@ -281,6 +257,37 @@ class TestInAPlainLoop:
         assert all(row["kl_cumulative"] > 0 and row["kl_step"] > 0 for row in rows)
         at_two = [row for row in measured(read_monitor(plain)) if row["step"] == 2]
         assert [row for row in measured(read_monitor(tmp_path)) if row["step"] == 2] == at_two
+
+
+def test_two_processes_of_fsdp2_write_the_rows_of_one(plain: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """In a plain loop, and as accelerate shards under a Trainer."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = Path(__file__).with_name("train_monitored.py")
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(program), str(tiny_model), str(tmp_path)],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    alone = trainer_of(opened(tiny_model), tmp_path / "alone")
+    Monitor(tmp_path / "alone", every=2, sequences=BATCH).attach(alone)
+    alone.train()
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=120)
+        assert rank.returncode == 0, errors.decode()[-2000:]
+    pairs = ((tmp_path / "plain", plain, 1e-6), (tmp_path / "trainer", tmp_path / "alone", 1e-3))
+    for sharded, whole, rel in pairs:  # halves of a batch are summed in another order
+        for row, wanted in zip(measured(read_monitor(sharded)), measured(read_monitor(whole)), strict=True):
+            assert row.keys() == wanted.keys()
+            for name, value in wanted.items():
+                exact = value is None or isinstance(value, str)
+                assert row[name] == (value if exact else pytest.approx(value, rel=rel, abs=1e-9)), name
 
 
 class TestConditions:
@@ -401,11 +408,7 @@ class Listener(TrainerCallback):
 
 def test_a_trainers_loggers_are_told_and_its_own_log_is_whole(tiny_model: Path, tmp_path: Path) -> None:
     listener = Listener()
-    arguments = TrainingArguments(
-        str(tmp_path / "trainer"), max_steps=4, logging_steps=1, report_to="none", use_cpu=True, disable_tqdm=True
-    )
-    data = [{"input_ids": ids, "labels": [-100, -100, *ids[2:]]} for ids in BATCH]
-    trainer = Trainer(opened(tiny_model), arguments, train_dataset=data, callbacks=[listener])
+    trainer = trainer_of(opened(tiny_model), tmp_path / "trainer", 1, listener)
     monitor = offprincipal.Monitor(tmp_path / "out", every=2)
     monitor.attach(trainer)
     trainer.train()
