@@ -183,9 +183,13 @@ def watched(folder: Path, name: str, kl: float, stiffness: float = 1.0, steps: i
     return write_table(folder / name, "monitor", rows)
 
 
-def leash(tmp_path: Path, rl: Path, sft: Path, tightness: float = 0.9) -> Evidence:
-    entry = {"norm_bound": {"tightness": tightness, "update_norm": 0.5}, "curve": [{"fraction": 1.0, "kl": 0.01}]}
-    write_json(tmp_path / "gates.json", {"runs": {"rl": entry}})
+def leash(tmp_path: Path, rl: Path, sft: Path, tightness: float = 0.9, sft_kl: float = 0.1) -> Evidence:
+    """`sft_kl`: of SFT's update on the base's own continuations, where RL's is 0.01."""
+    entries = {
+        run: {"norm_bound": {"tightness": tightness, "update_norm": 0.5}, "curve": [{"fraction": 1.0, "kl": kl}]}
+        for run, kl in (("rl", 0.01), ("sft", sft_kl))
+    }
+    write_json(tmp_path / "gates.json", {"runs": entries})
     return evidence({"watched_rl": [rl], "watched_sft": [sft], "gates": [tmp_path]})
 
 
@@ -194,6 +198,11 @@ def test_a_small_steady_kl_is_a_leash_and_equal_sft_shows_that_it_is_not_rls_own
     assert verdicts("C9", leash(tmp_path, make("rl", 1e-3), make("sft", 1e-3))) == ("supported", NONE)
     assert verdicts("C9", leash(tmp_path, make("rl2", 1e-3), make("sft2", 1e-2))) == ("supported", "supported")
     assert verdicts("C9", leash(tmp_path, make("rl3", 1e-3), make("sft3", 1e-4)))[1] == "contradicted"
+
+
+def test_a_leash_that_only_the_choice_of_tokens_shows_is_none(tmp_path: Path) -> None:
+    rl, sft = watched(tmp_path, "rl", 1e-3), watched(tmp_path, "sft", 1e-2)
+    assert verdicts("C9", leash(tmp_path, rl, sft, sft_kl=0.01))[1] == "contradicted"
 
 
 def test_large_steps_no_steps_and_a_broken_bound_are_no_leash(tmp_path: Path) -> None:

@@ -104,7 +104,9 @@ class TrainStage(StageKind):
         train(self.train_settings(base, space.training), space.folder(name), overwrite=overwrite, progress=progress)
 
     def files(self, name: str, space: Workspace) -> list[Path]:
-        return [space.folder(name) / "model.safetensors", space.folder(name) / "run.json"]
+        watched = {**space.training, **(self.model_extra or {})}.get("monitor") is not None
+        left = ["model.safetensors", "run.json", *(["monitor.parquet"] if watched else [])]
+        return [space.folder(name) / file for file in left]
 
 
 class CompareStage(StageKind):

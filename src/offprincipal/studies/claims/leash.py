@@ -11,6 +11,7 @@ from offprincipal.studies.claims.rules import (
     SHARE_MARGIN,
     Condition,
     Judgement,
+    controlled_with,
     judge_at_most,
     judge_difference,
     judge_positive,
@@ -37,7 +38,11 @@ def kl_leash(evidence: Evidence) -> tuple[Judgement, Judgement]:
         none = nothing("KL per step", "A monitor saw too few steps to tell.")
         return none, none
     gates = evidence.gates()
-    return _published(rl, {run: gates[run] for run in evidence.rl if run in gates}), _controlled(rl, sft, gates)
+    ground = {
+        kind: {run: found for run in runs if (found := _on_the_bases_ground(gates.get(run))) is not None}
+        for kind, runs in (("rl", evidence.rl), ("sft", evidence.sft))
+    }
+    return _published(rl, {run: gates[run] for run in evidence.rl if run in gates}), _controlled(rl, sft, ground)
 
 
 def _published(rl: Runs, gates: Mapping[str, Any]) -> Judgement:
@@ -71,25 +76,35 @@ def _published(rl: Runs, gates: Mapping[str, Any]) -> Judgement:
     return published_with(headline, conditions)
 
 
-def _controlled(rl: Runs, sft: Runs, gates: Mapping[str, Any]) -> Judgement:
+def _on_the_bases_ground(entry: Mapping[str, Any] | None) -> float | None:
+    """KL of the whole update over its squared length, on continuations that the base samples."""
+    if entry is None or not entry["norm_bound"]["update_norm"]:
+        return None
+    return float(entry["curve"][-1]["kl"] / entry["norm_bound"]["update_norm"] ** 2)
+
+
+def _controlled(rl: Runs, sft: Runs, ground: Mapping[str, Mapping[str, float]]) -> Judgement:
     by_run = {run: _kl_per_squared_length(rows) for run, rows in {**rl, **sft}.items()}
     means = [mean_of([by_run[run] for run in runs]) for runs in (rl, sft)]
     steps = ", ".join(f"{_kl_per_step(rows).value:.2g} ({run})" for run, rows in sft.items())
     listed = ", ".join(f"{found.value:.3g} ({run})" for run, found in by_run.items())
-    ground = ", ".join(
-        f"{entry['curve'][-1]['kl'] / entry['norm_bound']['update_norm'] ** 2:.3g} ({run})"
-        for run, entry in gates.items()
-        if entry["norm_bound"]["update_norm"]
+    on_base = ", ".join(f"{value:.3g} ({run})" for runs in ground.values() for run, value in runs.items())
+    sides = [sum(runs.values()) / len(runs) if runs else None for runs in (ground["rl"], ground["sft"])]
+    alike = judge_at_most(
+        sides[0] / sides[1] if sides[0] is not None and sides[1] else None,
+        1 / RATIO_MARGIN,
+        measure="the same on continuations that the base samples, RLVR over SFT",
     )
-    return judge_ratio(
+    headline = judge_ratio(
         means[1] / means[0],
         measure="cumulative KL over the squared length of the update, SFT over RLVR, over the watched steps",
         sentence=(
             f"SFT's steps move the policy by {steps} nats a token each. Nats over the squared length of the update, "
             f"each run on the tokens it was trained on: {listed}; on continuations that the base samples for the same "
-            f"prompts: {ground}."
+            f"prompts: {on_base}."
         ),
     )
+    return controlled_with(headline, [Condition("it is so where both are measured on the same tokens", alike)])
 
 
 def _known(rows: Sequence[Row], column: str) -> list[float]:
