@@ -314,7 +314,7 @@ function report() {
     draw("figure-leash", traces, {
       height: 340, annotations: [heading("of each step, nats", middle(panel(0))), heading("from the base, nats", middle(panel(1))), heading("over squared length", middle(panel(2)))],
       xaxis: axis({ domain: panel(0), title: title("step") }), xaxis2: axis({ domain: panel(1), anchor: "y2", title: title("step") }), xaxis3: axis({ domain: panel(2), anchor: "y3", title: title("step") }),
-      yaxis: axis({ type: "log", tickformat: "~g", dtick: 1 }), yaxis2: axis({ anchor: "x2", tickformat: "~g", rangemode: "tozero" }), yaxis3: axis({ anchor: "x3", type: "log", tickformat: "~g", dtick: 1 }),
+      yaxis: axis({ type: "log", tickformat: "~g", dtick: 1 }), yaxis2: axis({ anchor: "x2", type: "log", tickformat: "~g", dtick: 1 }), yaxis3: axis({ anchor: "x3", type: "log", tickformat: "~g", dtick: 1 }),
     });
   }
 
