@@ -390,6 +390,23 @@ def test_a_damaged_model_is_refused(base: Path, tmp_path: Path) -> None:
     refused("layers.0.adapter", tmp_path / "out", lambda: intervene(foreign, tmp_path / "out", rotate=[0]))
 
 
+def test_a_head_that_is_not_stored_is_not_made_up(models: Callable[[str], Path], tmp_path: Path) -> None:
+    weights = stored_weights(models("llama"))
+    del weights["lm_head.weight"]
+    headless = rewrite(models("llama"), tmp_path / "headless", weights)
+    refused(
+        "does not store lm_head.weight", tmp_path / "out", lambda: intervene(headless, tmp_path / "out", rotate=[0])
+    )
+
+
+def test_generation_settings_are_copied_as_they_are(base: Path, tmp_path: Path) -> None:
+    """Published models hold some that transformers calls invalid and does not save."""
+    model = rewrite(base, tmp_path / "model", stored_weights(base))
+    (model / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "do_sample": False}))
+    intervene(model, tmp_path / "out", rotate=[0])
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.6
+
+
 def test_values_that_a_type_cannot_hold_are_refused(base: Path, tmp_path: Path) -> None:
     weights = stored_weights(base)
     weights["model.layers.0.input_layernorm.weight"] *= 1e6
@@ -445,6 +462,7 @@ def test_a_record_of_another_model_is_refused(base: Path, models: Callable[[str]
         ({"request": ASKED | {"seed": 5}}, "edited"),
         ({"request": ASKED | {"residual": 1}}, "residual is 1"),
         ({"dtype": "complex64"}, "dtype"),
+        ({"proof": {"kl_stored": float("nan")}}, "kl_stored is nan"),
         ({"base": {"source": "embedded"}}, "weights_blake2b"),
         ({"base": {"source": "/nowhere/at/all", "weights_blake2b": ""}}, "/nowhere/at/all"),
     ],

@@ -59,7 +59,8 @@ def write_model(folder: Path, opened: LanguageModel, weights: Weights, dtype: st
     with quiet_libraries():
         opened.model.config.save_pretrained(folder)
         if opened.model.generation_config is not None:
-            opened.model.generation_config.save_pretrained(folder)
+            # save_pretrained refuses what many published models hold, such as a temperature without do_sample
+            opened.model.generation_config.to_json_file(folder / "generation_config.json")
         if tokenizer:
             opened.tokenizer.save_pretrained(folder)
     path = folder / "config.json"

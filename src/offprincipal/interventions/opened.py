@@ -61,9 +61,9 @@ def open_model(source: str | Path) -> Opened:
     kind = require_kind(checkpoint.config, str(source))
     language_model = open_language_model(name, "cpu")
     state = language_model.model.state_dict()
-    _require_all_stored(checkpoint, set(state))
     if language_model.model.config.tie_word_embeddings:
         state.pop(HEAD, None)
+    _require_all_stored(checkpoint, set(state))
     if bad := next(non_finite(state), None):
         raise InterventionError(f"{bad} in {source} holds NaN or infinity: give a model that was not damaged")
     folder = Path(name) if Path(name).is_dir() else None
@@ -100,13 +100,13 @@ def require_own_layers(opened: Opened, layers: set[int]) -> None:
 def _require_all_stored(checkpoint: Checkpoint, names: set[str]) -> None:
     """Refuse a checkpoint that does not store exactly what the model holds: transformers would make the rest up."""
     stored = {name if name in names else _PREFIX + name for name in checkpoint.tensors if not name.endswith(_BUFFER)}
-    lacking = sorted(names - stored - {HEAD})
+    lacking = sorted(names - stored)
     if lacking:
         raise InterventionError(
             f"{checkpoint.source} does not store {lacking[0]}{_more(lacking)}: it shares weights across layers or is "
             "incomplete, and cannot be changed layer by layer"
         )
-    foreign = sorted(stored - names)
+    foreign = sorted(stored - names - {HEAD})
     if foreign:
         raise InterventionError(
             f"{checkpoint.source} stores {foreign[0]}{_more(foreign)}, which is no part of the model as transformers "

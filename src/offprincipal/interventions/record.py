@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from offprincipal.errors import FileError, InterventionError
-from offprincipal.files import read_json
+from offprincipal.checkpoints.hostile import read_json
+from offprincipal.errors import CheckpointError, InterventionError
 from offprincipal.interventions.orthogonal import MATRICES
 from offprincipal.interventions.plan import Request
 
@@ -58,7 +58,7 @@ def read_record(source: str | Path) -> Record:
     path = path / RECORD if path.is_dir() else path
     try:
         content = read_json(path)
-    except FileError as error:
+    except CheckpointError as error:
         raise InterventionError(f"no record of an intervention: {error}") from error
     if content.get("schema") != SCHEMA:
         raise InterventionError(
@@ -70,8 +70,8 @@ def read_record(source: str | Path) -> Record:
         request=_request(content, path),
         dtype=_one_of(content, "dtype", str, path, DTYPES),
         result=_words(content, "result", ("weights_blake2b",), path),
-        proof=_one_of(content, "proof", dict, path),
-        versions=_one_of(content, "versions", dict, path),
+        proof=_numbers(content, "proof", path),
+        versions={str(package): str(version) for package, version in _one_of(content, "versions", dict, path).items()},
     )
 
 
@@ -120,3 +120,11 @@ def _one_of(content: dict[str, Any], key: str, kind: type, path: Path, allowed: 
 def _words(content: dict[str, Any], key: str, keys: tuple[str, ...], path: Path) -> dict[str, str]:
     found = _one_of(content, key, dict, path)
     return {word: _one_of(found, word, str, path) for word in keys}
+
+
+def _numbers(content: dict[str, Any], key: str, path: Path) -> dict[str, float | int]:
+    found: dict[str, float | int] = _one_of(content, key, dict, path)
+    for word, value in found.items():
+        if type(value) not in (int, float) or not abs(value) < float("inf"):
+            raise InterventionError(f"{path} is no usable record: {word} is {value!r}. Give what `intervene` wrote")
+    return found

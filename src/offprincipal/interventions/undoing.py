@@ -165,7 +165,9 @@ def _beside(record: Record, folder: Path, exact: Weights) -> Weights:
         weights: Weights = open_language_model(folder, "cpu").model.state_dict()
         step = torch.finfo(getattr(torch, record.dtype))
         close = (
-            name in weights and torch.allclose(weights[name].double(), x.double(), rtol=2 * step.eps, atol=step.tiny)
+            name in weights
+            and weights[name].shape == x.shape
+            and torch.allclose(weights[name].double(), x.double(), rtol=2 * step.eps, atol=step.tiny)
             for name, x in exact.items()
         )
         if hash_of(weights) == record.result["weights_blake2b"] and all(close):
