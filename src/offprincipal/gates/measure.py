@@ -282,7 +282,7 @@ class _Study:
         return {
             "weights": update.weights,
             "warnings": [*update.notes, *self._warnings()],
-            "kl_cumulative": next(iter(divergence.values())),
+            "kl_cumulative": divergence.get("tuned") or divergence["given"],
             "kl_by_samples": divergence,
             "curve": curve(kl, fisher[0], tokens),
             "curvature": curvature_rows(curvatures, pairs),
