@@ -7,14 +7,12 @@ import json
 import logging
 import math
 import os
-import random
 import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -185,7 +183,7 @@ def plain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class TestInAPlainLoop:
     def test_it_changes_nothing_of_the_training(self, tiny_model: Path, tmp_path: Path) -> None:
-        """Weights, modes, gradients and every random state are what they are without it, dropout and all."""
+        """Weights, modes, gradients and the random state are what they are without it, dropout and all."""
         results = []
         for every in (None, 1):
             torch.manual_seed(3)
@@ -198,8 +196,7 @@ class TestInAPlainLoop:
                 monitor.start(model)
             fit(model, monitor)
             assert model.training and not model.lm_head.training and all(p.grad is None for p in model.parameters())
-            drawn = torch.rand(3).tolist(), np.random.random(), random.random()
-            results.append((model.state_dict(), drawn[0]))
+            results.append((model.state_dict(), torch.rand(3).tolist()))
         assert results[0][1] == results[1][1]
         assert all(torch.equal(results[1][0][name], value) for name, value in results[0][0].items())
         assert {row["step"] for row in read_monitor(tmp_path / "out")} == set(range(1, STEPS + 1))
@@ -281,6 +278,7 @@ def test_two_processes_of_fsdp2_write_the_rows_of_one(plain: Path, tiny_model: P
     for rank in ranks:
         _, errors = rank.communicate(timeout=120)
         assert rank.returncode == 0, errors.decode()[-2000:]
+    assert sorted({row["step"] for row in read_monitor(tmp_path / "auto")}) == [2, 3, 4]  # no clock before a step
     pairs = ((tmp_path / "plain", plain, 1e-6), (tmp_path / "trainer", tmp_path / "alone", 1e-3))
     for sharded, whole, rel in pairs:  # halves of a batch are summed in another order
         for row, wanted in zip(measured(read_monitor(sharded)), measured(read_monitor(whole)), strict=True):
@@ -353,6 +351,13 @@ class TestWhatIsWatched:
         rows = {row["tensor"]: row for row in read_monitor(tmp_path)}
         assert rows["model.layers.0.self_attn.q_proj.weight"]["update_norm"] > 0
         assert rows["model.layers.0.self_attn.k_proj.weight"]["update_norm"] == 0 < rows[None]["kl_step"]
+
+    def test_pissa_starts_from_the_whole_not_from_its_residual(self, tiny_model: Path) -> None:
+        plain = opened(tiny_model).model.layers[0].self_attn.q_proj.weight.detach().clone()
+        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+        matrix = watched_matrices(get_peft_model(opened(tiny_model), config))[0]
+        assert not torch.allclose(matrix.module.weight, plain, atol=1e-3)
+        assert torch.allclose(matrix.now(), plain, atol=1e-6)
 
     def test_an_adapter_whose_change_is_no_sum_is_refused(self, tiny_model: Path, tmp_path: Path) -> None:
         model = get_peft_model(opened(tiny_model), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))

@@ -88,6 +88,9 @@ def main(source: str, out: Path) -> None:
     monitor = Monitor(out / "plain", every=2, sequences=BATCH)
     monitor.start(model)
     fit(model, monitor)
+    unbound = Monitor(out / "auto", budget=1e6, sequences=BATCH)
+    unbound.start(model)
+    fit(model, unbound)
 
     force_fsdp()
     trainer = trainer_of(open_language_model(source, "cpu").model, out / "trainer", dist.get_world_size())

@@ -112,7 +112,7 @@ def _run(settings: TrainSettings, out: Path, show: ShowProgress) -> dict[str, An
     log = _fit(settings, language_model, out / CHECKPOINTS, started, show, monitor)
     _require_finite(language_model, settings)
     _write_model(language_model, out)
-    show(StepReport("measuring the result", settings.steps, settings.steps, metric))
+    show(StepReport("measuring the result", len(log), settings.steps, metric))
     after = _measure(settings, out, settings.model)
     record = {
         "schema": SCHEMA,

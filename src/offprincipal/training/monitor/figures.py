@@ -6,6 +6,7 @@ models, steps or files.
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,10 @@ from offprincipal.geometry.spectrum import Svd
 TOLERANCE = 1e-3  # on singular values, relative, as in a comparison
 _IN_FLOAT64_UP_TO = 1024  # min(n, m) up to which a matrix is worked on in float64
 _REHEARSED_STEP = 1e-3
+_DRAWS, _DRAWN_ENTRIES = (
+    4,
+    1 << 16,
+)  # Gaussian updates behind a null, fewer where a matrix has more entries, as in compare
 _MASTERS = (torch.float32, torch.float64)
 
 Row = dict[str, Any]
@@ -46,9 +51,9 @@ class BaseMatrix:
         self.norm = _norm(self.values)
         self.has_principal_subspace = spectrum.has_principal_subspace(self.svd, self.k, weight.shape)
         stored = weight.float().cpu().numpy()
-        self._codes = scan.bf16_codes(stored)
-        self._entries = scan.count_codes(self._codes)
-        self._off_grid = None if scan.on_bf16_grid(stored) else stored
+        codes = scan.bf16_codes(stored)
+        self._entries = scan.count_codes(codes)
+        self._off_grid = None if scan.on_bf16_grid(stored) else (codes, stored)
 
     def figures(self, weight: Tensor) -> Row:
         """Every figure of the matrix as it is now; None where one is undefined, none at all where it is not finite.
@@ -92,12 +97,12 @@ class BaseMatrix:
             sigma = nulls.gaussian_scale(scan.count_by_class(self._entries), norm)
         if self._off_grid is None or sigma == 0:
             return nulls.unchanged_isotropic(self._entries, sigma)
-        return nulls.unchanged_isotropic_off_grid(self._codes, self._off_grid, sigma) / self.weight.numel()
+        return nulls.unchanged_isotropic_off_grid(*self._off_grid, sigma) / self.weight.numel()
 
     def _spectral(self, update: Tensor, norm: float) -> Row:
         """Shift, angles and energies, those of a Gaussian update of equal norm, and the certificate."""
         moved = self._solve(self.values + update) if norm > 0 else self.svd
-        null = self._gaussian_null(norm)
+        nulls_moved = self._gaussian_nulls(norm)
         shift = self._shift(moved)
         seen = norm > math.sqrt(self.k) * spectrum.rounding_floor(moved, update.shape)
         row: Row = {
@@ -105,22 +110,28 @@ class BaseMatrix:
             "spectral_shift": shift,
             "spectral_shift_rank": self.k,
             "spectral_shift_per_norm": shift * self.norm / norm if seen and shift is not None else None,
-            "spectral_shift_isotropic_null": self._shift(null),
+            "spectral_shift_isotropic_null": _mean([self._shift(null) for null in nulls_moved]),
             "singular_value_error": moved.singular_value_error,
             "angle_error_deg": moved.angle_error_deg(self.k),
         }
         if not self.has_principal_subspace:
             return row
-        angles, null_angles = self._angles(moved), self._angles(null)
-        row |= angles | {f"{name}_isotropic_null": value for name, value in null_angles.items()}
+        row |= self._angles(moved)
+        drawn = [self._angles(null) for null in nulls_moved]
+        row |= {f"{name}_isotropic_null": _mean([angles[name] for angles in drawn]) for name in drawn[0]}
         return row | self._energies(update)
 
-    def _gaussian_null(self, norm: float) -> Svd:
+    def _gaussian_nulls(self, norm: float) -> list[Svd]:
+        """The base after Gaussian updates of this norm, in the same directions at every look."""
         if norm == 0:
-            return self.svd
-        update = gaussian.isotropic_update(self.weight.shape, norm, self._generator(), self.values.dtype)
-        moved = self.values + update.to(self.values.device)
-        return spectrum.decompose_warm(moved, self.svd, self.k, TOLERANCE, certify=False)
+            return [self.svd]
+        generator, size = self._generator(), self.weight.numel()
+        found = []
+        for _ in range(max(1, min(_DRAWS, _DRAWS * _DRAWN_ENTRIES // size))):
+            update = gaussian.isotropic_update(self.weight.shape, norm, generator, self.values.dtype)
+            moved = self.values + update.to(self.values.device)
+            found.append(spectrum.decompose_warm(moved, self.svd, self.k, TOLERANCE, certify=False))
+        return found
 
     def _shift(self, moved: Svd) -> float | None:
         return spectrum.spectral_shift(self.svd.S[: self.k], moved.S[: self.k])
@@ -165,10 +176,15 @@ class BaseMatrix:
         return spectrum.decompose_warm(W, replace(self.svd, basis=None), self.k, TOLERANCE)
 
     def _generator(self) -> torch.Generator:
-        """One Gaussian direction for each matrix, whatever was looked at before."""
+        """The same Gaussian directions for a matrix, whatever was looked at before."""
         digest = hashlib.blake2b(f"{self.name}/gaussian".encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def _norm(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
