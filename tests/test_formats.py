@@ -8,8 +8,8 @@ import torch
 from matrices import gaussian
 
 from offprincipal.errors import NonFiniteTensor
-from offprincipal.geometry.formats import FORMATS, StoredBase, joint_classes, location_z
-from offprincipal.geometry.nulls import intersection_null
+from offprincipal.geometry.formats import FORMATS, MaskChange, StoredBase, joint_classes
+from offprincipal.geometry.nulls import CountNull, intersection_null
 from offprincipal.geometry.precision import changed, exponent_class, unchanged_fraction
 
 ROWS, COLUMNS = 120, 160
@@ -18,6 +18,10 @@ ROWS, COLUMNS = 120, 160
 def weights(seed: int = 0) -> torch.Tensor:
     """Entries over many exponents."""
     return (torch.exp(2 * gaussian(ROWS, 1, seed=seed)) * gaussian(ROWS, COLUMNS, seed=seed + 1) / 20).bfloat16()
+
+
+def location_z(found: MaskChange) -> float | None:
+    return CountNull(found.changed_null, found.changed_variance).z(found.changed)
 
 
 def small(W: torch.Tensor) -> torch.Tensor:

@@ -42,6 +42,7 @@ def test_a_weight_blind_update_is_explained_by_each_formats_null(found: dict) ->
         for mask in ("principal", "low_magnitude"):
             beyond = row[f"{mask}_bias_beyond_precision"]
             assert abs(beyond["value"]) < 0.05 and beyond["low"] <= 0.01 and beyond["high"] >= -0.01
+            assert row[f"{mask}_z"] is None or abs(row[f"{mask}_z"]) < 4.5
     at = {(row["format"], row["step_length"]): row for row in found["precision_sweep"]}
     assert at["bf16", 1.0]["low_magnitude_bias"]["value"] > 0.1
     assert at["fp32", 1.0]["low_magnitude_bias"]["value"] == pytest.approx(0, abs=0.001)

@@ -20,6 +20,7 @@ from offprincipal.comparison.pooling import Estimate, estimate_ratio
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
 from offprincipal.geometry.formats import FORMATS, MaskChange, StoredBase, StoredChange
 from offprincipal.geometry.masks import low_magnitude_ranks, masks_at, principal_ranks
+from offprincipal.geometry.nulls import CountNull
 from offprincipal.geometry.spectrum import decompose, decompose_by_gram, has_principal_subspace, principal_rank
 from offprincipal.geometry.ulp import UlpHistogram, total, ulp_histogram
 
@@ -158,7 +159,8 @@ def pool_sweep(rows: Sequence[Row]) -> list[Row]:
         Rows of `format`, `step_length`, and each with `value`, `low`, `high`: `unchanged_fraction`; and for each mask
         `<mask>_overlap`, its difference from the density, `<mask>_bias`, and from the format's own precision null,
         `<mask>_bias_beyond_precision`; the same of the stored update's absolute size in place of its changed entries:
-        `<mask>_distance_bias`, `<mask>_distance_bias_beyond_precision`. None where nothing changed.
+        `<mask>_distance_bias`, `<mask>_distance_bias_beyond_precision`. None where nothing changed. And `<mask>_z`, a
+        number: the changed entries in the mask less the precision null's, over its standard deviation.
     """
     measures: dict[str, Callable[[Sequence[Row]], Estimate]] = {"unchanged_fraction": unchanged}
     for mask in SWEPT_MASKS:
@@ -172,7 +174,8 @@ def pool_sweep(rows: Sequence[Row]) -> list[Row]:
     found = []
     for format, step_length in dict.fromkeys((row["format"], row["step_length"]) for row in rows):
         cell = [row for row in rows if (row["format"], row["step_length"]) == (format, step_length)]
-        pooled = {name: _as_json(measure(cell)) for name, measure in measures.items()}
+        pooled: Row = {name: _as_json(measure(cell)) for name, measure in measures.items()}
+        pooled |= {f"{mask}_z": location_z(cell, mask) for mask in SWEPT_MASKS}
         found.append({"format": format, "step_length": step_length} | pooled)
     return found
 
@@ -205,6 +208,13 @@ def location(
         expected = row[f"{mask}_{of}_null"] if beyond == "precision" else chance[beyond]
         parts.append((inside - expected, whole))
     return estimate_ratio(parts)
+
+
+def location_z(rows: Sequence[Row], mask: str) -> float | None:
+    """(changed − expected)/sd of a mask under the format's precision null; None where nothing is left to chance."""
+    known = [row for row in rows if row[f"{mask}_changed"] is not None]
+    null = CountNull(*(sum(row[f"{mask}_changed_{moment}"] for row in known) for moment in ("null", "variance")))
+    return null.z(sum(row[f"{mask}_changed"] for row in known))
 
 
 def hidden_share(histograms: Sequence[UlpHistogram]) -> Row:

@@ -4,7 +4,6 @@ The precision null of `offprincipal.geometry.nulls`, with each format's own clas
 bfloat16's. Knows nothing of files, models or layers.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -185,17 +184,6 @@ class StoredBase:
         if values.dtype == torch.bool:
             return torch.bincount(self.classes[values], minlength=len(self.entries))
         return torch.bincount(self.classes, weights=values, minlength=len(self.entries))
-
-
-def location_z(found: MaskChange) -> float | None:
-    """(changed − expected)/sd of a mask under the precision null; None where nothing is left to chance.
-
-    >>> location_z(MaskChange(4, 3, 2.0, 0.25, 1.0, 1.0))
-    2.0
-    """
-    if found.changed_variance <= 0:
-        return None
-    return (found.changed - found.changed_null) / math.sqrt(found.changed_variance)
 
 
 def joint_classes(classes_a: Tensor, classes_b: Tensor) -> np.ndarray:
