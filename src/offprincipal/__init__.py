@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare
     from offprincipal.interventions import intervene
     from offprincipal.training import TrainSettings, evaluate, train
+    from offprincipal.training.monitor import Monitor
 
 __version__ = version("offprincipal")
 
@@ -18,6 +19,7 @@ _HOMES = {
     "Comparison": "comparison",
     "CompareSettings": "comparison",
     "MatrixSettings": "comparison",
+    "Monitor": "training.monitor",
     "compare": "comparison",
     "intervene": "interventions",
     "TrainSettings": "training",
@@ -29,6 +31,7 @@ __all__ = [
     "CompareSettings",
     "Comparison",
     "MatrixSettings",
+    "Monitor",
     "TrainSettings",
     "compare",
     "evaluate",

@@ -164,6 +164,69 @@ def compare(
 
 
 @app.command()
+def gates(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Folder, Hugging Face id, or `embedded`.")],
+    tuned: Annotated[
+        list[str],
+        typer.Argument(metavar="[NAME=]TUNED...", help="What was trained from it: whatever `compare` reads."),
+    ],
+    out: Out = Path("gates"),
+    prompts: Annotated[
+        Path | None, typer.Option(help='Prompts, one a line, or JSON lines {"prompt": …} in a .jsonl file.')
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="Take held-out prompts of a task; repeat for more.")
+    ] = None,
+    sequences: Annotated[
+        Path | None,
+        typer.Option(help='Measure on given JSON lines, {"text": …} or {"input_ids": […]}; nothing is sampled.'),
+    ] = None,
+    batches: Annotated[int, typer.Option(help="Into which the sequences are dealt: the unit of the intervals.")] = 16,
+    prompts_per_batch: Annotated[int, typer.Option(help="Of each batch, where prompts come from tasks.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest sampled continuation.")] = 40,
+    draws: Annotated[int, typer.Option(help="Random directions of each kind over all matrices.")] = 8,
+    layer_draws: Annotated[int, typer.Option(help="Random directions of each kind in each matrix.")] = 2,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer/--pooled-only", help="Curvature by layer and role too, or pooled alone.")
+    ] = True,
+    rank_fraction: Annotated[
+        float, typer.Option(help="Rank of the principal subspace over min(rows, columns).")
+    ] = 0.125,
+    alpha: Annotated[float, typer.Option(help="Density of the principal weights.")] = 0.5,
+    weights: Annotated[str, typer.Option(help="auto (float32 masters where kept), masters or stored.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    attention: Annotated[str, typer.Option(help="attn_implementation; it needs a forward-mode derivative.")] = "eager",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of prompts, continuations, batches and random directions.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print gates.json instead of tables.")] = False,
+) -> None:
+    """Measure Gates I and II: divergence from the base against the Fisher form, and the curvature of directions.
+
+    Writes gates.json. Needs the models to run: pip install 'offprincipal[train]'.
+    """
+    _require_training()
+    from offprincipal.files import require_folder
+    from offprincipal.gates import measure_gates
+    from offprincipal.reports.gates import gates_tables
+
+    ground: Any = {"prompts": prompts, "task": task, "sequences": sequences}
+    options: Any = {"batches": batches, "prompts_per_batch": prompts_per_batch, "max_new_tokens": max_new_tokens}
+    options |= {"draws": draws, "layer_draws": layer_draws, "per_layer": per_layer, "rank_fraction": rank_fraction}
+    options |= {"alpha": alpha, "weights": weights, "dtype": dtype, "attention": attention, "device": device}
+    runs = _named_runs(tuned)
+    require_folder(out)
+    with _direction_progress() as progress:
+        found = measure_gates(base, runs, **ground, **options, seed=seed, progress=progress)
+    path = found.write(out)
+    if as_json:
+        print(json.dumps(found.content, indent=1, ensure_ascii=False))
+    else:
+        console = Console()
+        console.print(gates_tables(found.content))
+        console.print(f"figures: {path}", soft_wrap=True, highlight=False)
+
+
+@app.command()
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="grpo, sft_own or sft_teacher.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the run; the same command continues a killed one.")],
@@ -383,6 +446,27 @@ def _matrix_progress() -> Iterator[Any]:
             speed = bar.tasks[0].speed
             rate = f"{speed / 1e6:.1f} M parameters/s" if speed else ""
             bar.update(line, completed=done, total=total, rate=rate, tensor=_escaped(tensor))
+
+        yield show
+
+
+@contextmanager
+def _direction_progress() -> Iterator[Any]:
+    """A bar in directions, with the time left, on a terminal; nothing elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("measuring directions"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[run]}"),
+    )
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        line = bar.add_task("", total=None, run="")
+
+        def show(done: int, total: int, run: str) -> None:
+            bar.update(line, completed=done, total=total, run=_escaped(run))
 
         yield show
 

@@ -1,33 +1,15 @@
 """Conditions on pooled metrics, for pipelines: `principal_angle_left_max_deg > 10`."""
 
-import operator
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from offprincipal.comparison.registry import GROUPS, Group, metrics_of
-from offprincipal.errors import ArgumentError
-
-_OPERATORS: dict[str, Callable[[float, float], bool]] = {
-    ">": operator.gt,
-    ">=": operator.ge,
-    "<": operator.lt,
-    "<=": operator.le,
-}
-_FORM = re.compile(r"^\s*(\w+)\s*(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*$")
+from offprincipal.conditions import Threshold, parse_threshold
 
 
 @dataclass(frozen=True)
-class Condition:
+class Condition(Threshold):
     """`metric operator threshold`, on the pooled value of a run."""
-
-    metric: str
-    operator: str
-    threshold: float
-
-    def __str__(self) -> str:
-        return f"{self.metric} {self.operator} {self.threshold:g}"
 
     def undefined_in(self, summary: dict[str, Any]) -> list[str]:
         """The runs whose value is undefined, so that the condition could not be checked."""
@@ -39,7 +21,7 @@ class Condition:
         found = []
         for run, entry in summary["runs"].items():
             value = entry["metrics"].get(self.metric, {}).get("value")
-            if value is not None and _OPERATORS[self.operator](value, self.threshold):
+            if self.held_by_value(value):
                 found.append(f"{run}: {self.metric} is {value:.6g}, {self.operator} {self.threshold:g}")
         return found
 
@@ -56,11 +38,5 @@ def parse_condition(text: str, groups: tuple[Group, ...] = GROUPS) -> Condition:
     >>> str(parse_condition("principal_angle_left_max_deg > 10"))
     'principal_angle_left_max_deg > 10'
     """
-    match = _FORM.match(text)
-    if not match:
-        raise ArgumentError(f"'{text}' is no condition: write METRIC > NUMBER, with one of > >= < <=")
     pooled = [column.name for metric in metrics_of(groups) for column in metric.columns if column.pool != "none"]
-    if match[1] not in pooled:
-        close = [name for name in pooled if match[1] in name or name in match[1]]
-        raise ArgumentError(f"no metric '{match[1]}' is measured for '{text}': choose of {', '.join(close or pooled)}")
-    return Condition(match[1], match[2], float(match[3]))
+    return Condition(**vars(parse_threshold(text, pooled)))

@@ -22,6 +22,7 @@ from offprincipal.comparison import read_summary
 from offprincipal.errors import FileError
 from offprincipal.files import read_json, write_atomically
 from offprincipal.reports import figures, numbers, words
+from offprincipal.reports.theory import theory_figures
 
 COLOURS = ("#3b6fb6", "#d9772b", "#3f9a6c", "#a855a0", "#b8932c", "#c24d52", "#4aa3b8", "#7a6f5d", "#6d62c4", "#8a9a3b")
 CHECKPOINT_KEYS = ("greedy_accuracy", "sampled_accuracy", "pass_at_k", "token_entropy", "kl_to_base")
@@ -34,7 +35,8 @@ def write_report(out: Path, comparison: Path, study: dict[str, Any] | None = Non
     Args:
         out: the HTML file to write.
         comparison: a folder that `offprincipal compare` wrote.
-        study: the content of `study.json`; its claims and runs come first.
+        study: the content of `study.json`; its claims and runs come first. What its claims were judged from beside the
+            comparison lies in folders beside that of the comparison.
 
     Returns:
         `out`.
@@ -72,6 +74,7 @@ def _content(comparison: Path, study: dict[str, Any] | None) -> dict[str, Any]:
     named = dict.fromkeys([*runs, *(run["name"] for run in training)])
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(named)}
     data = _figures(comparison, summary) | {
+        "theory": theory_figures(comparison.parent, study),
         "colours": [colours[name] for name in runs],
         "training": [run | {"colour": colours[run["name"]]} for run in training],
     }

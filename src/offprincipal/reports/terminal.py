@@ -137,9 +137,10 @@ def _judgement(judged: Mapping[str, Any]) -> str:
     color = _VERDICTS[judged["verdict"]]
     if judged["effect"] is None:
         return f"[{color}]{judged['verdict']}[/]"
-    return (
-        f"[{color}]{judged['verdict']}[/]\n{judged['effect']:.3g} [dim][{judged['low']:.3g}, {judged['high']:.3g}][/]"
-    )
+    text = f"[{color}]{judged['verdict']}[/]\n{judged['effect']:.3g}"
+    if judged["low"] is None or judged["high"] is None:
+        return text
+    return f"{text} [dim][{judged['low']:.3g}, {judged['high']:.3g}][/]"
 
 
 def _with_null(metrics: Mapping[str, Any], metric: str, null: str | None, factor: float) -> str:

@@ -13,8 +13,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from offprincipal.files import read_json
 from offprincipal.models import EMBEDDED
+from offprincipal.studies.experiments import GatesStage, PrecisionStage
 from offprincipal.studies.graph import ShowStage, pending, run_profile
-from offprincipal.studies.profile import Profile
+from offprincipal.studies.profile import Profile, Stage
 from offprincipal.studies.stages import TrainStage
 from offprincipal.training import StepReport
 from offprincipal.training.progress import describe
@@ -70,13 +71,20 @@ def estimate_minutes(profile: Profile, left: list[str], jobs: int) -> float | No
     seconds = [_FIXED_TRAIN + s.steps * s.batch / 256 * _STEP[s.recipe] for s in training]
     at_once = min(jobs, os.cpu_count() or 1)
     makespan = max(sum(seconds) / at_once, max(seconds, default=0.0))
-    return slowness * (makespan + sum(_OTHER for s in stages if not isinstance(s, TrainStage))) / 60
+    return slowness * (makespan + sum(map(_seconds_besides_training, stages))) / 60
+
+
+def _seconds_besides_training(stage: Stage) -> float:
+    if isinstance(stage, TrainStage):
+        return 0.0
+    return _OTHER + (_PER_RUN[stage.kind] * len(stage.runs) if isinstance(stage, PrecisionStage | GatesStage) else 0.0)
 
 
 # Seconds on one core of the reference machine, as timed for the embedded base.
 _STEP = {"grpo": 2.2, "sft_own": 0.8, "sft_teacher": 1.6}  # for 256 sequences
 _FIXED_TRAIN = 15.0
 _OTHER = 5.0
+_PER_RUN = {"precision": 8.0, "gates": 25.0}
 _REFERENCE_WORK = 0.25
 
 

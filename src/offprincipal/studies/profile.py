@@ -11,9 +11,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from offprincipal.errors import StudyError
 from offprincipal.models import EMBEDDED
+from offprincipal.studies.experiments import AgreementStage, GatesStage, GaussianStage, InterveneStage, PrecisionStage
 from offprincipal.studies.stages import ClaimsStage, CompareStage, ReportStage, TrainStage
 
-Stage = Annotated[TrainStage | CompareStage | ClaimsStage | ReportStage, Field(discriminator="kind")]
+Stage = Annotated[
+    TrainStage
+    | InterveneStage
+    | GaussianStage
+    | CompareStage
+    | AgreementStage
+    | PrecisionStage
+    | GatesStage
+    | ClaimsStage
+    | ReportStage,
+    Field(discriminator="kind"),
+]
 
 
 class Profile(BaseModel):

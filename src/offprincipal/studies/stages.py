@@ -1,4 +1,4 @@
-"""What a stage of a study is, and the kinds there are: train, compare, claims, report.
+"""What a stage of a study is, and the kinds that every study has: train, compare, claims, report.
 
 A stage says what it reads, what else decides its output, and how to make it. It knows nothing of order, caching or
 processes: that is the graph's work (`studies.graph`).
@@ -8,6 +8,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from offprincipal.comparison.registry import GROUPS, Group
 from offprincipal.errors import StudyError
 from offprincipal.files import read_json, write_json
 from offprincipal.models import model_name
-from offprincipal.studies.claims import CLAIMS, Evidence, judge
+from offprincipal.studies.claims import CLAIMS, SOURCES, Evidence, judge
 from offprincipal.tasks import open_task
 from offprincipal.training import ShowProgress, TrainSettings, parse_settings, silent, train
 
@@ -44,7 +45,9 @@ class Workspace:
         return self.out / stage
 
 
-class _Stage(BaseModel, ABC):
+class StageKind(BaseModel, ABC):
+    """What every kind of stage answers to."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def inputs(self) -> tuple[str, ...]:
@@ -67,11 +70,19 @@ class _Stage(BaseModel, ABC):
         """What the stage leaves behind, all of which its readers depend on."""
 
 
-class TrainStage(_Stage):
-    """Train a model from the study's base; its folder is a Hugging Face model with `run.json`."""
+class TrainStage(StageKind):
+    """Train a model from the study's base; its folder is a Hugging Face model with `run.json`.
+
+    Args:
+        start: the stage whose model is trained instead of the base.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
     kind: Literal["train"]
+    start: str | None = None
+
+    def inputs(self) -> tuple[str, ...]:
+        return () if self.start is None else (self.start,)
 
     def train_settings(self, base: str, training: Mapping[str, Any]) -> TrainSettings:
         own = self.model_extra or {}
@@ -83,18 +94,22 @@ class TrainStage(_Stage):
 
     def settings(self, space: Workspace) -> dict[str, Any]:
         settings = self.train_settings(space.base, space.training)
-        return settings.model_dump(mode="json") | {"base_content": content_digest(base_folder(settings.model))}
+        found = settings.model_dump(mode="json")
+        if self.start is not None:  # the content of that stage is part of the key anyway, wherever it lies
+            return found | {"model": None, "start": self.start}
+        return found | {"base_content": content_digest(base_folder(settings.model))}
 
     def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
-        train(
-            self.train_settings(space.base, space.training), space.folder(name), overwrite=overwrite, progress=progress
-        )
+        base = space.base if self.start is None else str(space.folder(self.start))
+        train(self.train_settings(base, space.training), space.folder(name), overwrite=overwrite, progress=progress)
 
     def files(self, name: str, space: Workspace) -> list[Path]:
-        return [space.folder(name) / "model.safetensors", space.folder(name) / "run.json"]
+        watched = {**space.training, **(self.model_extra or {})}.get("monitor") is not None
+        left = ["model.safetensors", "run.json", *(["monitor.parquet"] if watched else [])]
+        return [space.folder(name) / file for file in left]
 
 
-class CompareStage(_Stage):
+class CompareStage(StageKind):
     """Compare training stages with the study's base; its folder holds the tables."""
 
     kind: Literal["compare"]
@@ -119,34 +134,57 @@ class CompareStage(_Stage):
         return [space.folder(name) / table for table in tables]
 
 
-class ClaimsStage(_Stage):
-    """Judge the paper's claims from a comparison's tables; writes `study.json` into the study's folder."""
+class ClaimsStage(StageKind):
+    """Judge the paper's claims from a comparison's tables, and what else they need; writes the study's `study.json`.
+
+    Args:
+        sources: of what the theory's claims need, of `SOURCES`, the stages that made it.
+        gaussian: run -> the stage of the Gaussian update that stands beside it.
+    """
 
     kind: Literal["claims"]
     comparison: str
     rl: tuple[str, ...] = Field(min_length=1)
     sft: tuple[str, ...] = Field(min_length=1)
     claims: tuple[str, ...] = Field(min_length=1)
+    sources: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    gaussian: dict[str, str] = Field(default_factory=dict)
 
     def inputs(self) -> tuple[str, ...]:
-        return (self.comparison, *self.rl, *self.sft)
+        return tuple(dict.fromkeys((self.comparison, *self.trained)) | dict.fromkeys(chain(*self.sources.values())))
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The training stages that `study.json` speaks of."""
+        watched = (self.sources.get(f"watched_{kind}", ()) for kind in ("rl", "sft"))
+        return tuple(dict.fromkeys((*self.rl, *self.sft, *chain(*watched))))
 
     def check(self, base: str, training: Mapping[str, Any]) -> None:
         unknown = [claim for claim in self.claims if claim not in CLAIMS]
         if unknown:
             raise StudyError(f"no rule judges claim {unknown[0]}: choose of {', '.join(CLAIMS)}")
+        odd = [source for source in self.sources if source not in SOURCES]
+        if odd:
+            raise StudyError(f"claims have no source '{odd[0]}': choose of {', '.join(SOURCES)}")
+        for claim in self.claims:
+            for need in CLAIMS[claim].needs:
+                if not self.sources.get(need):
+                    raise StudyError(f"claim {claim} needs the source '{need}': name the stages that make it")
 
     def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
-        evidence = Evidence.read(space.folder(self.comparison), self.rl, self.sft, self.comparison)
-        runs = [_run_entry(run, space.folder(run)) for run in (*self.rl, *self.sft)]
+        sources = {source: [space.folder(stage) for stage in stages] for source, stages in self.sources.items()}
+        evidence = Evidence.read(
+            space.folder(self.comparison), self.rl, self.sft, self.comparison, sources, self.gaussian
+        )
         study = {
             "schema": 1,
             "profile": space.profile,
             "title": space.title,
             "base": {"name": space.base, "parameters": evidence.parameters},
             "comparison": self.comparison,
+            "sources": {source: list(stages) for source, stages in self.sources.items()},
             "claims": [judge(claim, evidence) for claim in self.claims],
-            "runs": runs,
+            "runs": [_run_entry(run, space.folder(run)) for run in self.trained],
         }
         write_json(space.out / "study.json", study)
 
@@ -154,7 +192,7 @@ class ClaimsStage(_Stage):
         return [space.out / "study.json"]
 
 
-class ReportStage(_Stage):
+class ReportStage(StageKind):
     """Draw `report.html` from a comparison and the judged claims."""
 
     kind: Literal["report"]

@@ -3,6 +3,7 @@
     OUT/config.json, model.safetensors, tokenizer…   the result in bfloat16, as it would be deployed
     OUT/masters/                                     the same tensors in float32, as they were trained
     OUT/run.json                                     the record; written last, so it marks a complete run
+    OUT/monitor.parquet                              what the monitor saw, if asked for
     OUT/checkpoints/                                 only while the run is not complete
     OUT/runs/                                        what TensorBoard was told, if asked for
 
@@ -25,6 +26,7 @@ from offprincipal.models import LanguageModel, identify, open_language_model, re
 from offprincipal.models.quiet import quiet_libraries
 from offprincipal.tasks import open_task
 from offprincipal.training.evaluation import evaluate
+from offprincipal.training.monitor import Monitor, base_file, table
 from offprincipal.training.progress import ShowProgress, StepReport, silent, terminal_progress
 from offprincipal.training.settings import TrainSettings
 
@@ -70,7 +72,8 @@ def train(
 
     Returns:
         The record, as in `run.json`: `schema`, `settings`, `base`, `accuracy` (`before` and `after`, each as `evaluate`
-        returns it, or None), `log` (one entry a step), `seconds` of training over all sittings, `machine`, `versions`.
+        returns it, or None), `log` (one entry a step), `seconds` of training over all sittings, `machine`, `versions`;
+        and `stopped` where a condition of `stop_if` ended the training early: which, by what, and when.
 
     Raises:
         TaskError: a task is not usable.
@@ -105,10 +108,11 @@ def _run(settings: TrainSettings, out: Path, show: ShowProgress) -> dict[str, An
         before = _measure(settings, language_model, language_model)
         started = {"schema": SCHEMA, "settings": settings.model_dump(mode="json"), "base": base, "before": before}
 
-    log = _fit(settings, language_model, out / CHECKPOINTS, started, show)
+    monitor = _monitor(settings, out)
+    log = _fit(settings, language_model, out / CHECKPOINTS, started, show, monitor)
     _require_finite(language_model, settings)
     _write_model(language_model, out)
-    show(StepReport("measuring the result", settings.steps, settings.steps, metric))
+    show(StepReport("measuring the result", len(log), settings.steps, metric))
     after = _measure(settings, out, settings.model)
     record = {
         "schema": SCHEMA,
@@ -120,6 +124,8 @@ def _run(settings: TrainSettings, out: Path, show: ShowProgress) -> dict[str, An
         "machine": _machine(language_model),
         "versions": _versions(),
     }
+    if monitor is not None and monitor.stopped:
+        record["stopped"] = monitor.stopped
     write_json(out / RECORD, record)
     _remove_checkpoints(out)
     return record
@@ -148,6 +154,7 @@ def _fit(
     checkpoints: Path,
     started: dict[str, Any],
     show: ShowProgress,
+    monitor: Monitor | None,
 ) -> list[dict[str, Any]]:
     """Train in place, from the last whole checkpoint where there is one; returns the log, one entry a step.
 
@@ -159,6 +166,8 @@ def _fit(
 
     with quiet_libraries():
         trainer = build_trainer(settings, language_model, checkpoints, Timekeeper(show))
+        if monitor is not None:
+            monitor.attach(trainer)
         require_folder(checkpoints)
         write_json(checkpoints / STARTED, started)
         last = _last_whole_checkpoint(checkpoints)
@@ -176,6 +185,12 @@ def _fit(
     ]
 
 
+def _monitor(settings: TrainSettings, out: Path) -> Monitor | None:
+    if settings.monitor is None:
+        return None
+    return Monitor(out, every=settings.monitor, stop_if=settings.stop_if or (), warn_if=settings.warn_if or ())
+
+
 def _last_whole_checkpoint(checkpoints: Path) -> Path | None:
     """The furthest checkpoint whose last-written file is whole; half-written ones are removed."""
     whole = {}
@@ -191,6 +206,7 @@ def _remove_checkpoints(out: Path) -> None:
     """Remove what only continuing needs; TensorBoard's files, which the trainer keeps there too, are kept."""
     if (out / CHECKPOINTS / TENSORBOARD).is_dir():
         shutil.copytree(out / CHECKPOINTS / TENSORBOARD, out / TENSORBOARD, dirs_exist_ok=True)
+    (out / base_file.NAME).unlink(missing_ok=True)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
 
@@ -239,6 +255,7 @@ def _discard(out: Path) -> None:
     if not out.is_dir() or not ((out / RECORD).exists() or (out / CHECKPOINTS).is_dir()):
         return
     (out / RECORD).unlink(missing_ok=True)
+    (out / table.NAME).unlink(missing_ok=True)
     for weights in out.glob("*.safetensors"):
         weights.unlink()
     shutil.rmtree(out / MASTERS, ignore_errors=True)

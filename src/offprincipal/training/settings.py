@@ -1,14 +1,24 @@
 """Settings of a training run: one set of defaults for every recipe, so that runs are matched unless told otherwise."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from offprincipal.errors import TrainingError
 from offprincipal.models import EMBEDDED
+from offprincipal.training.monitor.verdicts import parse_watch
 
 Recipe = Literal["grpo", "sft_teacher", "sft_own"]
+_OF_THE_MONITOR = ("monitor", "stop_if", "warn_if")
 
 
 class TrainSettings(BaseModel):
@@ -51,6 +61,15 @@ class TrainSettings(BaseModel):
     save_every: int = Field(16, ge=1, description="steps between the checkpoints that a killed run continues from")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     report_to: tuple[str, ...] = Field((), description="where the Trainer also logs to: trackio, tensorboard, wandb")
+    monitor: Literal["auto"] | Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="steps between looks at weights and policy, written to monitor.parquet; auto: within 3 % of the "
+        "step time; None: never",
+    )
+    stop_if: tuple[str, ...] | None = Field(
+        None, description="conditions of the monitor that end the training, as 'spectral_shift_per_norm > .5'"
+    )
+    warn_if: tuple[str, ...] | None = Field(None, description="conditions of the monitor that are only reported")
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "TrainSettings":
@@ -60,6 +79,21 @@ class TrainSettings(BaseModel):
                 f"choose a batch of {max(1, self.batch // self.rollouts_per_prompt) * self.rollouts_per_prompt}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _conditions_are_watched(self) -> "TrainSettings":
+        conditions = (*(self.stop_if or ()), *(self.warn_if or ()))
+        for text in conditions:
+            parse_watch(text)
+        if conditions and self.monitor is None:
+            raise TrainingError("stop_if and warn_if are conditions of the monitor: set monitor too, to auto say")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_an_unset_monitor(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A run without a monitor is the same run, under the same key, as before there was one."""
+        values: dict[str, Any] = whole(self)
+        return {name: value for name, value in values.items() if value is not None or name not in _OF_THE_MONITOR}
 
     @property
     def sequences_at_once(self) -> int:

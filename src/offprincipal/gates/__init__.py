@@ -1,0 +1,17 @@
+"""The gates: what needs forward passes. Divergence from the base, the Fisher form, and the curvature of directions.
+
+torch and transformers are imported with this package.
+"""
+
+from offprincipal.gates.fisher import Batch, fisher_per_token, fisher_quadratic, kl_per_token
+from offprincipal.gates.measure import Gates, GateSettings, measure_gates
+
+__all__ = [
+    "Batch",
+    "GateSettings",
+    "Gates",
+    "fisher_per_token",
+    "fisher_quadratic",
+    "kl_per_token",
+    "measure_gates",
+]

@@ -1,0 +1,217 @@
+"""Directions in the space of linear matrices: the parts of an update, and random ones of the same support.
+
+`update_principal` = U_kU_kᵀ ΔW V_kV_kᵀ and `update_complement` = ΔW − that, with U_k, V_k the base's principal singular
+vectors; `random_principal` and `random_complement` are Gaussian in the same two subspaces of the space of matrices;
+`random_on_mask` and `random_off_mask` are Gaussian on the principal weights of density α and on all others. Knows
+matrices and where they lie in a model's tensors; knows nothing of how a direction is measured.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offprincipal.checkpoints import Checkpoint, Part, TensorInfo, parts_of
+from offprincipal.checkpoints.roles import TABLE_ROLES, VECTOR_ROLES
+from offprincipal.gates.updates import parameter_of
+from offprincipal.geometry.masks import mask_size, principal_ranks
+from offprincipal.geometry.spectrum import decompose, decompose_randomized, principal_rank
+
+UpdateDirection = Literal["update_principal", "update_complement"]
+RandomDirection = Literal["random_principal", "random_complement", "random_on_mask", "random_off_mask"]
+UPDATE_DIRECTIONS: tuple[UpdateDirection, ...] = ("update_principal", "update_complement")
+RANDOM_DIRECTIONS: tuple[RandomDirection, ...] = (
+    "random_principal",
+    "random_complement",
+    "random_on_mask",
+    "random_off_mask",
+)
+PAIRS = (UPDATE_DIRECTIONS, RANDOM_DIRECTIONS[:2], RANDOM_DIRECTIONS[2:])
+_EXACT_UP_TO = 1024
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class PrincipalSpace:
+    """The principal subspace of one base matrix, and its principal weights.
+
+    Args:
+        U: (n, k), V: (m, k), orthonormal: the base's first singular vectors.
+        mask: (n, m), bool: its principal weights.
+    """
+
+    U: Tensor
+    V: Tensor
+    mask: Tensor
+
+    @staticmethod
+    def of(W: Tensor, rank_fraction: float, alpha: float, generator: torch.Generator) -> "PrincipalSpace":
+        """That of a matrix (n, m).
+
+        >>> W = torch.diag(torch.tensor([4.0, 1.0]))
+        >>> PrincipalSpace.of(W, 0.5, 0.25, torch.Generator()).mask
+        tensor([[ True, False],
+                [False, False]])
+        """
+        k = principal_rank(W.shape, rank_fraction)
+        if min(W.shape) <= _EXACT_UP_TO:
+            svd = decompose(W).top(k)
+        else:
+            svd = decompose_randomized(W, k, _TOLERANCE, generator).top(k)
+        mask = principal_ranks(svd.U, svd.S, svd.Vh) < mask_size(W.numel(), alpha)
+        return PrincipalSpace(svd.U.to(W.dtype), svd.Vh.T.to(W.dtype).contiguous(), mask)
+
+    def principal(self, D: Tensor) -> Tensor:
+        """U Uᵀ D V Vᵀ; (n, m).
+
+        >>> space = PrincipalSpace(torch.eye(2)[:, :1], torch.eye(2)[:, :1], torch.ones(2, 2, dtype=torch.bool))
+        >>> space.principal(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        tensor([[1., 0.],
+                [0., 0.]])
+        """
+        return self.U @ (self.U.T @ D @ self.V) @ self.V.T
+
+    def part(self, D: Tensor, direction: UpdateDirection) -> Tensor:
+        """The principal part of an update, or the rest of it."""
+        principal = self.principal(D)
+        return principal if direction == "update_principal" else D - principal
+
+    def random(self, direction: RandomDirection, generator: torch.Generator) -> Tensor:
+        """A Gaussian direction of unit Frobenius norm; zero where its support is empty."""
+        G = torch.randn(self.mask.shape, generator=generator, dtype=torch.float64).to(self.U)
+        match direction:
+            case "random_principal":
+                G = self.principal(G)
+            case "random_complement":
+                G = G - self.principal(G)
+            case "random_on_mask":
+                G = G * self.mask
+            case "random_off_mask":
+                G = G * ~self.mask
+        norm = torch.linalg.vector_norm(G)
+        return G / norm if norm > 0 else G
+
+
+class LinearMatrix:
+    """One linear matrix of a model: where it lies in its parameter, and its principal subspace.
+
+    Args:
+        part: where it lies in the stored tensor.
+        parameter: the model's name of that tensor; weight: the base's, whole.
+    """
+
+    def __init__(self, part: Part, parameter: str, weight: Tensor, rank_fraction: float, alpha: float, seed: int):
+        self.part, self.parameter, self.seed = part, parameter, seed
+        self._shape, self._device = weight.shape, weight.device
+        start = generator_of(seed, part.name, "subspace")
+        self.space = PrincipalSpace.of(self.read(weight), rank_fraction, alpha, start)
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """This matrix, (out, in), from the whole parameter."""
+        return tensor if self._index is None else tensor.reshape(-1)[self._index]
+
+    def update_part(self, update: Mapping[str, Tensor], direction: UpdateDirection) -> Tensor:
+        """A part of the update of this matrix; zero where it did not move."""
+        if self.parameter not in update:
+            return self.space.U.new_zeros(self.part.matrix_shape)
+        return self.space.part(self.read(update[self.parameter]), direction)
+
+    def random(self, direction: RandomDirection, draw: int) -> Tensor:
+        """The random direction of a draw, of unit norm: the same for all runs."""
+        return self.space.random(direction, generator_of(self.seed, self.part.name, direction, draw))
+
+    def add_to(self, tensors: dict[str, Tensor], D: Tensor) -> None:
+        """Put a direction of this matrix into directions by parameter name."""
+        if self._index is None:
+            tensors[self.parameter] = D
+            return
+        if self.parameter not in tensors:
+            tensors[self.parameter] = D.new_zeros(self._shape)
+        tensors[self.parameter].reshape(-1)[self._index] = D
+
+    @cached_property
+    def _index(self) -> Tensor | None:
+        """Where the entries of the matrix lie in the flat parameter; None where it is all of it, as it is."""
+        if self.part.matrix_shape == tuple(self._shape) and not self.part.transposed:
+            return None
+        flat = self.part.of(np.arange(self.part.start, self.part.stop))
+        return torch.from_numpy(flat).to(self._device)
+
+
+def linear_matrices(
+    model: Any, base: Checkpoint, rank_fraction: float, alpha: float, seed: int
+) -> tuple[list[LinearMatrix], list[str]]:
+    """The attention and MLP projections of a base, those that `compare` measures, with their principal subspaces.
+
+    Args:
+        model: the base as transformers opened it; base: the base as a checkpoint.
+
+    Returns:
+        the matrices, and the names of those that the model holds under another name or shape, which are left out.
+    """
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    found, left_out = [], []
+    for info, part in _linear_parts(base):
+        name = parameter_of(info.name, parameters, model.base_model_prefix)
+        if name is None or parameters[name].shape != info.shape:
+            left_out.append(part.name)
+        else:
+            found.append(LinearMatrix(part, name, parameters[name], rank_fraction, alpha, seed))
+    return found, left_out
+
+
+def cells(matrices: Iterable[LinearMatrix]) -> dict[tuple[int | None, str], list[LinearMatrix]]:
+    """(layer, role) -> its matrices: one, or several experts."""
+    found: dict[tuple[int | None, str], list[LinearMatrix]] = {}
+    for matrix in matrices:
+        found.setdefault((matrix.part.place.layer, matrix.part.place.role), []).append(matrix)
+    return found
+
+
+def update_direction(
+    matrices: Iterable[LinearMatrix], update: Mapping[str, Tensor], direction: UpdateDirection
+) -> dict[str, Tensor]:
+    """The principal part of an update of these matrices, or the rest of it: parameter name -> tensor."""
+    tensors: dict[str, Tensor] = {}
+    for matrix in matrices:
+        if matrix.parameter in update:
+            matrix.add_to(tensors, matrix.update_part(update, direction))
+    return tensors
+
+
+def random_direction(
+    matrices: Iterable[LinearMatrix], direction: RandomDirection, draw: int, update: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """A random direction of these matrices: parameter name -> tensor.
+
+    Args:
+        update: gives each matrix the norm of its update, so that a matrix that did not move is left out; without it
+            each has norm 1.
+    """
+    tensors: dict[str, Tensor] = {}
+    for matrix in matrices:
+        if update is None:
+            matrix.add_to(tensors, matrix.random(direction, draw))
+        elif matrix.parameter in update:
+            norm = torch.linalg.vector_norm(matrix.read(update[matrix.parameter]))
+            matrix.add_to(tensors, norm * matrix.random(direction, draw))
+    return tensors
+
+
+def generator_of(seed: int, *what: object) -> torch.Generator:
+    """A generator for one purpose, whatever was drawn before."""
+    digest = hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def _linear_parts(base: Checkpoint) -> Iterable[tuple[TensorInfo, Part]]:
+    for info in base.tensors.values():
+        for part in parts_of(info, base.config) if info.floating else ():
+            matrix = len(part.matrix_shape) == 2 and min(part.matrix_shape) > 0
+            if matrix and part.place.role not in (*VECTOR_ROLES, *TABLE_ROLES):
+                yield info, part

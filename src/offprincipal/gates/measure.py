@@ -1,0 +1,375 @@
+"""`measure_gates`: a base, what was tuned from it, and sequences in; the entries of `gates.json` out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from offprincipal.checkpoints import Checkpoint, open_checkpoint
+from offprincipal.errors import ArgumentError, ModelError
+from offprincipal.files import require_folder, write_json
+from offprincipal.gates.curvature import Curvature, curvature_rows, draw_rows, pair_rows
+from offprincipal.gates.directions import (
+    RANDOM_DIRECTIONS,
+    UPDATE_DIRECTIONS,
+    cells,
+    linear_matrices,
+    random_direction,
+    update_direction,
+)
+from offprincipal.gates.double import computing_in
+from offprincipal.gates.forward import Array, Direction, fisher_sums, kl_sums
+from offprincipal.gates.leash import FRACTIONS, curve, norm_bound
+from offprincipal.gates.sequences import (
+    Sequences,
+    encode_prompts,
+    read_prompts,
+    read_sequences,
+    sample_continuations,
+    shuffled_batches,
+    task_prompts,
+)
+from offprincipal.gates.statistics import mean_with_interval
+from offprincipal.gates.updates import Tuned, Update, Weights, moved_by
+from offprincipal.models import LanguageModel, model_name, open_language_model
+
+GATES = "gates.json"
+ENOUGH_BATCHES = 16
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """How the gates are measured.
+
+    Args:
+        batches: into which the sequences are dealt; the unit of the curvature's intervals and tests.
+        prompts_per_batch: prompts of each where they come from tasks.
+        max_new_tokens: the longest sampled continuation.
+        draws: random directions of each kind over all linear matrices.
+        layer_draws: random directions of each kind in each matrix.
+        per_layer: whether to measure each layer and role too, not all linear matrices at once alone.
+        rank_fraction: rank of the principal subspace over min(rows, columns).
+        alpha: density of the principal weights.
+        weights: `auto` (float32 masters where they were kept), `masters` or `stored`.
+        dtype: `float32` or `float64`, of weights, directions and activations, norms and softmaxes included.
+        attention: the attention's implementation, which needs a forward-mode derivative.
+        device: `auto`, `cpu` or `cuda`.
+        seed: of prompts, continuations, batches and random directions.
+
+    Raises:
+        ArgumentError: a value is outside what it may be.
+    """
+
+    batches: int = ENOUGH_BATCHES
+    prompts_per_batch: int = 16
+    max_new_tokens: int = 40
+    draws: int = 8
+    layer_draws: int = 2
+    per_layer: bool = True
+    rank_fraction: float = 0.125
+    alpha: float = 0.5
+    weights: Weights = "auto"
+    dtype: Literal["float32", "float64"] = "float32"
+    attention: str = "eager"
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batches", "prompts_per_batch", "max_new_tokens", "draws", "layer_draws"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"{name} is {getattr(self, name)}: at least 1")
+        for name in ("rank_fraction", "alpha"):
+            if not 0 < getattr(self, name) < 1:
+                raise ArgumentError(f"{name} is {getattr(self, name)}: it lies between 0 and 1")
+        if self.weights not in get_args(Weights):
+            raise ArgumentError(f"weights '{self.weights}': one of {', '.join(get_args(Weights))}")
+        if self.dtype not in ("float32", "float64"):
+            raise ArgumentError(f"dtype '{self.dtype}': float32 or float64")
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What `measure_gates` found.
+
+    Args:
+        content: of `gates.json`.
+    """
+
+    content: dict[str, Any]
+
+    @property
+    def runs(self) -> dict[str, dict[str, Any]]:
+        """Run -> its entry."""
+        runs: dict[str, dict[str, Any]] = self.content["runs"]
+        return runs
+
+    def write(self, out: str | Path) -> Path:
+        """Write `gates.json` into a folder, whole or not at all.
+
+        Raises:
+            FileError: the folder cannot be made or written.
+        """
+        folder = Path(out)
+        require_folder(folder)
+        write_json(folder / GATES, self.content)
+        return folder / GATES
+
+
+def measure_gates(
+    base: str | Path,
+    tuned: Mapping[str, str | Path],
+    *,
+    prompts: str | Path | None = None,
+    task: str | Sequence[str] | None = None,
+    sequences: str | Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Gates:
+    """Gate I and II of models tuned from one base: divergence, Fisher form along the update, curvature of directions.
+
+    Exactly one of `prompts`, `task` and `sequences` says what they are measured on. With the first two, continuations
+    are sampled from the base (on which the Fisher form, the curve and the curvature are measured, being the base's) and
+    from each tuned policy (on which the divergence is the policy's own).
+
+    Args:
+        base: a folder, a Hugging Face id, or `embedded`.
+        tuned: run -> whatever `compare` reads: folders or ids of models, adapters, distributed checkpoints.
+        prompts: a file of prompts, one a line, or JSON lines `{"prompt": …}` called `.jsonl`.
+        task: one or more names for `open_task`; held-out prompts are taken.
+        sequences: JSON lines, `{"text": …}` or `{"input_ids": […]}`, measured at every position after the first.
+        progress: told how many directions are done, of how many, and of which run.
+        options: fields of `GateSettings`.
+
+    Raises:
+        ArgumentError: the arguments do not say what to measure, or an option is outside what it may be.
+        ModelError: the base cannot be opened or differentiated, a prompt does not fit its context, or a tuned model has
+            another vocabulary or tokenizer.
+        CheckpointError, FileError, TaskError: a checkpoint, file or task cannot be read.
+
+    >>> from offprincipal.assets import embedded_base
+    >>> options = {"batches": 2, "prompts_per_batch": 2, "per_layer": False, "draws": 1, "max_new_tokens": 4}
+    >>> found = measure_gates("embedded", {"same": embedded_base()}, task="add@1", **options)
+    >>> found.runs["same"]["kl_cumulative"]["value"]
+    0.0
+    """
+    settings = GateSettings(**options)
+    if [prompts, task, sequences].count(None) != 2:
+        raise ArgumentError("give one of prompts, task and sequences: what the gates are measured on")
+    if not tuned:
+        raise ArgumentError("no tuned checkpoint given: name at least one")
+    names = [task] if isinstance(task, str) else list(task or ())
+    asked = read_prompts(prompts) if prompts is not None else None
+    if names:
+        asked = task_prompts(names, settings.batches * settings.prompts_per_batch, settings.seed)
+    language_model = open_for_derivatives(base, settings)
+    checkpoint = open_checkpoint(model_name(base))
+    opened = {run: Tuned(language_model, checkpoint, source, settings.weights) for run, source in tuned.items()}
+    with computing_in(settings.dtype):
+        if asked is None:
+            encoded, measured = None, read_sequences(sequences or "", language_model)
+        else:
+            encoded = encode_prompts(language_model, asked, settings.max_new_tokens)
+            options = {"max_new_tokens": settings.max_new_tokens, "seed": settings.seed}
+            measured = sample_continuations(language_model, encoded, **options, samples="base")
+        ground = Ground(measured, settings)
+        study = _Study(language_model, checkpoint, ground, encoded, settings, len(opened), progress)
+        runs = {run: {"source": str(tuned[run]), **study.entry(run, each)} for run, each in opened.items()}
+    given = {"prompts": prompts, "task": names or None, "sequences": sequences}
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    return Gates(
+        {
+            "schema": 1,
+            "base": str(base),
+            "arguments": arguments | asdict(settings),
+            "versions": {name: version(name) for name in ("offprincipal", "torch", "transformers")},
+            "runs": runs,
+        }
+    )
+
+
+def open_for_derivatives(base: str | Path, settings: GateSettings) -> LanguageModel:
+    """The base in the asked precision, with an attention that has a forward-mode derivative.
+
+    Raises:
+        ModelError: it cannot be opened, or has no such attention.
+    """
+    language_model = open_language_model(base, settings.device)
+    model = language_model.model.to(getattr(torch, settings.dtype))
+    try:
+        model.set_attn_implementation(settings.attention)
+        if model.config.get_text_config().to_dict().get("num_experts_per_tok"):
+            model.set_experts_implementation("eager")  # grouped products have no forward-mode derivative
+    except (ValueError, ImportError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{type(model).__name__} has no attn_implementation='{settings.attention}': choose 'eager' ({reason})"
+        ) from error
+    model.requires_grad_(False)
+    return language_model
+
+
+@dataclass(frozen=True)
+class Ground:
+    """Sequences dealt into batches.
+
+    Args:
+        sequences: on which the base's Fisher form is measured.
+    """
+
+    sequences: Sequences
+    settings: GateSettings
+    tokens: Array = field(init=False)
+    batch_of: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        count = len(self.sequences)
+        dealt = shuffled_batches(count, min(self.settings.batches, count), self.settings.seed)
+        object.__setattr__(self, "tokens", np.asarray(self.sequences.tokens, dtype=np.float64))
+        object.__setattr__(self, "batch_of", np.asarray(dealt))
+
+    @property
+    def batches(self) -> int:
+        return int(self.batch_of.max()) + 1
+
+    def curvature(self, place: tuple[str, int | None, str | None], fisher: Array, squares: Array) -> Curvature:
+        """Of one kind of direction, from sums over sequences."""
+        return Curvature.of(place, fisher, squares, self.tokens, self.batch_of)
+
+
+class _Study:
+    """One base on its sequences, and the entries of the runs that were tuned from it."""
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        base: Checkpoint,
+        ground: Ground,
+        prompts: Sequence[Sequence[int]] | None,
+        settings: GateSettings,
+        runs: int,
+        progress: Progress | None,
+    ) -> None:
+        self.language_model, self.ground, self.prompts, self.settings = language_model, ground, prompts, settings
+        options = (settings.rank_fraction, settings.alpha, settings.seed)
+        self.matrices, self.left_out = linear_matrices(language_model.model, base, *options)
+        self.cells = cells(self.matrices) if settings.per_layer else {}
+        of_run = 1 + len(UPDATE_DIRECTIONS) * (1 + len(self.cells)) + len(RANDOM_DIRECTIONS) * settings.draws
+        of_base = len(self.cells) * len(RANDOM_DIRECTIONS) * settings.layer_draws
+        self._done, self._total, self._progress = 0, of_base + runs * of_run, progress
+        self._random_cells: list[Curvature] | None = None
+
+    def entry(self, run: str, tuned: Tuned) -> dict[str, Any]:
+        """A run's entry of `gates.json`."""
+        update = tuned.update()
+        policy = tuned.policy() if tuned.has_masters else update
+        divergence = self._divergence(policy)
+        del policy
+        sequences, tokens = self.ground.sequences, self.ground.tokens
+        kl = kl_sums(self.language_model, update.tensors, FRACTIONS, sequences)
+        fisher, _ = self._fisher(run, [lambda: update.tensors])
+        pooled = self._pooled(run, update)
+        curvatures = [*pooled, *self._update_cells(run, update), *self._shared_cells()]
+        pairs = pair_rows(curvatures)
+        known = [each for each in pooled if each.value is not None]
+        least = min(known, key=lambda each: each.value or 0.0, default=None)
+        smallest = None if least is None else {"direction": least.direction, "value": least.value}
+        return {
+            "weights": update.weights,
+            "warnings": [*update.notes, *self._warnings()],
+            "kl_cumulative": divergence.get("tuned") or divergence["given"],
+            "kl_by_samples": divergence,
+            "curve": curve(kl, fisher[0], tokens),
+            "curvature": curvature_rows(curvatures, pairs),
+            "curvature_pairs": pairs,
+            "curvature_draws": draw_rows(curvatures),
+            "norm_bound": norm_bound(kl[-1], fisher[0], tokens, update.norm, smallest),
+        }
+
+    def _divergence(self, policy: Update) -> dict[str, dict[str, Any]]:
+        """KL(π_new‖π_old) on the policy's own continuations, where any are sampled, and on the sequences at hand."""
+        model, ground = self.language_model, self.ground.sequences
+        measured = [ground]
+        if self.prompts is not None:
+            with moved_by(model.model, policy.tensors):
+                own = sample_continuations(
+                    model, self.prompts, self.settings.max_new_tokens, self.settings.seed, samples="tuned"
+                )
+            measured = [own, ground]
+        return {
+            each.samples: mean_with_interval(kl_sums(model, policy.tensors, [1.0], each)[0], each.tokens)
+            for each in measured
+        }
+
+    def _pooled(self, run: str, update: Update) -> list[Curvature]:
+        """Of all linear matrices at once; each random direction has the norm of the update in every matrix."""
+        moved = update.tensors
+        parts = [partial(update_direction, self.matrices, moved, each) for each in UPDATE_DIRECTIONS]
+        fisher, squares = self._fisher(run, parts)
+        found = [
+            self.ground.curvature((direction, None, None), fisher[i : i + 1], squares[i : i + 1])
+            for i, direction in enumerate(UPDATE_DIRECTIONS)
+        ]
+        for direction in RANDOM_DIRECTIONS:
+            drawn = [
+                partial(random_direction, self.matrices, direction, draw, moved) for draw in range(self.settings.draws)
+            ]
+            found.append(self.ground.curvature((direction, None, None), *self._fisher(run, drawn)))
+        return found
+
+    def _update_cells(self, run: str, update: Update) -> list[Curvature]:
+        """Of the update's two parts in each layer and role."""
+        found = []
+        for place, matrices in self.cells.items():
+            parts = [partial(update_direction, matrices, update.tensors, each) for each in UPDATE_DIRECTIONS]
+            fisher, squares = self._fisher(run, parts)
+            for i, direction in enumerate(UPDATE_DIRECTIONS):
+                rows = slice(i, i + 1)
+                found.append(self.ground.curvature((direction, *place), fisher[rows], squares[rows]))
+        return found
+
+    def _shared_cells(self) -> list[Curvature]:
+        """Of random directions in each layer and role, which are the same for all runs."""
+        if self._random_cells is None:
+            self._random_cells = [each for place in self.cells for each in self._random_cell(place)]
+        return self._random_cells
+
+    def _random_cell(self, place: tuple[int | None, str]) -> list[Curvature]:
+        draws = self.settings.layer_draws
+        drawn = [
+            partial(random_direction, self.cells[place], direction, draw)
+            for direction in RANDOM_DIRECTIONS
+            for draw in range(draws)
+        ]
+        fisher, squares = self._fisher("the base", drawn)
+        return [
+            self.ground.curvature((direction, *place), fisher[i * draws :][:draws], squares[i * draws :][:draws])
+            for i, direction in enumerate(RANDOM_DIRECTIONS)
+        ]
+
+    def _fisher(self, run: str, directions: Sequence[Callable[[], Direction]]) -> tuple[Array, Array]:
+        return fisher_sums(self.language_model, directions, self.ground.sequences, partial(self._advance, run))
+
+    def _advance(self, run: str, directions: int) -> None:
+        self._done += directions
+        if self._progress is not None:
+            self._progress(self._done, self._total, run)
+
+    def _warnings(self) -> list[str]:
+        found = []
+        if self.ground.batches < ENOUGH_BATCHES:
+            found.append(
+                f"{self.ground.batches} batches: intervals and sign tests of the curvature want {ENOUGH_BATCHES} or "
+                "more, so more prompts or sequences"
+            )
+        if self.left_out:
+            found.append(
+                f"{len(self.left_out)} matrices, {self.left_out[0]} among them, are held by transformers under another "
+                "name or shape: no curvature is measured in them"
+            )
+        return found

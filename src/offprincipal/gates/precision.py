@@ -1,0 +1,267 @@
+"""Gate III: what storing hides of an update, and whether where it lands is more than the format's doing.
+
+Reads a base and the float32 masters of a tuned checkpoint a matrix at a time; the mathematics is in
+`offprincipal.geometry.ulp` and `offprincipal.geometry.formats`. Runs no model.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offprincipal.checkpoints import Checkpoint, Part, open_checkpoint, pair_tensors, parts_of
+from offprincipal.checkpoints.roles import LINEAR_ROLES
+from offprincipal.comparison.pooling import Estimate, estimate_ratio
+from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
+from offprincipal.geometry.formats import FORMATS, MaskChange, StoredBase, StoredChange
+from offprincipal.geometry.masks import low_magnitude_ranks, masks_at, principal_ranks
+from offprincipal.geometry.nulls import CountNull
+from offprincipal.geometry.spectrum import decompose, decompose_by_gram, has_principal_subspace, principal_rank
+from offprincipal.geometry.ulp import UlpHistogram, total, ulp_histogram
+
+STEP_LENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+SWEPT_MASKS = ("principal", "low_magnitude")
+_EXACT_UP_TO = 256
+
+Row = dict[str, Any]
+Null = Literal["nothing", "random", "precision"]
+
+
+@dataclass(frozen=True)
+class PrecisionSettings:
+    """What decides the numbers of Gate III, beside the checkpoints.
+
+    Args:
+        formats: what the update is stored in; step_lengths: what it is multiplied by, as a learning rate would.
+        rank_fraction, alpha: of the principal subspace and the masks.
+    """
+
+    formats: tuple[str, ...] = tuple(FORMATS)
+    step_lengths: tuple[float, ...] = STEP_LENGTHS
+    rank_fraction: float = 0.125
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.formats if name not in FORMATS]
+        if unknown or not self.formats:
+            raise ArgumentError(f"no storage format {unknown or 'given'}: choose of {', '.join(FORMATS)}")
+        if not self.step_lengths or min(self.step_lengths) <= 0:
+            raise ArgumentError(f"step lengths {self.step_lengths} are not usable: give positive factors of the update")
+        if not (0 < self.rank_fraction <= 1 and 0 < self.alpha <= 1):
+            raise ArgumentError("rank_fraction and alpha are shares: give numbers above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class PrecisionRows:
+    """What Gate III measures of one tuned checkpoint, a matrix at a time.
+
+    Args:
+        histograms: tensor -> its histogram.
+        sweep: one row a matrix, format and step length: `tensor, layer, role, format, step_length, numel, changed,
+            distance`, and for each mask `<mask>_entries, _changed, _changed_null, _changed_variance, _distance,
+            _distance_null`.
+    """
+
+    histograms: dict[str, UlpHistogram]
+    sweep: list[Row]
+
+
+def precision_gate(
+    base: str | Path, tuned: str | Path, settings: PrecisionSettings | None = None
+) -> dict[str, list[Row] | Row | None]:
+    """Gate III of one tuned checkpoint: JSON-able entries of a run in `gates.json`.
+
+    Args:
+        base: the base, whatever `offprincipal compare` opens.
+        tuned: trained from it, with float32 masters in its folder `masters`, or stored in float32 itself.
+
+    Returns:
+        `ulp_histogram`: the rows of `UlpHistogram.rows`, pooled over the linear matrices;
+        `hidden_fraction`: `value`, `gaussian_null`, `permuted_null`, with `low` and `high` of the value;
+        `precision_sweep`: the rows of `pool_sweep`. All three are None where no masters are at hand.
+
+    Raises:
+        CheckpointError: one of them cannot be read, or they do not belong together.
+    """
+    settings = settings or PrecisionSettings()
+    opened = open_checkpoint(base)
+    masters = masters_of(open_checkpoint(tuned, opened))
+    if masters is None:
+        return {"ulp_histogram": None, "hidden_fraction": None, "precision_sweep": None}
+    found = measure_precision(opened, masters, settings)
+    return {
+        "ulp_histogram": total(list(found.histograms.values())).rows(),
+        "hidden_fraction": hidden_share(list(found.histograms.values())),
+        "precision_sweep": pool_sweep(found.sweep),
+    }
+
+
+def masters_of(tuned: Checkpoint) -> Checkpoint | None:
+    """The float32 masters of a checkpoint: beside it, or itself where it is stored in float32; None if neither."""
+    beside = tuned.masters()
+    if beside is not None:
+        return beside
+    kinds = {info.dtype for info in tuned.tensors.values() if info.floating}
+    return tuned if kinds == {"float32"} else None
+
+
+def measure_precision(base: Checkpoint, masters: Checkpoint, settings: PrecisionSettings) -> PrecisionRows:
+    """Every linear matrix of one tuned checkpoint, one at a time.
+
+    Raises:
+        CheckpointError: a matrix cannot be read or holds NaN or infinity, or the two do not belong together.
+    """
+    histograms: dict[str, UlpHistogram] = {}
+    sweep: list[Row] = []
+    for part, (weight, master) in linear_matrices([base, masters]):
+        try:
+            histograms[part.name] = ulp_histogram(weight, master)
+            sweep.extend(_sweep_rows(part, weight, master, settings))
+        except NonFiniteTensor as error:
+            raise CheckpointError(f"{part.name}: {error}. Look at how it was trained or converted") from error
+    if not sweep:
+        raise CheckpointError(f"{base.source} holds no linear matrix: there is nothing to measure")
+    return PrecisionRows(histograms, sweep)
+
+
+def linear_matrices(checkpoints: Sequence[Checkpoint]) -> Iterator[tuple[Part, list[Tensor]]]:
+    """The linear matrices that checkpoints have in common: each part, and its values in float32, (n, m) each.
+
+    Args:
+        checkpoints: the base first; fused tensors come in parts, and one matrix at a time is held.
+
+    Raises:
+        CheckpointError: the checkpoints do not belong together, or one cannot be read.
+    """
+    base, *others = checkpoints
+    pairings = [pair_tensors(base, other).tensors for other in others]
+    for name, info in base.tensors.items():
+        if not info.floating or any(name not in tensors for tensors in pairings):
+            continue
+        for part in parts_of(info, base.config):
+            if part.place.role in LINEAR_ROLES and len(part.matrix_shape) == 2 and min(part.matrix_shape) > 0:
+                read = [part.of(checkpoint.read(part.tensor, part.start, part.stop)) for checkpoint in checkpoints]
+                yield part, [torch.from_numpy(array.astype(np.float32)) for array in read]
+
+
+def pool_sweep(rows: Sequence[Row]) -> list[Row]:
+    """The sweep pooled over matrices: one row a format and step length, JSON-able.
+
+    Args:
+        rows: `PrecisionRows.sweep`.
+
+    Returns:
+        Rows of `format`, `step_length`, and each with `value`, `low`, `high`: `unchanged_fraction`; and for each mask
+        `<mask>_overlap`, its difference from the density, `<mask>_bias`, and from the format's own precision null,
+        `<mask>_bias_beyond_precision`; the same of the stored update's absolute size in place of its changed entries:
+        `<mask>_distance_bias`, `<mask>_distance_bias_beyond_precision`. None where nothing changed. And `<mask>_z`, a
+        number: the changed entries in the mask less the precision null's, over its standard deviation.
+    """
+    measures: dict[str, Callable[[Sequence[Row]], Estimate]] = {"unchanged_fraction": unchanged}
+    for mask in SWEPT_MASKS:
+        measures[f"{mask}_overlap"] = partial(location, mask=mask, beyond="nothing")
+        measures[f"{mask}_bias"] = partial(location, mask=mask)
+        measures[f"{mask}_bias_beyond_precision"] = partial(location, mask=mask, beyond="precision")
+        measures[f"{mask}_distance_bias"] = partial(location, mask=mask, of="distance")
+        measures[f"{mask}_distance_bias_beyond_precision"] = partial(
+            location, mask=mask, of="distance", beyond="precision"
+        )
+    found = []
+    for format, step_length in dict.fromkeys((row["format"], row["step_length"]) for row in rows):
+        cell = [row for row in rows if (row["format"], row["step_length"]) == (format, step_length)]
+        pooled: Row = {name: _as_json(measure(cell)) for name, measure in measures.items()}
+        pooled |= {f"{mask}_z": location_z(cell, mask) for mask in SWEPT_MASKS}
+        found.append({"format": format, "step_length": step_length} | pooled)
+    return found
+
+
+def unchanged(rows: Sequence[Row]) -> Estimate:
+    """Share of the entries that an update left as they were, over the matrices of one format and step length."""
+    return estimate_ratio([(row["numel"] - row["changed"], row["numel"]) for row in rows])
+
+
+def location(
+    rows: Sequence[Row],
+    mask: str,
+    of: Literal["changed", "distance"] = "changed",
+    beyond: Null = "random",
+) -> Estimate:
+    """Share of an update that is in a mask, minus what a null puts there; over matrices of one format and step length.
+
+    Args:
+        of: what is counted: `changed` entries, or `distance`, the absolute size of the stored change, which is defined
+            where every entry changed too.
+        beyond: the null: the mask's density (`random`), or the format's own precision null.
+    """
+    parts = []
+    for row in rows:
+        inside, whole = row[f"{mask}_{of}"], row[of]
+        if inside is None or not whole:
+            parts.append((0.0, 0.0))
+            continue
+        chance = {"nothing": 0.0, "random": whole * row[f"{mask}_entries"] / row["numel"]}
+        expected = row[f"{mask}_{of}_null"] if beyond == "precision" else chance[beyond]
+        parts.append((inside - expected, whole))
+    return estimate_ratio(parts)
+
+
+def location_z(rows: Sequence[Row], mask: str) -> float | None:
+    """(changed − expected)/sd of a mask under the format's precision null; None where nothing is left to chance."""
+    known = [row for row in rows if row[f"{mask}_changed"] is not None]
+    null = CountNull(*(sum(row[f"{mask}_changed_{moment}"] for row in known) for moment in ("null", "variance")))
+    return null.z(sum(row[f"{mask}_changed"] for row in known))
+
+
+def hidden_share(histograms: Sequence[UlpHistogram]) -> Row:
+    """Share of the entries whose master moved while the bfloat16 value did not, beside both nulls."""
+    parts = [(float(found.hidden.sum()), float(found.entries)) for found in histograms]
+    entries = sum(found.entries for found in histograms)
+    nulls = {
+        f"{name}_null": sum(float(getattr(found, f"hidden_{name}_null").sum()) for found in histograms) / entries
+        for name in ("gaussian", "permuted")
+    }
+    return _as_json(estimate_ratio(parts)) | nulls
+
+
+def _sweep_rows(part: Part, base: Tensor, masters: Tensor, settings: PrecisionSettings) -> list[Row]:
+    masks = _masks(base, settings)
+    keys = {"tensor": part.name, "layer": part.place.layer, "role": part.place.role}
+    rows = []
+    for name in settings.formats:
+        stored = StoredBase(base, FORMATS[name])
+        update = masters.double() - base.double()
+        for step_length in settings.step_lengths:
+            found = stored.change_by(step_length * update, masks)
+            rows.append(keys | {"format": name, "step_length": step_length} | _flat(found))
+    return rows
+
+
+def _masks(base: Tensor, settings: PrecisionSettings) -> dict[str, Tensor]:
+    """The low-magnitude mask, and the principal one where the base has a principal subspace."""
+    k = principal_rank(base.shape, settings.rank_fraction)
+    svd = decompose(base.double()) if min(base.shape) <= _EXACT_UP_TO else decompose_by_gram(base.double(), k)
+    ranks = {"low_magnitude": low_magnitude_ranks(base)}
+    if has_principal_subspace(svd, k, base.shape):
+        top = svd.top(k)
+        ranks["principal"] = principal_ranks(top.U, top.S, top.Vh)
+    found = masks_at(settings.alpha, ranks)
+    return {name: found[name] for name in SWEPT_MASKS if name in found}
+
+
+def _flat(found: StoredChange) -> Row:
+    row: Row = {"numel": found.entries, "changed": found.changed, "distance": found.distance}
+    for mask in SWEPT_MASKS:
+        inside = found.masks.get(mask)
+        for field in fields(MaskChange):
+            row[f"{mask}_{field.name}"] = None if inside is None else getattr(inside, field.name)
+    return row
+
+
+def _as_json(estimate: Estimate) -> Row:
+    pooled = estimate.pooled()
+    return {"value": pooled.value, "low": pooled.low, "high": pooled.high}

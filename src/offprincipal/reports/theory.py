@@ -1,0 +1,149 @@
+"""The theory's figures: what the stages behind C7–C10 left, thinned to what the page draws.
+
+Ends as JSON, as `reports.figures` does. Sums over matrices for display only: no metric is computed here.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from offprincipal.comparison import read_table
+from offprincipal.files import read_json
+
+FORMATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float8 (e4m3)"}
+BOUNDS = {"weyl": "Weyl", "mirsky": "Mirsky", "ky_fan": "Ky Fan", "wedin": "Wedin"}
+AS_TRAINED, UNDONE = "as trained", "undone"
+_DIGITS = 4
+
+Json = dict[str, Any]
+Row = Mapping[str, Any]
+
+
+def theory_figures(folder: Path, study: Mapping[str, Any] | None) -> Json:
+    """What the page draws of the theory's claims; without a study of them nothing.
+
+    Args:
+        folder: of the study; study: the content of `study.json`.
+
+    Raises:
+        FileError: a table that the study names is not there.
+    """
+    sources: Mapping[str, Sequence[str]] = (study or {}).get("sources") or {}
+    places = {source: [folder / Path(stage).name for stage in stages] for source, stages in sources.items()}
+    found: Json = {}
+    if places.get("agreement"):
+        found["agreement"] = agreement([row for at in places["agreement"] for row in read_table(at, "agreement")])
+    if places.get("precision"):
+        runs = read_json(places["precision"][0] / "precision.json")["runs"]
+        found["precision"] = precision(runs)
+        found["steps"] = steps(runs)
+    watched = [*places.get("watched_rl", ()), *places.get("watched_sft", ())]
+    if watched:
+        found["leash"] = [leash(at.name, read_table(at, "monitor")) for at in watched]
+    if places.get("bounds"):
+        found["bounds"] = bounds(read_table(places["bounds"][0], "matrices"))
+    return found
+
+
+def agreement(rows: Sequence[Row]) -> list[Json]:
+    """For each intervention and layer, its intervened and its untouched matrices: the Jaccard index and both nulls."""
+    found = []
+    for intervention in dict.fromkeys(row["intervention"] for row in rows):
+        groups: dict[tuple[int, bool], list[Row]] = {}
+        for row in rows:
+            if row["intervention"] == intervention and row["layer"] is not None:
+                groups.setdefault((row["layer"], row["touched"]), []).append(row)
+        points = [
+            {"layer": layer, "touched": touched, "matrices": len(of(group, AS_TRAINED))}
+            | jaccards(of(group, AS_TRAINED))
+            | {"undone": jaccards(of(group, UNDONE))["measured"]}
+            for (layer, touched), group in sorted(groups.items())
+        ]
+        found.append({"title": intervention, "points": points})
+    return found
+
+
+def of(rows: Sequence[Row], view: str) -> list[Row]:
+    """The rows of one view."""
+    return [row for row in rows if row["view"] == view]
+
+
+def jaccards(rows: Sequence[Row]) -> dict[str, float | None]:
+    """The Jaccard index over matrices by counts, as measured and as each null expects it."""
+    changed = sum(row["changed_a"] + row["changed_b"] for row in rows)
+    both = {
+        "measured": sum(row["intersection"] for row in rows),
+        "random": sum(row["changed_a"] * row["changed_b"] / row["numel"] for row in rows),
+        "precision": sum(row["intersection_precision_null"] for row in rows),
+    }
+    return {name: _short(count / (changed - count)) if changed > count else None for name, count in both.items()}
+
+
+def precision(runs: Mapping[str, Any]) -> list[Json]:
+    """For each run and format, over step lengths: what is unchanged, and the location bias beyond both nulls."""
+    columns = {
+        "unchanged": "unchanged_fraction",
+        "bias": "principal_bias",
+        "beyond": "principal_bias_beyond_precision",
+        "by_size": "principal_distance_bias",
+    }
+    found = []
+    for run, entry in runs.items():
+        lines = []
+        for name, title in FORMATS.items():
+            rows = [row for row in entry["precision_sweep"] if row["format"] == name]
+            line = {key: [_short(row[column]["value"]) for row in rows] for key, column in columns.items()}
+            lines.append({"title": title, "step": [row["step_length"] for row in rows], **line})
+        found.append({"run": run, "formats": [line for line in lines if line["step"]]})
+    return found
+
+
+def steps(runs: Mapping[str, Any]) -> list[Json]:
+    """For each run the histogram of |ΔW|/ULP over all spacings, beside both nulls, and what bfloat16 hides."""
+    found = []
+    for run, entry in runs.items():
+        rows = entry["ulp_histogram"]
+        entries = sum(row["entries"] for row in rows) or 1
+        shares = {
+            name: [_short(sum(row[column][i] for row in rows) / entries) for i in range(len(rows[0][column]))]
+            for name, column in (
+                ("measured", "octaves"),
+                ("gaussian", "octaves_gaussian_null"),
+                ("permuted", "octaves_permuted_null"),
+            )
+        }
+        found.append({"run": run, "hidden": entry["hidden_fraction"], **shares})
+    return found
+
+
+def leash(run: str, rows: Sequence[Row]) -> Json:
+    """One watched run: its divergence at each step, and from the base."""
+    seen = [row for row in rows if row["tensor"] is None and row["kl_cumulative"] is not None and row["step"] > 0]
+    columns = {"step": "step", "kl_step": "kl_step", "kl_cumulative": "kl_cumulative", "length": "relative_update_norm"}
+    return {"run": run} | {key: [_short(row[column]) for row in seen] for key, column in columns.items()}
+
+
+def bounds(rows: Sequence[Row]) -> Json:
+    """For each bound and run, the share of the bound that each matrix used."""
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    return {
+        "runs": runs,
+        "bounds": [
+            {
+                "title": title,
+                "runs": [
+                    [
+                        _short(value)
+                        for row in rows
+                        if row["run"] == run and (value := row[f"{name}_tightness"]) is not None
+                    ]
+                    for run in runs
+                ],
+            }
+            for name, title in BOUNDS.items()
+        ],
+    }
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.{_DIGITS}g}")

@@ -1,0 +1,127 @@
+"""C9: does each on-policy step move the policy by a small KL, and is that RLVR's doing; from monitors and gates."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from offprincipal.comparison.pooling import Estimate, estimate_ratio
+from offprincipal.studies.claims.evidence import Evidence, Row
+from offprincipal.studies.claims.registry import claim
+from offprincipal.studies.claims.rules import (
+    RATIO_MARGIN,
+    SHARE_MARGIN,
+    Condition,
+    Judgement,
+    controlled_with,
+    judge_at_most,
+    judge_difference,
+    judge_positive,
+    judge_ratio,
+    mean_of,
+    nothing,
+    published_with,
+)
+
+Runs = Mapping[str, list[Row]]
+
+
+@claim(
+    "C9",
+    "KL leash",
+    "Each on-policy step moves the policy by a small KL even with beta = 0, and the weight step obeys the norm bound",
+    "step length: the KL of SFT over the squared length of its update",
+    tables=(),
+    needs=("watched_rl", "watched_sft", "gates"),
+)
+def kl_leash(evidence: Evidence) -> tuple[Judgement, Judgement]:
+    rl, sft = evidence.watched("rl"), evidence.watched("sft")
+    if any(len(_known(rows, "kl_cumulative")) < 4 for rows in (*rl.values(), *sft.values())):
+        none = nothing("KL per step", "A monitor saw too few steps to tell.")
+        return none, none
+    gates = evidence.gates()
+    ground = {
+        kind: {run: found for run in runs if (found := _on_the_bases_ground(gates.get(run))) is not None}
+        for kind, runs in (("rl", evidence.rl), ("sft", evidence.sft))
+    }
+    return _published(rl, {run: gates[run] for run in evidence.rl if run in gates}), _controlled(rl, sft, ground)
+
+
+def _published(rl: Runs, gates: Mapping[str, Any]) -> Judgement:
+    step = mean_of([_kl_per_step(rows) for rows in rl.values()])
+    used = {run: entry["norm_bound"]["tightness"] for run, entry in gates.items()}
+    known = {run: value for run, value in used.items() if value is not None}
+    conditions = [
+        Condition(
+            "each step's KL is small",
+            judge_difference(step, measure=f"nats a token and step, no effect being less than {SHARE_MARGIN:g}"),
+            wanted="no effect beyond the control",
+        ),
+        Condition("each step's KL is more than none", judge_positive(step, measure="nats a token and step")),
+        Condition(
+            "the norm bound holds",
+            judge_at_most(
+                max(known.values(), default=None), RATIO_MARGIN, measure="Fisher norm of the update over √(2K)"
+            ),
+        ),
+    ]
+    ends = ", ".join(f"{_known(rows, 'kl_cumulative')[-1]:.3g} ({run})" for run, rows in rl.items())
+    bound = ", ".join(f"{value:.2f} ({run})" for run, value in known.items()) or "undefined"
+    headline = judge_ratio(
+        mean_of([_growth(rows) for rows in rl.values()]),
+        measure="cumulative KL of RLVR, last quarter of the steps over the second quarter",
+        sentence=(
+            f"RLVR's steps move the policy by {step.value:.2g} nats a token each; its cumulative KL grows to {ends}. "
+            f"Fisher norm of the whole update over proposition 3.2's √(2K): {bound}; above 1 is what higher orders add."
+        ),
+    )
+    return published_with(headline, conditions)
+
+
+def _on_the_bases_ground(entry: Mapping[str, Any] | None) -> float | None:
+    """KL of the whole update over its squared length, on continuations that the base samples."""
+    if entry is None or not entry["norm_bound"]["update_norm"]:
+        return None
+    return float(entry["curve"][-1]["kl"] / entry["norm_bound"]["update_norm"] ** 2)
+
+
+def _controlled(rl: Runs, sft: Runs, ground: Mapping[str, Mapping[str, float]]) -> Judgement:
+    by_run = {run: _kl_per_squared_length(rows) for run, rows in {**rl, **sft}.items()}
+    means = [mean_of([by_run[run] for run in runs]) for runs in (rl, sft)]
+    steps = ", ".join(f"{_kl_per_step(rows).value:.2g} ({run})" for run, rows in sft.items())
+    listed = ", ".join(f"{found.value:.3g} ({run})" for run, found in by_run.items())
+    on_base = ", ".join(f"{value:.3g} ({run})" for runs in ground.values() for run, value in runs.items())
+    sides = [sum(runs.values()) / len(runs) if runs else None for runs in (ground["rl"], ground["sft"])]
+    alike = judge_at_most(
+        sides[0] / sides[1] if sides[0] is not None and sides[1] else None,
+        1 / RATIO_MARGIN,
+        measure="the same on continuations that the base samples, RLVR over SFT",
+    )
+    headline = judge_ratio(
+        means[1] / means[0],
+        measure="cumulative KL over the squared length of the update, SFT over RLVR, over the watched steps",
+        sentence=(
+            f"SFT's steps move the policy by {steps} nats a token each. Nats over the squared length of the update, "
+            f"each run on the tokens it was trained on: {listed}; on continuations that the base samples for the same "
+            f"prompts: {on_base}."
+        ),
+    )
+    return controlled_with(headline, [Condition("it is so where both are measured on the same tokens", alike)])
+
+
+def _known(rows: Sequence[Row], column: str) -> list[float]:
+    return [row[column] for row in rows if row[column] is not None]
+
+
+def _kl_per_step(rows: Sequence[Row]) -> Estimate:
+    return estimate_ratio([(value, 1.0) for value in _known(rows, "kl_step")])
+
+
+def _kl_per_squared_length(rows: Sequence[Row]) -> Estimate:
+    known = [row for row in rows if row["kl_cumulative"] is not None and row["update_norm"]]
+    return estimate_ratio([(row["kl_cumulative"], row["update_norm"] ** 2) for row in known])
+
+
+def _growth(rows: Sequence[Row]) -> Estimate:
+    """Mean cumulative KL over the last quarter of the steps that were seen, over that of the second quarter."""
+    found = _known(rows, "kl_cumulative")
+    quarter = len(found) // 4
+    return estimate_ratio(list(zip(found[-quarter:], found[quarter : 2 * quarter], strict=True)))

@@ -1,0 +1,69 @@
+"""What a monitor remembers of the model before training, so that a run that was killed is still measured against it."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from offprincipal.errors import FileError
+from offprincipal.files import write_atomically
+from offprincipal.training.monitor.divergence import Sequences
+
+NAME = "monitor.base.safetensors"
+_WEIGHT, _IDS, _LENGTHS, _COUNTED, _LOG_P = "weight:", "ids", "lengths", "counted", "log_probabilities"
+
+
+@dataclass
+class Remembered:
+    """The base of a run.
+
+    Args:
+        weights: the watched matrices, by name, as they were.
+        sequences: what divergence is measured on; None where it is not.
+        log_p: (positions, vocabulary), what the base says there.
+    """
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    sequences: Sequences | None = None
+    log_p: Tensor | None = None
+
+    def write(self, folder: Path) -> None:
+        """Keep it in a folder.
+
+        Raises:
+            FileError: the file cannot be written.
+        """
+        tensors = {_WEIGHT + name: weight for name, weight in self.weights.items()}
+        if self.sequences is not None and self.log_p is not None:
+            tensors |= {_IDS: self.sequences.ids, _LENGTHS: self.sequences.lengths, _COUNTED: self.sequences.counted}
+            tensors[_LOG_P] = self.log_p
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_atomically(folder / NAME, partial(save_file, on_cpu))
+
+
+def remembered(folder: Path, names: list[str]) -> Remembered:
+    """The base that a monitor kept in a folder.
+
+    Args:
+        names: of the matrices that are watched now.
+
+    Raises:
+        FileError: there is none, or it is of other matrices.
+    """
+    path = folder / NAME
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FileError(
+            f"cannot read {path}, the base that a continued run is measured against: {error}. Monitor the run from its "
+            "first step on, or call start() with the base model before training"
+        ) from error
+    weights = {name.removeprefix(_WEIGHT): tensor for name, tensor in tensors.items() if name.startswith(_WEIGHT)}
+    if sorted(weights) != sorted(names):
+        raise FileError(f"{path} is of other matrices than are watched now: choose the same, or another folder")
+    if _LOG_P not in tensors:
+        return Remembered(weights)
+    return Remembered(weights, Sequences(tensors[_IDS], tensors[_LENGTHS], tensors[_COUNTED]), tensors[_LOG_P])

@@ -1,0 +1,92 @@
+"""When to look: every so many steps, or as often as a budget of time allows.
+
+Knows seconds and steps alone.
+"""
+
+from typing import Literal
+
+from offprincipal.errors import ArgumentError
+
+_ROUND = (1, 2, 5)
+
+
+class Cadence:
+    """Which steps are observed.
+
+    With a number it is every multiple of that. With `auto` it is the multiples of the smallest of 1, 2, 5, 10, 20, 50
+    and so on at which an observation, at the mean cost of those so far, takes at most the budget's share of the steps'
+    own time; and none that would lift the share of the whole run above it. So a run that is repeated on the same
+    machine mostly looks at the same steps, but is not bound to.
+
+    Args:
+        every: steps between observations, or `auto`.
+        budget: share of the training's own time that observing may take.
+
+    Raises:
+        ArgumentError: either is not positive.
+    """
+
+    def __init__(self, every: int | Literal["auto"], budget: float) -> None:
+        if every != "auto" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise ArgumentError(f"every={every!r}: give a number of steps of at least 1, or 'auto'")
+        if not 0 < budget < float("inf"):
+            raise ArgumentError(f"budget={budget}: give a share of the training's time above 0, such as 0.03")
+        self.every = every
+        self.budget = budget
+        self.spent = self.trained = 0.0
+        self._steps = self._observations = 0
+        self._estimate = 0.0
+
+    @property
+    def share(self) -> float | None:
+        """Seconds spent observing over those of training; None before the first step."""
+        return self.spent / self.trained if self.trained > 0 else None
+
+    def expect(self, seconds: float) -> None:
+        """What an observation is estimated to take before the first was made."""
+        self._estimate += seconds
+
+    def add_step(self, seconds: float) -> None:
+        """A step of training took so long."""
+        self.trained += seconds
+        self._steps += 1
+
+    def add_cost(self, seconds: float, observed: bool) -> None:
+        """Observing took so long, or looking whether to."""
+        self.spent += seconds
+        self._observations += observed
+
+    def due(self, step: int) -> bool:
+        """Whether the state after this step is to be observed.
+
+        >>> cadence = Cadence("auto", 0.03)
+        >>> cadence.expect(0.3); cadence.add_step(2.5)
+        >>> [step for step in range(2, 30) if cadence.due(step)]
+        []
+        >>> for _ in range(9): cadence.add_step(2.5)
+        >>> [step for step in range(2, 30) if cadence.due(step)]
+        [5, 10, 15, 20, 25]
+        """
+        if self.every != "auto":
+            return step % self.every == 0
+        if self._steps == 0:
+            return False
+        mean = self.trained / self._steps
+        cost = self.spent / self._observations if self._observations else self._estimate
+        if self.spent + cost > self.budget * (self.trained + mean):
+            return False
+        return step % _round_up(cost / (self.budget * mean)) == 0 if mean > 0 else False
+
+
+def _round_up(number: float) -> int:
+    """The smallest of 1, 2, 5, 10, 20, 50, … that is no smaller.
+
+    >>> _round_up(0.1), _round_up(3.2), _round_up(60.0)
+    (1, 5, 100)
+    """
+    scale = 1
+    while True:
+        for factor in _ROUND:
+            if factor * scale >= number:
+                return factor * scale
+        scale *= 10

@@ -1,0 +1,89 @@
+"""A monitor as the callback of a transformers or TRL trainer."""
+
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from offprincipal.training.monitor.divergence import unpadded
+from offprincipal.training.monitor.monitor import LOG, Monitor
+from offprincipal.training.monitor.processes import in_main
+from offprincipal.training.monitor.table import METRICS
+
+_PREFIX = "offprincipal/"
+_IGNORED = -100  # the label of a token that is not learned
+
+
+class MonitorCallback(TrainerCallback):
+    """Starts a monitor with the training, observes after every optimizer step, and ends the training if it says so.
+
+    A monitor that was started by hand and has seen no step keeps its base; else the model is the base at step 0, and
+    the base of a run that goes on is what the monitor's folder holds. Where no sequences were given, divergences are
+    measured on the first training batch, at the tokens that it is trained on: a rollout's completion, an example's
+    labels.
+
+    Args:
+        trainer: whose loggers are told; None: only the table is written.
+    """
+
+    def __init__(self, monitor: Monitor, trainer: Any = None) -> None:
+        self._monitor = monitor
+        self._trainer = trainer
+        self._seen: tuple[list[list[int]], list[list[bool]]] | None = None
+        self._hook: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if self._monitor.step != 0:
+            self._monitor.start(model, state.global_step)
+        if self._monitor.wants_sequences and state.global_step == 0:
+            self._hook = model.register_forward_pre_hook(self._take, with_kwargs=True)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._monitor.begin_step()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if self._hook is None:
+            return
+        self._unhook()
+        seen = in_main(lambda: self._seen)
+        if seen is None:
+            LOG.warning("the first batch shows no input_ids: no divergences; give sequences to the monitor")
+        else:
+            self._monitor.measure_on(seen[0], model, seen[1])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        row = self._monitor.observe(state.global_step, model)
+        if row:
+            self._tell({_PREFIX + name: row[name] for name in METRICS if row.get(name) is not None})
+        if row.get("stopped"):
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._unhook()
+
+    def _take(self, module: Any, positional: Any, named: dict[str, Any]) -> None:
+        """The first forward pass that is learned from: sampling and scoring run without gradients."""
+        ids, labels, kept = (named.get(name) for name in ("input_ids", "labels", "logits_to_keep"))
+        if ids is None or not torch.is_grad_enabled() or self._seen is not None:
+            return
+        counted = torch.ones_like(ids, dtype=torch.bool)
+        if labels is not None and labels.shape == ids.shape:
+            counted = labels != _IGNORED
+        elif isinstance(kept, int) and 1 < kept <= ids.shape[1]:
+            counted[:, : 1 - kept] = False  # what is scored, and the token before it
+        found = unpadded(ids, counted, named.get("attention_mask"))
+        if any(any(row[1:]) for row in found[1]):
+            self._seen = found
+
+    def _unhook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _tell(self, values: dict[str, float]) -> None:
+        """Into the trainer's own log, past what TRL's trainers add to it, without losing the log that is due."""
+        if self._trainer is None:
+            return
+        due = self._trainer.control.should_log
+        Trainer.log(self._trainer, values)
+        self._trainer.control.should_log = due

@@ -1,0 +1,157 @@
+"""The matrices of a model that is being trained: which to watch, and what each holds now.
+
+A matrix is watched as it acts: an adapter's change is added to its frozen base, a sharded one is gathered, a fused one
+is split. Knows nothing of metrics.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor
+
+from offprincipal.checkpoints.checkpoint import TensorInfo
+from offprincipal.checkpoints.parts import Part, parts_of
+from offprincipal.checkpoints.roles import LINEAR_ROLES
+from offprincipal.errors import ArgumentError, TrainingError
+
+_WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\.")
+_OUTER = re.compile(r"^(?:module\.)?(?:base_model\.model\.)?")
+
+
+@dataclass(frozen=True)
+class WatchedMatrix:
+    """One matrix of a model that is being trained.
+
+    Args:
+        part: its name, role, layer, expert, and where it lies in the parameter that holds it.
+        module: what owns that parameter; parameter: its name there.
+        adapter: the PEFT layer around the module; None where there is none.
+    """
+
+    part: Part
+    module: Any
+    parameter: str
+    adapter: Any = None
+
+    @property
+    def name(self) -> str:
+        return self.part.name
+
+    def now(self) -> Tensor:
+        """(n, m), as it acts now, in the type that it is trained in; every process of a sharded model calls it."""
+        weight = _whole(getattr(self.module, self.parameter))
+        if self.adapter is not None:
+            changes = [_whole(self.adapter.get_delta_weight(name)) for name in _active(self.adapter)]
+            weight = sum((change.float() for change in changes), weight.float())
+        return _cut(self.part, weight)
+
+
+def watched_matrices(model: Any, patterns: Sequence[str] | None = None) -> list[WatchedMatrix]:
+    """The matrices to watch.
+
+    Args:
+        model: a torch module, sharded by FSDP2, wrapped, with LoRA adapters, or plain.
+        patterns: shell-style patterns of names, such as `*.q_proj.weight`; None: one linear matrix of each role, spread
+            over the layers from the first to the last.
+
+    Raises:
+        ArgumentError: no linear matrix has such a name.
+        TrainingError: the model's weights cannot be read one by one: flattened, partitioned or quantized; or an adapter
+            is of a kind whose change is not known.
+
+    >>> layer = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4), "up_proj": torch.nn.Linear(4, 8)})
+    >>> model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer])})
+    >>> [matrix.name for matrix in watched_matrices(model)]
+    ['layers.0.q_proj.weight', 'layers.0.up_proj.weight']
+    >>> [matrix.name for matrix in watched_matrices(model, ["*up*"])]
+    ['layers.0.up_proj.weight']
+    """
+    linear = [matrix for matrix in _matrices(model) if matrix.part.place.role in LINEAR_ROLES]
+    if not linear:
+        raise TrainingError(
+            f"{type(model).__name__} has no linear matrix that can be watched: its weights are flattened (FSDP1), "
+            "partitioned (DeepSpeed ZeRO-3), or named in no way that is known; shard it with FSDP2, or not at all"
+        )
+    if patterns is None:
+        chosen = _spread(linear)
+    else:
+        chosen = [matrix for matrix in linear if any(fnmatchcase(matrix.name, pattern) for pattern in patterns)]
+        if not chosen:
+            raise ArgumentError(
+                f"no linear matrix is named like {', '.join(map(repr, patterns))}: names are such as '{linear[0].name}'"
+            )
+    for matrix in chosen:
+        _require_readable(matrix)
+    return chosen
+
+
+def _matrices(model: Any) -> Iterator[WatchedMatrix]:
+    """Every matrix with two dimensions, fused and stacked ones part by part."""
+    config: Any = getattr(model, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        adapter = modules.get(path.removesuffix(".base_layer")) if path.endswith(".base_layer") else None
+        for parameter, weight in module.named_parameters(recurse=False):
+            name = _OUTER.sub("", _WRAPPERS.sub("", f"{path}.{parameter}" if path else parameter))
+            info = TensorInfo(name, tuple(weight.shape), str(weight.dtype).removeprefix("torch."))
+            for part in parts_of(info, settings):
+                if len(part.matrix_shape) == 2 and min(part.matrix_shape) > 0:
+                    yield WatchedMatrix(part, module, parameter, adapter)
+
+
+def _spread(linear: Sequence[WatchedMatrix]) -> list[WatchedMatrix]:
+    """One matrix of each role, their layers evenly spaced from the first to the last; the first expert of several."""
+    layers = sorted({matrix.part.place.layer or 0 for matrix in linear})
+    roles = [role for role in LINEAR_ROLES if any(matrix.part.place.role == role for matrix in linear)]
+    chosen = []
+    for i, role in enumerate(roles):
+        wanted = layers[round(i * (len(layers) - 1) / max(len(roles) - 1, 1))]
+        own = [matrix for matrix in linear if matrix.part.place.role == role]
+        chosen.append(min(own, key=lambda matrix: abs((matrix.part.place.layer or 0) - wanted)))
+    return chosen
+
+
+def _require_readable(matrix: WatchedMatrix) -> None:
+    weight, adapter = getattr(matrix.module, matrix.parameter), matrix.adapter
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        raise TrainingError(
+            f"{matrix.name} is stored as {weight.dtype}: quantized weights are not watched; train from float weights, "
+            "or choose other matrices"
+        )
+    if adapter is None:
+        return
+    additive = hasattr(adapter, "lora_A") and hasattr(adapter, "get_delta_weight") and not adapter.merged
+    if not additive or any(name in getattr(adapter, "lora_variant", {}) for name in _active(adapter)):
+        raise TrainingError(
+            f"the adapter of {matrix.name} ({type(adapter).__name__}) makes no change that is added to its base, or is "
+            "merged: watch LoRA without variants such as DoRA, unmerged, or full fine-tuning"
+        )
+
+
+def _active(adapter: Any) -> list[str]:
+    """The adapters of one layer that are switched on and present there."""
+    if getattr(adapter, "disable_adapters", False):
+        return []
+    return [name for name in adapter.active_adapters if name in adapter.lora_A]
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A weight outside of autograd, gathered where it is sharded."""
+    weight = weight.detach()
+    gather = getattr(weight, "full_tensor", None)
+    found: Tensor = weight if gather is None else gather()
+    return found
+
+
+def _cut(part: Part, weight: Tensor) -> Tensor:
+    """What a part's `of` cuts from stored entries, of a tensor."""
+    matrix = weight.reshape(-1)[part.start : part.stop].reshape(part.shape)
+    if part.columns is not None:
+        matrix = matrix[:, part.columns[0] : part.columns[1]]
+    if part.folded is not None:
+        matrix = matrix.reshape(part.folded)
+    return (matrix.T if part.transposed else matrix).contiguous()

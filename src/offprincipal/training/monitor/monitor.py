@@ -1,0 +1,307 @@
+"""Watch a model's weights and policy while it is trained: what it is measured against, when, and what follows.
+
+Knows modules and steps; knows nothing of any trainer (`monitor.callback` does), nor how a figure is computed.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from offprincipal.errors import ArgumentError, NonFiniteTensor
+from offprincipal.files import require_folder
+from offprincipal.training.monitor.base_file import Remembered, remembered
+from offprincipal.training.monitor.cadence import Cadence
+from offprincipal.training.monitor.divergence import (
+    Sequences,
+    log_probabilities,
+    mean_divergence,
+    sequences_of,
+    vocabulary_of,
+)
+from offprincipal.training.monitor.figures import BaseMatrix
+from offprincipal.training.monitor.matrices import WatchedMatrix, watched_matrices
+from offprincipal.training.monitor.processes import in_main, is_main
+from offprincipal.training.monitor.table import MonitorTable, Row, pooled
+from offprincipal.training.monitor.verdicts import parse_watch
+
+if TYPE_CHECKING:
+    from offprincipal.training.monitor.callback import MonitorCallback
+
+LOG = logging.getLogger("offprincipal.monitor")
+
+
+class Monitor:
+    """Measures a model while it is trained, each figure beside its null, and may end the training.
+
+    Args:
+        out: folder for `monitor.parquet` and, for continuing, `monitor.base.safetensors`; made if absent.
+        matrices: shell-style patterns of names; None: one linear matrix of each role, spread over the layers.
+        every: steps between observations; `auto`: as often as the budget allows (`Cadence` says how).
+        budget: share of the training's own time that `auto` may take.
+        rank_fraction: rank of the principal subspaces over min(rows, columns).
+        sequences: token ids that divergences are measured on, at most 16 of them and the last 64 tokens of each; None:
+            the completions in the first training batch under a Trainer, no divergences in other loops.
+        stop_if: conditions, such as `spectral_shift_per_norm > .5` (of any matrix, or of all) or `pooled kl_step > .1`;
+            when one holds, or a watched weight is no longer finite, the training is to end.
+        warn_if: conditions that are only reported.
+
+    Raises:
+        ArgumentError: a condition, the cadence or the budget is not usable.
+        FileError: the folder cannot be made.
+
+    >>> import tempfile
+    >>> layer = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8, bias=False)})
+    >>> monitor = Monitor(tempfile.mkdtemp(), every=1)
+    >>> monitor.start(layer)
+    >>> with torch.no_grad():
+    ...     _ = layer["q_proj"].weight.mul_(1.5)
+    >>> row = monitor.observe(1, layer)
+    >>> round(row["relative_update_norm"], 6), round(row["spectral_shift_per_norm"], 6), row["unchanged_fraction"]
+    (0.5, 1.0, 0.0)
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        *,
+        matrices: str | Sequence[str] | None = None,
+        every: int | Literal["auto"] = "auto",
+        budget: float = 0.03,
+        rank_fraction: float = 0.125,
+        sequences: Sequence[Sequence[int]] | None = None,
+        stop_if: Sequence[str] = (),
+        warn_if: Sequence[str] = (),
+    ) -> None:
+        if not 0 < rank_fraction <= 1:
+            raise ArgumentError(
+                f"rank_fraction={rank_fraction}: give a share of min(rows, columns), above 0, at most 1"
+            )
+        self._stop_if = [parse_watch(text) for text in _texts(stop_if)]
+        self._warn_if = [parse_watch(text) for text in _texts(warn_if)]
+        self._cadence = Cadence(every, budget)
+        self._every: int | Literal["auto"] = every
+        self._patterns = None if matrices is None else _texts(matrices)
+        self._rank_fraction = rank_fraction
+        self._given = sequences
+        self.out = Path(out).expanduser()
+        require_folder(self.out)
+        self.stopped: str | None = None
+        self.step: int | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._cadence = Cadence(self._every, self._cadence.budget)
+        self._matrices: list[WatchedMatrix] = []
+        self._base = Remembered()
+        self._bases: dict[str, BaseMatrix] = {}
+        self._sequences: Sequences | None = None
+        self._before: Tensor | None = None
+        self._due = False
+        self._setup_seconds = self._since = 0.0
+
+    @property
+    def wants_sequences(self) -> bool:
+        """Whether no sequences were given or remembered, so that divergences are not measured yet."""
+        return self._sequences is None
+
+    def start(self, model: Any, step: int = 0) -> None:
+        """Take the model as the base, or go on with the base of a run that was killed.
+
+        Args:
+            model: the module that is trained, prepared for it (sharded, wrapped).
+            step: optimizer steps done. At 0 the model is the base, and what a former run left in the folder is
+                replaced; later, the base is what that run left, and its rows beyond the step are dropped.
+
+        Raises:
+            ArgumentError, TrainingError: no such matrices, or they cannot be watched.
+            NonFiniteTensor: a matrix holds NaN or infinity.
+            FileError: the base of a run that goes on is not in the folder.
+        """
+        began = time.perf_counter()
+        self._forget()
+        self._matrices = watched_matrices(model, self._patterns)
+        if step == 0:
+            self._remember(model)
+        else:
+            self._sequences = in_main(lambda: self._recall(step))
+        in_main(self._decompose)
+        self.step = step
+        self._setup_seconds = time.perf_counter() - began
+        self._prepare(model, None)
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """The next step begins now; what passed since the last observation is not counted as the step's time."""
+        self._since = time.perf_counter()
+
+    @torch.no_grad()
+    def observe(self, step: int, model: Any) -> dict[str, Any]:
+        """Measure the model after an optimizer step, if this one is due; call it after every step.
+
+        Every process of a sharded model calls it. Leaves weights, modes, gradients and random states as they are.
+
+        Args:
+            step: optimizer steps done, counting from 1.
+
+        Returns:
+            The pooled row of `monitor.parquet`; empty where the step is not due. Its `stopped` says why training is to
+            end, and is None where it is not.
+
+        Raises:
+            ArgumentError: `start` was not called, or the step was observed already.
+        """
+        if self.step is None:
+            raise ArgumentError("this monitor has no base yet: call start(model) before the first step")
+        if step <= self.step:
+            raise ArgumentError(f"step {step} was passed already, at {self.step}: call start(model, step) to go back")
+        began = time.perf_counter()
+        self._cadence.add_step(began - self._since)
+        self.step = step
+        due = self._due
+        row, after = self._look(step, model, began) if due else ({}, None)
+        self._prepare(model, after)
+        self._cadence.add_cost(time.perf_counter() - began, observed=due)
+        self.begin_step()
+        return row
+
+    def measure_on(
+        self, rows: Sequence[Sequence[int]], model: Any, counted: Sequence[Sequence[bool]] | None = None
+    ) -> None:
+        """Measure divergences on these sequences from now on; the model still is the base.
+
+        Args:
+            rows: token ids; with several processes, those of the first are taken.
+            counted: which of them count; None: all but the first of each row.
+
+        Raises:
+            ArgumentError: no token counts.
+            ModelError: the model gives no logits.
+        """
+        began = time.perf_counter()
+        self._sequences = in_main(lambda: sequences_of(rows, vocabulary_of(model), counted))
+        log_p = log_probabilities(model, self._sequences)
+        self._cadence.expect(2 * (time.perf_counter() - began))
+        self._before = log_p if self._due else None
+        if is_main():
+            self._base.sequences, self._base.log_p = self._sequences, log_p
+        in_main(lambda: self._base.write(self.out))
+        seconds = time.perf_counter() - began
+        self._setup_seconds += seconds
+        self._since += seconds
+
+    def callback(self) -> "MonitorCallback":
+        """A transformers TrainerCallback that starts, observes and stops; it writes the table, but tells no logger."""
+        from offprincipal.training.monitor.callback import MonitorCallback
+
+        return MonitorCallback(self)
+
+    def attach(self, trainer: Any) -> None:
+        """Watch a transformers or TRL trainer, and tell its loggers (`report_to`), as `offprincipal/spectral_shift`."""
+        from offprincipal.training.monitor.callback import MonitorCallback
+
+        trainer.add_callback(MonitorCallback(self, trainer))
+
+    def _remember(self, model: Any) -> None:
+        """Keep the base's matrices, in the first process, and what it says of the sequences that were given."""
+        for matrix in self._matrices:
+            weight = matrix.now()
+            if is_main():
+                self._base.weights[matrix.name] = weight.clone()
+        in_main(lambda: self._open_table(0))
+        if self._given is not None:
+            self.measure_on(self._given, model)
+        else:
+            in_main(lambda: self._base.write(self.out))
+
+    def _recall(self, step: int) -> Sequences | None:
+        self._base = remembered(self.out, [matrix.name for matrix in self._matrices])
+        self._open_table(step)
+        return self._base.sequences
+
+    def _open_table(self, after_step: int) -> None:
+        self._table = MonitorTable(self.out, after_step)
+
+    def _decompose(self) -> None:
+        for matrix in self._matrices:
+            weight = self._base.weights[matrix.name].to(getattr(matrix.module, matrix.parameter).device)
+            self._base.weights[matrix.name] = weight
+            try:
+                self._bases[matrix.name] = BaseMatrix(matrix.name, weight, self._rank_fraction)
+            except NonFiniteTensor as error:
+                raise NonFiniteTensor(f"{matrix.name}: {error}") from error
+        began = time.perf_counter()
+        for base in self._bases.values():
+            base.rehearse()
+        self._cadence.expect(time.perf_counter() - began)
+
+    def _prepare(self, model: Any, log_p: Tensor | None) -> None:
+        """Settle whether the next step is due; if so, keep what the policy says before it."""
+        step = self.step or 0
+        due = self._cadence.due(step + 1)
+        self._due = in_main(lambda: due) if self._cadence.every == "auto" else due
+        self._before = None
+        if self._due and self._sequences is not None:
+            self._before = log_probabilities(model, self._sequences) if log_p is None else log_p
+
+    def _look(self, step: int, model: Any, began: float) -> tuple[dict[str, Any], Tensor | None]:
+        """Measure, record and judge; the row that every process sees, and what the policy says now."""
+        after = None if self._sequences is None else log_probabilities(model, self._sequences)
+        rows: list[dict[str, Any]] = []
+        for matrix in self._matrices:
+            weight = matrix.now()
+            if is_main():
+                rows.append(_keys(step, matrix, weight) | self._bases[matrix.name].figures(weight))
+        row = in_main(lambda: self._record(step, rows, self._divergences(after), began))
+        self.stopped = row["stopped"]
+        return row, after
+
+    def _divergences(self, after: Tensor | None) -> Row:
+        if after is None or self._base.log_p is None:
+            return {}
+        return {
+            "kl_step": None if self._before is None else mean_divergence(after, self._before),
+            "kl_cumulative": mean_divergence(after, self._base.log_p.to(after.device)),
+            "kl_tokens": len(after),
+        }
+
+    def _record(self, step: int, rows: list[dict[str, Any]], divergences: Row, began: float) -> dict[str, Any]:
+        """Pool, judge and write the rows of one step."""
+        seconds = self._cadence.spent + time.perf_counter() - began
+        whole: dict[str, Any] = {"step": step, **pooled(rows), **divergences, "monitor_seconds": seconds}
+        whole["monitor_share"] = seconds / self._cadence.trained if self._cadence.trained > 0 else None
+        whole["setup_seconds"] = self._setup_seconds
+        broken = [f"{row['tensor']} holds NaN or infinity, at step {step}" for row in rows if "update_norm" not in row]
+        warned = broken + [held for watch in self._warn_if if (held := watch.held(rows, whole))]
+        stopped = [held for watch in self._stop_if if (held := watch.held(rows, whole))]
+        stopped += broken if self._stop_if else []
+        whole["warned"] = "; ".join(warned) or None
+        whole["stopped"] = "; ".join(stopped) or None
+        self._table.add([*rows, whole])
+        if warned:
+            LOG.warning("warning: %s", whole["warned"])
+        if stopped:
+            LOG.warning("stopping the training: %s", whole["stopped"])
+        return whole
+
+
+def _texts(given: str | Sequence[str]) -> list[str]:
+    return [given] if isinstance(given, str) else list(given)
+
+
+def _keys(step: int, matrix: WatchedMatrix, weight: Tensor) -> dict[str, Any]:
+    place, (rows, cols) = matrix.part.place, weight.shape
+    return {
+        "step": step,
+        "tensor": matrix.name,
+        "role": place.role,
+        "layer": place.layer,
+        "expert": place.expert,
+        "rows": rows,
+        "cols": cols,
+        "numel": rows * cols,
+    }

@@ -1,0 +1,167 @@
+"""The file of a monitor: one row a step and matrix, and a pooled row a step, with each column's meaning and unit.
+
+The whole table is written anew under a temporary name and renamed, so that a kill leaves the rows before it. Knows
+nothing of models or how figures come about.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from offprincipal.errors import FileError
+from offprincipal.files import write_atomically
+
+NAME = "monitor.parquet"
+Row = Mapping[str, Any]
+
+_ANGLES = {
+    f"principal_angle_{side}_{which}_deg{null}": (f"{words} {side} principal angle{after}", "degrees")
+    for null, after in (("", ""), ("_isotropic_null", " after a Gaussian update of equal norm"))
+    for side in ("left", "right")
+    for which, words in (("max", "largest"), ("mean", "mean"))
+}
+_ENERGIES = {
+    f"principal_energy{side}{suffix}": (f"{meaning} {words}", unit)
+    for side, words in (
+        ("", "both principal subspaces"),
+        ("_left", "the left one"),
+        ("_right", "the right one"),
+    )
+    for suffix, meaning, unit in (
+        ("", "share of the update's energy in", "1"),
+        ("_isotropic", "the same for an isotropic update, in", "1"),
+        ("_enrichment", "measured over isotropic energy, in", "times"),
+    )
+}
+_MEANS = {
+    "spectral_shift": ("shift of the top singular values over their norm", "1"),
+    "spectral_shift_per_norm": ("spectral shift per relative step length", "1"),
+    "spectral_shift_isotropic_null": ("spectral shift of a Gaussian update of equal norm", "1"),
+    **_ANGLES,
+    **_ENERGIES,
+}
+_SHARES = {
+    "unchanged_fraction": ("share of the entries whose bfloat16 value did not change", "1"),
+    "unchanged_fraction_isotropic_null": ("the same after a Gaussian update of equal length", "1"),
+    "hidden_fraction": ("share whose float32 weight moved but whose bfloat16 value did not", "1"),
+}
+_NORMS = {
+    "base_norm": ("Frobenius norm of the base", "weight"),
+    "update_norm": ("Frobenius norm of the update", "weight"),
+    "relative_update_norm": ("step length: Frobenius norm of the update over that of the base", "1"),
+}
+_CERTIFICATES = {
+    "singular_value_error": ("certificate: how far a top singular value may be off", "weight"),
+    "angle_error_deg": ("certificate: how far the principal angles may be off", "degrees"),
+}
+_OF_THE_RUN = {
+    "kl_step": ("KL of the policy after this step from that before it, mean over tokens", "nats"),
+    "kl_cumulative": ("KL of the policy from the base, mean over tokens", "nats"),
+    "monitor_seconds": ("time spent observing so far, in this sitting", "seconds"),
+    "monitor_share": ("the same over the training's own time", "1"),
+    "setup_seconds": ("time spent decomposing bases before the first step, in this sitting; in no share", "seconds"),
+}
+METRICS = {**_OF_THE_RUN, **_NORMS, **_MEANS, **_CERTIFICATES, **_SHARES}
+_INTEGERS = {
+    "step": "optimizer steps done",
+    "layer": "layer of the matrix",
+    "expert": "expert of the matrix",
+    "rows": "rows of the matrix",
+    "cols": "columns of the matrix",
+    "numel": "entries; of all watched matrices in a pooled row",
+    "k": "rank of the principal subspace",
+    "spectral_shift_rank": "singular values compared",
+    "kl_tokens": "tokens that divergence is a mean over",
+}
+_TEXTS = {
+    "tensor": "the matrix; null in the pooled row",
+    "role": "role of the matrix",
+    "solver": "how the singular values were found",
+    "warned": "conditions of warn_if that held",
+    "stopped": "the condition of stop_if that ended the training",
+}
+_KEYS = ("step", "tensor", "layer", "role", "expert", "rows", "cols", "numel", "k", "solver")
+SCHEMA = pa.schema(
+    [
+        *(
+            pa.field(n, pa.string() if n in _TEXTS else pa.int64(), metadata={"meaning": (_TEXTS | _INTEGERS)[n]})
+            for n in _KEYS
+        ),
+        *(pa.field(n, pa.float64(), metadata={"meaning": m, "unit": unit}) for n, (m, unit) in METRICS.items()),
+        *(pa.field(n, pa.int64(), metadata={"meaning": _INTEGERS[n]}) for n in ("spectral_shift_rank", "kl_tokens")),
+        *(pa.field(n, pa.string(), metadata={"meaning": _TEXTS[n]}) for n in ("warned", "stopped")),
+    ]
+)
+
+
+class MonitorTable:
+    """The rows so far, in memory and in the file.
+
+    Args:
+        folder: that holds the file; after_step: rows beyond it are dropped, since training goes on from there; at 0 the
+            file goes.
+
+    Raises:
+        FileError: the file is no table of a monitor.
+    """
+
+    def __init__(self, folder: Path, after_step: int) -> None:
+        self.path = folder / NAME
+        self._table = SCHEMA.empty_table()
+        if after_step == 0:
+            self.path.unlink(missing_ok=True)
+        elif self.path.exists():
+            found = _read(self.path)
+            self._table = found.filter(pa.compute.less_equal(found["step"], after_step))
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Keep rows; they outlive this process.
+
+        Raises:
+            FileError: the file cannot be written.
+        """
+        whole = [{name: row.get(name) for name in SCHEMA.names} for row in rows]
+        self._table = pa.concat_tables([self._table, pa.Table.from_pylist(whole, schema=SCHEMA)])
+        write_atomically(self.path, partial(pq.write_table, self._table))
+
+
+def read_monitor(folder: str | Path) -> list[dict[str, Any]]:
+    """The rows that a monitor wrote, in the order of steps; a step's pooled row, with tensor None, is its last.
+
+    Raises:
+        FileError: the folder holds none.
+    """
+    rows: list[dict[str, Any]] = _read(Path(folder) / NAME).to_pylist()
+    return rows
+
+
+def pooled(rows: Sequence[Row]) -> dict[str, Any]:
+    """One row over all matrices: norms by root of sums of squares, shares by entries, the rest as means by entries.
+
+    >>> two = [{"numel": 1, "update_norm": 3.0, "base_norm": 1.0}, {"numel": 3, "update_norm": 4.0, "base_norm": 0.0}]
+    >>> found = pooled(two)
+    >>> found["numel"], found["update_norm"], found["relative_update_norm"], found["spectral_shift"]
+    (4, 5.0, 5.0, None)
+    """
+    found: dict[str, Any] = {"numel": sum(row["numel"] for row in rows)}
+    for name in ("update_norm", "base_norm"):
+        squares = [row[name] ** 2 for row in rows if row.get(name) is not None]
+        found[name] = math.sqrt(sum(squares)) if squares else None
+    update, base = found["update_norm"], found["base_norm"]
+    found["relative_update_norm"] = update / base if update is not None and base else None
+    for name in (*_SHARES, *_MEANS):
+        known = [(row[name], row["numel"]) for row in rows if row.get(name) is not None]
+        found[name] = sum(value * numel for value, numel in known) / sum(n for _, n in known) if known else None
+    return found
+
+
+def _read(path: Path) -> Any:
+    try:
+        return pq.read_table(path).cast(SCHEMA)
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise FileError(f"cannot read {path}: {error}. Give a folder that a monitor wrote, or an empty one") from error

@@ -1,0 +1,51 @@
+"""Conditions on what a monitor measures: on any matrix, or on the pooled value alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from offprincipal.conditions import Threshold, parse_threshold
+from offprincipal.training.monitor.table import METRICS
+
+_POOLED = "pooled "
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A condition that is looked at whenever a model is observed.
+
+    Args:
+        threshold: metric, operator and number.
+        pooled: whether only the value over all matrices counts; else that of any matrix counts too.
+    """
+
+    threshold: Threshold
+    pooled: bool
+
+    def held(self, rows: Sequence[Mapping[str, Any]], pooled: Mapping[str, Any]) -> str | None:
+        """What fulfils the condition, the furthest value first; None where nothing does."""
+        metric = self.threshold.metric
+        looked_at = [pooled] if self.pooled else [*rows, pooled]
+        found = [row for row in looked_at if self.threshold.held_by_value(row.get(metric))]
+        if not found:
+            return None
+        furthest = max(found, key=lambda row: row[metric] if ">" in self.threshold.operator else -row[metric])
+        tensors = [row for row in found if row.get("tensor")]
+        place = furthest.get("tensor") or "the whole"
+        more = f" and {len(tensors) - 1} more" if furthest.get("tensor") and len(tensors) > 1 else ""
+        return f"{self.threshold}: it is {furthest[metric]:.6g} in {place}{more}, at step {pooled['step']}"
+
+
+def parse_watch(text: str) -> Watch:
+    """The condition that a text states, such as `spectral_shift_per_norm > .5` or `pooled kl_cumulative > 1`.
+
+    Raises:
+        ArgumentError: it is no condition, or names nothing that a monitor measures.
+
+    >>> watch = parse_watch("kl_cumulative > 1")
+    >>> watch.held([], {"step": 7, "kl_cumulative": 1.5})
+    'kl_cumulative > 1: it is 1.5 in the whole, at step 7'
+    """
+    stripped = text.strip()
+    only_pooled = stripped.startswith(_POOLED)
+    return Watch(parse_threshold(stripped.removeprefix(_POOLED), list(METRICS)), only_pooled)

@@ -1,0 +1,288 @@
+"""The rules of C7–C10, on tables whose truth is known by construction."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from checkpoint_folders import write_model
+from hypothesis import given
+from hypothesis import strategies as st
+from matrices import gaussian
+
+from offprincipal.checkpoints import open_checkpoint
+from offprincipal.comparison import compare
+from offprincipal.comparison.pooling import estimate_ratio
+from offprincipal.files import write_json
+from offprincipal.gates.precision import PrecisionSettings, measure_precision
+from offprincipal.studies.claims import Evidence, judge
+from offprincipal.studies.claims.rules import (
+    Condition,
+    Judgement,
+    controlled_with,
+    judge_at_most,
+    judge_positive,
+    published_with,
+)
+from offprincipal.studies.experiments import agreement_rows, gaussian_like
+
+Row = dict[str, Any]
+NONE = "no effect beyond the control"
+LAYERS = 4
+
+
+def weights(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Twelve matrices whose rows differ in scale, so that rounding favours some."""
+    found = {}
+    for i in range(3 * LAYERS):
+        name = f"model.layers.{i // 3}.self_attn.{'qvo'[i % 3]}_proj.weight"
+        rows = torch.exp(gaussian(64, 1, seed=900 + seed + i))
+        found[name] = (rows * gaussian(64, 64, seed=seed + i) / 20).bfloat16()
+    return found
+
+
+def save(folder: Path, masters: Mapping[str, torch.Tensor]) -> Path:
+    write_model(folder, {name: tensor.bfloat16() for name, tensor in masters.items()})
+    write_model(folder / "masters", {name: tensor.float() for name, tensor in masters.items()})
+    return folder
+
+
+def evidence(sources: Mapping[str, list[Path]], gaussian: Mapping[str, str] | None = None) -> Evidence:
+    return Evidence({}, [], ("rl",), ("sft",), "comparison", sources, gaussian or {})
+
+
+def verdicts(id: str, found: Evidence) -> tuple[str, str]:
+    entry = judge(id, found)
+    return entry["as_published"]["verdict"], entry["controlled"]["verdict"]
+
+
+def write_table(folder: Path, name: str, rows: list[Row]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+    return folder
+
+
+# C7: a fixed direction of the update in each matrix is an agreement beyond rounding; shuffled rows take it away.
+
+
+def updated(base: Mapping[str, torch.Tensor], seed: int, sought: Mapping[str, torch.Tensor], pull: float) -> dict:
+    return {
+        name: W.double() + 2e-4 * gaussian(64, 64, seed=seed + i) * (1 + pull * sought[name])
+        for i, (name, W) in enumerate(base.items())
+    }
+
+
+def agreement(tmp_path: Path, pull: float, permuted_too: bool) -> Evidence:
+    """Two runs that seek the same coordinates by `pull`; in half of the layers one has its rows reordered."""
+    base = weights()
+    sought = {name: (gaussian(64, 64, seed=70 + i) > 0).double() for i, name in enumerate(base)}
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    touched = [name for name in base if int(name.split(".")[2]) < LAYERS // 2]
+
+    def reordered(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor[order] if name in touched else tensor for name, tensor in tensors.items()}
+
+    other = reordered(base)
+    wanted = reordered(sought) if permuted_too else sought
+    run_a, run_b = updated(base, 1000, sought, pull), updated(other, 2000, wanted, pull)
+    folders = [
+        open_checkpoint(save(tmp_path / name, found))
+        for name, found in (("base", base), ("a", run_a), ("other", other), ("b", run_b))
+    ]
+    inverse = torch.argsort(order)
+    back = {name: tensor[inverse] if name in touched else tensor for name, tensor in run_b.items()}
+    undone = open_checkpoint(save(tmp_path / "back", back))
+    rows = agreement_rows(folders, [folders[0], folders[1], folders[0], undone])
+    return evidence(
+        {"agreement": [write_table(tmp_path / "t", "agreement", [{"intervention": "x"} | r for r in rows])]}
+    )
+
+
+@pytest.fixture(autouse=True)
+def _few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six matrices a side are below the least that a verdict is given for."""
+    monkeypatch.setattr("offprincipal.studies.claims.rules.LEAST_MATRICES", 6)
+
+
+def test_rounding_alone_falls_as_published_and_not_beyond_the_control(tmp_path: Path) -> None:
+    published, controlled = verdicts("C7", agreement(tmp_path, pull=0.0, permuted_too=True))
+    assert published == "supported"
+    assert controlled == NONE
+
+
+def test_a_preference_that_moves_with_the_coordinates_passes_the_control(tmp_path: Path) -> None:
+    assert verdicts("C7", agreement(tmp_path, pull=5.0, permuted_too=True)) == ("supported", "supported")
+
+
+def test_a_preference_for_places_survives_the_intervention_and_contradicts(tmp_path: Path) -> None:
+    found = agreement(tmp_path, pull=5.0, permuted_too=False)
+    assert judge("C7", found)["controlled"]["verdict"] in (NONE, "inconclusive", "contradicted")
+    assert judge("C7", found)["as_published"]["verdict"] != "supported"
+
+
+def test_what_is_brought_back_agrees_as_the_untouched_do(tmp_path: Path) -> None:
+    rows = agreement(tmp_path, pull=5.0, permuted_too=True).rows("agreement")
+    touched = [row for row in rows if row["touched"]]
+    shares = {view: [r["jaccard"] for r in touched if r["view"] == view] for view in ("as trained", "undone")}
+    untouched = [row["jaccard"] for row in rows if not row["touched"] and row["view"] == "as trained"]
+    assert max(shares["as trained"]) < min(shares["undone"])
+    assert sum(shares["undone"]) / 6 == pytest.approx(sum(untouched) / 6, abs=0.02)
+    assert {row["tensor"] for row in touched} == {r["tensor"] for r in rows if r["layer"] < LAYERS // 2}
+
+
+# C8
+
+
+def precision(tmp_path: Path, size: float, pull: float) -> Evidence:
+    """A run whose update is `pull` times as large off principal weights as on them."""
+    from offprincipal.geometry.masks import principal_ranks
+    from offprincipal.geometry.spectrum import decompose
+
+    masters = {}
+    for i, (name, W) in enumerate(weights().items()):
+        top = decompose(W.double()).top(8)
+        principal = principal_ranks(top.U, top.S, top.Vh) < W.numel() // 2
+        masters[name] = W.double() + size * gaussian(64, 64, seed=5000 + i) * torch.where(principal, 1.0, pull)
+    base = open_checkpoint(write_model(tmp_path / "base", weights()))
+    run = open_checkpoint(save(tmp_path / "rl", masters) / "masters")
+    rows = measure_precision(base, run, PrecisionSettings()).sweep
+    return evidence({"precision": [write_table(tmp_path / "p", "precision", [{"run": "rl"} | r for r in rows])]})
+
+
+def test_a_weight_blind_update_shows_no_bias_beyond_any_formats_rounding(tmp_path: Path) -> None:
+    found = precision(tmp_path, 5e-4, pull=1.0)
+    assert verdicts("C8", found) == ("contradicted", NONE)  # the bias goes with the sparsity
+    sentence = judge("C8", found)["as_published"]["sentence"]
+    assert "in float32 0.0 %" in sentence
+
+
+def test_an_update_that_avoids_principal_weights_keeps_its_bias_in_every_format(tmp_path: Path) -> None:
+    found = precision(tmp_path, 2e-5, pull=20.0)
+    assert verdicts("C8", found) == ("supported", "supported")
+
+
+# C9
+
+
+def watched(folder: Path, name: str, kl: float, stiffness: float = 1.0, steps: int = 40) -> Path:
+    """A policy that moves by `kl` nats a step, whose weights move as a random walk."""
+    rows = [
+        {
+            "step": step,
+            "tensor": None,
+            "kl_step": kl * (1 + 0.1 * (-1) ** step) if step else None,
+            "kl_cumulative": kl * stiffness * step,
+            "update_norm": (0.01 * step) ** 0.5,
+        }
+        for step in range(1, steps + 1)
+    ]
+    return write_table(folder / name, "monitor", rows)
+
+
+def leash(tmp_path: Path, rl: Path, sft: Path, tightness: float = 0.9, sft_kl: float = 0.1) -> Evidence:
+    """`sft_kl`: of SFT's update on the base's own continuations, where RL's is 0.01."""
+    entries = {
+        run: {"norm_bound": {"tightness": tightness, "update_norm": 0.5}, "curve": [{"fraction": 1.0, "kl": kl}]}
+        for run, kl in (("rl", 0.01), ("sft", sft_kl))
+    }
+    write_json(tmp_path / "gates.json", {"runs": entries})
+    return evidence({"watched_rl": [rl], "watched_sft": [sft], "gates": [tmp_path]})
+
+
+def test_a_small_steady_kl_is_a_leash_and_equal_sft_shows_that_it_is_not_rls_own(tmp_path: Path) -> None:
+    make = partial(watched, tmp_path)
+    assert verdicts("C9", leash(tmp_path, make("rl", 1e-3), make("sft", 1e-3))) == ("supported", NONE)
+    assert verdicts("C9", leash(tmp_path, make("rl2", 1e-3), make("sft2", 1e-2))) == ("supported", "supported")
+    assert verdicts("C9", leash(tmp_path, make("rl3", 1e-3), make("sft3", 1e-4)))[1] == "contradicted"
+
+
+def test_a_leash_that_only_the_choice_of_tokens_shows_is_none(tmp_path: Path) -> None:
+    rl, sft = watched(tmp_path, "rl", 1e-3), watched(tmp_path, "sft", 1e-2)
+    assert verdicts("C9", leash(tmp_path, rl, sft, sft_kl=0.01))[1] == "contradicted"
+
+
+def test_large_steps_no_steps_and_a_broken_bound_are_no_leash(tmp_path: Path) -> None:
+    make = partial(watched, tmp_path)
+    for name, kl, tightness in (("large", 0.5, 0.9), ("none", 0.0, 0.9), ("loose", 1e-3, 2.0)):
+        found = leash(tmp_path, make(name, kl), make(f"sft_{name}", 1e-3), tightness)
+        assert verdicts("C9", found)[0] in ("contradicted", "inconclusive"), name
+
+
+def test_too_few_steps_decide_nothing(tmp_path: Path) -> None:
+    make = partial(watched, tmp_path, steps=3)
+    assert verdicts("C9", leash(tmp_path, make("rl", 1e-3), make("sft", 1e-3))) == ("inconclusive", "inconclusive")
+
+
+# C10
+
+
+def test_bounds_hold_and_a_gaussian_run_uses_as_much_of_them_as_its_null(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", weights())
+    opened = open_checkpoint(base)
+    run = save(
+        tmp_path / "rl",
+        {n: W.double() + 1e-3 * gaussian(64, 64, seed=5000 + i) for i, (n, W) in enumerate(weights().items())},
+    )
+    null = save(tmp_path / "null", gaussian_like(opened, open_checkpoint(run / "masters"), seed=0))
+    turned = {}
+    for i, (name, W) in enumerate(weights().items()):  # a rotation keeps every singular value
+        generator = gaussian(64, 64, seed=6000 + i)
+        turned[name] = torch.matrix_exp(2e-3 * (generator - generator.T)) @ W.double()
+    rotation = save(tmp_path / "rotation", turned)
+    rotation_null = save(tmp_path / "rotation_null", gaussian_like(opened, open_checkpoint(rotation / "masters"), 0))
+    runs = {"rl": run, "null": null, "rotation": rotation, "rotation_null": rotation_null}
+    compare(base, runs).write(tmp_path / "c")
+    entry = judge("C10", evidence({"bounds": [tmp_path / "c"]}, {"rl": "null"}))
+    assert entry["as_published"]["verdict"] == "supported"
+    assert entry["controlled"]["verdict"] in (NONE, "inconclusive")  # twelve matrices may leave the interval wide
+    assert entry["controlled"]["low"] < 1 < entry["controlled"]["high"]
+    turned_evidence = Evidence(
+        {}, [], ("rotation",), (), "c", {"bounds": [tmp_path / "c"]}, {"rotation": "rotation_null"}
+    )
+    assert verdicts("C10", turned_evidence)[1] == "supported"
+    assert verdicts("C10", evidence({"bounds": [tmp_path / "c"]}))[1] == "inconclusive"
+
+
+def test_the_gaussian_update_has_the_runs_length_tensor_by_tensor(tmp_path: Path) -> None:
+    base = open_checkpoint(write_model(tmp_path / "base", weights()))
+    run = {
+        n: W.double() + (i + 1) * 1e-3 * gaussian(64, 64, seed=5000 + i) for i, (n, W) in enumerate(weights().items())
+    }
+    found = gaussian_like(base, open_checkpoint(save(tmp_path / "run", run) / "masters"), seed=0)
+    for name, W in weights().items():
+        length, expected = ((x[name].double() - W.double()).norm().item() for x in (found, run))
+        assert length == pytest.approx(expected, rel=1e-3)
+
+
+# The rules themselves
+
+
+def judged(verdict: str) -> Judgement:
+    return Judgement(verdict, 1.0, 0.5, 1.5, "m", "r", "s")  # type: ignore[arg-type]
+
+
+VERDICTS = st.sampled_from(["supported", "contradicted", NONE, "inconclusive"])
+
+
+@given(VERDICTS, st.lists(VERDICTS, max_size=3))
+def test_a_claim_of_several_parts_is_as_good_as_its_worst(headline: str, others: list[str]) -> None:
+    conditions = [Condition("c", judged(verdict)) for verdict in others]
+    found = published_with(judged(headline), conditions).verdict
+    whole = {headline, *others}
+    if whole & {"contradicted", NONE}:
+        assert found == "contradicted"
+    else:
+        assert found == ("inconclusive" if "inconclusive" in whole else "supported")
+    controlled = controlled_with(judged(headline), conditions).verdict
+    assert controlled == (headline if headline != "supported" else found)
+
+
+def test_rules_without_an_interval_and_at_nothing() -> None:
+    assert judge_at_most(None, 1.0, measure="m").verdict == "inconclusive"
+    assert judge_at_most(1.1, 1.0, measure="m").verdict == "contradicted"
+    assert judge_positive(estimate_ratio([(0.0, 1.0)] * 9), measure="m").verdict == NONE
+    assert judge_positive(estimate_ratio([(1.0, 1.0)] * 9), measure="m").verdict == "supported"
