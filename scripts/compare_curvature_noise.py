@@ -11,8 +11,8 @@ Measures DᵀFD/‖D‖² of the same directions on the same sequences by
 
 For each it prints the standard error over batches relative to `forward`'s (the median over layers, roles and
 directions), the noise that the labels alone add, what one evaluation costs beside a forward-mode one when done as it
-usually is (`score` by a backward pass, `hessian` by two), the standard error on the same time, and how
-many pairs of directions each separates by two standard errors.
+usually is (`score` by one backward pass, which leaves out what separate sequences add; `hessian` by two), the standard
+error on the same time, and how many pairs of directions each separates by two standard errors.
 """
 
 import argparse
@@ -202,13 +202,13 @@ def draw_labels(z: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def seconds(run: Callable[[], object], repeats: int = 7) -> float:
-    """The median time of a call, after one that warms up."""
+    """The median processor time of a call, after one that warms up."""
     run()
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         run()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return statistics.median(times)
 
 

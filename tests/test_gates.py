@@ -544,7 +544,7 @@ def test_the_command_writes_what_the_contract_says(
     assert pooled == [*UPDATE_DIRECTIONS, *RANDOM_DIRECTIONS]
     assert {(row["layer"], row["role"]) for row in entry["curvature"]} >= {(0, "q"), (1, "down")}
     assert all(row["low"] <= row["value"] <= row["high"] for row in entry["curvature"])
-    assert "4 batches" in entry["warnings"][0]
+    assert "batches: 4;" in entry["warnings"][0]
     assert (
         command(
             "gates", tiny_model, f"step={tuned}", "--task=count@1", "--out", out, "--device=cpu", *options, "--json"

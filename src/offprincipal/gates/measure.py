@@ -364,7 +364,7 @@ class _Study:
         found = []
         if self.ground.batches < ENOUGH_BATCHES:
             found.append(
-                f"{self.ground.batches} batches: intervals and sign tests of the curvature want {ENOUGH_BATCHES} or "
+                f"batches: {self.ground.batches}; intervals and sign tests of the curvature want {ENOUGH_BATCHES} or "
                 "more, so more prompts or sequences"
             )
         if self.left_out:

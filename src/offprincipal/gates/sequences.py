@@ -86,7 +86,8 @@ def read_sequences(path: str | Path, language_model: LanguageModel) -> Sequences
             if not isinstance(ids, list) or not all(type(i) is int for i in ids):
                 raise FileError(f'{where}: input_ids is no list of integers. Write {{"input_ids": [1, 2, 3]}}')
         else:
-            ids = language_model.tokenizer(_field(file, number, content, "text")).input_ids
+            with quiet_libraries():
+                ids = language_model.tokenizer(_field(file, number, content, "text")).input_ids
         if len(ids) < 2:
             raise FileError(f"{where} has {len(ids)} tokens: a sequence needs two, one to read and one to predict")
         if any(not 0 <= i < vocabulary for i in ids):
@@ -107,7 +108,8 @@ def encode_prompts(language_model: LanguageModel, prompts: Sequence[str], max_ne
     Raises:
         ModelError: one has no token, or does not fit the context with its continuation.
     """
-    encoded = [language_model.prompt_ids(prompt, max_new_tokens) for prompt in prompts]
+    with quiet_libraries():
+        encoded = [language_model.prompt_ids(prompt, max_new_tokens) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not ids:
             raise ModelError(f"prompt {prompt[:60]!r} has no token for this model: leave it out")

@@ -17,30 +17,44 @@ def gates_tables(content: Mapping[str, Any]) -> Group:
     """
     runs = content["runs"]
     parts: list[RenderableType] = [
-        "Gate I: divergence from the base, nats a token",
+        "Gate I: divergence KL(tuned‖base) of the policy as stored, nats a token",
         _divergence_table(runs),
         "KL over ½ΔᵀFΔ along the line from the base (1 where the second order says all)",
         _curve_table(runs),
-        "Gate II: curvature per unit norm, all linear matrices at once",
-        _curvature_table(runs),
-        "paired differences, batch by batch",
-        _pairs_table(runs),
+        "norm bound ‖Δ‖_F(θ) ≤ √(2K), up to higher order",
+        _bound_table(runs),
     ]
+    for name, entry in runs.items():
+        parts += [
+            f"Gate II: curvature per unit norm, all linear matrices at once, {escape(name)}",
+            _curvature_table(entry),
+        ]
+    parts.append("ratio: of a direction to the one below it; batches: for 80 % power at 5 %, paired")
     for name, entry in runs.items():
         parts += [f"{escape(name)}: {escape(warning)}" for warning in entry["warnings"]]
     return Group(*parts)
 
 
 def _divergence_table(runs: Mapping[str, Any]) -> Table:
-    table = Table("run", "weights", "samples of", box=SIMPLE)
-    for title in ("KL(tuned‖base)", "95 % interval", "tokens", "‖Δ‖_F(θ)", "√(2K)", "tightness"):
+    table = Table("run", "samples of", box=SIMPLE)
+    for title in ("KL", "95 % interval", "tokens"):
         table.add_column(title, justify="right")
     for name, entry in runs.items():
         for i, (samples, kl) in enumerate(entry["kl_by_samples"].items()):
-            bound = entry["norm_bound"] if samples != "tuned" else {}
-            cells = [_number(bound.get(key)) for key in ("fisher_norm", "bound", "tightness")]
-            named = (escape(name), entry["weights"]) if i == 0 else ("", "")
-            table.add_row(*named, samples, _number(kl["value"]), _interval(kl), f"{kl['tokens']:,}", *cells)
+            figures = (_number(kl["value"]), _interval(kl), f"{kl['tokens']:,}")
+            table.add_row(escape(name) if i == 0 else "", samples, *figures)
+    return table
+
+
+def _bound_table(runs: Mapping[str, Any]) -> Table:
+    table = Table("run", "update from", box=SIMPLE)
+    for title in ("‖Δ‖_F(θ)", "√(2K)", "tightness", "95 % interval"):
+        table.add_column(title, justify="right")
+    for name, entry in runs.items():
+        bound = entry["norm_bound"]
+        interval = {"low": bound["tightness_low"], "high": bound["tightness_high"]}
+        sides = (_number(bound[key]) for key in ("fisher_norm", "bound", "tightness"))
+        table.add_row(escape(name), entry["weights"], *sides, _interval(interval))
     return table
 
 
@@ -54,34 +68,15 @@ def _curve_table(runs: Mapping[str, Any]) -> Table:
     return table
 
 
-def _curvature_table(runs: Mapping[str, Any]) -> Table:
-    table = Table("direction", box=SIMPLE)
-    for name in runs:
-        table.add_column(escape(name), justify="right")
-        table.add_column("95 % interval", justify="right")
-    pooled = [_pooled(entry["curvature"]) for entry in runs.values()]
-    for rows in zip(*pooled, strict=True):
-        cells = [text for row in rows for text in (_number(row["value"]), _interval(row))]
-        table.add_row(rows[0]["direction"], *cells)
-    return table
-
-
-def _pairs_table(runs: Mapping[str, Any]) -> Table:
-    table = Table("run", "pair", box=SIMPLE)
-    for title in ("ratio", "95 % interval", "standard errors", "sign test p", "batches for 80 % power"):
+def _curvature_table(entry: Mapping[str, Any]) -> Table:
+    table = Table("direction", box=SIMPLE, pad_edge=False, collapse_padding=True)
+    for title in ("curvature", "95 % interval", "ratio", "sign p", "batches"):
         table.add_column(title, justify="right")
-    for name, entry in runs.items():
-        for i, row in enumerate(_pooled(entry["curvature_pairs"])):
-            ratio = {"low": row["ratio_low"], "high": row["ratio_high"]}
-            table.add_row(
-                escape(name) if i == 0 else "",
-                f"{row['first']} / {row['second'].removeprefix('update_').removeprefix('random_')}",
-                _number(row["ratio"]),
-                _interval(ratio),
-                _number(row["standard_errors"]),
-                _number(row["sign_test_p"]),
-                _number(row["batches_wanted"]),
-            )
+    pairs = {row["first"]: row for row in _pooled(entry["curvature_pairs"])}
+    for row in _pooled(entry["curvature"]):
+        pair = pairs.get(row["direction"], {})
+        tests = (_number(pair[key]) if pair else "" for key in ("ratio", "sign_test_p", "batches_wanted"))
+        table.add_row(row["direction"], _number(row["value"]), _interval(row), *tests)
     return table
 
 
