@@ -68,10 +68,11 @@ def report(name: str, run: Any, steps: int, every: Any) -> None:
             watched = i % 2 == 1
             seconds[watched].append(run(steps, every if watched else None, Path(folder) / str(i)))
         rows = [row for row in read_monitor(Path(folder) / "3") if row["tensor"] is None]
-    without, with_it = (min(seconds[watched]) for watched in (False, True))
+    without, with_it = ("/".join(f"{run / steps:.3f}" for run in seconds[watched]) for watched in (False, True))
+    change = sum(seconds[True]) / sum(seconds[False]) - 1
     last = rows[-1]
     print(
-        f"{name}: {without / steps:.3f} CPU s a step without, {with_it / steps:.3f} with: {with_it / without - 1:+.1%} "
+        f"{name}: {without} CPU s a step without, {with_it} with: {change:+.1%} "
         f"(set-up {last['setup_seconds']:.2f} s); observed {len(rows)} of {steps} steps; by the monitor's own clock "
         f"{last['monitor_seconds'] / len(rows):.3f} s each, {last['monitor_share']:.1%} of the steps' time",
         flush=True,
