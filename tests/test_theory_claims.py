@@ -202,7 +202,8 @@ def test_a_small_steady_kl_is_a_leash_and_equal_sft_shows_that_it_is_not_rls_own
 
 def test_a_leash_that_only_the_choice_of_tokens_shows_is_none(tmp_path: Path) -> None:
     rl, sft = watched(tmp_path, "rl", 1e-3), watched(tmp_path, "sft", 1e-2)
-    assert verdicts("C9", leash(tmp_path, rl, sft, sft_kl=0.01))[1] == "contradicted"
+    assert verdicts("C9", leash(tmp_path, rl, sft, sft_kl=0.01))[1] == NONE
+    assert verdicts("C9", leash(tmp_path, rl, sft, sft_kl=0.001))[1] == "contradicted"
 
 
 def test_large_steps_no_steps_and_a_broken_bound_are_no_leash(tmp_path: Path) -> None:
@@ -278,7 +279,17 @@ def test_a_claim_of_several_parts_is_as_good_as_its_worst(headline: str, others:
     else:
         assert found == ("inconclusive" if "inconclusive" in whole else "supported")
     controlled = controlled_with(judged(headline), conditions).verdict
-    assert controlled == (headline if headline != "supported" else found)
+    if headline != "supported" or not others:
+        assert controlled == headline
+    else:
+        order = ["supported", "inconclusive", NONE, "contradicted"]
+        assert controlled == max(others, key=order.index)
+
+
+def test_a_condition_that_wants_no_effect_is_missed_by_one() -> None:
+    for verdict, expected in (("supported", "contradicted"), (NONE, "supported"), ("inconclusive", "inconclusive")):
+        conditions = [Condition("none is left", judged(verdict), wanted=NONE)]
+        assert controlled_with(judged("supported"), conditions).verdict == expected
 
 
 def test_rules_without_an_interval_and_at_nothing() -> None:

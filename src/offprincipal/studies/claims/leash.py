@@ -13,6 +13,7 @@ from offprincipal.studies.claims.rules import (
     Judgement,
     controlled_with,
     judge_at_most,
+    judge_bare_ratio,
     judge_difference,
     judge_positive,
     judge_ratio,
@@ -90,10 +91,9 @@ def _controlled(rl: Runs, sft: Runs, ground: Mapping[str, Mapping[str, float]]) 
     listed = ", ".join(f"{found.value:.3g} ({run})" for run, found in by_run.items())
     on_base = ", ".join(f"{value:.3g} ({run})" for runs in ground.values() for run, value in runs.items())
     sides = [sum(runs.values()) / len(runs) if runs else None for runs in (ground["rl"], ground["sft"])]
-    alike = judge_at_most(
-        sides[0] / sides[1] if sides[0] is not None and sides[1] else None,
-        1 / RATIO_MARGIN,
-        measure="the same on continuations that the base samples, RLVR over SFT",
+    alike = judge_bare_ratio(
+        sides[1] / sides[0] if sides[1] is not None and sides[0] else None,
+        measure="the same on continuations that the base samples, at the whole updates",
     )
     headline = judge_ratio(
         means[1] / means[0],

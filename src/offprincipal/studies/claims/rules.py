@@ -59,8 +59,16 @@ def published_with(headline: Judgement, conditions: Sequence[Condition]) -> Judg
 
 
 def controlled_with(headline: Judgement, conditions: Sequence[Condition]) -> Judgement:
-    """A claim of several parts, with its control: the headline decides, but is `supported` only if the others hold."""
-    return _combined(headline, conditions) if headline.verdict == "supported" else _with_rule(headline, conditions)
+    """A claim of several parts, with its control: the headline decides, but is `supported` only if the others hold.
+
+    A condition that wants an effect, and finds none beyond the margin, leaves none.
+    """
+    if headline.verdict != "supported":
+        return _with_rule(headline, conditions)
+    found = _combined(headline, conditions)
+    none: Verdict = "no effect beyond the control"
+    missed = {c.judgement.verdict for c in conditions if c.judgement.verdict not in (c.wanted, "inconclusive")}
+    return replace(found, verdict=none) if missed == {none} else found
 
 
 def _combined(headline: Judgement, conditions: Sequence[Condition]) -> Judgement:
@@ -93,6 +101,17 @@ def judge_at_most(value: float | None, most: float, *, measure: str, sentence: s
         return nothing(measure, sentence)
     verdict: Verdict = "supported" if value <= most else "contradicted"
     return Judgement(verdict, value, None, None, measure, f"supported: at most {most:g}; else contradicted", sentence)
+
+
+def judge_bare_ratio(value: float | None, *, measure: str) -> Judgement:
+    """Whether a ratio without an interval is above 1 by the margin."""
+    if value is None:
+        return nothing(measure)
+    verdict: Verdict = "no effect beyond the control"
+    if not 1 / RATIO_MARGIN < value < RATIO_MARGIN:
+        verdict = "supported" if value > 1 else "contradicted"
+    rule = f"supported: at least {RATIO_MARGIN:g}; contradicted: at most 1/{RATIO_MARGIN:g}; else no effect"
+    return Judgement(verdict, value, None, None, measure, rule, "")
 
 
 def judge_difference(effect: Estimate, expected_sign: int = 1, *, measure: str, sentence: str = "") -> Judgement:
