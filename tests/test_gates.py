@@ -32,6 +32,7 @@ from offprincipal.gates.double import InFloat64
 from offprincipal.gates.fisher import counted_logits, logit_derivatives
 from offprincipal.gates.forward import fisher_sums, kl_sums
 from offprincipal.gates.measure import open_for_derivatives
+from offprincipal.gates.precision import precision_gate
 from offprincipal.gates.sequences import Sequences, read_sequences, sample_continuations, shuffled_batches
 from offprincipal.gates.statistics import (
     batches_wanted,
@@ -552,6 +553,9 @@ def test_the_command_writes_what_the_contract_says(
         == 0
     )
     again = json.loads(capsys.readouterr().out)
+    gate = json.loads(json.dumps(precision_gate(tiny_model, tuned)))
+    assert {name: entry[name] for name in gate} == gate
+    assert (gate["hidden_fraction"] is not None) == ("Gate III" in printed)
     assert again["runs"] == content["runs"]  # the same seed, the same figures
 
 

@@ -193,6 +193,9 @@ def gates(
         float, typer.Option(help="Rank of the principal subspace over min(rows, columns).")
     ] = 0.125,
     alpha: Annotated[float, typer.Option(help="Density of the principal weights.")] = 0.5,
+    precision: Annotated[
+        bool, typer.Option(help="Gate III too, where float32 masters were kept: what storing hides of the update.")
+    ] = True,
     weights: Annotated[str, typer.Option(help="auto (float32 masters where kept), masters or stored.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
     attention: Annotated[str, typer.Option(help="attn_implementation; it needs a forward-mode derivative.")] = "eager",
@@ -200,7 +203,7 @@ def gates(
     seed: Annotated[int, typer.Option(help="Of prompts, continuations, batches and random directions.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print gates.json instead of tables.")] = False,
 ) -> None:
-    """Measure Gates I and II: divergence from the base against the Fisher form, and the curvature of directions.
+    """Measure the gates: divergence against the Fisher form, the curvature of directions, what storing hides.
 
     Writes gates.json. Needs the models to run: pip install 'offprincipal[train]'.
     """
@@ -212,7 +215,14 @@ def gates(
     ground: Any = {"prompts": prompts, "task": task, "sequences": sequences}
     options: Any = {"batches": batches, "prompts_per_batch": prompts_per_batch, "max_new_tokens": max_new_tokens}
     options |= {"draws": draws, "layer_draws": layer_draws, "per_layer": per_layer, "rank_fraction": rank_fraction}
-    options |= {"alpha": alpha, "weights": weights, "dtype": dtype, "attention": attention, "device": device}
+    options |= {
+        "alpha": alpha,
+        "precision": precision,
+        "weights": weights,
+        "dtype": dtype,
+        "attention": attention,
+        "device": device,
+    }
     runs = _named_runs(tuned)
     require_folder(out)
     with _direction_progress() as progress:

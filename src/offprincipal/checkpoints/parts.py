@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from offprincipal.checkpoints.checkpoint import Array, TensorInfo
-from offprincipal.checkpoints.roles import Place, place_of
+from offprincipal.checkpoints.roles import TABLE_ROLES, VECTOR_ROLES, Place, place_of
 
 _FUSED = re.compile(r"\b(qkv_proj|query_key_value|c_attn|gate_up_proj)\.weight$")
 _STACKED = re.compile(r"\bexperts\.\w+$|\bblock_sparse_moe\.(?:input|output)_linear\.weight$")
@@ -72,6 +72,17 @@ class Part:
         shape = self.shape if self.columns is None else (self.shape[0], self.columns[1] - self.columns[0])
         shape = self.folded or shape
         return shape[::-1] if self.transposed else shape
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is a matrix with entries, and no bias or norm."""
+        shape = self.matrix_shape
+        return len(shape) == 2 and min(shape) > 0 and self.place.role not in VECTOR_ROLES
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a linear matrix: no embedding, head or router either."""
+        return self.is_matrix and self.place.role not in TABLE_ROLES
 
     def of(self, entries: Array) -> Array:
         """The part, shaped and contiguous, from the flat entries `start` to `stop`."""

@@ -19,7 +19,6 @@ from offprincipal.checkpoints import (
     pair_tensors,
     parts_of,
 )
-from offprincipal.checkpoints.roles import TABLE_ROLES, VECTOR_ROLES
 from offprincipal.comparison.cache import BaseCache
 from offprincipal.comparison.measure import Subject, TensorRows, measure_matrix, measure_tensor
 from offprincipal.comparison.pair import Block, MatrixSettings
@@ -167,8 +166,7 @@ class Work:
         return {name: min((tensors[name] for tensors in paired), key=lambda info: info.numel) for name in names}
 
     def _subject(self, part: Part) -> Subject:
-        matrix = len(part.matrix_shape) == 2 and min(part.matrix_shape) > 0 and part.place.role not in VECTOR_ROLES
-        return Subject(part, matrix and (self.settings.include_embeddings or part.place.role not in TABLE_ROLES))
+        return Subject(part, part.is_matrix if self.settings.include_embeddings else part.is_linear)
 
 
 def _block(sides: list[Array]) -> Block:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from offprincipal.checkpoints import Checkpoint, Part, TensorInfo, parts_of
-from offprincipal.checkpoints.roles import TABLE_ROLES, VECTOR_ROLES
 from offprincipal.gates.updates import parameter_of
 from offprincipal.geometry.masks import mask_size, principal_ranks
 from offprincipal.geometry.spectrum import decompose, decompose_randomized, principal_rank
@@ -212,6 +211,5 @@ def generator_of(seed: int, *what: object) -> torch.Generator:
 def _linear_parts(base: Checkpoint) -> Iterable[tuple[TensorInfo, Part]]:
     for info in base.tensors.values():
         for part in parts_of(info, base.config) if info.floating else ():
-            matrix = len(part.matrix_shape) == 2 and min(part.matrix_shape) > 0
-            if matrix and part.place.role not in (*VECTOR_ROLES, *TABLE_ROLES):
+            if part.is_linear:
                 yield info, part

@@ -25,6 +25,7 @@ from offprincipal.gates.directions import (
 from offprincipal.gates.double import computing_in
 from offprincipal.gates.forward import Array, Direction, fisher_sums, kl_sums
 from offprincipal.gates.leash import FRACTIONS, curve, norm_bound
+from offprincipal.gates.precision import PrecisionSettings, precision_gate
 from offprincipal.gates.sequences import (
     Sequences,
     encode_prompts,
@@ -56,6 +57,7 @@ class GateSettings:
         per_layer: whether to measure each layer and role too, not all linear matrices at once alone.
         rank_fraction: rank of the principal subspace over min(rows, columns).
         alpha: density of the principal weights.
+        precision: whether to measure Gate III too, where float32 masters were kept.
         weights: `auto` (float32 masters where they were kept), `masters` or `stored`.
         dtype: `float32` or `float64`, of weights, directions and activations, norms and softmaxes included.
         attention: the attention's implementation, which needs a forward-mode derivative.
@@ -74,6 +76,7 @@ class GateSettings:
     per_layer: bool = True
     rank_fraction: float = 0.125
     alpha: float = 0.5
+    precision: bool = True
     weights: Weights = "auto"
     dtype: Literal["float32", "float64"] = "float32"
     attention: str = "eager"
@@ -131,7 +134,7 @@ def measure_gates(
     progress: Progress | None = None,
     **options: Any,
 ) -> Gates:
-    """Gate I and II of models tuned from one base: divergence, Fisher form along the update, curvature of directions.
+    """The gates of models tuned from one base: divergence, Fisher form along the update, curvature, precision.
 
     Exactly one of `prompts`, `task` and `sequences` says what they are measured on. With the first two, continuations
     are sampled from the base (on which the Fisher form, the curve and the curvature are measured, being the base's) and
@@ -180,6 +183,10 @@ def measure_gates(
         ground = Ground(measured, settings)
         study = _Study(language_model, checkpoint, ground, encoded, settings, len(opened), progress)
         runs = {run: {"source": str(tuned[run]), **study.entry(run, each)} for run, each in opened.items()}
+    if settings.precision:
+        gate = PrecisionSettings(rank_fraction=settings.rank_fraction, alpha=settings.alpha)
+        for run, entry in runs.items():
+            entry |= precision_gate(model_name(base), tuned[run], gate)
     given = {"prompts": prompts, "task": names or None, "sequences": sequences}
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     return Gates(

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from offprincipal.checkpoints import Checkpoint, Part, open_checkpoint, pair_tensors, parts_of
-from offprincipal.checkpoints.roles import LINEAR_ROLES
 from offprincipal.comparison.pooling import Estimate, estimate_ratio
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
 from offprincipal.geometry.formats import FORMATS, MaskChange, StoredBase, StoredChange
@@ -118,7 +117,7 @@ def measure_precision(base: Checkpoint, masters: Checkpoint, settings: Precision
     """
     histograms: dict[str, UlpHistogram] = {}
     sweep: list[Row] = []
-    for part, (weight, master) in linear_matrices([base, masters]):
+    for part, (weight, master) in common_matrices([base, masters]):
         try:
             histograms[part.name] = ulp_histogram(weight, master)
             sweep.extend(_sweep_rows(part, weight, master, settings))
@@ -129,7 +128,7 @@ def measure_precision(base: Checkpoint, masters: Checkpoint, settings: Precision
     return PrecisionRows(histograms, sweep)
 
 
-def linear_matrices(checkpoints: Sequence[Checkpoint]) -> Iterator[tuple[Part, list[Tensor]]]:
+def common_matrices(checkpoints: Sequence[Checkpoint]) -> Iterator[tuple[Part, list[Tensor]]]:
     """The linear matrices that checkpoints have in common: each part, and its values in float32, (n, m) each.
 
     Args:
@@ -144,7 +143,7 @@ def linear_matrices(checkpoints: Sequence[Checkpoint]) -> Iterator[tuple[Part, l
         if not info.floating or any(name not in tensors for tensors in pairings):
             continue
         for part in parts_of(info, base.config):
-            if part.place.role in LINEAR_ROLES and len(part.matrix_shape) == 2 and min(part.matrix_shape) > 0:
+            if part.is_linear:
                 read = [part.of(checkpoint.read(part.tensor, part.start, part.stop)) for checkpoint in checkpoints]
                 yield part, [torch.from_numpy(array.astype(np.float32)) for array in read]
 

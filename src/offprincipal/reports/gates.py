@@ -8,9 +8,11 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+_MASKS = ("principal", "low_magnitude")
+
 
 def gates_tables(content: Mapping[str, Any]) -> Group:
-    """Divergence, the curve, the norm bound, and the curvature with its paired tests.
+    """Divergence, the curve, the norm bound, the curvature with its paired tests, and what storing hides.
 
     Args:
         content: `gates.json`.
@@ -28,6 +30,13 @@ def gates_tables(content: Mapping[str, Any]) -> Group:
         parts += [
             f"Gate II: curvature per unit norm, all linear matrices at once, {escape(name)}",
             _curvature_table(entry),
+        ]
+    if any(entry.get("hidden_fraction") for entry in runs.values()):
+        parts += ["Gate III: what storing in bfloat16 hides of the update, beside both nulls", _hidden_table(runs)]
+        parts += [
+            "the update in four storage formats: points of share in a mask beyond its density, and beyond what rounding to "
+            "that format alone puts there",
+            _sweep_table(runs),
         ]
     parts.append("ratio: of a direction to the one below it; batches: for 80 % power at 5 %, paired")
     for name, entry in runs.items():
@@ -65,6 +74,32 @@ def _curve_table(runs: Mapping[str, Any]) -> Table:
     for name, entry in runs.items():
         ratios = [p["kl"] / p["half_quadratic"] if p["half_quadratic"] > 0 else None for p in entry["curve"]]
         table.add_row(escape(name), *(_number(ratio) for ratio in ratios))
+    return table
+
+
+def _hidden_table(runs: Mapping[str, Any]) -> Table:
+    table = Table("run", box=SIMPLE)
+    for title in ("hidden, %", "95 % interval", "Gaussian update", "same steps, dealt out"):
+        table.add_column(title, justify="right")
+    for name, entry in runs.items():
+        if hidden := entry.get("hidden_fraction"):
+            percent = {key: None if value is None else 100 * value for key, value in hidden.items()}
+            nulls = (_number(percent[key]) for key in ("gaussian_null", "permuted_null"))
+            table.add_row(escape(name), _number(percent["value"]), _interval(percent), *nulls)
+    return table
+
+
+def _sweep_table(runs: Mapping[str, Any]) -> Table:
+    table = Table("run", "stored in", box=SIMPLE, pad_edge=False, collapse_padding=True)
+    for title in ("unchanged, %", "principal", "− rounding", "low-magnitude", "− rounding"):
+        table.add_column(title, justify="right")
+    columns = ["unchanged_fraction", *(f"{m}_bias{b}" for m in _MASKS for b in ("", "_beyond_precision"))]
+    for name, entry in runs.items():
+        for row in entry.get("precision_sweep") or ():
+            if row["step_length"] == 1:
+                values = (row[column]["value"] for column in columns)
+                figures = (_number(None if value is None else 100 * value) for value in values)
+                table.add_row(escape(name), row["format"], *figures)
     return table
 
 
