@@ -34,8 +34,8 @@ def gates_tables(content: Mapping[str, Any]) -> Group:
     if any(entry.get("hidden_fraction") for entry in runs.values()):
         parts += ["Gate III: what storing in bfloat16 hides of the update, beside both nulls", _hidden_table(runs)]
         parts += [
-            "the update in four storage formats: points of share in a mask beyond its density, and beyond what rounding to "
-            "that format alone puts there",
+            "the update in four storage formats: points of share in a mask beyond its density, and beyond what "
+            "rounding to that format alone puts there",
             _sweep_table(runs),
         ]
     parts.append("ratio: of a direction to the one below it; batches: for 80 % power at 5 %, paired")
