@@ -356,11 +356,7 @@ class PairSpectrum:
         shift = self._shift_to(moved)
         if not self.base.has_principal_subspace:
             return GaussianNull(shift, None, None)
-        sides = (moved.U.float(), moved.Vh.T.float())
-        return GaussianNull(shift, _summarized([self._angles_from_axes(side) for side in sides]), None)
-
-    def _angles_from_axes(self, vectors: Tensor) -> Tensor:
-        return subspace.principal_angles(torch.eye(len(vectors), self.k), vectors[:, : self.k])
+        return GaussianNull(shift, _summarized(gaussian.angles_from_axes(moved, self.k)), None)
 
     def _compared(self, moved: Svd) -> int:
         """How many singular values are compared: all where both sides know all, else the top k."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from offprincipal.geometry.spectrum import Svd, block_size, first_order_steps, orthonormal
+from offprincipal.geometry.subspace import principal_angles
 
 
 def isotropic_update(
@@ -91,6 +92,24 @@ def moved_isotropically(S: Tensor, shape: torch.Size, k: int, sigma: float, rng:
     moved[b:r] += S[b:, None] * steps
     moved = torch.cat([moved, beyond(outside - len(first), len(spread)) @ spread])
     return Svd(*_by_side(shape, orthonormal(moved), ritz, orthonormal(torch.cat([Q, steps]))), "warm")
+
+
+def angles_from_axes(moved: Svd, k: int) -> tuple[Tensor, Tensor]:
+    """Left and right principal angles between the base's top-k subspaces and those of `moved_isotropically`.
+
+    Returns:
+        float64, (k,) each, in degrees.
+
+    >>> S = torch.linspace(2.0, 1.0, 40, dtype=torch.float64)
+    >>> moved = moved_isotropically(S, torch.Size([90, 40]), 4, 1e-6, np.random.default_rng(0))
+    >>> left, right = angles_from_axes(moved, 4)
+    >>> len(left), bool(0 < right.max() < 0.01)
+    (4, True)
+    """
+    left, right = (
+        principal_angles(torch.eye(len(side), k), side[:, :k]) for side in (moved.U.float(), moved.Vh.T.float())
+    )
+    return left, right
 
 
 def _by_side(shape: torch.Size, long: Tensor, S: Tensor, short: Tensor) -> tuple[Tensor, Tensor, Tensor]:

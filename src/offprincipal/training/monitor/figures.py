@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,10 +20,7 @@ from offprincipal.geometry.spectrum import Svd
 TOLERANCE = 1e-3  # on singular values, relative, as in a comparison
 _IN_FLOAT64_UP_TO = 1024  # min(n, m) up to which a matrix is worked on in float64
 _REHEARSED_STEP = 1e-3
-_DRAWS, _DRAWN_ENTRIES = (
-    4,
-    1 << 16,
-)  # Gaussian updates behind a null, fewer where a matrix has more entries, as in compare
+_DRAWS = 4  # Gaussian updates behind a null
 _MASTERS = (torch.float32, torch.float64)
 
 Row = dict[str, Any]
@@ -102,7 +100,7 @@ class BaseMatrix:
     def _spectral(self, update: Tensor, norm: float) -> Row:
         """Shift, angles and energies, those of a Gaussian update of equal norm, and the certificate."""
         moved = self._solve(self.values + update) if norm > 0 else self.svd
-        nulls_moved = self._gaussian_nulls(norm)
+        drawn = self._under_gaussian_updates(norm)
         shift = self._shift(moved)
         seen = norm > math.sqrt(self.k) * spectrum.rounding_floor(moved, update.shape)
         row: Row = {
@@ -110,41 +108,43 @@ class BaseMatrix:
             "spectral_shift": shift,
             "spectral_shift_rank": self.k,
             "spectral_shift_per_norm": shift * self.norm / norm if seen and shift is not None else None,
-            "spectral_shift_isotropic_null": _mean([self._shift(null) for null in nulls_moved]),
+            "spectral_shift_isotropic_null": _mean([null["spectral_shift"] for null in drawn]),
             "singular_value_error": moved.singular_value_error,
             "angle_error_deg": moved.angle_error_deg(self.k),
         }
         if not self.has_principal_subspace:
             return row
-        row |= self._angles(moved)
-        drawn = [self._angles(null) for null in nulls_moved]
-        row |= {f"{name}_isotropic_null": _mean([angles[name] for angles in drawn]) for name in drawn[0]}
-        return row | self._energies(update)
+        angles = self._angles(moved)
+        nulls_of = {f"{name}_isotropic_null": _mean([null[name] for null in drawn]) for name in angles}
+        return row | angles | nulls_of | self._energies(update)
 
-    def _gaussian_nulls(self, norm: float) -> list[Svd]:
-        """The base after Gaussian updates of this norm, in the same directions at every look."""
+    def _under_gaussian_updates(self, norm: float) -> list[Row]:
+        """Shift and angles under Gaussian updates of this norm, the same draws at every look."""
         if norm == 0:
-            return [self.svd]
-        generator, size = self._generator(), self.weight.numel()
+            return [self._moved(self.svd)]
+        if self.svd.basis is None:
+            update = gaussian.isotropic_update(self.weight.shape, norm, self._generator(), self.values.dtype)
+            tuned = self.values + update.to(self.values.device)
+            return [self._moved(spectrum.decompose_warm(tuned, self.svd, self.k, TOLERANCE, certify=False))]
+        rng, sigma = np.random.default_rng(self._seed), norm / math.sqrt(self.weight.numel())
         found = []
-        for _ in range(max(1, min(_DRAWS, _DRAWS * _DRAWN_ENTRIES // size))):
-            update = gaussian.isotropic_update(self.weight.shape, norm, generator, self.values.dtype)
-            moved = self.values + update.to(self.values.device)
-            found.append(spectrum.decompose_warm(moved, self.svd, self.k, TOLERANCE, certify=False))
+        for _ in range(_DRAWS):
+            moved = gaussian.moved_isotropically(self.svd.S, self.weight.shape, self.k, sigma, rng)
+            angles = _named(*gaussian.angles_from_axes(moved, self.k))
+            found.append({"spectral_shift": self._shift(moved)} | angles)
         return found
 
+    def _moved(self, moved: Svd) -> Row:
+        return {"spectral_shift": self._shift(moved)} | self._angles(moved)
+
     def _shift(self, moved: Svd) -> float | None:
-        return spectrum.spectral_shift(self.svd.S[: self.k], moved.S[: self.k])
+        return spectrum.spectral_shift(self.svd.S[: self.k], moved.S[: self.k].to(self.svd.S))
 
     def _angles(self, moved: Svd) -> Row:
         k, base = self.k, self.svd
         left = subspace.principal_angles(base.U[:, :k], moved.U[:, :k].to(base.U))
         right = subspace.principal_angles(base.Vh[:k].T, moved.Vh[:k].T.to(base.Vh))
-        return {
-            f"principal_angle_{side}_{which}_deg": value.item()
-            for side, found in (("left", left), ("right", right))
-            for which, value in (("max", found.max()), ("mean", found.mean()))
-        }
+        return _named(left, right)
 
     def _energies(self, update: Tensor) -> Row:
         (n, m), k = update.shape, self.k
@@ -176,13 +176,25 @@ class BaseMatrix:
         return spectrum.decompose_warm(W, replace(self.svd, basis=None), self.k, TOLERANCE)
 
     def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self._seed)
+
+    @property
+    def _seed(self) -> int:
         """The same Gaussian directions for a matrix, whatever was looked at before."""
         digest = hashlib.blake2b(f"{self.name}/gaussian".encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        return int.from_bytes(digest, "big") >> 1
 
 
 def _norm(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+
+
+def _named(left: Tensor, right: Tensor) -> Row:
+    return {
+        f"principal_angle_{side}_{which}_deg": value.item()
+        for side, found in (("left", left), ("right", right))
+        for which, value in (("max", found.max()), ("mean", found.mean()))
+    }
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
