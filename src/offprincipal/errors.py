@@ -32,6 +32,10 @@ class TrainingError(OffPrincipalError):
     """A training run cannot start or continue with these settings."""
 
 
+class AdapterError(OffPrincipalError):
+    """A mask, an adapter or an optimizer cannot be made for this model, or does not belong to it."""
+
+
 class StudyError(OffPrincipalError):
     """A study's profile is not usable, or one of its stages failed."""
 

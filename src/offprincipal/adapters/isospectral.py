@@ -1,0 +1,281 @@
+"""Isospectral optimizers: a matrix keeps its singular values, and only its singular frames are trained.
+
+W = U Σ0 Vᵀ. A base optimizer steps on U and V as on any parameters, and a polar retraction makes their columns
+orthonormal again. Which matrices are trained so is told by names; everything else is AdamW's. Knows no trainer.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from offprincipal.checkpoints.roles import LINEAR_ROLES, place_of
+from offprincipal.errors import AdapterError
+from offprincipal.geometry.polar import newton_schulz, orthogonality_error, polar_factor, tangent
+
+Retraction = Literal["svd", "newton-schulz"]
+Build = Callable[[list[dict[str, Any]]], Optimizer]
+_RETRACTIONS: dict[str, Callable[[Tensor], Tensor]] = {"svd": polar_factor, "newton-schulz": newton_schulz}
+_KEY = "isospectral"
+
+
+@dataclass
+class Frames:
+    """The decomposition of one matrix: W = U diag(S) Vᵀ.
+
+    Args:
+        U: (n, r) and V: (m, r), float32, orthonormal columns; trained.
+        S: (r,), float64; fixed.
+    """
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+    @staticmethod
+    def of(W: Tensor) -> "Frames":
+        """Those of a matrix (n, m), by LAPACK in float64."""
+        U, S, Vh = torch.linalg.svd(W.detach().double(), full_matrices=False)
+        return Frames(U.float().contiguous(), S, Vh.T.float().contiguous())
+
+    def product(self) -> Tensor:
+        """U diag(S) Vᵀ; (n, m), float64."""
+        return (self.U.double() * self.S) @ self.V.double().T
+
+    def take_gradient(self, G: Tensor | None) -> None:
+        """Give the frames the gradients that follow from that of their product."""
+        if G is None:
+            self.U.grad = self.V.grad = None
+            return
+        G, S = G.float(), self.S.float()
+        self.U.grad = tangent(self.U, (G @ self.V) * S)
+        self.V.grad = tangent(self.V, (G.T @ self.U) * S)
+
+    def retract(self, retraction: Callable[[Tensor], Tensor]) -> float:
+        """Make the columns orthonormal again; what then is left of ‖UᵀU − I‖_F or ‖VᵀV − I‖_F, the larger."""
+        for frame in (self.U, self.V):
+            frame.copy_(retraction(frame))
+        return max(orthogonality_error(self.U), orthogonality_error(self.V))
+
+
+class Isospectral(Optimizer):
+    """Train matrices at fixed singular values, and all other parameters by AdamW.
+
+    Frames are made at the first step, from the weights as they are then. A step of the base optimizer moves U and V;
+    each is then replaced by its polar factor, so that the singular values of W stay those of the base to float32's
+    rounding.
+
+    Args:
+        params: a module, whose attention and MLP projections are trained so; or parameters or groups, of which all
+            matrices are, but for groups with `isospectral=False`.
+        frames: makes the base optimizer from groups of frames.
+        lr: learning rate, of frames and of all other parameters; schedulers change it through `param_groups`.
+        betas, eps, weight_decay: of AdamW on all other parameters.
+        retraction: `svd`, by LAPACK in float64; or `newton-schulz`, products alone, whose `orthogonality_error` is
+            measured at every step.
+
+    Raises:
+        AdapterError: nothing is to be trained so, a matrix is not stored in float32 or float64 or is sharded, or there
+            is no such retraction.
+
+    Source: arXiv 2607.19331 (ISO), which released no optimizer: frames, fixed spectrum and base optimizer are its; the
+    polar retraction is Absil, Mahony and Sepulchre 2008, 4.1.1.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        frames: Build,
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        retraction: Retraction = "svd",
+    ) -> None:
+        if retraction not in _RETRACTIONS:
+            raise AdapterError(f"no retraction '{retraction}': choose of {', '.join(_RETRACTIONS)}")
+        if not lr >= 0:
+            raise AdapterError(f"lr is {lr}: give a learning rate of at least 0")
+        groups = isospectral_groups(params) if isinstance(params, torch.nn.Module) else params
+        super().__init__(groups, {"lr": lr, _KEY: True})
+        self.retraction: Retraction = retraction
+        self.orthogonality_error = 0.0
+        self._build = frames
+        self._others: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+        self._frames: list[Frames] = []
+        self._inner: list[Optimizer] = []
+        if not self._matrices():
+            raise AdapterError(
+                "no matrix to keep the singular values of: give a model with attention or MLP "
+                "projections, or parameters of two dimensions"
+            )
+        for W in self._matrices():
+            _require_whole(W)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step of the base optimizer on frames and of AdamW on the rest, the retraction, and the new weights."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._inner:
+            self._prepare([Frames.of(W) for W in self._matrices()])
+        for W, frames in zip(self._matrices(), self._frames, strict=True):
+            frames.take_gradient(W.grad)
+        self._follow_schedule()
+        for inner in self._inner:
+            inner.step()
+        retraction = _RETRACTIONS[self.retraction]
+        moved = [(W, f) for W, f in zip(self._matrices(), self._frames, strict=True) if W.grad is not None]
+        self.orthogonality_error = max((f.retract(retraction) for _, f in moved), default=0.0)
+        for W, frames in moved:
+            W.copy_(frames.product())
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As any optimizer's, with the frames and the states of the optimizers inside."""
+        content = super().state_dict()
+        content[_KEY] = None
+        if self._inner:
+            content[_KEY] = {
+                "frames": [{"U": f.U, "S": f.S, "V": f.V} for f in self._frames],
+                "inner": [inner.state_dict() for inner in self._inner],
+            }
+        return content
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where another left off; the weights have to be those that it left.
+
+        Raises:
+            AdapterError: it is the state of another optimizer, or of other matrices.
+        """
+        if _KEY not in state_dict:
+            raise AdapterError("this state is of another optimizer: it has no frames; begin a new run")
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        content = state_dict[_KEY]
+        if content is None:
+            return
+        shapes = [tuple(W.shape) for W in self._matrices()]
+        theirs = [(len(kept["U"]), len(kept["V"])) for kept in content["frames"]]
+        if shapes != theirs:
+            raise AdapterError(f"this state is of other matrices: shapes {theirs[:3]}…, and here {shapes[:3]}…")
+        devices = [W.device for W in self._matrices()]
+        self._prepare(
+            [
+                Frames(*(kept[name].to(device, copy=True) for name in ("U", "S", "V")))
+                for kept, device in zip(content["frames"], devices, strict=True)
+            ]
+        )
+        for inner, kept in zip(self._inner, content["inner"], strict=True):
+            inner.load_state_dict(kept)
+
+    def _matrices(self) -> list[Tensor]:
+        return [W for group in self.param_groups if group[_KEY] for W in group["params"] if W.dim() == 2]
+
+    def _prepare(self, frames: list[Frames]) -> None:
+        """Optimizers on the frames, and on everything else, a group for each of ours."""
+        self._frames, self._inner = frames, []
+        left = iter(frames)
+        inside: list[dict[str, Any]] = []
+        beside: list[dict[str, Any]] = []
+        for group in self.param_groups:
+            matrices = [W for W in group["params"] if group[_KEY] and W.dim() == 2]
+            others = [p for p in group["params"] if not (group[_KEY] and p.dim() == 2)]
+            inside.append({"params": [x for _ in matrices for f in (next(left),) for x in (f.U, f.V)]})
+            beside.append({"params": others})
+        for groups, build in ((inside, self._build), (beside, self._adamw)):
+            if any(group["params"] for group in groups):
+                self._inner.append(
+                    build([group | {"lr": ours["lr"]} for group, ours in zip(groups, self.param_groups, strict=True)])
+                )
+
+    def _adamw(self, groups: list[dict[str, Any]]) -> Optimizer:
+        return torch.optim.AdamW(groups, **self._others)
+
+    def _follow_schedule(self) -> None:
+        for inner in self._inner:
+            for ours, theirs in zip(self.param_groups, inner.param_groups, strict=True):
+                theirs["lr"] = ours["lr"]
+
+
+class IsospectralAdamW(Isospectral):
+    """`Isospectral` with AdamW on the frames, without weight decay there, which a retraction would undo.
+
+    >>> layer = torch.nn.Linear(8, 6, bias=False)
+    >>> before = torch.linalg.svdvals(layer.weight)
+    >>> optimizer = IsospectralAdamW(layer.parameters(), lr=1e-2)
+    >>> layer(torch.ones(1, 8)).square().sum().backward()
+    >>> optimizer.step()
+    >>> torch.allclose(torch.linalg.svdvals(layer.weight), before, atol=1e-6)
+    True
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        retraction: Retraction = "svd",
+    ) -> None:
+        def build(groups: list[dict[str, Any]]) -> Optimizer:
+            return torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=0.0)
+
+        options: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, build, lr=lr, retraction=retraction, **options)
+
+
+class IsospectralMuon(Isospectral):
+    """`Isospectral` with torch's Muon on the frames; `momentum` is Muon's, the rest is AdamW's on other parameters."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        retraction: Retraction = "svd",
+    ) -> None:
+        muon: Any = getattr(torch.optim, "Muon", None)
+        if muon is None:
+            raise AdapterError(f"torch {torch.__version__} has no Muon: take torch 2.9 or later, or IsospectralAdamW")
+
+        def build(groups: list[dict[str, Any]]) -> Optimizer:
+            found: Optimizer = muon(groups, momentum=momentum, weight_decay=0.0)
+            return found
+
+        options: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, build, lr=lr, retraction=retraction, **options)
+
+
+def isospectral_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Trainable parameters of a model: attention and MLP projections, and the rest, which AdamW trains.
+
+    >>> layer = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4), "norm": torch.nn.LayerNorm(4)})
+    >>> [(group["isospectral"], len(group["params"])) for group in isospectral_groups(layer)]
+    [(True, 1), (False, 3)]
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    kept = [p for name, p in trained if p.dim() == 2 and place_of(name).role in LINEAR_ROLES]
+    inside = {id(p) for p in kept}
+    rest = [p for _, p in trained if id(p) not in inside]
+    groups: Iterable[tuple[bool, list[Any]]] = ((True, kept), (False, rest))
+    return [{"params": members, _KEY: isospectral} for isospectral, members in groups if members]
+
+
+def _require_whole(W: Tensor) -> None:
+    if hasattr(W, "full_tensor"):
+        raise AdapterError("a matrix is sharded, and its singular values belong to the whole: train without FSDP")
+    if W.dtype not in (torch.float32, torch.float64):
+        raise AdapterError(
+            f"a matrix is stored as {W.dtype}, whose rounding alone shifts singular values: train float32 weights, and "
+            "compute in bfloat16 by autocast"
+        )

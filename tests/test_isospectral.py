@@ -1,0 +1,262 @@
+"""Polar factors are what Fan and Hoffman say, and isospectral training moves the frames and no singular value."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matrices import gaussian, orthogonal, seeds
+from torch import Tensor, nn
+
+from offprincipal.adapters import Isospectral, IsospectralAdamW, IsospectralMuon
+from offprincipal.errors import AdapterError
+from offprincipal.geometry.polar import newton_schulz, orthogonality_error, polar_factor, tangent
+from offprincipal.geometry.spectrum import spectral_shift
+from offprincipal.models import open_language_model
+
+RETRACTIONS = ("svd", "newton-schulz")
+tall = st.tuples(st.integers(2, 12), st.integers(1, 6)).map(lambda s: (max(s), min(s)))
+
+
+# --- the polar factor ---
+
+
+@given(tall, seeds)
+def test_a_polar_factor_is_orthonormal_and_leaves_a_symmetric_positive_rest(shape: tuple[int, int], seed: int) -> None:
+    X = gaussian(*shape, seed=seed)
+    Q = polar_factor(X)
+    rest = Q.T @ X
+    assert orthogonality_error(Q) < 1e-12
+    assert torch.allclose(rest, rest.T, atol=1e-10) and torch.linalg.eigvalsh(rest).min() > -1e-10
+
+
+@given(tall, seeds)
+def test_a_polar_factor_turns_with_the_matrix(shape: tuple[int, int], seed: int) -> None:
+    n, r = shape
+    X = orthogonal(n, seed)[:, :r] + 0.1 * gaussian(n, r, seed=seed + 1)  # of full rank, so that the factor is unique
+    left, right = orthogonal(n, seed + 2), orthogonal(r, seed + 3)
+    assert torch.allclose(polar_factor(left @ X @ right), left @ polar_factor(X) @ right, atol=1e-9)
+
+
+@given(tall, seeds, st.floats(1e-8, 0.05))
+def test_newton_schulz_finds_the_polar_factor_near_orthonormal_matrices(
+    shape: tuple[int, int], seed: int, size: float
+) -> None:
+    n, r = shape
+    X = orthogonal(n, seed)[:, :r] + size * gaussian(n, r, seed=seed + 1)
+    assert torch.allclose(newton_schulz(X), polar_factor(X), atol=1e-12)
+    single = newton_schulz(X.float())
+    assert single.dtype == torch.float32 and orthogonality_error(single.double()) < 1e-6
+
+
+def test_far_from_orthonormal_newton_schulz_leaves_it_to_lapack() -> None:
+    X = 50 * gaussian(9, 4, seed=0)
+    assert torch.equal(newton_schulz(X), polar_factor(X))
+
+
+@given(tall, seeds)
+def test_a_tangent_stretches_no_column(shape: tuple[int, int], seed: int) -> None:
+    n, r = shape
+    X, G = orthogonal(n, seed)[:, :r], gaussian(n, r, seed=seed + 1)
+    along = X.T @ tangent(X, G)
+    assert torch.allclose(along, -along.T, atol=1e-12)
+    assert torch.allclose(tangent(X, tangent(X, G)), tangent(X, G), atol=1e-12)
+
+
+# --- training ---
+
+
+def build(kind: str, params: Any, lr: float = 1e-2) -> Isospectral:
+    if kind == "muon":
+        return IsospectralMuon(params, lr=lr)
+    return IsospectralAdamW(params, lr=lr, retraction=kind)  # type: ignore[arg-type]
+
+
+def small_model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.ModuleDict({"q_proj": nn.Linear(24, 16), "up_proj": nn.Linear(16, 40), "lm_head": nn.Linear(40, 5)})
+
+
+def forward(model: Any, x: Tensor) -> Tensor:
+    found: Tensor = model["lm_head"](torch.tanh(model["up_proj"](torch.tanh(model["q_proj"](x)))))
+    return found
+
+
+def train(model: nn.Module, optimizer: Isospectral, steps: range) -> list[float]:
+    """Steps on a fixed target; the loss before each."""
+    losses = []
+    for step in steps:
+        x = gaussian(32, 24, seed=step % 4).float()
+        loss = (forward(model, x) - x[:, :5].cumsum(1)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("kind", [*RETRACTIONS, "muon"])
+def test_training_moves_the_frames_and_no_singular_value(kind: str) -> None:
+    model: Any = small_model()
+    before = {name: model[name].weight.detach().clone() for name in model}
+    losses = train(model, build(kind, model), range(120))
+    assert losses[-1] < 0.5 * losses[0]
+    for name in ("q_proj", "up_proj"):
+        W0, W1 = before[name].double(), model[name].weight.detach().double()
+        shift = spectral_shift(torch.linalg.svdvals(W0), torch.linalg.svdvals(W1))
+        assert shift is not None and shift <= 1e-6
+        assert (W1 - W0).norm() > 0.05 * W0.norm()
+    free = model["lm_head"].weight.detach()
+    assert spectral_shift(torch.linalg.svdvals(before["lm_head"]), torch.linalg.svdvals(free)) > 1e-3  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("retraction", RETRACTIONS)
+def test_it_finds_a_matrix_of_the_same_spectrum(retraction: str) -> None:
+    W = nn.Parameter(gaussian(20, 12, seed=0).float())
+    angle = 0.1 * (gaussian(12, 12, seed=1) - gaussian(12, 12, seed=1).T)
+    target = W.detach() @ torch.matrix_exp(angle).float()
+    optimizer = build(retraction, [W], lr=0.1)
+    annealed = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.98)
+    distances = []
+    for _ in range(400):
+        optimizer.zero_grad()
+        loss = (W - target).square().sum()
+        loss.backward()
+        optimizer.step()
+        annealed.step()
+        distances.append(loss.item())
+    assert distances[-1] < 1e-3 * distances[0]
+
+
+def test_everything_else_is_trained_as_adamw_trains_it() -> None:
+    model: Any = small_model()
+    others = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    twins = [nn.Parameter(p.detach().clone()) for p in others]
+    ours = IsospectralAdamW(model, lr=1e-2, weight_decay=0.1)
+    plain = torch.optim.AdamW(twins, lr=1e-2, weight_decay=0.1)
+    for step in range(5):
+        train(model, ours, range(step, step + 1))
+        for p, twin in zip(others, twins, strict=True):
+            twin.grad = None if p.grad is None else p.grad.clone()
+        plain.step()
+    for p, twin in zip(others, twins, strict=True):
+        assert torch.equal(p, twin)
+
+
+def test_a_schedule_reaches_the_frames() -> None:
+    model: Any = small_model()
+    optimizer = IsospectralAdamW(model, lr=1e-2)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model, optimizer, range(3))
+    for p, kept in zip(model.parameters(), before, strict=True):
+        assert torch.allclose(p, kept, atol=2e-6)  # U Σ Vᵀ is written, in float32
+
+
+@pytest.mark.parametrize("kind", [*RETRACTIONS, "muon"])
+def test_a_run_that_goes_on_from_its_state_is_the_run_that_was_not_interrupted(kind: str, tmp_path: Path) -> None:
+    whole: Any = small_model()
+    optimizer = build(kind, whole)
+    train(whole, optimizer, range(7))
+    torch.save({"model": whole.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    train(whole, optimizer, range(7, 12))
+
+    again: Any = small_model(seed=1)
+    resumed = build(kind, again)
+    kept = torch.load(tmp_path / "state.pt", weights_only=True)
+    again.load_state_dict(kept["model"])
+    resumed.load_state_dict(kept["optimizer"])
+    train(again, resumed, range(7, 12))
+    for ours, theirs in zip(again.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_matrix_without_a_gradient_stays_as_it_is() -> None:
+    moved, still = nn.Parameter(gaussian(6, 4, seed=0).float()), nn.Parameter(gaussian(6, 4, seed=1).float())
+    kept = still.detach().clone()
+    optimizer = IsospectralAdamW([moved, still], lr=1e-2)
+    moved.square().mul(gaussian(6, 4, seed=2).float()).sum().backward()
+    optimizer.step()
+    assert torch.equal(still, kept) and optimizer.orthogonality_error < 1e-5
+
+
+@pytest.mark.parametrize("W", [torch.zeros(5, 3), torch.ones(5, 3), torch.eye(4), torch.randn(1, 7)])
+def test_zero_repeated_and_single_singular_values_stay(W: Tensor) -> None:
+    parameter = nn.Parameter(W.clone())
+    optimizer = IsospectralAdamW([parameter], lr=1e-2)
+    for step in range(4):
+        parameter.grad = gaussian(*W.shape, seed=step).float()
+        optimizer.step()
+    assert torch.allclose(torch.linalg.svdvals(parameter.detach()), torch.linalg.svdvals(W), atol=1e-6)
+
+
+def test_a_trl_run_takes_it_unchanged(tiny_model: Path, tmp_path: Path) -> None:
+    trl: Any = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    opened = open_language_model(tiny_model, "cpu")
+    before = {name: p.detach().clone() for name, p in opened.model.named_parameters()}
+    arguments = trl.GRPOConfig(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=4,
+        learning_rate=1e-2,
+        beta=0.0,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+    def early_letters(completions: list[str], **_: Any) -> list[float]:
+        return [sum(letter < "m" for letter in completion) + 0.01 * len(completion) for completion in completions]
+
+    trainer = trl.GRPOTrainer(
+        model=opened.model,
+        processing_class=opened.tokenizer,
+        reward_funcs=early_letters,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"prompt": ["3+4=", "12-5=", "7*2=", "9+9="] * 4}),
+        optimizers=(IsospectralAdamW(opened.model, lr=1e-2), None),
+    )
+    trainer.train()
+    moved = dict(opened.model.named_parameters())
+    linear = [name for name in moved if name.endswith("_proj.weight")]
+    assert linear and any(not torch.equal(moved[name], before[name]) for name in linear)
+    for name in linear:
+        S0, S1 = (torch.linalg.svdvals(x.detach().double()) for x in (before[name], moved[name]))
+        assert (S1 - S0).norm() <= 1e-6 * S0.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: IsospectralAdamW([nn.Parameter(torch.ones(4, 4).bfloat16())]), "stored as torch.bfloat16"),
+        (lambda: IsospectralAdamW([nn.Parameter(torch.ones(4))]), "no matrix to keep"),
+        (lambda: IsospectralAdamW(nn.Linear(4, 4)), "no matrix to keep"),
+        (lambda: IsospectralAdamW([nn.Parameter(torch.ones(4, 4))], retraction="qr"), "choose of svd, newton-schulz"),  # type: ignore[arg-type]
+        (lambda: IsospectralAdamW([nn.Parameter(torch.ones(4, 4))], lr=-1.0), "lr is -1.0"),
+    ],
+)
+def test_what_cannot_be_trained_so_is_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        make()
+
+
+def test_states_of_others_are_refused() -> None:
+    W = nn.Parameter(torch.ones(4, 3))
+    optimizer = IsospectralAdamW([W])
+    with pytest.raises(AdapterError, match="of another optimizer"):
+        optimizer.load_state_dict(torch.optim.AdamW([W]).state_dict())
+    other = nn.Parameter(torch.ones(5, 3))
+    theirs = IsospectralAdamW([other])
+    other.grad = torch.ones(5, 3)
+    theirs.step()
+    with pytest.raises(AdapterError, match="of other matrices"):
+        optimizer.load_state_dict(theirs.state_dict())
