@@ -40,5 +40,9 @@ class InterventionError(OffPrincipalError):
     """A model's weights cannot be changed as asked without changing its function, or a record is not that model's."""
 
 
+class AdapterError(OffPrincipalError):
+    """An adapter, its masks or its optimizer do not fit the model, the base or the settings that they are used with."""
+
+
 class ArgumentError(OffPrincipalError):
     """An argument is outside what it may be."""
