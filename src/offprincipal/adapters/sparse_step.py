@@ -20,7 +20,8 @@ Array = NDArray[Any]
 Floats = NDArray[np.float32]
 _intrinsic: Any = extending.intrinsic  # numba's types for it are those of another kind of function
 _declared: Any = cgutils.get_or_insert_function
-_BLOCK = 1024  # active entries that are updated together
+_BLOCK = 1024  # active entries that are updated together, at most
+_WORDS = 64  # of 64 entries that these are taken from, at most
 _LANES = 16  # that are taken out or put back at once
 _LEAST = 1 << 16  # entries for which another thread is worth its start
 
@@ -222,7 +223,7 @@ def _step_by_bits(words, first, last, slot, param, grad, master, m, v, c):  # ty
     stop = first
     while stop < whole:
         start, count = stop, 0
-        while stop < whole and count <= _BLOCK - 64:
+        while stop < whole and count <= _BLOCK - 64 and stop - start < _WORDS:
             word = words[stop]
             for at in range(64 * stop, 64 * stop + 64, _LANES):
                 if master is None:
