@@ -205,6 +205,16 @@ def test_a_loaded_state_shares_no_memory_with_the_one_it_came_from() -> None:
     assert all(torch.equal(first.state[one.weight][key], kept[key]) for key in kept)
 
 
+def test_a_copied_optimizer_trains_on_by_itself() -> None:
+    layer = layer_of(torch.randn(8, 8))
+    optimizer = SparseAdamW(layer.named_parameters(), {"weight": torch.eye(8) > 0})
+    twin, twins_layer = copy.deepcopy([optimizer, layer])
+    train(layer, optimizer, 2, seed=0)
+    assert not torch.equal(twins_layer.weight, layer.weight)
+    train(twins_layer, twin, 2, seed=0)
+    assert torch.equal(twins_layer.weight, layer.weight)
+
+
 def test_a_state_of_other_masks_is_refused() -> None:
     W = torch.randn(8, 8)
     masks = [{"weight": torch.arange(64).view(8, 8) % 2 == rest} for rest in (0, 1)]

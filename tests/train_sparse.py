@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from offprincipal.adapters import Masks, SparseAdamW
+from offprincipal.adapters import Masks, SparseAdamW, make_masks
 from offprincipal.adapters.masks import base_hash, full, packed
 
 STEPS = 6
@@ -28,11 +28,14 @@ def main(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     mine = out / f"masks-{dist.get_rank()}.safetensors"
     masks.save(mine)
+    whole = make_masks(model, "safe", 0.3)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     masks = Masks.load(mine, model)
+    made = make_masks(model, "safe", 0.3)
+    assert all(torch.equal(made[name], whole[name]) for name in whole), "masks of the shards differ from the whole's"
     optimizer = SparseAdamW(model.named_parameters(), masks, lr=1e-2, weight_decay=0.1, fused=True)
     inputs = torch.randn(STEPS, 1, 40)
     for i in range(STEPS):

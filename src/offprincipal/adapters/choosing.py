@@ -7,8 +7,8 @@ of all matrices together where the scope is `global`. The orders:
 - `off_principal`: the smallest |U_k S_k V_kᵀ| first, so that density α is the complement of `principal` at 1 − α.
 - `low_magnitude`: the smallest |W0| first.
 - `safe`: the union of `low_magnitude` and `off_principal`, both of one density, grown together until it holds α·nm.
-  `low_magnitude` ∪ ¬`principal` at 0.5, the published mask, is one of these: its density, about three quarters, follows
-  from the weights, and is what is taken where no density is given.
+  `low_magnitude` ∪ ¬`principal` at 0.5, the published mask, is one of these: its density follows from the weights, and
+  is what is taken where no density is given.
 - `random`: a uniform draw.
 - `from_run`: what an earlier run changed in bfloat16, the largest change first. No more than it changed can be had, and
   all of it is taken where no density is given.

@@ -153,6 +153,9 @@ class SparseAdamW(Optimizer):
                 if key in saved.get(i, {}):
                     self.state[parameter][key] = saved[i][key].to(_local(parameter).device, copy=True)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_masks": self._masks}
+
     def _index(self, name: str, parameter: Tensor) -> Tensor:
         """The active entries of a parameter, or of this process's shard; a collective call where it is sharded."""
         mask = self._masks[name].to(parameter.device)
