@@ -32,16 +32,16 @@ class TrainingError(OffPrincipalError):
     """A training run cannot start or continue with these settings."""
 
 
-class AdapterError(OffPrincipalError):
-    """A mask, an adapter or an optimizer cannot be made for this model, or does not belong to it."""
-
-
 class StudyError(OffPrincipalError):
     """A study's profile is not usable, or one of its stages failed."""
 
 
 class InterventionError(OffPrincipalError):
     """A model's weights cannot be changed as asked without changing its function, or a record is not that model's."""
+
+
+class AdapterError(OffPrincipalError):
+    """An adapter, its masks or its optimizer do not fit the model, the base or the settings that they are used with."""
 
 
 class ArgumentError(OffPrincipalError):

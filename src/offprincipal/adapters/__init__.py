@@ -1,8 +1,20 @@
-"""Fine-tuning that respects the geometry: parametrizations and optimizers that any torch or TRL run can take.
+"""RL-native fine-tuning: masks of a model's entries, optimizers that respect its geometry, and adapters of PEFT.
 
-torch is imported with this package; transformers and PEFT are not.
+torch is imported with this package; peft only when an adapter is made.
 """
 
+from offprincipal.adapters.choosing import KINDS, Kind, make_masks
 from offprincipal.adapters.isospectral import Isospectral, IsospectralAdamW, IsospectralMuon
+from offprincipal.adapters.masks import Masks
+from offprincipal.adapters.sparse_adamw import SparseAdamW
 
-__all__ = ["Isospectral", "IsospectralAdamW", "IsospectralMuon"]
+__all__ = [
+    "KINDS",
+    "Isospectral",
+    "IsospectralAdamW",
+    "IsospectralMuon",
+    "Kind",
+    "Masks",
+    "SparseAdamW",
+    "make_masks",
+]

@@ -1,0 +1,128 @@
+"""What a step of SparseAdamW costs, in time and in memory, against dense AdamW and AdamW on a masked gradient.
+
+    python benchmarks/sparse.py [--side 2048] [--rounds 21] [--threads 1]
+
+One float32 matrix, and a bfloat16 one with float32 masters. Dense is `torch.optim.AdamW(fused=True)`, torch's fastest
+on a CPU; of bfloat16 weights it steps on float32 masters that are then rounded into them. The masked gradient is what
+one does without a sparse optimizer: multiply by the mask, step, put the inactive entries back. The sides of a density
+run in turn; seconds are the process's own CPU time, which other processes disturb least. Memory is what the optimizer
+keeps between steps, masks and masters included.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from harness import Spread, Table, machine, number, spread
+from torch import Tensor
+
+from offprincipal.adapters import SparseAdamW
+
+DENSITIES = (0.01, 0.05, 0.25, 0.74)
+COLUMNS = (
+    "weights",
+    "density",
+    "step, in dense steps",
+    "step, in masked-gradient steps",
+    "ms: sparse, dense, masked gradient",
+    "memory, in density × dense",
+    "with the index",
+    "index, bytes an entry",
+)
+Step = Callable[[], None]
+
+
+def dense(W: Tensor, grad: Tensor, mask: Tensor | None = None) -> tuple[Step, int]:
+    """A step of dense AdamW, on a masked gradient where there is a mask, and the bytes that it keeps."""
+    stored = W.clone()
+    weight = stored if W.dtype == torch.float32 else W.float()
+    parameter = torch.nn.Parameter(weight)
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    base = weight.clone()
+
+    def step() -> None:
+        given = grad if mask is None else grad * mask
+        parameter.grad = given.float()
+        optimizer.step()
+        if mask is not None:
+            parameter.data.copy_(torch.where(mask, parameter.data, base))
+        if stored is not weight:
+            stored.copy_(parameter.data)
+
+    step()
+    kept = sum(tensor.nbytes for tensor in optimizer.state[parameter].values())
+    return step, kept + (0 if stored is weight else weight.nbytes)
+
+
+def sparse(W: Tensor, grad: Tensor, mask: Tensor) -> tuple[Step, int, int]:
+    """A step of SparseAdamW, the bytes that it keeps without the index, and those of the index."""
+    parameter = torch.nn.Parameter(W.clone())
+    parameter.grad = grad
+    optimizer = SparseAdamW([("weight", parameter)], {"weight": mask})
+    optimizer.step()
+    sizes = {key: tensor.nbytes for key, tensor in optimizer.state[parameter].items()}
+    index = sizes.pop("index")
+    return optimizer.step, sum(sizes.values()), index
+
+
+def in_rounds(steps: list[Step], rounds: int) -> list[list[float]]:
+    """CPU seconds of each step in each round; a round warms up first, and which goes first alternates."""
+    found: list[list[float]] = [[] for _ in steps]
+    for turn in range(rounds + 2):
+        order = list(range(len(steps)))[:: 1 if turn % 2 == 0 else -1]
+        for place in order:
+            began = time.process_time()
+            steps[place]()
+            found[place].append(time.process_time() - began)
+    return [seconds[2:] for seconds in found]
+
+
+def ratios(ours: list[float], other: list[float]) -> Spread:
+    return spread([one / two for one, two in zip(ours, other, strict=True)])
+
+
+def row(kind: torch.dtype, density: float, side: int, rounds: int) -> tuple[str, ...]:
+    draw = torch.Generator().manual_seed(0)
+    W = torch.randn(side, side, generator=draw).to(kind)
+    grad = torch.randn(side, side, generator=draw).to(kind)
+    mask = torch.rand(side, side, generator=draw) < density
+    ours, kept, index = sparse(W, grad, mask)
+    whole, whole_kept = dense(W, grad)
+    masked, _ = dense(W, grad, mask)
+    seconds = in_rounds([ours, whole, masked], rounds)
+    share = mask.float().mean().item() * whole_kept
+    return (
+        str(kind).removeprefix("torch."),
+        f"{density:.0%}",
+        str(ratios(seconds[0], seconds[1])),
+        str(ratios(seconds[0], seconds[2])),
+        ", ".join(number(1e3 * statistics.median(one)) for one in seconds),
+        f"{kept / share:.3f}",
+        f"{(kept + index) / share:.3f}",
+        f"{index / W.numel():.3f}",
+    )
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--side", type=int, default=2048, help="of the square matrix")
+    arguments.add_argument("--rounds", type=int, default=21)
+    arguments.add_argument("--threads", type=int, default=1)
+    given = arguments.parse_args()
+    torch.set_num_threads(given.threads)
+    rows = tuple(
+        row(kind, density, given.side, given.rounds)
+        for kind in (torch.float32, torch.bfloat16)
+        for density in DENSITIES
+    )
+    note = (
+        f"torch {torch.__version__}, {given.threads} thread(s), {machine()}; a {given.side} × {given.side} matrix, "
+        f"{given.rounds} rounds: the median, with the least and the most."
+    )
+    print(Table("A step of SparseAdamW", note, COLUMNS, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""Which entries of a model's linear matrices a mask holds: by weight, principal weight, chance, or an earlier run.
+
+Every kind orders the entries of a matrix, and a mask of density α holds the first round(α·nm) of them, ties by index;
+of all matrices together where the scope is `global`. The orders:
+
+- `principal`: the largest |U_k S_k V_kᵀ| first.
+- `off_principal`: the smallest |U_k S_k V_kᵀ| first, so that density α is the complement of `principal` at 1 − α.
+- `low_magnitude`: the smallest |W0| first.
+- `safe`: the union of `low_magnitude` and `off_principal`, both of one density, grown together until it holds α·nm.
+  `low_magnitude` ∪ ¬`principal` at 0.5, the published mask, is one of these: its density follows from the weights, and
+  is what is taken where no density is given.
+- `random`: a uniform draw.
+- `from_run`: what an earlier run changed in bfloat16, the largest change first. No more than it changed can be had, and
+  all of it is taken where no density is given.
+
+Source: principal weights, LIFT (arXiv 2506.00772); the safe mask, arXiv 2511.08567.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from offprincipal.adapters.masks import Masks, base_hash, full, packed
+from offprincipal.checkpoints import Checkpoint, Part, TensorInfo, open_checkpoint, pair_tensors, parts_of, place_of
+from offprincipal.checkpoints.roles import LINEAR_ROLES
+from offprincipal.errors import AdapterError, NonFiniteTensor
+from offprincipal.gates.directions import generator_of
+from offprincipal.gates.updates import parameter_of
+from offprincipal.geometry.scan import bf16_codes, largest_cuts, largest_levels, mask_size, values_of_codes
+from offprincipal.geometry.spectrum import decompose, decompose_randomized, principal_rank
+
+Kind = Literal["principal", "off_principal", "low_magnitude", "safe", "random", "from_run"]
+Scope = Literal["matrix", "global"]
+Scores = NDArray[np.float32]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+DEFAULT_DENSITY = 0.5
+_EXACT_UP_TO = 1024
+_TOLERANCE = 1e-3
+_LARGEST = np.uint32(0x7F7FFFFF)  # the bits of the largest finite float32
+_PROBES = 24
+
+
+def make_masks(
+    model: torch.nn.Module,
+    kind: Kind,
+    density: float | None = None,
+    *,
+    scope: Scope = "matrix",
+    target_modules: Sequence[str] | None = None,
+    rank_fraction: float = 0.125,
+    seed: int = 0,
+    run: tuple[str | Path, str | Path] | None = None,
+) -> Masks:
+    """Masks of the attention and MLP projections of a base; embeddings, heads, routers, norms and biases get none.
+
+    Args:
+        model: the base, with its weights as they are before training; fused projections and stacked experts are masked
+            matrix by matrix.
+        kind: which entries come first; see the module.
+        density: trainable entries over all, 0 < density <= 1. None takes 0.5; of `safe`, what `low_magnitude` ∪
+            ¬`principal` at 0.5 holds; of `from_run`, all that the run changed.
+        scope: `matrix` gives every matrix that density; `global` takes the first entries of all matrices together,
+            which holds 4 bytes of memory an entry, 8 for `safe`.
+        target_modules: only modules whose name is one of these or ends in a dot and one of these; None for all.
+        rank_fraction: k/min(n, m) of the principal subspace.
+        seed: of `random`, and of the randomized decomposition of matrices larger than 1024.
+        run: for `from_run`, the base and the tuned checkpoint of that run: anything that `compare` opens.
+
+    Raises:
+        AdapterError: the density is outside (0, 1] or more than the run changed, no matrix is named, or weights are
+            quantised.
+        CheckpointError: the run cannot be read, or is of another architecture.
+        NonFiniteTensor: a weight is NaN or infinite.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False))
+    >>> _ = torch.nn.init.normal_(model[0].weight)
+    >>> make_masks(model, "low_magnitude", 0.25).density
+    0.25
+    """
+    require_settings(kind, density, scope, rank_fraction, run)
+    matrices = list(linear_matrices(model, target_modules))
+    orders = _orders(kind, rank_fraction, seed, run, model)
+    groups = [matrices] if scope == "global" else [[matrix] for matrix in matrices]
+    masks: dict[str, torch.Tensor] = {}
+    for group in groups:
+        for matrix, chosen in zip(group, _chosen(group, orders, kind, density), strict=True):
+            matrix.put(masks, chosen)
+    masks = {name: mask for name, mask in masks.items() if bool(mask.any())}
+    if not masks:
+        raise AdapterError(f"density {density} of {kind} leaves no entry of any matrix: choose a larger one")
+    about = {"kind": kind, "density": density, "scope": scope, "rank_fraction": rank_fraction, "seed": seed}
+    return packed(masks, base_hash(model, masks), about)
+
+
+@dataclass(frozen=True)
+class LinearMatrix:
+    """One linear matrix of a model: where it lies in a parameter."""
+
+    part: Part
+    parameter: torch.Tensor
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.part.matrix_shape)
+
+    def weights(self) -> Scores:
+        """(n, m).
+
+        Raises:
+            NonFiniteTensor: one of them is NaN or infinite.
+        """
+        flat = full(self.parameter).reshape(-1)[self.part.start : self.part.stop]
+        W = self.part.of(flat.to("cpu", torch.float32).numpy())
+        if not np.isfinite(W).all():
+            raise NonFiniteTensor(f"{self.part.name} holds NaN or infinity. Look at how the base was trained")
+        return np.asarray(W, np.float32)
+
+    def put(self, masks: dict[str, torch.Tensor], chosen: NDArray[np.bool_]) -> None:
+        """Enter the mask of this matrix, (n, m), into the mask of its parameter."""
+        part = self.part
+        mask = masks.setdefault(part.tensor, torch.zeros(self.parameter.shape, dtype=torch.bool))
+        entries = part.of(np.arange(part.start, part.stop))
+        mask.view(-1)[torch.from_numpy(entries.reshape(-1))] = torch.from_numpy(chosen.reshape(-1))
+
+
+def linear_matrices(model: torch.nn.Module, target_modules: Sequence[str] | None = None) -> Iterator[LinearMatrix]:
+    """The attention and MLP projections of a model, fused ones and experts one by one.
+
+    Raises:
+        AdapterError: there are none, or their weights are quantised.
+    """
+    config: Mapping[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
+    found = False
+    for name, parameter in model.named_parameters():
+        if not _is_target(name, target_modules):
+            continue
+        if place_of(name).role in LINEAR_ROLES:
+            require_trainable_type(name, parameter)
+        for part in parts_of(TensorInfo(name, tuple(parameter.shape), str(parameter.dtype)), config):
+            if part.is_linear and parameter.is_floating_point():
+                found = True
+                yield LinearMatrix(part, parameter)
+    if not found:
+        asked = "" if target_modules is None else f" named {', '.join(target_modules)}"
+        raise AdapterError(f"{type(model).__name__} has no linear matrix{asked}: name modules of its attention or MLP")
+
+
+def require_trainable_type(name: str, parameter: torch.Tensor) -> None:
+    """Raises AdapterError where weights are quantised: their entries cannot be trained one by one."""
+    if parameter.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise AdapterError(
+            f"{name} is quantised ({str(parameter.dtype).removeprefix('torch.')}), so its entries cannot be trained "
+            "one by one: open the base in bfloat16 or float32"
+        )
+
+
+def require_settings(
+    kind: str, density: float | None, scope: str, rank_fraction: float, run: tuple[str | Path, str | Path] | None
+) -> None:
+    """Raises AdapterError where there is no such mask, or a number is out of range."""
+    if kind not in KINDS:
+        raise AdapterError(f"there is no mask {kind!r}: choose {', '.join(KINDS)}")
+    if density is not None and not 0 < density <= 1:
+        raise AdapterError(f"density {density} is outside (0, 1]: choose the share of entries that may be trained")
+    if scope not in get_args(Scope):
+        raise AdapterError(f"there is no scope {scope!r}: choose matrix or global")
+    if not 0 < rank_fraction <= 1:
+        raise AdapterError(f"rank_fraction {rank_fraction} is outside (0, 1]: choose the principal subspace's share")
+    if (kind == "from_run") != (run is not None):
+        raise AdapterError("run=(base, tuned) and the mask from_run belong together: give both or neither")
+
+
+def first_entries(scores: Scores, size: int) -> NDArray[np.bool_]:
+    """The `size` largest of some scores that are not negative, ties by index; flat.
+
+    >>> first_entries(np.array([1.0, 3.0, 3.0, 2.0], np.float32), 1)
+    array([False,  True, False, False])
+    """
+    first: NDArray[np.bool_] = largest_levels(scores, *largest_cuts(scores, np.array([size]))) == 0
+    return first
+
+
+def first_of_either(one: Scores, two: Scores, size: int) -> NDArray[np.bool_]:
+    """The union of the first entries of two orders, as many of each, that holds `size`; an odd one by index; flat.
+
+    >>> one, two = np.array([[4, 3, 2, 1], [1, 2, 3, 4]], np.float32)
+    >>> first_of_either(one, two, 2), first_of_either(one, two, 3)
+    (array([ True, False, False,  True]), array([ True,  True, False,  True]))
+    """
+    low, high = 0, size  # the union of the first `low` holds at most `size`, that of the first `high` at least
+    while high - low > 1:
+        probes = np.unique(np.linspace(low, high, _PROBES + 2).astype(np.int64)[1:-1])
+        probes = probes[(probes > low) & (probes < high)]
+        levels = np.minimum(*(largest_levels(x, *largest_cuts(x, probes)) for x in (one, two)))
+        held = np.cumsum(np.bincount(levels, minlength=len(probes) + 1))[: len(probes)]
+        within = int(np.searchsorted(held, size, side="right"))
+        low, high = ([low, *probes.tolist()])[within], ([*probes.tolist(), high])[within]
+    inner = first_entries(one, low) | first_entries(two, low) if low else np.zeros(len(one), np.bool_)
+    outer = first_entries(one, high) | first_entries(two, high)
+    rest = np.flatnonzero(outer & ~inner)
+    inner[rest[: size - int(inner.sum())]] = True
+    return inner
+
+
+Order = Callable[[LinearMatrix], Scores]
+
+
+def _orders(
+    kind: Kind, rank_fraction: float, seed: int, run: tuple[str | Path, str | Path] | None, model: torch.nn.Module
+) -> list[Order]:
+    """What gives a matrix its scores, flat, the first entries the largest; two for a union."""
+
+    def off_principal(matrix: LinearMatrix) -> Scores:
+        return _reversed(_principal(matrix, rank_fraction, seed))
+
+    def low_magnitude(matrix: LinearMatrix) -> Scores:
+        return _reversed(np.abs(matrix.weights().reshape(-1)))
+
+    match kind:
+        case "principal":
+            return [lambda matrix: _principal(matrix, rank_fraction, seed)]
+        case "off_principal":
+            return [off_principal]
+        case "low_magnitude":
+            return [low_magnitude]
+        case "safe":
+            return [low_magnitude, off_principal]
+        case "random":
+            return [lambda matrix: _drawn(matrix, seed)]
+        case "from_run":
+            assert run is not None
+            return [_Run(run, getattr(model, "base_model_prefix", "")).changes]
+
+
+def _chosen(
+    group: Sequence[LinearMatrix], orders: Sequence[Order], kind: Kind, density: float | None
+) -> Iterator[NDArray[np.bool_]]:
+    """The masks of some matrices that are chosen from together, each (n, m)."""
+    scores = [np.concatenate([order(matrix) for matrix in group]) for order in orders]
+    numel = sum(matrix.numel for matrix in group)
+    if kind == "safe" and density is None:
+        half = mask_size(numel, DEFAULT_DENSITY)
+        chosen = first_entries(scores[0], half) | first_entries(scores[1], numel - half)
+    elif kind == "safe":
+        chosen = first_of_either(scores[0], scores[1], mask_size(numel, density or 0.0))
+    else:
+        available = int(np.count_nonzero(scores[0])) if kind == "from_run" else numel
+        default = available if kind == "from_run" else mask_size(numel, DEFAULT_DENSITY)
+        size = default if density is None else mask_size(numel, density)
+        if size > available:
+            where = group[0].part.name if len(group) == 1 else f"{len(group)} matrices"
+            raise AdapterError(
+                f"the run changed {available / numel:.2%} of the entries of {where}, fewer than the density {density} "
+                "asks for: choose a smaller density, leave it out to take all of them, or choose the scope global"
+            )
+        chosen = first_entries(scores[0], size) if size else np.zeros(numel, np.bool_)
+    stops = np.cumsum([matrix.numel for matrix in group])
+    for matrix, stop in zip(group, stops, strict=True):
+        yield chosen[stop - matrix.numel : stop].reshape(matrix.part.matrix_shape)
+
+
+def _principal(matrix: LinearMatrix, rank_fraction: float, seed: int) -> Scores:
+    """|U_k S_k V_kᵀ|, flat."""
+    W = torch.from_numpy(matrix.weights())
+    k = principal_rank(W.shape, rank_fraction)
+    if min(W.shape) <= _EXACT_UP_TO:
+        svd = decompose(W).top(k)
+    else:
+        svd = decompose_randomized(W, k, _TOLERANCE, generator_of(seed, matrix.part.name, "subspace")).top(k)
+    scores: Scores = ((svd.U * svd.S) @ svd.Vh).abs().float().numpy().reshape(-1)
+    return scores
+
+
+def _reversed(scores: Scores) -> Scores:
+    """Finite scores that are not negative, in the opposite order: equal ones stay equal."""
+    return (_LARGEST - np.ascontiguousarray(scores).view(np.uint32)).view(np.float32)
+
+
+def _drawn(matrix: LinearMatrix, seed: int) -> Scores:
+    """Scores that are no one's: every finite float32 is as likely."""
+    generator = generator_of(seed, matrix.part.name, "random")
+    bits = torch.randint(1, int(_LARGEST), (matrix.numel,), generator=generator, dtype=torch.int32)
+    return bits.numpy().view(np.float32)
+
+
+class _Run:
+    """What an earlier run changed, matrix by matrix."""
+
+    def __init__(self, run: tuple[str | Path, str | Path], prefix: str) -> None:
+        self._base: Checkpoint = open_checkpoint(run[0])
+        self._tuned: Checkpoint = open_checkpoint(run[1], self._base)
+        self._tensors, self._prefix = pair_tensors(self._base, self._tuned).tensors, prefix
+
+    def changes(self, matrix: LinearMatrix) -> Scores:
+        """|bf16(W1) − bf16(W0)|, flat, positive where they differ."""
+        part = matrix.part
+        name = parameter_of(part.tensor, self._tensors, self._prefix)
+        if name is None or tuple(self._tensors[name].shape) != tuple(matrix.parameter.shape):
+            raise AdapterError(
+                f"{part.tensor} of the model is no tensor of {self._base.source}, or has another shape there: give a "
+                "run of the model's own architecture"
+            )
+        sides = (side.read(name, part.start, part.stop) for side in (self._base, self._tuned))
+        one, two = (values_of_codes(bf16_codes(part.of(side))) for side in sides)
+        if not (np.isfinite(one).all() and np.isfinite(two).all()):
+            raise NonFiniteTensor(f"{name} holds NaN or infinity in the run. Look at how it was trained")
+        return np.abs(np.clip(two.astype(np.float64) - one, -3e38, 3e38)).astype(np.float32).reshape(-1)
+
+
+def _is_target(name: str, target_modules: Sequence[str] | None) -> bool:
+    module = name.removesuffix(".weight")
+    return target_modules is None or any(f".{module}".endswith(f".{target}") for target in target_modules)

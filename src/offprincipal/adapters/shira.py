@@ -1,0 +1,131 @@
+"""Masks in PEFT's SHiRA: the masked entries are trained as an adapter that PEFT saves and loads by itself.
+
+SHiRA trains r·(n + m) entries of a matrix (n, m), r one whole number for all of them, so that a density can be had only
+as nearly as that allows. Knows nothing of how entries are chosen, nor of training.
+"""
+
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offprincipal.adapters.choosing import Kind, linear_matrices, make_masks, require_settings
+from offprincipal.errors import AdapterError
+
+MaskFunction = Callable[..., Tensor]
+
+
+def shira(
+    model: torch.nn.Module,
+    kind: Kind,
+    density: float,
+    *,
+    target_modules: Sequence[str] | None = None,
+    rank_fraction: float = 0.125,
+    seed: int = 0,
+    run: tuple[str | Path, str | Path] | None = None,
+) -> Any:
+    """A `peft.PeftModel` that trains the first entries of each linear matrix in the order of a mask.
+
+    Its `save_pretrained` writes an adapter that `PeftModel.from_pretrained` loads without this package. The base's
+    weights stay as they are; the adapter holds the changes of the masked entries.
+
+    Args:
+        model: the base, whose targets are `torch.nn.Linear`.
+        kind, target_modules, rank_fraction, seed, run: as of `make_masks`.
+        density: of all targets together, met as nearly as a whole r allows; of one matrix it is r·(n + m)/(n·m).
+
+    Raises:
+        AdapterError: peft is not installed, a target is no plain `torch.nn.Linear`, no r comes near the density, or
+            what `make_masks` refuses.
+
+    Source: Bhardwaj et al., SHiRA, arXiv 2406.13175.
+    """
+    require_settings(kind, density, "matrix", rank_fraction, run)
+    peft = _peft()
+    layers = _linear_layers(model, target_modules)
+    r = shira_rank(density, [tuple(layer.weight.shape) for layer in layers.values()])
+    masks: dict[torch.nn.Module, Tensor] = {}
+    for name, layer in layers.items():
+        n, m = layer.weight.shape
+        options: dict[str, Any] = {"rank_fraction": rank_fraction, "seed": seed, "run": run, "target_modules": [name]}
+        masks[layer] = make_masks(model, kind, r * (n + m) / (n * m), **options)[f"{name}.weight"]
+    config = peft.ShiraConfig(r=r, target_modules=list(layers))
+    config.mask_type, config.mask_fn = kind, mask_function(masks)
+    return peft.get_peft_model(model, config)
+
+
+def mask_function(masks: Mapping[torch.nn.Module, Tensor]) -> MaskFunction:
+    """What SHiRA asks for the mask of a layer: `mask_fn(base_layer, r, **options)`.
+
+    Args:
+        masks: layer -> bool tensor of the shape of its weight, with r·(n + m) entries set.
+
+    >>> layer = torch.nn.Linear(4, 4)
+    >>> mask_function({layer: torch.eye(4) > 0})(layer, 1)
+    Traceback (most recent call last):
+    ...
+    offprincipal.errors.AdapterError: a SHiRA mask of rank 1 for a (4, 4) matrix holds 8 entries, not 4
+    """
+
+    def mask_of(base_layer: Any, r: int, **options: Any) -> Tensor:
+        if base_layer not in masks:
+            raise AdapterError(f"{base_layer} has no mask: give one for every target module")
+        n, m = base_layer.weight.shape
+        active = int(masks[base_layer].sum())
+        if active != r * (n + m):
+            raise AdapterError(
+                f"a SHiRA mask of rank {r} for a {(n, m)} matrix holds {r * (n + m)} entries, not {active}"
+            )
+        return masks[base_layer].to(base_layer.weight)
+
+    return mask_of
+
+
+def shira_rank(density: float, shapes: Sequence[tuple[int, ...]]) -> int:
+    """The r at which r·Σ(n + m) is nearest to a share of all entries, of those that SHiRA allows every matrix.
+
+    Raises:
+        AdapterError: even r = 1 is more than half as many entries again as asked for, or the largest r is too few by as
+            much.
+
+    >>> shira_rank(0.25, [(64, 64), (64, 128)])
+    10
+    """
+    asked = density * sum(map(math.prod, shapes))
+    per_rank = sum(map(sum, shapes))
+    r = min(max(round(asked / per_rank), 1), min(n * m // (n + m) for n, m in shapes))
+    if r == 0 or not 2 / 3 <= r * per_rank / asked <= 3 / 2:
+        raise AdapterError(
+            f"SHiRA trains r·(n + m) entries of a matrix, and no whole r comes near density {density} of these "
+            f"{len(shapes)} matrices: the nearest is {r * per_rank / sum(map(math.prod, shapes)):.3g}. Choose that, or "
+            "train under the mask with SparseAdamW"
+        )
+    return r
+
+
+def _linear_layers(model: torch.nn.Module, target_modules: Sequence[str] | None) -> dict[str, torch.nn.Linear]:
+    """Module name -> layer, of the linear matrices of a model."""
+    modules = dict(model.named_modules())
+    found = {}
+    for matrix in linear_matrices(model, target_modules):
+        name = matrix.part.tensor.removesuffix(".weight")
+        layer = modules.get(name)
+        if not isinstance(layer, torch.nn.Linear) or matrix.part.matrix_shape != tuple(layer.weight.shape):
+            raise AdapterError(
+                f"SHiRA covers plain torch.nn.Linear layers, and {matrix.part.name} is part of another kind: leave it "
+                "out of target_modules, or train under the mask with SparseAdamW"
+            )
+        found[name] = layer
+    return found
+
+
+def _peft() -> Any:
+    try:
+        return importlib.import_module("peft")
+    except ImportError as error:
+        raise AdapterError("SHiRA needs peft: pip install peft") from error

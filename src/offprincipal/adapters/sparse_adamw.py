@@ -1,0 +1,325 @@
+"""AdamW on a mask: moments, and float32 masters of half-precision weights, are kept for the active entries alone.
+
+An entry outside its mask is never written, by the step or by weight decay. Knows nothing of how masks are chosen.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from offprincipal.adapters.choosing import require_trainable_type
+from offprincipal.adapters.sparse_step import coefficients, step_entries
+from offprincipal.errors import AdapterError
+from offprincipal.geometry.scan import pack
+
+_LEAST_DENSITY_OF_BITS = 1 / 32  # from which on a bit for every entry is smaller than 32 for every active one
+_INDEXABLE = 1 << 31
+_OWN = ("exp_avg", "exp_avg_sq", "index", "master")  # of the types given here, whatever the parameter's
+
+Named = Iterable[tuple[str, Tensor]]
+
+
+class SparseAdamW(Optimizer):
+    """AdamW that trains, and keeps state for, the masked entries of parameters; all else stays as it is, bit for bit.
+
+    Each active entry moves exactly as under `torch.optim.AdamW` with decoupled weight decay. Which bits come out
+    depends on the order of rounding, and torch has two on a CPU: `fused=True` here is bit for bit `AdamW(fused=True)`
+    (on parameters whose entries are a multiple of 16; of others torch rounds the last few differently), `fused=False`
+    is `AdamW(foreach=False)`. Gradients are clipped, if at all, by whoever calls: the norm of `clip_grad_norm_` counts
+    inactive entries, as it does for a dense optimizer.
+
+    Under FSDP2 each process keeps the mask and the state of its own shard. Its `state_dict` is then that shard's: save
+    and load one a process, at one number of processes.
+
+    Args:
+        params: `model.named_parameters()`, or groups whose `params` are such pairs. Parameters without a mask are left
+            out, and stay as they are.
+        masks: parameter name -> bool tensor of its shape: `Masks`, or any mapping.
+        lr, betas, eps, weight_decay: as of `torch.optim.AdamW`.
+        fused: one compiled pass over a parameter, on CPUs and for contiguous float32 or bfloat16; None takes it where
+            it can be had, and torch's own operations on gathered entries elsewhere.
+
+    Attributes:
+        state: for each parameter `step`; `exp_avg` and `exp_avg_sq`, float32, one entry for each active one; `index`,
+            the active entries as int32, or as bits in int64 words where more than 1/32 are active; `master`, float32,
+            for bfloat16 and float16.
+
+    Raises:
+        AdapterError: parameters come without names, a mask names no parameter or has another shape, a weight is
+            quantised, or a setting is out of range.
+
+    Source: Loshchilov and Hutter, arXiv 1711.05101.
+
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> _ = torch.nn.init.ones_(model.weight)
+    >>> masks = {"weight": torch.tensor([[True, False]])}
+    >>> optimizer = SparseAdamW(model.named_parameters(), masks, lr=0.25, weight_decay=0.0)
+    >>> model(torch.ones(1, 2)).sum().backward()
+    >>> optimizer.step()
+    >>> model.weight.tolist()
+    [[0.75, 1.0]]
+    """
+
+    def __init__(
+        self,
+        params: Named | Iterable[dict[str, Any]],
+        masks: Mapping[str, Tensor],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        fused: bool | None = None,
+    ) -> None:
+        _require_settings(lr, betas, eps, weight_decay)
+        self._masks = masks
+        groups = _masked_groups(params, masks)
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused})
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Move the active entries of every parameter that has a gradient.
+
+        Raises:
+            AdapterError: a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                if parameter.grad is None:
+                    continue
+                if parameter.grad.is_sparse:
+                    raise AdapterError(f"the gradient of {name} is a sparse tensor: SparseAdamW takes dense gradients")
+                state = self.state[parameter]
+                if not state:
+                    state.update(_fresh_state(_local(parameter), self._index(name, parameter)))
+                _step(_local(parameter), _local(parameter.grad), state, group)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any optimizer: plain tensors and numbers, the masks included."""
+        for group in self.param_groups:
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                if not self.state[parameter]:
+                    self.state[parameter].update(_fresh_state(_local(parameter), self._index(name, parameter)))
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where another optimizer with the same masks stopped; also in an optimizer that has not stepped.
+
+        Raises:
+            AdapterError: that one had other masks, or parameters.
+        """
+        saved = state_dict["state"]
+        names = [
+            (name, p)
+            for group in self.param_groups
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+        ]
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        if len(ids) != len(names):
+            raise AdapterError(
+                f"the saved optimizer trained {len(ids)} parameters, this one {len(names)}: continue with the masks "
+                "that it was started with"
+            )
+        for i, (name, parameter) in zip(ids, names, strict=True):
+            index = self._index(name, parameter)
+            theirs = saved.get(i, {}).get("index")
+            if theirs is not None and not torch.equal(theirs.cpu(), index.cpu()):
+                raise AdapterError(
+                    f"the saved optimizer trained other entries of {name}: continue with the masks it was started with"
+                )
+        super().load_state_dict(state_dict)
+        for i, (_, parameter) in zip(ids, names, strict=True):  # torch casts state to the parameter's type
+            if "step" in self.state[parameter]:
+                self.state[parameter]["step"] = self.state[parameter]["step"].clone()
+            for key in _OWN:
+                if key in saved.get(i, {}):
+                    self.state[parameter][key] = saved[i][key].to(_local(parameter).device, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_masks": self._masks}
+
+    def _index(self, name: str, parameter: Tensor) -> Tensor:
+        """The active entries of a parameter, or of this process's shard; a collective call where it is sharded."""
+        mask = self._masks[name].to(parameter.device)
+        if isinstance(parameter, DTensor):
+            shards = distribute_tensor(mask.to(torch.uint8), parameter.device_mesh, parameter.placements)
+            mask = shards.to_local().bool()
+        return index_of(mask)
+
+
+def index_of(mask: Tensor) -> Tensor:
+    """The active entries of a mask: as int32, rising, or as bits in int64 words, whichever is smaller.
+
+    >>> index_of(torch.tensor([True, False, True])), index_of(torch.arange(100) == 70)
+    (tensor([5]), tensor([70], dtype=torch.int32))
+    """
+    active = torch.count_nonzero(mask).item()
+    if active <= _LEAST_DENSITY_OF_BITS * mask.numel() and mask.numel() < _INDEXABLE:
+        return torch.nonzero(mask.flatten()).view(-1).to(torch.int32)
+    return torch.from_numpy(pack(mask.cpu().numpy()).view(np.int64)).to(mask.device)
+
+
+def entries_of(index: Tensor, numel: int) -> Tensor:
+    """The active entries, rising, int64.
+
+    >>> entries_of(torch.tensor([5]), 3)
+    tensor([0, 2])
+    """
+    if index.dtype == torch.int32:
+        return index.long()
+    shifts = torch.arange(64, device=index.device)
+    return torch.nonzero(((index[:, None] >> shifts) & 1).flatten()[:numel]).view(-1)
+
+
+def _fresh_state(parameter: Tensor, index: Tensor) -> dict[str, Tensor]:
+    """Moments of zero, and masters equal to the weights where these are of half precision."""
+    active = index.numel() if index.dtype == torch.int32 else _count_bits(index)
+    kind = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    state = {
+        "step": torch.tensor(0.0),
+        "exp_avg": torch.zeros(active, dtype=kind, device=parameter.device),
+        "exp_avg_sq": torch.zeros(active, dtype=kind, device=parameter.device),
+        "index": index,
+    }
+    if parameter.dtype != kind:
+        state["master"] = parameter.detach().reshape(-1)[entries_of(index, parameter.numel())].to(kind)
+    return state
+
+
+def _count_bits(words: Tensor) -> int:
+    return int(
+        np.bitwise_count(words.cpu().numpy().view(np.uint64)).sum()
+    )  # of a signed number it counts the magnitude's
+
+
+def _step(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    fused = group["fused"]
+    if fused is None:
+        fused = _compiles(parameter, grad)
+    elif fused and not _compiles(parameter, grad):
+        raise AdapterError(
+            f"fused=True takes contiguous float32 or bfloat16 on a CPU, not {parameter.dtype} on {parameter.device}: "
+            "leave it out"
+        )
+    if state["exp_avg"].numel() == 0:
+        state["step"] += 1
+    elif fused:
+        _step_compiled(parameter, grad, state, group)
+    else:
+        _step_by_torch(parameter, grad, state, group)
+
+
+def _compiles(parameter: Tensor, grad: Tensor) -> bool:
+    """Whether the compiled step can be taken."""
+    usable = parameter.device.type == "cpu" and parameter.dtype in (torch.float32, torch.bfloat16)
+    return usable and parameter.is_contiguous() and grad.dtype == parameter.dtype and parameter.numel() < _INDEXABLE
+
+
+def _step_compiled(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    state["step"] += 1
+    index = state["index"].numpy()
+    master = state.get("master")
+    arrays = [tensor.detach().contiguous().view(-1) for tensor in (parameter, grad)]
+    kind = torch.float32 if master is None else torch.uint16
+    step_entries(
+        index.view(np.uint32 if index.dtype == np.int32 else np.uint64),
+        arrays[0].view(kind).numpy(),
+        arrays[1].view(kind).numpy(),
+        None if master is None else master.numpy(),
+        state["exp_avg"].numpy(),
+        state["exp_avg_sq"].numpy(),
+        coefficients(
+            int(state["step"].item()), float(group["lr"]), group["betas"], group["eps"], group["weight_decay"]
+        ),
+        torch.get_num_threads(),
+    )
+
+
+def _step_by_torch(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    """torch's own AdamW on the gathered entries: its loop on a CPU, its fused kernel elsewhere."""
+    entries = entries_of(state["index"], parameter.numel())
+    weights = parameter.detach().view(-1)
+    values = state["master"] if "master" in state else weights[entries]
+    adamw(
+        [values],
+        [grad.reshape(-1)[entries].to(values.dtype)],
+        [state["exp_avg"]],
+        [state["exp_avg_sq"]],
+        [],
+        [state["step"]],
+        foreach=False,
+        fused=False,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=float(group["lr"]),
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+    weights[entries] = values.to(weights.dtype)
+
+
+def _masked_groups(params: Named | Iterable[dict[str, Any]], masks: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """Groups of those parameters that have a mask, with their names."""
+    given: list[Any] = list(params)
+    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    found: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    for group in groups:
+        pairs = list(group["params"])
+        if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+            raise AdapterError("SparseAdamW finds masks by name: give model.named_parameters(), not model.parameters()")
+        chosen = [(name, parameter) for name, parameter in pairs if name in masks]
+        for name, parameter in chosen:
+            _require_fit(name, parameter, masks[name])
+        seen.update(name for name, _ in chosen)
+        if chosen:
+            found.append({**group, "params": chosen})
+    absent = [name for name in masks if name not in seen]
+    if absent or not seen:
+        named = f"{len(absent)} masks name no parameter, the first {absent[0]}" if absent else "there is no mask"
+        raise AdapterError(f"{named}: give masks made from this model, by the names that its named_parameters() have")
+    return found
+
+
+def _require_fit(name: str, parameter: Tensor, mask: Tensor) -> None:
+    require_trainable_type(name, parameter)
+    if mask.dtype != torch.bool or mask.shape != parameter.shape:
+        raise AdapterError(
+            f"the mask of {name} is {mask.dtype} of shape {tuple(mask.shape)}, the parameter has shape "
+            f"{tuple(parameter.shape)}: give a bool tensor of that shape"
+        )
+    if not _local(parameter).is_contiguous():
+        raise AdapterError(f"{name} is not contiguous in memory: make it so before it is trained under a mask")
+
+
+def _require_settings(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not (math.isfinite(value) and value >= 0):
+            raise AdapterError(f"{name} {value} is no number from 0 up: choose one")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise AdapterError(f"betas {betas} are not both in [0, 1): choose such")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor; the tensor itself where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
