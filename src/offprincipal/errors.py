@@ -40,5 +40,9 @@ class InterventionError(OffPrincipalError):
     """A model's weights cannot be changed as asked without changing its function, or a record is not that model's."""
 
 
+class AdapterError(OffPrincipalError):
+    """A model cannot be adapted as asked, or an adapter cannot be continued with these settings."""
+
+
 class ArgumentError(OffPrincipalError):
     """An argument is outside what it may be."""
