@@ -239,6 +239,32 @@ class TestOffPrincipal:
         again = ProjectedFactor(A.trained_of(A.state_dict()["weight"]), V, "right")
         torch.testing.assert_close(again.weight, A.weight)
 
+    @pytest.mark.parametrize("method", ["off_principal", "pissa"])
+    def test_a_rollout_sees_every_step_of_the_optimizer(self, method: str, tiny_model: Path) -> None:
+        adapted = adapt(opened(tiny_model), method, rank=RANK)
+        seen = []
+        for _ in range(3):
+            with torch.no_grad():
+                rollout = logits(adapted), logits(adapted)
+            assert torch.equal(*rollout)
+            assert torch.equal(rollout[0], logits(adapted))
+            seen.append(rollout[0])
+            fit(adapted, 1)
+        assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+    def test_forward_mode_derivatives_pass_through_the_projection(self) -> None:
+        V = principal_subspaces(matrix(12, 20), 3)[1]
+        factor = ProjectedFactor(matrix(2, 20), V, "right")
+        x, along = matrix(5, 20, 1), matrix(2, 20, 2)
+        with torch.no_grad():
+            factor(x)
+            _, derivative = torch.func.jvp(
+                lambda weight: torch.func.functional_call(factor, {"weight": weight}, x),
+                (factor.trained.data,),
+                (along,),
+            )
+        torch.testing.assert_close(derivative, x @ (along - along @ V @ V.T).T)
+
     def test_low_precision_training_projects_in_float32(self) -> None:
         W = matrix(48, 64)
         V = principal_subspaces(W, 6)[1]

@@ -66,8 +66,9 @@ def adapt(
         resume: a folder that `save_pretrained` of such a model wrote, to train on from; the same settings and base.
 
     Raises:
-        AdapterError: peft is not installed, a setting is out of range, the method does not cover a layer, the rank is too large for one, no
-            layer is so named, the adapter to resume is of other settings. The model is unchanged then.
+        AdapterError: peft is not installed, a setting is out of range, the method does not cover a layer, the rank is
+            too large for one, no layer is so named, the adapter to resume is of other settings. The model is unchanged
+            then.
 
     >>> layers = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
     >>> adapted = adapt(layers, "off_principal", rank=2, target_modules=["0"])

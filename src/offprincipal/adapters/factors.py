@@ -5,7 +5,7 @@ acts, the one parameter is what is trained, and a state dict holds what acts: so
 nothing of PEFT, of models, or of where the factors start.
 """
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,13 @@ class Factor(nn.Module):
     """A factor whose parameter becomes what acts through `acting`.
 
     The parameter is called `weight` too, as PEFT, optimizers and state dicts know it; reading the attribute gives what
-    acts, within autograd.
+    acts, within autograd. Outside of it, where a rollout reads it at every token, it is kept until the parameter moves.
     """
 
     def __init__(self, trained: Tensor) -> None:
         super().__init__()
         self._parameters["weight"] = nn.Parameter(trained)
+        self._kept: tuple[tuple[int, int], Tensor] | None = None
 
     @property
     def trained(self) -> Tensor:
@@ -46,7 +47,14 @@ class Factor(nn.Module):
     @property
     def weight(self) -> Tensor:
         """(out, in), what acts."""
-        return self.acting(self.trained)
+        trained = self.trained
+        if torch.is_grad_enabled() or not isinstance(trained, nn.Parameter):  # what stands in for it may be dual
+            self._kept = None
+            return self.acting(trained)
+        state = trained.data_ptr(), trained._version
+        if self._kept is None or self._kept[0] != state:
+            self._kept = state, self.acting(trained)
+        return self._kept[1]
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight)
@@ -66,6 +74,11 @@ class Factor(nn.Module):
             ValueError: this factor cannot act so.
         """
         raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._kept = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[prefix + "weight"] = self.weight if keep_vars else self.stored()

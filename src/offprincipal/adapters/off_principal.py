@@ -31,7 +31,7 @@ class ProjectedFactor(Factor):
 
     >>> A = ProjectedFactor(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]), "right")
     >>> A.weight
-    tensor([[0., 4.]], grad_fn=<SubBackward0>)
+    tensor([[0., 4.]], grad_fn=<AddmmBackward0>)
     """
 
     basis: Tensor
@@ -42,6 +42,8 @@ class ProjectedFactor(Factor):
         self.register_buffer("basis", basis.to(_wide(trained)), persistent=False)
 
     def acting(self, trained: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(trained.device.type):
+            return self._projected(trained.to(_wide(trained))).to(trained.dtype)
         with torch.autocast(trained.device.type, enabled=False):
             return self._projected(trained.to(_wide(trained))).to(trained.dtype)
 
@@ -55,13 +57,13 @@ class ProjectedFactor(Factor):
     def _projected(self, trained: Tensor) -> Tensor:
         basis = self.basis.to(trained.dtype)
         if self.side == "right":
-            return trained - (trained @ basis) @ basis.T
-        return trained - basis @ (basis.T @ trained)
+            return torch.addmm(trained, trained @ basis, basis.T, alpha=-1)
+        return torch.addmm(trained, basis, basis.T @ trained, alpha=-1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """As any module is moved or cast, but the basis keeps its precision."""
         before = self.basis
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         if self.basis.dtype.itemsize < before.dtype.itemsize:
             self.basis = before.to(self.basis.device)
         return self
