@@ -1,10 +1,11 @@
-"""What the adapters cost: forward, backward and AdamW step of each method against PEFT's LoRA of the same rank.
+"""What the adapters cost: training steps and rollouts of each method against PEFT's LoRA of the same rank.
 
-    python benchmarks/adapters.py [--rounds 7] [--rank 8] [--model embedded] [--batch 240] [--length 24]
+    python benchmarks/adapters.py [--rounds 15] [--rank 8] [--model embedded] [--batch 240] [--length 24]
 
-Each method trains on the same random tokens as PEFT's own LoRA, one block of steps each in turn, and which goes first
-alternates; a ratio is method over LoRA in one round, the least and most beside the median. Seconds are the process's
-own CPU time, which other processes on the machine disturb least. The set-up, where bases are decomposed, stands apart.
+A step is forward, backward and AdamW on random tokens; a rollout is eight sampled tokens after half of them. Each
+method and LoRA take turns, one of each a round, and which goes first alternates; a ratio is method over LoRA in one
+round, the median with the least and the most; LoRA against itself shows the noise. Seconds are the process's own CPU
+time, which other processes on the machine disturb least. The set-up, where the base is decomposed, stands apart.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import machine, spread
+from harness import Spread, machine, spread
 
 from offprincipal import adapt
 from offprincipal.adapters.adapt import METHODS
@@ -33,28 +34,37 @@ def step_of(model: Any, tokens: torch.Tensor) -> Callable[[], None]:
     return step
 
 
-def cpu_seconds(step: Callable[[], None], steps: int) -> float:
+def rollout_of(model: Any, tokens: torch.Tensor) -> Callable[[], None]:
+    """Eight tokens sampled from an adapted model."""
+    prompts = tokens[:, : max(tokens.shape[1] // 2, 1)]
+
+    def rollout() -> None:
+        with torch.no_grad():
+            model.generate(input_ids=prompts, min_new_tokens=8, max_new_tokens=8, do_sample=True, pad_token_id=0)
+
+    return rollout
+
+
+def cpu_seconds(run: Callable[[], None]) -> float:
     began = time.process_time()
-    for _ in range(steps):
-        step()
+    run()
     return time.process_time() - began
 
 
-def ratios(step: Callable[[], None], lora: Callable[[], None], rounds: int, steps: int) -> list[float]:
-    """Of the method over LoRA, one a round, after one step of either that is not counted."""
-    step(), lora()
+def ratio(run: Callable[[], None], lora: Callable[[], None], rounds: int) -> Spread:
+    """Of the method over LoRA, after one run of either that is not counted."""
+    run(), lora()
     found = []
     for turn in range(rounds):
-        first, second = (step, lora) if turn % 2 == 0 else (lora, step)
-        seconds = cpu_seconds(first, steps), cpu_seconds(second, steps)
+        first, second = (run, lora) if turn % 2 == 0 else (lora, run)
+        seconds = cpu_seconds(first), cpu_seconds(second)
         found.append(seconds[0] / seconds[1] if turn % 2 == 0 else seconds[1] / seconds[0])
-    return found
+    return spread(found)
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--rounds", type=int, default=7)
-    arguments.add_argument("--steps", type=int, default=2)
+    arguments.add_argument("--rounds", type=int, default=15)
     arguments.add_argument("--rank", type=int, default=8)
     arguments.add_argument("--model", default="embedded")
     arguments.add_argument("--batch", type=int, default=240)
@@ -63,17 +73,19 @@ def main() -> None:
     given = arguments.parse_args()
     base = open_language_model(given.model, "cpu").model.train()
     tokens = torch.randint(0, base.config.vocab_size, (given.batch, given.length))
-    lora = step_of(adapt(copy.deepcopy(base), "lora", rank=given.rank), tokens)
+    lora = adapt(copy.deepcopy(base), "lora", rank=given.rank)
+    step, rollout = step_of(lora, tokens), rollout_of(lora, tokens)
     print(f"{machine()}; torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
     print(f"{given.model}, {given.batch} sequences of {given.length} tokens, rank {given.rank}")
-    print(f"lora: {cpu_seconds(lora, given.steps) / given.steps:.3f} CPU s a step\n")
-    print("| method | set-up, CPU s | step, times LoRA's |\n|---|---|---|")
+    print(f"lora: {cpu_seconds(step):.3f} CPU s a step, {cpu_seconds(rollout):.3f} a rollout\n")
+    print("| method | set-up, CPU s | step, times LoRA's | rollout, times LoRA's |\n|---|---|---|---|")
     for method in given.methods:
         began = time.process_time()
         adapted = adapt(copy.deepcopy(base), method, rank=given.rank)
         setup = time.process_time() - began
-        found = ratios(step_of(adapted, tokens), lora, given.rounds, given.steps)
-        print(f"| {method} | {setup:.2f} | {spread(found)} |", flush=True)
+        steps = ratio(step_of(adapted, tokens), step, given.rounds)
+        rollouts = ratio(rollout_of(adapted, tokens), rollout, given.rounds)
+        print(f"| {method} | {setup:.2f} | {steps} | {rollouts} |", flush=True)
 
 
 if __name__ == "__main__":

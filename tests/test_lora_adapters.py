@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from trl import GRPOConfig, GRPOTrainer
 
 import offprincipal
 from offprincipal.adapters import adapt, initialisations, off_principal
@@ -27,6 +29,7 @@ from offprincipal.adapters.record import RECORD, WEIGHTS
 from offprincipal.errors import AdapterError
 from offprincipal.geometry.spectrum import decompose, principal_rank
 from offprincipal.geometry.subspace import principal_energies
+from offprincipal.models import open_language_model
 from offprincipal.models.opening import hash_of
 
 RANK = 4
@@ -259,7 +262,7 @@ class TestOffPrincipal:
         with torch.no_grad():
             factor(x)
             _, derivative = torch.func.jvp(
-                lambda weight: torch.func.functional_call(factor, {"weight": weight}, x),
+                lambda weight: torch.func.functional_call(factor, {"trained": weight}, x),
                 (factor.trained.data,),
                 (along,),
             )
@@ -475,6 +478,15 @@ class TestRefused:
             resume()
 
 
+def test_the_benchmark_times_a_step_and_a_rollout(tiny_model: Path) -> None:
+    benchmark = Path(__file__).parents[1] / "benchmarks" / "adapters.py"
+    sizes = ["--rounds", "1", "--batch", "2", "--length", "4", "--rank", "2", "--methods", "off_principal"]
+    command = [sys.executable, str(benchmark), "--model", str(tiny_model), *sizes]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    *_, row = printed.splitlines()
+    assert row.startswith("| off_principal | ") and row.count("**") == 4
+
+
 def trainer(model: Any, out: Path, steps: int = 4) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(out),
@@ -503,3 +515,38 @@ def test_a_trainer_trains_saves_and_resumes_it(method: str, tiny_model: Path, tm
     torch.testing.assert_close(logits(loaded), logits(whole), rtol=0, atol=1e-5)
     if method == "off_principal":
         assert max(max(energies(W, update)) for W, update in pairs(loaded, opened(tiny_model))) <= 1e-10
+
+
+@pytest.mark.parametrize("method", ["off_principal", "pissa", "mica", "rlmo"])
+def test_trl_trains_it_against_its_own_start(method: str, tiny_model: Path, tmp_path: Path) -> None:
+    base = open_language_model(tiny_model, "cpu")
+    adapted = adapt(base.model, method, rank=RANK)
+    trainer = GRPOTrainer(
+        model=adapted,
+        reward_funcs=lambda completions, **_: [float(len(completion) % 3) for completion in completions],
+        train_dataset=Dataset.from_list([{"prompt": f"{i}+{i}="} for i in range(4)]),
+        processing_class=base.tokenizer,
+        args=GRPOConfig(
+            output_dir=str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=8,
+            num_generations=8,
+            max_completion_length=6,
+            learning_rate=1e-1,
+            beta=0.1,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            logging_steps=1,
+            disable_tqdm=True,
+        ),
+    )
+    trainer.train()
+    divergences = [row["kl"] for row in trainer.state.log_history if "kl" in row]
+    assert abs(divergences[0]) < 1e-6 < divergences[1]
+    adapted.eval().set_adapter("ref")
+    torch.testing.assert_close(logits(adapted), logits(opened(tiny_model)), rtol=0, atol=2e-6)
+    adapted.set_adapter("default")
+    adapted.save_pretrained(tmp_path / "saved", selected_adapters=["default"])
+    loaded = PeftModel.from_pretrained(opened(tiny_model), tmp_path / "saved")
+    torch.testing.assert_close(logits(loaded), logits(adapted), rtol=0, atol=1e-5)

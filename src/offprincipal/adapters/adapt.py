@@ -103,6 +103,9 @@ def adapt(
             task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         )
         config.record = record
+        if method != "lora":
+            layer: Any = importlib.import_module("offprincipal.adapters.layer")
+            config._register_custom_module({nn.Linear: layer.AdaptedLinear})
         peft: Any = importlib.import_module("peft")
         adapted = peft.get_peft_model(model, config)
     for name, placement in placements.items():

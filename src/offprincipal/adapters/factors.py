@@ -1,8 +1,8 @@
 """Factors: the two matrices of a low-rank update ΔW = s·B A, where what is trained is not yet what acts.
 
-PEFT takes a factor for a linear layer without bias: it reads `weight`, calls it, saves and loads it. `weight` is what
-acts, the one parameter is what is trained, and a state dict holds what acts: so a saved adapter is plain LoRA. Knows
-nothing of PEFT, of models, or of where the factors start.
+PEFT takes a factor for a linear layer without bias: it reads `weight`, calls it, saves and loads it. Here `weight` is
+what acts, the one parameter `trained` is what an optimizer moves, and a state dict holds what acts, under the name of
+`weight`: so a saved adapter is plain LoRA. Knows nothing of PEFT, of models, or of where the factors start.
 """
 
 from typing import Any, Self
@@ -28,21 +28,14 @@ class FrozenFactor(nn.Module):
 class Factor(nn.Module):
     """A factor whose parameter becomes what acts through `acting`.
 
-    The parameter is called `weight` too, as PEFT, optimizers and state dicts know it; reading the attribute gives what
-    acts, within autograd. Outside of it, where a rollout reads it at every token, it is kept until the parameter moves.
+    Reading `weight` gives what acts, within autograd. Outside of it, where a rollout reads it at every token, it is
+    kept until the parameter moves. State dicts have `weight` alone.
     """
 
     def __init__(self, trained: Tensor) -> None:
         super().__init__()
-        self._parameters["weight"] = nn.Parameter(trained)
+        self.trained = nn.Parameter(trained)
         self._kept: tuple[tuple[int, int], Tensor] | None = None
-
-    @property
-    def trained(self) -> Tensor:
-        """The parameter."""
-        parameter = self._parameters["weight"]
-        assert parameter is not None
-        return parameter
 
     @property
     def weight(self) -> Tensor:
@@ -87,7 +80,7 @@ class Factor(nn.Module):
         key, errors = prefix + "weight", rest[-1]
         if key in state_dict:
             try:
-                state_dict = {**state_dict, key: self.trained_of(state_dict[key])}
+                state_dict = {prefix + "trained": self.trained_of(state_dict[key])}
             except ValueError as error:
                 errors.append(f"{key} {error}")
                 return
