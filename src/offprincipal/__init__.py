@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from offprincipal.adapters import adapt
     from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare
     from offprincipal.interventions import intervene
     from offprincipal.training import TrainSettings, evaluate, train
@@ -20,6 +21,7 @@ _HOMES = {
     "CompareSettings": "comparison",
     "MatrixSettings": "comparison",
     "Monitor": "training.monitor",
+    "adapt": "adapters",
     "compare": "comparison",
     "intervene": "interventions",
     "TrainSettings": "training",
@@ -33,6 +35,7 @@ __all__ = [
     "MatrixSettings",
     "Monitor",
     "TrainSettings",
+    "adapt",
     "compare",
     "evaluate",
     "intervene",

@@ -3,6 +3,7 @@
 torch is imported with this package; peft only when an adapter is made.
 """
 
+from offprincipal.adapters.adapt import adapt
 from offprincipal.adapters.choosing import KINDS, Kind, make_masks
 from offprincipal.adapters.isospectral import Isospectral, IsospectralAdamW, IsospectralMuon
 from offprincipal.adapters.masks import Masks
@@ -16,5 +17,6 @@ __all__ = [
     "Kind",
     "Masks",
     "SparseAdamW",
+    "adapt",
     "make_masks",
 ]

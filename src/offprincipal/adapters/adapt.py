@@ -1,0 +1,293 @@
+"""One call from a model to a PEFT model, by any of the methods; refused or whole, never half done.
+
+Everything that can fail is looked at, and everything that is decomposed is decomposed, before the model is touched.
+Knows nothing of trainers.
+"""
+
+import importlib
+import importlib.util
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offprincipal.adapters.factors import FrozenFactor, OffsetFactor
+from offprincipal.adapters.initialisations import INITIALISATIONS, OFFSET, Start, StartSettings
+from offprincipal.adapters.off_principal import ProjectedFactor, principal_subspaces
+from offprincipal.errors import AdapterError
+from offprincipal.geometry.spectrum import principal_rank
+from offprincipal.models.opening import hash_of
+
+METHODS = ("lora", *INITIALISATIONS, "off_principal")
+ALL_LINEAR = "all-linear"
+_ADAPTER = "default"
+_BY_RANK_FRACTION = ("geora", "off_principal")
+_BY_DENSITY = ("geora",)
+
+
+def adapt(
+    model: nn.Module,
+    method: str = "off_principal",
+    *,
+    rank: int = 8,
+    target_modules: str | Sequence[str] = ALL_LINEAR,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    rank_fraction: float = 0.125,
+    density: float = 0.5,
+    seed: int = 0,
+    resume: str | Path | None = None,
+) -> Any:
+    """A PEFT model that trains a low-rank update s·B A of the chosen layers, by the chosen method.
+
+    The result is what `peft.get_peft_model` returns, for any trainer; the update is zero at the start. Its
+    `save_pretrained`, and so a Trainer's checkpoints, are plain LoRA for the original base: PEFT and vLLM load and
+    merge it without this package. The base is never changed, so that `disable_adapter` gives the original model.
+
+    Args:
+        model: on one device, unsharded, in float64, float32, float16 or bfloat16; it is wrapped in place, as PEFT does.
+        method: `off_principal` (the update is orthogonal to the base's principal subspaces on both sides, at any time),
+            or where the factors start: `lora`, `pissa`, `milora`, `mica`, `olora`, `rlpo`, `rlmo`, `geora`. See
+            `offprincipal.adapters.initialisations` for what each is taken to be.
+        rank: r. The saved adapter of `pissa`, `milora`, `olora` and `geora` has rank 2r: [B, −B0] [A; A0].
+        target_modules: names or endings of names of layers, a regular expression of whole names, or `all-linear`: every
+            linear layer but the output head.
+        alpha: s = alpha/rank; None: alpha = rank, s = 1.
+        dropout: of the layers' inputs, in the update only.
+        rank_fraction: k = max(1, round(rank_fraction · min(n, m))) is the rank of the principal subspaces, for
+            `off_principal` and `geora`.
+        density: of the masks of `geora`.
+        seed: of the random starts.
+        resume: a folder that `save_pretrained` of such a model wrote, to train on from; the same settings and base.
+
+    Raises:
+        AdapterError: peft is not installed, a setting is out of range, the method does not cover a layer, the rank is
+            too large for one, no layer is so named, the adapter to resume is of other settings. The model is unchanged
+            then.
+
+    >>> layers = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    >>> adapted = adapt(layers, "off_principal", rank=2, target_modules=["0"])
+    >>> sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    96
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise AdapterError("adapters need peft: pip install 'offprincipal[train]'")
+    _check_settings(method, rank, alpha, dropout, rank_fraction, density)
+    layers = target_layers(model, method, target_modules)
+    _check_ranks(layers, method, rank, rank_fraction)
+    records: Any = importlib.import_module("offprincipal.adapters.record")
+    record = records.AdapterRecord(
+        method=method,
+        rank=rank,
+        alpha=float(rank if alpha is None else alpha),
+        dropout=dropout,
+        seed=seed,
+        rank_fraction=rank_fraction if method in _BY_RANK_FRACTION else None,
+        density=density if method in _BY_DENSITY else None,
+        modules=tuple(sorted(layers)),
+        base_blake2b=hash_of({name: weight_of(layer) for name, layer in layers.items()}),
+    )
+    saved = None if resume is None else records.read_adapter(Path(resume), record, _saved_shapes(layers, record))
+    with _seeded(seed):
+        placements = {name: _placement(name, layer, record) for name, layer in layers.items()}
+        config = records.RecordedLoraConfig(
+            r=_saved_rank(record),
+            lora_alpha=(rank if alpha is None else alpha) * (_saved_rank(record) // rank),
+            lora_dropout=dropout,
+            target_modules=sorted(layers) if isinstance(target_modules, str) else list(target_modules),
+            task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
+        )
+        config.record = record
+        if method != "lora":
+            layer: Any = importlib.import_module("offprincipal.adapters.layer")
+            config._register_custom_module({nn.Linear: layer.AdaptedLinear})
+        peft: Any = importlib.import_module("peft")
+        adapted = peft.get_peft_model(model, config)
+    for name, placement in placements.items():
+        _place(adapted.base_model.model.get_submodule(name), placement)
+    if saved is not None:
+        _load(adapted, saved, peft)
+    return adapted
+
+
+def target_layers(model: nn.Module, method: str, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
+    """The layers that are named, by their names in the model.
+
+    Raises:
+        AdapterError: none is, one of the names matches nothing, or the method does not cover one of the layers.
+
+    >>> layers = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Embedding(3, 2))
+    >>> list(target_layers(layers, "off_principal", ["0"]))
+    ['0']
+    """
+    if hasattr(model, "peft_config"):
+        raise AdapterError("the model has an adapter already: merge it (merge_and_unload) or open the base anew")
+    modules = {name: module for name, module in model.named_modules() if name}
+    if target_modules == ALL_LINEAR:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        chosen = [name for name, module in modules.items() if _is_linear(module) and module is not head]
+    elif isinstance(target_modules, str):
+        try:
+            chosen = [name for name in modules if re.fullmatch(target_modules, name)]
+        except re.error as error:
+            raise AdapterError(f"target_modules {target_modules!r} is no regular expression: {error}") from error
+    else:
+        chosen = []
+        for wanted in target_modules:
+            matching = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
+            if not matching:
+                raise AdapterError(_no_such(wanted, modules))
+            chosen += [name for name in matching if name not in chosen]
+    if not chosen:
+        raise AdapterError(_no_such(target_modules, modules))
+    layers = {name: modules[name] for name in chosen}
+    for name, layer in layers.items():
+        _check_layer(name, layer, method)
+    return layers
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer or embedding, outside of autograd."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+def _check_settings(
+    method: str, rank: int, alpha: float | None, dropout: float, rank_fraction: float, density: float
+) -> None:
+    if method not in METHODS:
+        raise AdapterError(f"there is no method {method!r}: choose one of {', '.join(METHODS)}")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise AdapterError(f"rank is {rank!r}: give a whole number, 1 or more")
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise AdapterError(f"alpha is {alpha}: give a positive number, or None for alpha = rank")
+    if not 0 <= dropout < 1:
+        raise AdapterError(f"dropout is {dropout}: give a probability below 1")
+    if not 0 < rank_fraction < 1:
+        raise AdapterError(f"rank_fraction is {rank_fraction}: give a share between 0 and 1")
+    if not 0 < density <= 1:
+        raise AdapterError(f"density is {density}: give a share above 0, at most 1")
+
+
+def _check_layer(name: str, layer: nn.Module, method: str) -> None:
+    """Refuse a layer that the method does not cover, or whose weights are no plain, finite floats in memory."""
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor) and (not weight.is_floating_point() or weight.dtype.itemsize < 2):
+        raise AdapterError(
+            f"{name} ({type(layer).__name__}) is quantised, its weights are {weight.dtype}: open the base with float "
+            "weights, or name other layers in target_modules"
+        )
+    more = method == "lora" and (_is_linear(layer) or isinstance(layer, nn.Embedding))
+    if not isinstance(weight, Tensor) or not (more or isinstance(layer, nn.Linear)):
+        kinds = "nn.Linear, nn.Embedding and Conv1D" if method == "lora" else "nn.Linear"
+        raise AdapterError(f"{name} is {type(layer).__name__}; {method} covers {kinds}: name others in target_modules")
+    if type(weight.data) is not Tensor or weight.is_meta:
+        raise AdapterError(
+            f"the weights of {name} are {'not loaded' if weight.is_meta else type(weight.data).__name__}: adapt the "
+            "model before it is sharded or quantised, with its weights in memory"
+        )
+    if not bool(torch.isfinite(weight).all()):
+        raise AdapterError(f"the weights of {name} hold NaN or infinity: use another base")
+
+
+def _check_ranks(layers: dict[str, nn.Module], method: str, rank: int, rank_fraction: float) -> None:
+    for name, layer in layers.items():
+        shape = weight_of(layer).shape
+        most = min(shape)
+        if rank > most:
+            raise AdapterError(f"rank {rank} is above min(n, m) = {most} of {name} {tuple(shape)}: lower it")
+        k = principal_rank(shape, rank_fraction)
+        if method == "off_principal" and rank > most - k:
+            raise AdapterError(
+                f"rank {rank} is above the {most - k} dimensions of {name} {tuple(shape)} that are not among its {k} "
+                "principal ones: lower rank or rank_fraction"
+            )
+
+
+def _saved_rank(record: Any) -> int:
+    """The rank of the plain adapter: of B A − B0 A0 it is twice that of B A."""
+    return int(record.rank) * (2 if record.method in OFFSET else 1)
+
+
+def _saved_shapes(layers: dict[str, nn.Module], record: Any) -> dict[str, tuple[int, ...]]:
+    """The tensors that a saved adapter of these settings holds."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    r = _saved_rank(record)
+    for name, layer in layers.items():
+        n, m = weight_of(layer).shape
+        if isinstance(layer, nn.Embedding):
+            factors = {"lora_embedding_A": (r, n), "lora_embedding_B": (m, r)}
+        else:
+            n, m = (n, m) if isinstance(layer, nn.Linear) else (m, n)
+            factors = {"lora_A.weight": (r, m), "lora_B.weight": (n, r)}
+        shapes |= {f"base_model.model.{name}.{factor}": shape for factor, shape in factors.items()}
+    return shapes
+
+
+def _load(adapted: Any, saved: dict[str, Tensor], peft: Any) -> None:
+    """Put a saved adapter into a fresh one, or take that one off again."""
+    try:
+        peft.set_peft_model_state_dict(adapted, saved)
+    except RuntimeError as error:
+        adapted.unload()
+        raise AdapterError(f"the adapter cannot be resumed: {error}") from error
+
+
+def _placement(name: str, layer: nn.Module, record: Any) -> Start | tuple[Tensor, Tensor] | None:
+    """What the layer's adapter starts with: None as PEFT has it, a Start, or the principal subspaces."""
+    W = weight_of(layer)
+    if record.method == "lora":
+        return None
+    if record.method == "off_principal":
+        try:
+            return principal_subspaces(W, principal_rank(W.shape, record.rank_fraction))
+        except AdapterError as error:
+            raise AdapterError(f"{name}: {error}") from error
+    settings = StartSettings(record.rank, record.alpha / record.rank, record.rank_fraction, record.density)
+    return INITIALISATIONS[record.method](W, settings)
+
+
+def _place(layer: Any, placement: Start | tuple[Tensor, Tensor] | None) -> None:
+    """Give a PEFT layer its factors, in the type and on the device of those that PEFT made."""
+    if placement is None:
+        return
+    A, B = layer.lora_A[_ADAPTER].weight.detach(), layer.lora_B[_ADAPTER].weight.detach()
+    if not isinstance(placement, Start):
+        U, V = placement
+        layer.lora_A[_ADAPTER] = ProjectedFactor(A, V.to(A.device), "right")
+        layer.lora_B[_ADAPTER] = ProjectedFactor(B, U.to(B.device), "left")
+        return
+    A0, B0 = placement.A.to(A), placement.B.to(B)
+    if placement.offset:
+        layer.lora_A[_ADAPTER] = OffsetFactor(A0, A0, 0)
+        layer.lora_B[_ADAPTER] = OffsetFactor(B0, -B0, 1)
+        return
+    A.copy_(A0)
+    B.copy_(B0)
+    if placement.train_a_only:
+        layer.lora_B[_ADAPTER] = FrozenFactor(B)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Linear, or GPT-2's transposed kind."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _no_such(wanted: Any, modules: dict[str, nn.Module]) -> str:
+    linear = [name for name, module in modules.items() if _is_linear(module)]
+    example = f"linear layers are such as '{linear[0]}'" if linear else "the model has no linear layer"
+    return f"target_modules: no module is named {wanted!r}; {example}"
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Random starts depend on the seed alone, and the caller's generators are as before."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
