@@ -44,6 +44,5 @@ class AdapterError(OffPrincipalError):
     """An adapter, its masks or its optimizer do not fit the model, the base or the settings that they are used with."""
 
 
-
 class ArgumentError(OffPrincipalError):
     """An argument is outside what it may be."""
