@@ -89,7 +89,7 @@ def watched_matrices(model: Any, patterns: Sequence[str] | None = None) -> list[
 
 
 def _matrices(model: Any) -> Iterator[WatchedMatrix]:
-    """Every matrix with two dimensions, fused and stacked ones part by part."""
+    """Every matrix, fused and stacked ones part by part."""
     config: Any = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     modules = dict(model.named_modules())
@@ -99,7 +99,7 @@ def _matrices(model: Any) -> Iterator[WatchedMatrix]:
             name = _OUTER.sub("", _WRAPPERS.sub("", f"{path}.{parameter}" if path else parameter))
             info = TensorInfo(name, tuple(weight.shape), str(weight.dtype).removeprefix("torch."))
             for part in parts_of(info, settings):
-                if len(part.matrix_shape) == 2 and min(part.matrix_shape) > 0:
+                if part.is_matrix:
                     yield WatchedMatrix(part, module, parameter, adapter)
 
 
