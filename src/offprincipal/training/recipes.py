@@ -4,7 +4,8 @@ Knows nothing of folders, resuming or records.
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,23 @@ from offprincipal.training.settings import TrainSettings
 
 RIGHT, WRONG = 1.0, -1.0
 _IGNORED = -100
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What every recipe starts from.
+
+    Args:
+        model: what is trained. tasks: by name. problems: those of all steps, in order.
+        arguments: of any of TRL's configurations. trainer: of any of its trainers.
+    """
+
+    settings: TrainSettings
+    language_model: LanguageModel
+    tasks: dict[str, Task]
+    problems: Sequence[Problem]
+    arguments: dict[str, Any]
+    trainer: dict[str, Any]
 
 
 def build_trainer(settings: TrainSettings, language_model: LanguageModel, checkpoints: Path, callback: Any) -> Any:
@@ -33,13 +51,15 @@ def build_trainer(settings: TrainSettings, language_model: LanguageModel, checkp
     _require_loggers(settings)
     tasks = {task.name: task for task in map(open_task, settings.tasks)}
     problems = mixture(list(tasks.values()), "train", settings.steps * settings.prompts_per_step, settings.seed)
-    shared = _shared_arguments(settings, language_model, checkpoints)
-    if settings.recipe == "grpo":
-        trainer = _grpo(settings, language_model, tasks, problems, shared)
-    else:
-        learn = _teacher_trace if settings.recipe == "sft_teacher" else _own_answer
-        examples = [(p.prompt, learn(tasks[p.task], p)) for p in problems]
-        trainer = _sft(language_model, _by_length(examples, settings.batch), shared)
+    run = _Run(
+        settings,
+        language_model,
+        tasks,
+        problems,
+        arguments=_shared_arguments(settings, language_model, checkpoints),
+        trainer={"model": language_model.model, "processing_class": language_model.tokenizer},
+    )
+    trainer = _grpo(run) if settings.recipe == "grpo" else _sft(run)
     trainer.remove_callback(importlib.import_module("transformers").PrinterCallback)
     trainer.add_callback(callback)
     return trainer
@@ -84,17 +104,12 @@ def _shared_arguments(settings: TrainSettings, language_model: LanguageModel, ch
     }
 
 
-def _grpo(
-    settings: TrainSettings,
-    language_model: LanguageModel,
-    tasks: Mapping[str, Task],
-    problems: Sequence[Problem],
-    shared: dict[str, Any],
-) -> Any:
+def _grpo(run: _Run) -> Any:
     """DAPO's token-level loss, without a KL term: the reward is +1 for a verified completion and -1 for any other."""
     trl: Any = importlib.import_module("trl")
+    settings, tasks, problems = run.settings, run.tasks, run.problems
     for problem in problems:
-        language_model.prompt_ids(problem.prompt, settings.max_new_tokens)
+        run.language_model.prompt_ids(problem.prompt, settings.max_new_tokens)
 
     def verified(completions: Sequence[str], row: Sequence[int], **_: Any) -> list[float]:
         return [
@@ -103,44 +118,36 @@ def _grpo(
         ]
 
     arguments = trl.GRPOConfig(
-        **shared,
+        **run.arguments,
         loss_type="dapo",
         beta=0.0,
         num_generations=settings.rollouts_per_prompt,
         max_completion_length=settings.max_new_tokens,
         temperature=settings.temperature,
     )
-    return trl.GRPOTrainer(
-        model=language_model.model,
-        processing_class=language_model.tokenizer,
-        reward_funcs=verified,
-        args=arguments,
-        train_dataset=_dataset({"prompt": [p.prompt for p in problems], "row": list(range(len(problems)))}),
-    )
+    data = _dataset({"prompt": [p.prompt for p in problems], "row": list(range(len(problems)))})
+    return trl.GRPOTrainer(**run.trainer, reward_funcs=verified, args=arguments, train_dataset=data)
 
 
-def _sft(language_model: LanguageModel, examples: Sequence[tuple[str, str]], shared: dict[str, Any]) -> Any:
+def _sft(run: _Run) -> Any:
     """Cross-entropy on the completion alone, end of sequence included; the prompt is tokenized as for sampling."""
     trl: Any = importlib.import_module("trl")
-    tokenizer = language_model.tokenizer
+    learn = _teacher_trace if run.settings.recipe == "sft_teacher" else _own_answer
+    examples = _by_length([(p.prompt, learn(run.tasks[p.task], p)) for p in run.problems], run.settings.batch)
+    tokenizer = run.language_model.tokenizer
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for prompt, completion in examples:
         answer_ids = [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        prompt_ids = language_model.prompt_ids(prompt, len(answer_ids))
+        prompt_ids = run.language_model.prompt_ids(prompt, len(answer_ids))
         rows["input_ids"].append(prompt_ids + answer_ids)
         rows["labels"].append([_IGNORED] * len(prompt_ids) + answer_ids)
     arguments = trl.SFTConfig(
-        **shared,
+        **run.arguments,
         max_length=None,
         train_sampling_strategy="sequential",
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    return trl.SFTTrainer(
-        model=language_model.model,
-        processing_class=tokenizer,
-        args=arguments,
-        train_dataset=_dataset(rows),
-    )
+    return trl.SFTTrainer(**run.trainer, args=arguments, train_dataset=_dataset(rows))
 
 
 def _by_length(examples: Sequence[tuple[str, str]], batch: int) -> list[tuple[str, str]]:
