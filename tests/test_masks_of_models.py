@@ -240,7 +240,8 @@ def test_a_file_that_holds_no_masks_is_refused(model: torch.nn.Module, tmp_path:
         save_file({"w": np.ones(3, np.float32)}, path)
     else:
         shape = "[4, 4]" if damage == "bits beyond" else "[9, 99]"
-        metadata = {"offprincipal_masks": "1", "base": "", "about": "{}", "shapes": f'{{"w": {shape}}}'}
+        content = f'{{"format": 1, "base": "", "about": {{}}, "shapes": {{"w": {shape}}}}}'
+        metadata = {"offprincipal_masks": content}
         save_file({"w": np.array([2**60], np.uint64)}, path, metadata)
     with pytest.raises(FileError, match=r"m\.safetensors"):
         Masks.load(path, model)

@@ -252,19 +252,40 @@ def train(
     batch: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of AdamW, constant.")] = None,
     seed: Annotated[int | None, typer.Option(help="Decides prompts and samples.")] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD",
+            help="Train not all weights: lora, pissa, milora, mica, olora, rlpo, rlmo, geora or off_principal, which "
+            "take larger learning rates, 1e-3 say; sparse or shira, under a mask; isospectral, isospectral_muon.",
+        ),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of a LoRA; default 8.")] = None,
+    mask: Annotated[
+        str | None,
+        typer.Option(help="safe, principal, off_principal, low_magnitude, random or from_run, of sparse and shira."),
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="Share of entries that the mask holds.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a model on verifiable tasks, and measure it on held-out prompts before and after."""
+    """Train a model on verifiable tasks, and measure it on held-out prompts before and after.
+
+    What an adapter or a mask trained is merged into the model in --out; the adapter itself is in OUT/adapter.
+    """
     _require_training()
     from offprincipal.reports.terminal import runs_table
-    from offprincipal.studies.profile import parse_override
+    from offprincipal.studies.profile import apply_override
     from offprincipal.training import parse_settings
     from offprincipal.training import train as run
 
     named = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "seed": seed}
     values: dict[str, Any] = {"recipe": recipe, "model": model, "tasks": task}
     values |= {key: value for key, value in named.items() if value is not None}
-    values |= dict(parse_override(text) for text in override or [])
+    of_adapter = {"method": adapter, "rank": rank, "mask": mask, "density": density}
+    if given := {key: value for key, value in of_adapter.items() if value is not None}:
+        values["adapter"] = given
+    for text in override or []:
+        apply_override(values, text)
     with _resumable():
         record = run(parse_settings(values), out, overwrite=overwrite)
     console = Console()
@@ -341,9 +362,9 @@ def intervene(
 def settings() -> None:
     """List every training setting with its default."""
     from offprincipal.reports.terminal import settings_table
-    from offprincipal.training.settings import TrainSettings
+    from offprincipal.training.settings import setting_fields
 
-    Console().print(settings_table(TrainSettings.model_fields))
+    Console().print(settings_table(setting_fields()))
 
 
 @app.command()

@@ -7,6 +7,7 @@ from offprincipal.adapters.adapt import adapt
 from offprincipal.adapters.choosing import KINDS, Kind, make_masks
 from offprincipal.adapters.isospectral import Isospectral, IsospectralAdamW, IsospectralMuon
 from offprincipal.adapters.masks import Masks
+from offprincipal.adapters.shira import shira
 from offprincipal.adapters.sparse_adamw import SparseAdamW
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "SparseAdamW",
     "adapt",
     "make_masks",
+    "shira",
 ]

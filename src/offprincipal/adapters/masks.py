@@ -23,7 +23,8 @@ from offprincipal.files import write_atomically
 from offprincipal.geometry.scan import pack, unpack
 from offprincipal.models import hash_of
 
-_FORMAT = "1"
+_FORMAT = 1
+_METADATA = "offprincipal_masks"
 Words = NDArray[np.uint64]
 
 
@@ -96,12 +97,13 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             FileError: the file cannot be written.
         """
-        metadata = {
-            "offprincipal_masks": _FORMAT,
+        content = {
+            "format": _FORMAT,
             "base": self.base,
-            "shapes": json.dumps({name: list(shape) for name, shape in self.shapes.items()}),
-            "about": json.dumps(dict(self.about), allow_nan=False),
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "about": dict(self.about),
         }
+        metadata = {_METADATA: json.dumps(content, allow_nan=False)}  # safetensors keeps no order of several keys
         write_atomically(Path(path), lambda temporary: save_file(dict(self.words), temporary, metadata))
 
     @staticmethod
@@ -176,15 +178,16 @@ def _read(path: Path) -> Masks:
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise FileError(f"cannot read {path}: {error}. Give a mask file that offprincipal wrote") from error
     try:
-        if metadata["offprincipal_masks"] != _FORMAT:
-            raise ValueError(f"its format is {metadata['offprincipal_masks']!r}, not {_FORMAT!r}")
-        shapes = {str(name): tuple(map(int, shape)) for name, shape in json.loads(metadata["shapes"]).items()}
-        about = dict(json.loads(metadata["about"]))
+        content = json.loads(metadata[_METADATA])
+        if content["format"] != _FORMAT:
+            raise ValueError(f"its format is {content['format']!r}, not {_FORMAT!r}")
+        shapes = {str(name): tuple(map(int, shape)) for name, shape in content["shapes"].items()}
+        about, base = dict(content["about"]), str(content["base"])
         if not words or shapes.keys() != words.keys():
             raise ValueError("its masks and their shapes do not belong together")
         for name, bits in words.items():
             _require_whole(name, bits, shapes[name])
-        return Masks({name: words[name] for name in shapes}, shapes, metadata["base"], about)
+        return Masks({name: words[name] for name in shapes}, shapes, base, about)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise FileError(f"{path} holds no masks: {error}. Give a mask file that offprincipal wrote") from error
 

@@ -97,7 +97,7 @@ def load_profile(name_or_path: str, overrides: Iterable[str] = ()) -> Profile:
     """
     content = _read(name_or_path)
     for override in overrides:
-        _override(content, override)
+        apply_override(content, override)
     try:
         return Profile.model_validate(content)
     except ValidationError as error:
@@ -143,12 +143,22 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise StudyError(f"the value of '{text}' is not readable as YAML: {error}") from error
 
 
-def _override(content: dict[str, Any], text: str) -> None:
+def apply_override(content: dict[str, Any], text: str) -> None:
+    """Enter `key=value`, the key dotted, into nested settings.
+
+    Raises:
+        StudyError: the text is no override, or a part of the key is a value already.
+
+    >>> content = {"adapter": {"method": "pissa"}}
+    >>> apply_override(content, "adapter.rank=16")
+    >>> content
+    {'adapter': {'method': 'pissa', 'rank': 16}}
+    """
     key, value = parse_override(text)
     *path, last = key.split(".")
     place: Any = content
     for part in path:
         place = place.setdefault(part, {}) if isinstance(place, dict) else None
     if not isinstance(place, dict):
-        raise StudyError(f"'{text}': {key} is not in the profile")
+        raise StudyError(f"'{text}': {'.'.join(path)} is a value, and has no settings of its own")
     place[last] = value

@@ -1,10 +1,14 @@
-"""The trainer's callback that times every step and reports it."""
+"""The trainer's callbacks: one times every step and reports it, one keeps an adapter as it is trained."""
 
 import time
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from offprincipal.files import write_atomically
 from offprincipal.training.progress import ShowProgress, StepReport
 
 
@@ -28,3 +32,32 @@ class Timekeeper(TrainerCallback):
         metric = "reward" if "reward" in entry else "loss"
         mean = sum(self._seconds) / len(self._seconds)
         self._show(StepReport("training", state.global_step, state.max_steps, metric, entry[metric], mean))
+
+
+class ExactAdapter(TrainerCallback):
+    """Keep the trained parameters of an adapter in each checkpoint, so that a killed run goes on to the same bytes.
+
+    The adapter that a checkpoint has is the plain one, which acts alike but is rounded elsewhere.
+    """
+
+    NAME = "trained.safetensors"
+
+    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        tensors = {name: p.detach().contiguous() for name, p in _trained(given["model"]).items()}
+        write_atomically(_checkpoint(args, state) / self.NAME, lambda part: save_file(tensors, part))
+
+    @torch.no_grad()
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        kept = _checkpoint(args, state) / self.NAME
+        if state.global_step and kept.is_file():
+            tensors = load_file(kept)
+            for name, parameter in _trained(given["model"]).items():
+                parameter.copy_(tensors[name])
+
+
+def _trained(model: Any) -> dict[str, Any]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -13,6 +13,7 @@ from offprincipal.errors import TaskError, TrainingError
 from offprincipal.models import LanguageModel
 from offprincipal.tasks import Problem, Task, mixture, open_task
 from offprincipal.training.settings import TrainSettings
+from offprincipal.training.trained import Trained
 
 RIGHT, WRONG = 1.0, -1.0
 _IGNORED = -100
@@ -35,14 +36,21 @@ class _Run:
     trainer: dict[str, Any]
 
 
-def build_trainer(settings: TrainSettings, language_model: LanguageModel, checkpoints: Path, callback: Any) -> Any:
+def build_trainer(
+    settings: TrainSettings,
+    language_model: LanguageModel,
+    trained: Trained,
+    checkpoints: Path,
+    callbacks: Sequence[Any],
+) -> Any:
     """The trainer of the settings' recipe, ready for `.train()`.
 
     Args:
         settings: the run.
-        language_model: the base, float32; it is trained in place.
+        language_model: the base, float32.
+        trained: what is trained of it, in place.
         checkpoints: where the trainer keeps the checkpoint that it can continue from.
-        callback: a transformers TrainerCallback.
+        callbacks: transformers TrainerCallbacks.
 
     Raises:
         TaskError: a task is unknown or has no reference answers to learn from.
@@ -57,11 +65,16 @@ def build_trainer(settings: TrainSettings, language_model: LanguageModel, checkp
         tasks,
         problems,
         arguments=_shared_arguments(settings, language_model, checkpoints),
-        trainer={"model": language_model.model, "processing_class": language_model.tokenizer},
+        trainer={
+            "model": trained.model,
+            "processing_class": language_model.tokenizer,
+            "optimizers": (trained.optimizer, None),
+        },
     )
     trainer = _grpo(run) if settings.recipe == "grpo" else _sft(run)
     trainer.remove_callback(importlib.import_module("transformers").PrinterCallback)
-    trainer.add_callback(callback)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     return trainer
 
 

@@ -2,6 +2,8 @@
 
     OUT/config.json, model.safetensors, tokenizer…   the result in bfloat16, as it would be deployed
     OUT/masters/                                     the same tensors in float32, as they were trained
+    OUT/adapter/                                     the adapter, merged into the two above, where one was trained
+    OUT/masks.safetensors                            which entries were trained, where not all were
     OUT/run.json                                     the record; written last, so it marks a complete run
     OUT/monitor.parquet                              what the monitor saw, if asked for
     OUT/checkpoints/                                 only while the run is not complete
@@ -29,6 +31,7 @@ from offprincipal.training.evaluation import evaluate
 from offprincipal.training.monitor import Monitor, base_file, table
 from offprincipal.training.progress import ShowProgress, StepReport, silent, terminal_progress
 from offprincipal.training.settings import TrainSettings
+from offprincipal.training.trained import ADAPTER, MASKS, Trained, prepare
 
 SCHEMA = 1
 RECORD = "run.json"
@@ -103,15 +106,17 @@ def _run(settings: TrainSettings, out: Path, show: ShowProgress) -> dict[str, An
     language_model = open_language_model(settings.model, settings.device)
     base = identify(settings.model, language_model.model)
     started = _started(out, settings, base)
+    with quiet_libraries():
+        trained = prepare(settings, language_model.model)
     if started is None:
         show(StepReport("measuring the base", 0, settings.steps, metric))
-        before = _measure(settings, language_model, language_model)
+        with trained.as_base():
+            before = _measure(settings, language_model, language_model)
         started = {"schema": SCHEMA, "settings": settings.model_dump(mode="json"), "base": base, "before": before}
 
     monitor = _monitor(settings, out)
-    log = _fit(settings, language_model, out / CHECKPOINTS, started, show, monitor)
-    _require_finite(language_model, settings)
-    _write_model(language_model, out)
+    log = _fit(settings, language_model, trained, out / CHECKPOINTS, started, show, monitor)
+    _write_result(settings, language_model, trained, out)
     show(StepReport("measuring the result", len(log), settings.steps, metric))
     after = _measure(settings, out, settings.model)
     record = {
@@ -151,6 +156,7 @@ def _measure(
 def _fit(
     settings: TrainSettings,
     language_model: LanguageModel,
+    trained: Trained,
     checkpoints: Path,
     started: dict[str, Any],
     show: ShowProgress,
@@ -161,11 +167,12 @@ def _fit(
     What the run started from is noted only once its data have proved usable, so that a fault in the settings can be
     mended in the same folder.
     """
-    from offprincipal.training.callback import Timekeeper
+    from offprincipal.training.callback import ExactAdapter, Timekeeper
     from offprincipal.training.recipes import build_trainer
 
     with quiet_libraries():
-        trainer = build_trainer(settings, language_model, checkpoints, Timekeeper(show))
+        callbacks = [Timekeeper(show), *([ExactAdapter()] if trained.is_adapter else [])]
+        trainer = build_trainer(settings, language_model, trained, checkpoints, callbacks)
         if monitor is not None:
             monitor.attach(trainer)
         require_folder(checkpoints)
@@ -255,16 +262,18 @@ def _discard(out: Path) -> None:
     if not out.is_dir() or not ((out / RECORD).exists() or (out / CHECKPOINTS).is_dir()):
         return
     (out / RECORD).unlink(missing_ok=True)
-    (out / table.NAME).unlink(missing_ok=True)
+    for name in (table.NAME, MASKS):
+        (out / name).unlink(missing_ok=True)
     for weights in out.glob("*.safetensors"):
         weights.unlink()
-    shutil.rmtree(out / MASTERS, ignore_errors=True)
+    for name in (MASTERS, ADAPTER):
+        shutil.rmtree(out / name, ignore_errors=True)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     (out / CHECKPOINTS).mkdir()  # the folder stays ours
 
 
-def _require_finite(language_model: LanguageModel, settings: TrainSettings) -> None:
-    for name, tensor in language_model.model.state_dict().items():
+def _require_finite(model: Any, settings: TrainSettings) -> None:
+    for name, tensor in model.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise TrainingError(
                 f"training diverged: {name} holds NaN or infinity after {settings.steps} steps; lower learning_rate "
@@ -272,18 +281,26 @@ def _require_finite(language_model: LanguageModel, settings: TrainSettings) -> N
             )
 
 
-def _write_model(language_model: LanguageModel, out: Path) -> None:
-    """Masters in float32 and the stored model in bfloat16, every file whole or absent; ends with a bfloat16 model."""
+def _write_result(settings: TrainSettings, language_model: LanguageModel, trained: Trained, out: Path) -> None:
+    """Masters in float32, the stored model in bfloat16, an adapter or masks beside them, every file whole or absent.
+
+    Ends with a bfloat16 model, whose adapter is merged.
+    """
     part = out / CHECKPOINTS / "result"
     shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
     with quiet_libraries():
-        language_model.model.save_pretrained(part / MASTERS, max_shard_size=_ONE_SHARD)
-        language_model.model.to(torch.bfloat16).save_pretrained(part, max_shard_size=_ONE_SHARD)
+        trained.save_parts(part)
+        model = trained.merged()
+        _require_finite(model, settings)
+        model.save_pretrained(part / MASTERS, max_shard_size=_ONE_SHARD)
+        model.to(torch.bfloat16).save_pretrained(part, max_shard_size=_ONE_SHARD)
         language_model.tokenizer.save_pretrained(part)
-    (out / MASTERS).mkdir(exist_ok=True)
     for path in sorted(part.rglob("*")):
         if path.is_file():
-            path.replace(out / path.relative_to(part))
+            place = out / path.relative_to(part)
+            place.parent.mkdir(exist_ok=True)
+            path.replace(place)
 
 
 def _machine(language_model: LanguageModel) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from pydantic import (
 
 from offprincipal.errors import TrainingError
 from offprincipal.models import EMBEDDED
+from offprincipal.training.adapter_settings import AdapterSettings
 from offprincipal.training.monitor.verdicts import parse_watch
 
 Recipe = Literal["grpo", "sft_teacher", "sft_own"]
-_OF_THE_MONITOR = ("monitor", "stop_if", "warn_if")
+_LATER = ("monitor", "stop_if", "warn_if", "adapter")  # settings that came after the first runs were recorded
 
 
 class TrainSettings(BaseModel):
@@ -70,6 +71,9 @@ class TrainSettings(BaseModel):
         None, description="conditions of the monitor that end the training, as 'spectral_shift_per_norm > .5'"
     )
     warn_if: tuple[str, ...] | None = Field(None, description="conditions of the monitor that are only reported")
+    adapter: AdapterSettings | None = Field(
+        None, description="train an adapter, masked entries or singular frames; None: all weights, by AdamW"
+    )
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "TrainSettings":
@@ -90,10 +94,10 @@ class TrainSettings(BaseModel):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_an_unset_monitor(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A run without a monitor is the same run, under the same key, as before there was one."""
+    def _without_what_is_unset(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A run without a monitor, say, is the same run, under the same key, as before there was one."""
         values: dict[str, Any] = whole(self)
-        return {name: value for name, value in values.items() if value is not None or name not in _OF_THE_MONITOR}
+        return {name: value for name, value in values.items() if value is not None or name not in _LATER}
 
     @property
     def sequences_at_once(self) -> int:
@@ -109,6 +113,16 @@ class TrainSettings(BaseModel):
     def prompts_per_step(self) -> int:
         """Different prompts in one step."""
         return self.batch // self.rollouts_per_prompt if self.recipe == "grpo" else self.batch
+
+
+def setting_fields() -> dict[str, Any]:
+    """Every setting by the name that it is set by, and its pydantic field.
+
+    >>> "adapter.rank" in setting_fields()
+    True
+    """
+    of_adapter = {f"adapter.{name}": field for name, field in AdapterSettings.model_fields.items()}
+    return {**TrainSettings.model_fields, **of_adapter}
 
 
 def parse_settings(values: Mapping[str, Any]) -> TrainSettings:

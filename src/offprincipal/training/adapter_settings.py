@@ -1,0 +1,82 @@
+"""Settings of how a model is trained where not whole: the method, and what each method may be told."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from offprincipal.adapters import KINDS, Kind
+from offprincipal.adapters.adapt import METHODS as LORA_METHODS
+from offprincipal.adapters.choosing import Scope
+from offprincipal.errors import TrainingError
+
+MASKED = ("sparse", "shira")
+METHODS = (*LORA_METHODS, *MASKED, "isospectral", "isospectral_muon")
+_MASK = ("mask", "density", "rank_fraction", "target_modules")
+_SETTINGS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(LORA_METHODS, ("rank", "alpha", "dropout", "target_modules")),
+    "geora": ("rank", "alpha", "dropout", "target_modules", "rank_fraction", "density"),
+    "off_principal": ("rank", "alpha", "dropout", "target_modules", "rank_fraction"),
+    "sparse": (*_MASK, "scope", "mask_run", "mask_file"),
+    "shira": (*_MASK, "mask_run"),
+    "isospectral": ("retraction",),
+    "isospectral_muon": ("retraction", "momentum"),
+}
+
+
+class AdapterSettings(BaseModel):
+    """One method and what it is told; what is left out is as the library's own function has it.
+
+    Raises:
+        TrainingError: no such method, or a setting that the method does not have.
+
+    >>> AdapterSettings(method="off_principal", rank=16).model_dump()
+    {'method': 'off_principal', 'rank': 16}
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str = Field(
+        description=f"LoRA that saves as plain LoRA: {', '.join(LORA_METHODS)}; sparse: SparseAdamW under a mask; "
+        "shira: PEFT's SHiRA under a mask; isospectral, isospectral_muon: fixed singular values, AdamW or Muon on "
+        "the frames"
+    )
+    rank: int | None = Field(None, ge=1, description="of LoRA; 8 where not given")
+    alpha: float | None = Field(None, gt=0, description="of LoRA, which is scaled by alpha/rank; the rank if not given")
+    dropout: float | None = Field(None, ge=0, lt=1, description="of LoRA's inputs; 0 where not given")
+    target_modules: tuple[str, ...] | None = Field(
+        None, description="names of modules, or endings of them; every linear layer but the head where not given"
+    )
+    mask: Kind | None = Field(None, description=f"{', '.join(KINDS)}; safe where not given (sparse, shira)")
+    density: float | None = Field(
+        None, gt=0, le=1, description="share of entries that a mask holds; as the mask has it where not given"
+    )
+    scope: Scope | None = Field(None, description="matrix: each has that density; global: all together (sparse)")
+    mask_run: str | None = Field(None, description="the tuned checkpoint whose changes from_run takes")
+    mask_file: str | None = Field(None, description="masks that were saved, of the same base, instead of a kind")
+    rank_fraction: float | None = Field(
+        None, gt=0, le=1, description="rank of the principal subspaces over min(n, m); 0.125 where not given"
+    )
+    retraction: Literal["svd", "newton-schulz"] | None = Field(None, description="of isospectral; svd if not given")
+    momentum: float | None = Field(None, ge=0, lt=1, description="of Muon (isospectral_muon); 0.95 where not given")
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of mask."""
+        return self.mask or "safe"
+
+    @model_validator(mode="after")
+    def _belong_to_the_method(self) -> "AdapterSettings":
+        if self.method not in METHODS:
+            raise TrainingError(f"there is no adapter '{self.method}': choose of {', '.join(METHODS)}")
+        own = _SETTINGS[self.method]
+        odd = self.model_dump().keys() - {"method", *own}
+        if odd:
+            raise TrainingError(f"adapter {self.method} has no setting '{min(odd)}': it has {', '.join(own)}")
+        if self.mask_file is not None and len(self.model_dump()) > 2:
+            raise TrainingError("a mask_file tells all of a mask: leave out mask, density, scope and the like")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_is_given(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = whole(self)
+        return {name: value for name, value in values.items() if value is not None}

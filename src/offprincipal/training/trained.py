@@ -1,0 +1,97 @@
+"""What of a model is trained, and by which optimizer: all of it, masked entries, an adapter, or singular frames.
+
+Knows models and the package's adapters; knows nothing of tasks, trainers or folders.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+
+from offprincipal.adapters import IsospectralAdamW, IsospectralMuon, Masks, SparseAdamW, adapt, make_masks, shira
+from offprincipal.adapters.adapt import METHODS as LORA_METHODS
+from offprincipal.adapters.choosing import DEFAULT_DENSITY
+from offprincipal.models import model_name
+from offprincipal.training.adapter_settings import AdapterSettings
+from offprincipal.training.settings import TrainSettings
+
+ADAPTER = "adapter"
+MASKS = "masks.safetensors"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a trainer is given.
+
+    Args:
+        model: a transformers model, or a PEFT model around it.
+        optimizer: None: the trainer's own AdamW.
+        masks: which entries are trained; None: no mask.
+    """
+
+    model: Any
+    optimizer: Optimizer | None = None
+    masks: Masks | None = None
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether a PEFT adapter is trained, and the base is left as it is."""
+        return hasattr(self.model, "peft_config")
+
+    def as_base(self) -> AbstractContextManager[Any]:
+        """While it lasts, the model answers as its base."""
+        found: AbstractContextManager[Any] = self.model.disable_adapter() if self.is_adapter else nullcontext()
+        return found
+
+    def merged(self) -> Any:
+        """The plain transformers model that acts as what was trained; an adapter is used up by it."""
+        return self.model.merge_and_unload() if self.is_adapter else self.model
+
+    def save_parts(self, folder: Path) -> None:
+        """Write what a plain model cannot tell: the adapter, or the masks."""
+        if self.is_adapter:
+            self.model.save_pretrained(folder / ADAPTER)
+        if self.masks is not None:
+            self.masks.save(folder / MASKS)
+
+
+def prepare(settings: TrainSettings, model: Any) -> Trained:
+    """What is trained of an open base, which an adapter is put into in place.
+
+    Raises:
+        AdapterError: the method does not cover the model, or a setting does not fit it; the model is unchanged then.
+    """
+    chosen = settings.adapter
+    if chosen is None:
+        return Trained(model)
+    given = chosen.model_dump(exclude_none=True)
+    method = given.pop("method")
+    if method in LORA_METHODS:
+        return Trained(adapt(model, method, seed=settings.seed, **given))
+    optimizer: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": settings.adam_betas,
+        "eps": settings.adam_epsilon,
+        "weight_decay": settings.weight_decay,
+    }
+    if method in ("isospectral", "isospectral_muon"):
+        kind: Any = IsospectralAdamW if method == "isospectral" else IsospectralMuon
+        return Trained(model, kind(model, **optimizer, **given))
+    return _masked(settings, chosen, model, optimizer)
+
+
+def _masked(settings: TrainSettings, chosen: AdapterSettings, model: Any, optimizer: dict[str, Any]) -> Trained:
+    options = chosen.model_dump(exclude_none=True, exclude={"method", "mask", "density", "mask_run", "mask_file"})
+    options["seed"] = settings.seed
+    if chosen.mask_run is not None:
+        options["run"] = (model_name(settings.model), chosen.mask_run)
+    if chosen.method == "shira":
+        return Trained(shira(model, chosen.kind, chosen.density or DEFAULT_DENSITY, **options))
+    if chosen.mask_file is not None:
+        masks = Masks.load(chosen.mask_file, model)
+    else:
+        masks = make_masks(model, chosen.kind, chosen.density, **options)
+    masks.freeze_others(model)
+    return Trained(model, SparseAdamW(model.named_parameters(), masks, **optimizer), masks)
