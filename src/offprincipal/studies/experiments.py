@@ -96,7 +96,7 @@ class AgreementStage(StageKind):
         undone = open_checkpoint(back)
         keys = {"run_a": self.run, "run_b": self.intervened, "intervention": self.intervention}
         rows = agreement_rows([*opened, *own], [*opened, opened[0], masters_of(undone) or undone])
-        _write_rows(space.folder(name) / SOURCES["agreement"], [keys | row for row in rows])
+        write_rows(space.folder(name) / SOURCES["agreement"], [keys | row for row in rows])
 
     def files(self, name: str, space: Workspace) -> list[Path]:
         return [space.folder(name) / SOURCES["agreement"]]
@@ -163,7 +163,7 @@ class PrecisionStage(StageKind):
             }
         require_folder(space.folder(name))
         write_json(space.folder(name) / "precision.json", {"schema": 1, "runs": pooled})
-        _write_rows(space.folder(name) / SOURCES["precision"], rows)
+        write_rows(space.folder(name) / SOURCES["precision"], rows)
 
     def files(self, name: str, space: Workspace) -> list[Path]:
         return [space.folder(name) / SOURCES["precision"], space.folder(name) / "precision.json"]
@@ -253,5 +253,6 @@ def gaussian_like(base: Checkpoint, tuned: Checkpoint, seed: int) -> dict[str, T
     return found
 
 
-def _write_rows(path: Path, rows: list[Row]) -> None:
-    write_atomically(path, partial(pq.write_table, pa.Table.from_pylist(rows)))
+def write_rows(path: Path, rows: list[Row], schema: pa.Schema | None = None) -> None:
+    """Write a table, its columns as the schema has them or as the first row does."""
+    write_atomically(path, partial(pq.write_table, pa.Table.from_pylist(rows, schema)))

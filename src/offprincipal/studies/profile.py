@@ -11,11 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from offprincipal.errors import StudyError
 from offprincipal.models import EMBEDDED
+from offprincipal.studies.expansion import expand
 from offprincipal.studies.experiments import AgreementStage, GatesStage, GaussianStage, InterveneStage, PrecisionStage
+from offprincipal.studies.fine_tuning import MatchedStage, OutcomesStage
 from offprincipal.studies.stages import ClaimsStage, CompareStage, ReportStage, TrainStage
 
 Stage = Annotated[
     TrainStage
+    | MatchedStage
+    | OutcomesStage
     | InterveneStage
     | GaussianStage
     | CompareStage
@@ -98,6 +102,8 @@ def load_profile(name_or_path: str, overrides: Iterable[str] = ()) -> Profile:
     content = _read(name_or_path)
     for override in overrides:
         apply_override(content, override)
+    if isinstance(content.get("stages"), dict):
+        content["stages"] = expand(content["stages"])
     try:
         return Profile.model_validate(content)
     except ValidationError as error:

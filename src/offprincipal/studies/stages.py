@@ -145,7 +145,7 @@ class ClaimsStage(StageKind):
     kind: Literal["claims"]
     comparison: str
     rl: tuple[str, ...] = Field(min_length=1)
-    sft: tuple[str, ...] = Field(min_length=1)
+    sft: tuple[str, ...] = ()
     claims: tuple[str, ...] = Field(min_length=1)
     sources: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     gaussian: dict[str, str] = Field(default_factory=dict)
@@ -167,6 +167,8 @@ class ClaimsStage(StageKind):
         if odd:
             raise StudyError(f"claims have no source '{odd[0]}': choose of {', '.join(SOURCES)}")
         for claim in self.claims:
+            if CLAIMS[claim].tables and not self.sft:
+                raise StudyError(f"claim {claim} compares RLVR with SFT: name the runs in 'sft'")
             for need in CLAIMS[claim].needs:
                 if not self.sources.get(need):
                     raise StudyError(f"claim {claim} needs the source '{need}': name the stages that make it")

@@ -74,9 +74,10 @@ def train(
         progress: what shows progress instead of the terminal.
 
     Returns:
-        The record, as in `run.json`: `schema`, `settings`, `base`, `accuracy` (`before` and `after`, each as `evaluate`
-        returns it, or None), `log` (one entry a step), `seconds` of training over all sittings, `machine`, `versions`;
-        and `stopped` where a condition of `stop_if` ended the training early: which, by what, and when.
+        The record, as in `run.json`: `schema`, `settings`, `base`, `parameters` of the model and
+        `trained_parameters` (fewer under a mask; an adapter's own), `accuracy` (`before` and `after`, each as
+        `evaluate` returns it, or None), `log` (one entry a step), `seconds` of training over all sittings, `machine`,
+        `versions`; and `stopped` where a condition of `stop_if` ended the training early: which, by what, and when.
 
     Raises:
         TaskError: a task is not usable.
@@ -106,8 +107,10 @@ def _run(settings: TrainSettings, out: Path, show: ShowProgress) -> dict[str, An
     language_model = open_language_model(settings.model, settings.device)
     base = identify(settings.model, language_model.model)
     started = _started(out, settings, base)
+    sizes = {"parameters": sum(p.numel() for p in language_model.model.parameters())}
     with quiet_libraries():
         trained = prepare(settings, language_model.model)
+    sizes["trained_parameters"] = trained.parameters
     if started is None:
         show(StepReport("measuring the base", 0, settings.steps, metric))
         with trained.as_base():
@@ -123,6 +126,7 @@ def _run(settings: TrainSettings, out: Path, show: ShowProgress) -> dict[str, An
         "schema": SCHEMA,
         "settings": started["settings"],
         "base": base,
+        **sizes,
         "accuracy": {"before": started["before"], "after": after},
         "log": log,
         "seconds": round(sum(entry.get("seconds", 0.0) for entry in log), 3),

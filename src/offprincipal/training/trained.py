@@ -40,6 +40,13 @@ class Trained:
         """Whether a PEFT adapter is trained, and the base is left as it is."""
         return hasattr(self.model, "peft_config")
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained: weights, active entries of masks, or those of an adapter."""
+        if self.masks is not None:
+            return sum(map(self.masks.active, self.masks))
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
     def as_base(self) -> AbstractContextManager[Any]:
         """While it lasts, the model answers as its base."""
         found: AbstractContextManager[Any] = self.model.disable_adapter() if self.is_adapter else nullcontext()

@@ -2,10 +2,19 @@
 
 One function a claim. A rule reads tables, never a model, and its margins are constants in `rules`: they were fixed
 before the first study ran. An interval is a bootstrap over matrices, or over steps where a claim speaks of steps,
-paired between runs; it says nothing of other seeds.
+paired between runs, and says nothing of other seeds; of fine-tuning methods, which are trained with several seeds, it
+is Student's t over pairs of runs.
 """
 
-from offprincipal.studies.claims import bounds, causal, leash, precision, signatures  # noqa: F401  # the claims enter themselves
+from offprincipal.studies.claims import (  # noqa: F401  # the claims enter themselves
+    bounds,
+    causal,
+    leash,
+    low_rank,
+    masks,
+    precision,
+    signatures,
+)
 from offprincipal.studies.claims.evidence import SOURCES, Evidence
 from offprincipal.studies.claims.registry import CLAIMS, judge
 from offprincipal.studies.claims.rules import Judgement, Verdict, decide

@@ -18,6 +18,8 @@ SOURCES = {
     "gates": "gates.json",
     "watched_rl": "monitor.parquet",
     "watched_sft": "monitor.parquet",
+    "outcomes": "outcomes.parquet",
+    "kl_curves": "kl_curves.parquet",
 }
 
 Row = dict[str, Any]

@@ -9,12 +9,17 @@ from functools import reduce
 from typing import Any, Literal
 
 from offprincipal.comparison.pooling import Estimate
+from offprincipal.studies.claims.seeds import OverPairs
 
 Verdict = Literal["supported", "contradicted", "no effect beyond the control", "inconclusive"]
 
 SHARE_MARGIN = 0.02  # two points of a share or an overlap are the least that counts as an effect
 LEAST_MATRICES = 8  # below, a bootstrap over matrices covers far less often than it says
+LEAST_PAIRS = 3  # of runs, below which their spread is hardly known
 RATIO_MARGIN = 1.25  # as is a quarter more, for quantities that are compared as ratios
+
+
+Effect = Estimate | OverPairs
 
 
 @dataclass(frozen=True)
@@ -114,38 +119,47 @@ def judge_bare_ratio(value: float | None, *, measure: str) -> Judgement:
     return Judgement(verdict, value, None, None, measure, rule, "")
 
 
-def judge_difference(effect: Estimate, expected_sign: int = 1, *, measure: str, sentence: str = "") -> Judgement:
+def judge_difference(effect: Effect, expected_sign: int = 1, *, measure: str, sentence: str = "") -> Judgement:
     side = "above" if expected_sign > 0 else "below"
     rule = (
         f"supported: interval wholly {side} 0 and the effect at least {SHARE_MARGIN:g} in size; contradicted: the same "
         f"on the other side; no effect: an interval wholly within ±{SHARE_MARGIN:g}; else, and with fewer than "
-        f"{LEAST_MATRICES} matrices or steps, inconclusive"
+        f"{_least(effect)}, inconclusive"
     )
     return judgement(effect, 0.0, -SHARE_MARGIN, SHARE_MARGIN, expected_sign, measure, rule, sentence)
 
 
-def judge_ratio(effect: Estimate, *, measure: str, sentence: str = "") -> Judgement:
+def judge_ratio(effect: Effect, *, measure: str, sentence: str = "") -> Judgement:
     rule = (
         f"supported: interval wholly above 1 and the ratio at least {RATIO_MARGIN:g}; contradicted: wholly below 1 and "
         f"at most 1/{RATIO_MARGIN:g}; no effect: an interval wholly between the two; else, and with fewer than "
-        f"{LEAST_MATRICES} matrices or steps, inconclusive"
+        f"{_least(effect)}, inconclusive"
     )
     return judgement(effect, 1.0, 1 / RATIO_MARGIN, RATIO_MARGIN, 1, measure, rule, sentence)
 
 
 def judgement(
-    effect: Estimate, none: float, least: float, most: float, expected_sign: int, measure: str, rule: str, sentence: str
+    effect: Effect, none: float, least: float, most: float, expected_sign: int, measure: str, rule: str, sentence: str
 ) -> Judgement:
     pooled = effect.pooled()
-    if pooled.value is None or pooled.low is None or pooled.high is None:
+    if pooled.value is None:
         return nothing(measure, "The figures that this rests on are undefined: too little changed.")
-    if effect.matrices < LEAST_MATRICES:
-        sentence = (
-            f"{sentence} There are only {effect.matrices} matrices or steps: too few for an interval to be trusted."
-        )
+    if (
+        pooled.low is None
+        or pooled.high is None
+        or pooled.matrices < (LEAST_PAIRS if isinstance(effect, OverPairs) else LEAST_MATRICES)
+    ):
+        what = _least(effect).partition(" ")[2]
+        sentence = f"{sentence} There are only {pooled.matrices} {what}: too few for an interval to be trusted."
         return Judgement("inconclusive", pooled.value, pooled.low, pooled.high, measure, rule, sentence)
     verdict = decide(pooled.value, pooled.low, pooled.high, none, least, most, expected_sign)
     return Judgement(verdict, pooled.value, pooled.low, pooled.high, measure, rule, sentence)
+
+
+def _least(effect: Effect) -> str:
+    """The fewest units that an interval is trusted with."""
+    over_pairs = isinstance(effect, OverPairs)
+    return f"{LEAST_PAIRS} pairs of runs" if over_pairs else f"{LEAST_MATRICES} matrices or steps"
 
 
 def decide(

@@ -1,0 +1,146 @@
+"""C12: does principal LoRA gain nothing and collapse first, judged from ladders of learning rates, ranks and seeds."""
+
+from collections.abc import Mapping, Sequence
+
+from offprincipal.studies.claims.evidence import Evidence, Row
+from offprincipal.studies.claims.registry import claim
+from offprincipal.studies.claims.rules import (
+    RATIO_MARGIN,
+    SHARE_MARGIN,
+    Condition,
+    Judgement,
+    controlled_with,
+    judge_at_most,
+    judge_difference,
+    judge_ratio,
+    nothing,
+    published_with,
+)
+from offprincipal.studies.claims.seeds import OverPairs
+from offprincipal.studies.ladders import Rung, highest_stable
+
+Pair = tuple[int | None, int]  # rank and seed
+Ladders = Mapping[Pair, Sequence[Row]]
+
+PLAIN, PRINCIPAL = "lora", "pissa"
+_MATCHES = (("update_norm", "update norm"), ("kl_to_base", "KL to the base"))
+
+
+@claim(
+    "C12",
+    "PEFT",
+    "Principal LoRA (PiSSA) gains nothing and collapses at higher learning rates, where plain LoRA is robust",
+    "step length: PiSSA at the rates that give it the update norm, and the KL, of LoRA at its highest stable rate",
+    tables=(),
+    needs=("outcomes",),
+)
+def principal_lora(evidence: Evidence) -> tuple[Judgement, Judgement]:
+    rows = evidence.rows("outcomes")
+    ladders = {method: ladders_of(rows, method) for method in dict.fromkeys(row["method"] for row in rows)}
+    plain, principal = ladders.get(PLAIN, {}), ladders.get(PRINCIPAL, {})
+    if not plain.keys() & principal.keys():
+        none = nothing("highest stable learning rate", "There are no runs of LoRA and of PiSSA to compare.")
+        return none, none
+    return _published(plain, principal, _said(ladders)), _controlled(rows)
+
+
+def ladders_of(rows: Sequence[Row], method: str) -> dict[Pair, list[Row]]:
+    """Rank and seed -> the runs of a low-rank method by rising learning rate, without those at matched rates."""
+    found: dict[Pair, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: float(row["learning_rate"])):
+        if row["method"] == method and row["rank"] is not None and row["matched_by"] is None:
+            found.setdefault((row["rank"], row["seed"]), []).append(row)
+    return dict(sorted(found.items()))
+
+
+def stable_run(ladder: Sequence[Row]) -> Row | None:
+    """The run at the highest stable rate; None where the lowest collapsed."""
+    rungs = [Rung(r["run"], r["learning_rate"], r["base_accuracy"], r["sampled_accuracy"]) for r in ladder]
+    found = highest_stable(rungs)
+    return None if found is None else next(row for row in ladder if row["run"] == found.run)
+
+
+def best_accuracy(ladder: Sequence[Row]) -> float:
+    """The highest accuracy of its runs."""
+    return max(float(row["sampled_accuracy"]) for row in ladder)
+
+
+def _published(plain: Ladders, principal: Ladders, said: str) -> Judgement:
+    pairs = sorted(plain.keys() & principal.keys())
+    ratios = {_words(pair): _stable_rate(plain[pair]) / _stable_rate(principal[pair]) for pair in pairs}
+    gains = [best_accuracy(principal[pair]) - best_accuracy(plain[pair]) for pair in pairs]
+    gains_nothing = judge_at_most(
+        sum(gains) / len(gains), SHARE_MARGIN, measure="best accuracy of PiSSA minus that of LoRA, mean over pairs"
+    )
+    headline = judge_ratio(
+        OverPairs(ratios, geometric=True),
+        measure="highest stable learning rate of LoRA over that of PiSSA",
+        sentence=said,
+    )
+    return published_with(headline, [Condition("PiSSA gains nothing", gains_nothing)])
+
+
+def _controlled(rows: Sequence[Row]) -> Judgement:
+    judged = [_at_equal(rows, by, words) for by, words in _MATCHES]
+    said = " ".join(judgement.sentence for judgement in judged)
+    headline, also = judged
+    found = controlled_with(headline, [Condition("it is so at equal KL too", also)])
+    return Judgement(**(found.as_dict() | {"sentence": said}))
+
+
+def _at_equal(rows: Sequence[Row], by: str, words: str) -> Judgement:
+    """LoRA at its highest stable rate, minus PiSSA where it went as far."""
+    by_run = {row["run"]: row for row in rows}
+    matched = [row for row in rows if row["matched_by"] == by and row["matched_to"] in by_run]
+    near = [row for row in matched if 1 / RATIO_MARGIN <= row["matched_ratio"] <= RATIO_MARGIN]
+    lost = {
+        _words((row["rank"], row["seed"])): by_run[row["matched_to"]]["sampled_accuracy"] - row["sampled_accuracy"]
+        for row in near
+    }
+    listed = "; ".join(f"{pair} {value:+.3f}" for pair, value in lost.items()) or "none"
+    missed = len(matched) - len(near)
+    left_out = f"; {missed} left out, having missed it by more than {RATIO_MARGIN - 1:.0%}" if missed else ""
+    return judge_difference(
+        OverPairs(lost),
+        measure=f"sampled accuracy of LoRA at its highest stable rate minus that of PiSSA at equal {words}",
+        sentence=f"LoRA minus PiSSA at equal {words}: {listed}{left_out}.",
+    )
+
+
+def _stable_rate(ladder: Sequence[Row]) -> float:
+    """The highest stable rate; the lowest that was tried where even that collapsed."""
+    return float((stable_run(ladder) or ladder[0])["learning_rate"])
+
+
+def _said(ladders: Mapping[str, Ladders]) -> str:
+    """Every method: the range of its highest stable rates, of its best accuracies, and of the spectral shift there."""
+    parts = []
+    for method, of_pairs in ladders.items():
+        if not of_pairs:
+            continue
+        rates = [_stable_rate(ladder) for ladder in of_pairs.values()]
+        best = [best_accuracy(ladder) for ladder in of_pairs.values()]
+        shifts = [row["spectral_shift"] for ladder in of_pairs.values() if (row := stable_run(ladder)) is not None]
+        parts.append(
+            f"{method}: highest stable rate {_range(rates)}, best accuracy {_range(best)}, spectral shift at that rate "
+            f"{_range(shifts)}"
+        )
+    overlap = _overlap(*(ladders.get(method, {}) for method in (PLAIN, PRINCIPAL)))
+    return f"Over ranks and seeds, {'; '.join(parts)}. Best accuracies of LoRA and PiSSA {overlap}."
+
+
+def _overlap(one: Ladders, two: Ladders) -> str:
+    first, second = ([best_accuracy(ladder) for ladder in side.values()] for side in (one, two))
+    apart = max(first) < min(second) or max(second) < min(first)
+    return "do not overlap" if apart else "overlap"
+
+
+def _range(values: Sequence[float]) -> str:
+    if not values:
+        return "undefined"
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _words(pair: Pair) -> str:
+    return f"rank {pair[0]}, seed {pair[1]}"

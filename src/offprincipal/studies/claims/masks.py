@@ -1,0 +1,176 @@
+"""C11: does training under the safe mask alone follow full fine-tuning, judged from the KL curves of runs and seeds."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+
+from offprincipal.studies.claims.evidence import Evidence, Row
+from offprincipal.studies.claims.registry import claim
+from offprincipal.studies.claims.rules import (
+    RATIO_MARGIN,
+    Condition,
+    Judgement,
+    controlled_with,
+    judge_at_most,
+    judge_difference,
+    judge_ratio,
+    nothing,
+    published_with,
+)
+from offprincipal.studies.claims.seeds import OverPairs
+
+Curve = Mapping[int, float]
+Masked = tuple[str, float | None]  # a mask and the density that was asked for; None: the mask's own
+BySeed = Mapping[int, Row]
+
+FULL: Masked = ("full", None)
+PUBLISHED: Masked = ("safe", None)
+TRACKS = RATIO_MARGIN - 1  # of the full run's own divergence: a curve no further off than this follows it
+
+
+@claim(
+    "C11",
+    "sparse fine-tuning",
+    "Training only the safe mask follows full fine-tuning's KL curve; training only principal weights is worst",
+    "density: masks of one density, and a random one of that density",
+    tables=(),
+    needs=("outcomes", "kl_curves"),
+)
+def sparse_fine_tuning(evidence: Evidence) -> tuple[Judgement, Judgement]:
+    runs = runs_by_mask(evidence.rows("outcomes"))
+    curves = curves_by_run(evidence.rows("kl_curves"))
+    densities = sorted({density for mask, density in runs if mask == "principal" and density is not None})
+    if FULL not in runs or not densities:
+        none = nothing("area between KL curves", "There is no full run, or none of principal weights alone.")
+        return none, none
+    areas = {masked: areas_to_full(of_mask, runs[FULL], curves) for masked, of_mask in runs.items() if masked != FULL}
+    said = f"{_listed(areas, runs)} Another seed of the full run is {_own(runs[FULL], curves)} off."
+    return _published(runs, areas, densities[0], said), _controlled(areas, densities[0])
+
+
+def runs_by_mask(rows: Iterable[Row]) -> dict[Masked, dict[int, Row]]:
+    """Mask and density -> seed -> the run's row; the full runs under `FULL`."""
+    found: dict[Masked, dict[int, Row]] = {}
+    for row in rows:
+        if row["method"] == "full":
+            found.setdefault(FULL, {})[row["seed"]] = row
+        elif row["method"] == "sparse":
+            found.setdefault((row["mask"] or "safe", row["density"]), {})[row["seed"]] = row
+    return found
+
+
+def curves_by_run(rows: Iterable[Row]) -> dict[str, dict[int, float]]:
+    """Run -> step -> its divergence from the base."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row["kl_cumulative"] is not None:
+            found.setdefault(row["run"], {})[row["step"]] = row["kl_cumulative"]
+    return found
+
+
+def area_between(curve: Curve, other: Curve) -> float | None:
+    """Mean distance between two curves over the steps that both have, over the mean of the second.
+
+    >>> area_between({1: 1.0, 2: 3.0}, {1: 2.0, 2: 2.0, 3: 9.0})
+    0.5
+    """
+    steps = curve.keys() & other.keys()
+    whole = sum(other[step] for step in steps)
+    return sum(abs(curve[step] - other[step]) for step in steps) / whole if whole > 0 else None
+
+
+def areas_to_full(runs: BySeed, full: BySeed, curves: Mapping[str, Curve]) -> dict[int, float]:
+    """Seed -> the area between a run's curve and that of the full run of that seed, over the latter's."""
+    found = {}
+    for seed in runs.keys() & full.keys():
+        pair = [curves.get(side[seed]["run"], {}) for side in (runs, full)]
+        area = area_between(*pair)
+        if area is not None:
+            found[seed] = area
+    return dict(sorted(found.items()))
+
+
+def _published(
+    runs: Mapping[Masked, BySeed], areas: Mapping[Masked, Mapping[int, float]], density: float, said: str
+) -> Judgement:
+    safe, principal = areas.get(PUBLISHED, {}), areas["principal", density]
+    conditions = [
+        Condition(
+            f"the safe curve is within {TRACKS:g} of the full one",
+            judge_at_most(
+                sum(safe.values()) / len(safe) if safe else None,
+                TRACKS,
+                measure="area between the two over that under the full one, mean over seeds",
+            ),
+        ),
+        Condition(
+            "principal weights end less accurate",
+            judge_difference(
+                _difference(runs.get(PUBLISHED, {}), runs["principal", density]),
+                measure="sampled accuracy of the safe mask minus that of principal weights",
+            ),
+        ),
+    ]
+    headline = judge_ratio(
+        _ratio(principal, safe),
+        measure=f"distance from the full run's KL curve: principal weights at {density:g} over the published safe mask",
+        sentence=said,
+    )
+    return published_with(headline, conditions)
+
+
+def _controlled(areas: Mapping[Masked, Mapping[int, float]], density: float) -> Judgement:
+    safe = areas.get(("safe", density), {})
+    beyond_chance = judge_ratio(
+        _ratio(areas.get(("random", density), {}), safe),
+        measure=f"distance from the full run's KL curve: a random mask over the safe one, both at {density:g}",
+    )
+    shown = beyond_chance.effect
+    headline = judge_ratio(
+        _ratio(areas["principal", density], safe),
+        measure=f"distance from the full run's KL curve: principal weights over the safe mask, both at {density:g}",
+        sentence=f"A random mask is {shown:.2f} times as far from the full curve as the safe one." if shown else "",
+    )
+    return controlled_with(headline, [Condition("the safe mask is nearer than a random one", beyond_chance)])
+
+
+def _ratio(above: Mapping[int, float], below: Mapping[int, float]) -> OverPairs:
+    seeds = sorted(above.keys() & below.keys())
+    return OverPairs({f"seed {s}": above[s] / below[s] for s in seeds if below[s] > 0}, geometric=True)
+
+
+def _difference(one: BySeed, two: BySeed) -> OverPairs:
+    seeds = sorted(one.keys() & two.keys())
+    return OverPairs({f"seed {s}": one[s]["sampled_accuracy"] - two[s]["sampled_accuracy"] for s in seeds})
+
+
+def _own(full: BySeed, curves: Mapping[str, Curve]) -> str:
+    """How far the full runs of other seeds are from each other."""
+    found = [curves.get(row["run"], {}) for row in full.values()]
+    between = [area_between(one, two) for one, two in combinations(found, 2)]
+    known = [area for area in between if area is not None]
+    return f"{sum(known) / len(known):.2f}" if known else "not known"
+
+
+def _listed(areas: Mapping[Masked, Mapping[int, float]], runs: Mapping[Masked, BySeed]) -> str:
+    """Every mask's areas and accuracies by seed."""
+    full = _each(row["sampled_accuracy"] for row in _in_order(runs[FULL]))
+    parts = [
+        f"{mask_words(masked)} {_each(of_seeds.values())}, accuracy "
+        f"{_each(row['sampled_accuracy'] for row in _in_order(runs[masked]))}"
+        for masked, of_seeds in areas.items()
+    ]
+    return f"Distance from the full run's KL curve by seed: {'; '.join(parts)}; full: accuracy {full}."
+
+
+def mask_words(masked: Masked) -> str:
+    """A mask and its density in words."""
+    mask, density = masked
+    return f"{mask} (its own density)" if density is None else f"{mask} at {density:g}"
+
+
+def _in_order(runs: BySeed) -> Sequence[Row]:
+    return [runs[seed] for seed in sorted(runs)]
+
+
+def _each(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:.2f}" for value in values)
