@@ -24,6 +24,7 @@ from offprincipal.errors import TrainingError
 from offprincipal.files import exclusively, read_json, require_folder, write_json
 from offprincipal.models import LanguageModel, identify, open_language_model, require_training_extra
 from offprincipal.models.quiet import quiet_libraries
+from offprincipal.recipe_names import Recipe
 from offprincipal.tasks import open_task
 from offprincipal.training.evaluation import evaluate
 from offprincipal.training.monitor import Monitor, base_file, table
@@ -49,7 +50,19 @@ _LOGGED = {
     "completions/mean_length": "tokens_per_completion",
     "completions/clipped_ratio": "truncated_share",
     "mean_token_accuracy": "token_accuracy",
+    "rewards/margins": "reward_margin",
+    "rewards/accuracies": "reward_accuracy",
+    "rewards/chosen": "chosen_reward",
+    "rewards/rejected": "rejected_reward",
+    "kl": "reference_point",
     "seconds": "seconds",
+}
+_SHOWN: dict[Recipe, str] = {  # of those, where it is not the loss that tells how a run goes
+    "grpo": "reward",
+    "dr_grpo": "reward",
+    "rloo": "reward",
+    "dpo": "rewards/margins",
+    "kto": "rewards/margins",
 }
 
 
@@ -73,7 +86,8 @@ def train(
     Returns:
         The record, as in `run.json`: `schema`, `settings`, `base`, `accuracy` (`before` and `after`, each as `evaluate`
         returns it, or None), `log` (one entry a step), `seconds` of training over all sittings, `machine`, `versions`;
-        and `stopped` where a condition of `stop_if` ended the training early: which, by what, and when.
+        `teacher`, as `base`, where there is one; and `stopped` where a condition of `stop_if` ended the training early:
+        which, by what, and when.
 
     Raises:
         TaskError: a task is not usable.
@@ -99,17 +113,20 @@ def train(
 
 
 def _run(settings: TrainSettings, out: Path, show: ShowProgress) -> dict[str, Any]:
-    metric = "reward" if settings.recipe == "grpo" else "loss"
+    metric = _LOGGED[_SHOWN.get(settings.recipe, "loss")]
     language_model = open_language_model(settings.model, settings.device)
-    base = identify(settings.model, language_model.model)
-    started = _started(out, settings, base)
+    teacher = _teacher(settings, language_model)
+    models = {"base": identify(settings.model, language_model.model)}
+    if teacher is not None:
+        models["teacher"] = identify(str(settings.teacher), teacher.model)
+    started = _started(out, settings, models)
     if started is None:
         show(StepReport("measuring the base", 0, settings.steps, metric))
         before = _measure(settings, language_model, language_model)
-        started = {"schema": SCHEMA, "settings": settings.model_dump(mode="json"), "base": base, "before": before}
+        started = {"schema": SCHEMA, "settings": settings.model_dump(mode="json"), **models, "before": before}
 
     monitor = _monitor(settings, out)
-    log = _fit(settings, language_model, out / CHECKPOINTS, started, show, monitor)
+    log = _fit(settings, language_model, teacher, out / CHECKPOINTS, started, show, monitor)
     _require_finite(language_model, settings)
     _write_model(language_model, out)
     show(StepReport("measuring the result", len(log), settings.steps, metric))
@@ -117,7 +134,7 @@ def _run(settings: TrainSettings, out: Path, show: ShowProgress) -> dict[str, An
     record = {
         "schema": SCHEMA,
         "settings": started["settings"],
-        "base": base,
+        **models,
         "accuracy": {"before": started["before"], "after": after},
         "log": log,
         "seconds": round(sum(entry.get("seconds", 0.0) for entry in log), 3),
@@ -129,6 +146,17 @@ def _run(settings: TrainSettings, out: Path, show: ShowProgress) -> dict[str, An
     write_json(out / RECORD, record)
     _remove_checkpoints(out)
     return record
+
+
+def _teacher(settings: TrainSettings, language_model: LanguageModel) -> LanguageModel | None:
+    """Opened before anything is measured or written, as it may not fit the model."""
+    if settings.teacher is None:
+        return None
+    from offprincipal.training.recipes.distillation import require_one_vocabulary
+
+    teacher = open_language_model(settings.teacher, settings.device)
+    require_one_vocabulary(language_model, teacher, settings.teacher)
+    return teacher
 
 
 def _measure(
@@ -151,6 +179,7 @@ def _measure(
 def _fit(
     settings: TrainSettings,
     language_model: LanguageModel,
+    teacher: LanguageModel | None,
     checkpoints: Path,
     started: dict[str, Any],
     show: ShowProgress,
@@ -164,8 +193,11 @@ def _fit(
     from offprincipal.training.callback import Timekeeper
     from offprincipal.training.recipes import build_trainer
 
+    key = _SHOWN.get(settings.recipe, "loss")
     with quiet_libraries():
-        trainer = build_trainer(settings, language_model, checkpoints, Timekeeper(show))
+        trainer = build_trainer(
+            settings, language_model, checkpoints, Timekeeper(show, _LOGGED[key], key), teacher, show
+        )
         if monitor is not None:
             monitor.attach(trainer)
         require_folder(checkpoints)
@@ -228,17 +260,18 @@ def _complete_record(out: Path, settings: TrainSettings) -> dict[str, Any] | Non
     return None
 
 
-def _started(out: Path, settings: TrainSettings, base: dict[str, str]) -> dict[str, Any] | None:
+def _started(out: Path, settings: TrainSettings, models: dict[str, dict[str, str]]) -> dict[str, Any] | None:
     """What a killed run in this folder noted when it started."""
     started = _record(out / CHECKPOINTS / STARTED)
     if started is None:
         return None
     _require_same(out, started, settings)
-    if started["base"] != base:
-        raise TrainingError(
-            f"the run in {out} began from other weights of '{base['source']}' than are there now: "
-            "choose another --out or pass --overwrite"
-        )
+    for name, model in models.items():
+        if started[name] != model:
+            raise TrainingError(
+                f"the run in {out} began with other weights of its {name} '{model['source']}' than are there now: "
+                "choose another --out or pass --overwrite"
+            )
     return started
 
 
