@@ -6,11 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_cli import call
 from test_training import KILLED, TAUGHT_TASK, record_of, settings
@@ -18,12 +20,14 @@ from test_training import KILLED, TAUGHT_TASK, record_of, settings
 from offprincipal.errors import OffPrincipalError
 from offprincipal.models import LanguageModel, open_language_model
 from offprincipal.models.decoding import complete
+from offprincipal.models.quiet import quiet_libraries
 from offprincipal.recipe_names import RECIPES, Recipe
 from offprincipal.studies.console import _STEP
 from offprincipal.tasks import mixture, open_task, split_of
 from offprincipal.training import StepReport, TrainSettings, evaluate, train
 from offprincipal.training.monitor import read_monitor
 from offprincipal.training.progress import silent
+from offprincipal.training.recipes import _BUILDERS
 from offprincipal.training.recipes.judged import KEPT, sampled_examples, sampled_pairs
 from offprincipal.training.recipes.preference import kto
 from offprincipal.training.recipes.run import Run, shared_arguments
@@ -196,6 +200,29 @@ def log_likelihood(policy: LanguageModel, prompt: list[int], completion: list[in
     with torch.no_grad():
         log_p = policy.model(ids).logits[0, :-1].double().log_softmax(-1)
     return float(log_p[torch.arange(len(log_p)), ids[0, 1:]][len(prompt) - 1 :].sum())
+
+
+@pytest.mark.parametrize("recipe", NEW)
+def test_an_adapter_is_trained_alone_beside_no_second_one(
+    recipe: str, taught_model: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """As PEFT wraps the model; the first losses are those of the base, which the adapter leaves as it is."""
+    base = open_language_model(taught_model)
+    wrapped = get_peft_model(base.model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    run = replace(
+        run_of(of(recipe, taught_model, teacher), base, tmp_path),
+        trainer={"model": wrapped, "processing_class": base.tokenizer},
+        teacher=open_language_model(teacher),
+    )
+    before = {name: tensor.clone() for name, tensor in wrapped.state_dict().items()}
+    with quiet_libraries():
+        trainer = _BUILDERS[run.settings.recipe](run)
+        trainer.train()
+    assert list(wrapped.peft_config) == ["default"]
+    moved = {name for name, tensor in wrapped.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert any("lora_B" in name for name in moved) and all("lora_" in name for name in moved)
+    first = trainer.state.log_history[0]["loss"]
+    assert first == pytest.approx(LOSS_AT_THE_BASE.get(recipe, first), abs=1e-6)
 
 
 class TestJudgedCompletions:

@@ -24,7 +24,10 @@ def dr_grpo(run: Run) -> Any:
 def rloo(run: Run) -> Any:
     """REINFORCE leave-one-out (arXiv 2402.14740): the baseline is the mean reward of the prompt's other completions."""
     trl: Any = importlib.import_module("trl")
-    return _trainer(run, trl.RLOOTrainer, trl.RLOOConfig)
+    trainer = _trainer(run, trl.RLOOTrainer, trl.RLOOConfig)
+    if "ref" in getattr(trainer.model, "peft_config", ()):  # TRL's, for a KL term that this loss does not have
+        trainer.model.delete_adapter("ref")
+    return trainer
 
 
 def _trainer(run: Run, trainer: Any, configuration: Any, **loss: Any) -> Any:
