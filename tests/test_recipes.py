@@ -23,6 +23,7 @@ from offprincipal.models.decoding import complete
 from offprincipal.models.quiet import quiet_libraries
 from offprincipal.recipe_names import RECIPES, Recipe
 from offprincipal.studies.console import _STEP
+from offprincipal.studies.stages import TrainStage, Workspace
 from offprincipal.tasks import mixture, open_task, split_of
 from offprincipal.training import StepReport, TrainSettings, evaluate, train
 from offprincipal.training.monitor import read_monitor
@@ -362,6 +363,16 @@ def test_runs_without_the_later_settings_have_the_key_they_always_had() -> None:
     dumped = TrainSettings(recipe="grpo", tasks=("add",)).model_dump(mode="json")
     assert not {"teacher", "beta"} & dumped.keys()
     assert TrainSettings(recipe="dpo", tasks=("add",), beta=0.2).model_dump(mode="json")["beta"] == 0.2
+
+
+def test_a_stage_is_keyed_by_its_teachers_content(taught_model: Path, teacher: Path, tmp_path: Path) -> None:
+    stage = TrainStage(kind="train", recipe="distill", tasks=[TAUGHT_TASK], teacher=str(tmp_path / "teacher"))
+    space = Workspace(tmp_path / "study", str(taught_model), {}, "profile", "title")
+    keys = []
+    for source in (teacher, taught_model, teacher):
+        shutil.copytree(source, tmp_path / "teacher", dirs_exist_ok=True)
+        keys.append(stage.settings(space))
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_the_command_trains_each_recipe_that_its_help_names(
