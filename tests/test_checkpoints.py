@@ -15,6 +15,7 @@ from checkpoint_folders import base_weights, write_model, write_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
+from offprincipal.assets import embedded_base
 from offprincipal.checkpoints import Checkpoint, open_checkpoint, pair_tensors, place_of
 from offprincipal.errors import CheckpointError
 
@@ -294,3 +295,7 @@ def test_heads_that_both_store_untied_are_compared(tmp_path: Path) -> None:
 def test_names_say_what_a_tensor_is_for(name: str, role: str, layer: int | None, expert: int | None) -> None:
     place = place_of(name)
     assert (place.role, place.layer, place.expert) == (role, layer, expert)
+
+
+def test_the_embedded_base_is_opened_by_its_name() -> None:
+    assert open_checkpoint("embedded").tensors == open_checkpoint(embedded_base()).tensors

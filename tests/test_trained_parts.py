@@ -78,6 +78,28 @@ def test_an_adapter_leaves_what_it_does_not_cover(method: str, trained: dict[str
     assert all(torch.equal(base[name], found[name]) for name in base if "_proj" not in name)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "method"),
+    [
+        *((recipe, "off_principal") for recipe in ("sft_own", "rloo", "dr_grpo", "dpo", "kto", "distill")),
+        ("sft_own", "sparse"),
+        ("dpo", "sparse"),
+        ("distill", "isospectral"),
+    ],
+)
+def test_every_recipe_takes_methods_that_train_not_all_weights(
+    recipe: str, method: str, trained: dict[str, Path], taught_model: Path, tmp_path: Path
+) -> None:
+    teacher = {"teacher": str(trained["lora"])} if recipe == "distill" else {}
+    run = settings(taught_model, of(method), recipe=recipe, steps=1, batch=16, rollouts_per_prompt=4, **teacher)
+    record = train(run, tmp_path / "run", quiet=True)
+    before, after = stored(taught_model), masters(tmp_path / "run")
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert any("_proj" in name for name in moved)
+    assert method == "isospectral" or all("_proj" in name for name in moved)
+    assert 0 < record["trained_parameters"] <= record["parameters"]
+
+
 def test_a_sparse_run_changes_the_entries_of_its_masks_alone(trained: dict[str, Path], taught_model: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(taught_model, dtype=torch.float32)
     masks = Masks.load(trained["sparse"] / "masks.safetensors", base)

@@ -88,7 +88,10 @@ def study(
 @app.command()
 def compare(
     base: Annotated[
-        str, typer.Argument(metavar="BASE", help="The base model: a folder, or a Hub id such as org/name@revision.")
+        str,
+        typer.Argument(
+            metavar="BASE", help="The base model: a folder, a Hub id such as org/name@revision, or `embedded`."
+        ),
     ],
     tuned: Annotated[
         list[str],

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from offprincipal.errors import ModelError
 
+EMBEDDED = "embedded"  # how commands and settings name it
+
 
 def embedded_base() -> Path:
     """The folder of the embedded base model.

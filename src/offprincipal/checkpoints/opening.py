@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from offprincipal.assets import EMBEDDED, embedded_base
 from offprincipal.checkpoints import adapter, distributed, hub, safetensors_folder, torch_files
 from offprincipal.checkpoints.checkpoint import Checkpoint
 from offprincipal.checkpoints.hostile import is_file
@@ -28,9 +29,9 @@ def open_checkpoint(source: str | Path, base: Checkpoint | None = None) -> Check
     """Open a model: nothing but headers is read.
 
     Args:
-        source: a local folder, or a model on the Hugging Face Hub, 'org/name' or 'org/name@revision'. A folder holds
-            safetensors or `pytorch_model.bin` (one file or shards), a PEFT adapter, or a checkpoint of
-            torch.distributed.
+        source: a local folder; a model on the Hugging Face Hub, 'org/name' or 'org/name@revision'; or `embedded`, the
+            base that is shipped. A folder holds safetensors or `pytorch_model.bin` (one file or shards), a PEFT
+            adapter, or a checkpoint of torch.distributed.
         base: the model that it was trained from, on which an adapter sits and whose names a distributed checkpoint is
             given; without it an adapter sits on the base that it names.
 
@@ -63,6 +64,8 @@ def _open_model(source: str) -> Checkpoint:
 
 def _folder_of(source: str | Path) -> Path:
     """The local folder of a source; that of an id is downloaded."""
+    if str(source) == EMBEDDED:
+        return embedded_base()
     folder = Path(source)
     if _is_folder(folder):
         return folder

@@ -5,12 +5,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from offprincipal.assets import EMBEDDED
 from offprincipal.checkpoints import Checkpoint, open_checkpoint, place_of
 from offprincipal.errors import InterventionError
 from offprincipal.interventions.architectures import HEAD, Architecture, architecture_of, require_kind
 from offprincipal.interventions.plan import Weights
 from offprincipal.interventions.proof import LENGTH, non_finite
-from offprincipal.models import EMBEDDED, LanguageModel, identify, model_name, open_language_model
+from offprincipal.models import LanguageModel, identify, model_name, open_language_model
 
 _BUFFER = "rotary_emb.inv_freq"  # stored by old versions of transformers, computed by new ones
 _PREFIX = "model."  # lacking where a model was saved without its head

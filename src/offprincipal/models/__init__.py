@@ -4,7 +4,6 @@ torch is imported with this package; transformers only when a model is opened.
 """
 
 from offprincipal.models.opening import (
-    EMBEDDED,
     LanguageModel,
     hash_of,
     identify,
@@ -15,7 +14,6 @@ from offprincipal.models.opening import (
 )
 
 __all__ = [
-    "EMBEDDED",
     "LanguageModel",
     "hash_of",
     "identify",

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from offprincipal.assets import embedded_base
+from offprincipal.assets import EMBEDDED, embedded_base
 from offprincipal.errors import ModelError
 from offprincipal.models.quiet import quiet_libraries
 
-EMBEDDED = "embedded"
 _EXTRA = ("transformers", "trl", "datasets", "accelerate")
 
 

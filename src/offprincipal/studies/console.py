@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from offprincipal.assets import EMBEDDED
 from offprincipal.files import read_json
-from offprincipal.models import EMBEDDED
 from offprincipal.recipe_names import Recipe
 from offprincipal.studies.experiments import GatesStage, PrecisionStage
 from offprincipal.studies.graph import ShowStage, pending, run_profile

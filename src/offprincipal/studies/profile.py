@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from offprincipal.assets import EMBEDDED
 from offprincipal.errors import StudyError
-from offprincipal.models import EMBEDDED
 from offprincipal.studies.expansion import expand
 from offprincipal.studies.experiments import AgreementStage, GatesStage, GaussianStage, InterveneStage, PrecisionStage
 from offprincipal.studies.fine_tuning import MatchedStage, OutcomesStage

@@ -13,8 +13,8 @@ from pydantic import (
     model_validator,
 )
 
+from offprincipal.assets import EMBEDDED
 from offprincipal.errors import TrainingError
-from offprincipal.models import EMBEDDED
 from offprincipal.recipe_names import RECIPES, Recipe
 from offprincipal.training.adapter_settings import AdapterSettings
 from offprincipal.training.monitor.verdicts import parse_watch
