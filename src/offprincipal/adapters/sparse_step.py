@@ -1,7 +1,7 @@
 """One step of AdamW on some entries of a float32 or bfloat16 array, compiled: gathered, updated and put back in blocks.
 
-Blocks of a hundred active entries stay in the nearest cache, so that memory is read and written once; what comes next is
-fetched while they are computed; and all of it is vectorized. It rounds as torch's fused kernel for CPUs does on its
+Blocks of a hundred active entries stay in the nearest cache, so that memory is read and written once; what comes next
+is fetched while they are computed; and all of it is vectorized. It rounds as torch's fused kernel for CPUs does on its
 vectors: the moments by fused multiply-add, the square root as IEEE 754 has it. Compiled by numba at first use. Knows
 nothing of parameters or optimizers.
 """
