@@ -6,16 +6,20 @@ One float32 matrix, and a bfloat16 one with float32 masters. Dense is `torch.opt
 on a CPU; of bfloat16 weights it steps on float32 masters that are then rounded into them. The masked gradient is what
 one does without a sparse optimizer: multiply by the mask, step, put the inactive entries back. The sides of a density
 run in turn; seconds are the process's own CPU time, which other processes disturb least. Memory is what the optimizer
-keeps between steps, masks and masters included.
+keeps between steps, masks and masters included. What touching the active entries takes by itself, one read of the
+gradient and one read and one write of the weight, is what memory asks of any sparse step: entry by entry, or, where
+that is slower, all entries in order.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from harness import Spread, Table, machine, number, spread
+from numba import njit
 from torch import Tensor
 
 from offprincipal.adapters import SparseAdamW
@@ -26,7 +30,8 @@ COLUMNS = (
     "density",
     "step, in dense steps",
     "step, in masked-gradient steps",
-    "ms: sparse, dense, masked gradient",
+    "touching the active entries alone, in dense steps",
+    "ms: sparse, dense, masked gradient, touching",
     "memory, in density × dense",
     "with the index",
     "index, bytes an entry",
@@ -67,6 +72,27 @@ def sparse(W: Tensor, grad: Tensor, mask: Tensor) -> tuple[Step, int, int]:
     return optimizer.step, sum(sizes.values()), index
 
 
+@njit
+def touch(places: Any, param: Any, grad: Any) -> None:
+    """Read a gradient and a weight at some places, and write the weight."""
+    for place in places:
+        param[place] += grad[place]
+
+
+@njit
+def touch_all(param: Any, grad: Any) -> None:
+    for place in range(len(param)):
+        param[place] += grad[place]
+
+
+def touching(W: Tensor, grad: Tensor, mask: Tensor) -> tuple[Step, Step]:
+    """What memory asks of any step: the active entries of both arrays, or all of them; nothing comes of it."""
+    kind = torch.float32 if W.dtype == torch.float32 else torch.int16
+    param, given = (tensor.clone().view(kind).view(-1).numpy() for tensor in (W, grad))
+    places = torch.nonzero(mask.view(-1)).view(-1).to(torch.int32).numpy()
+    return lambda: touch(places, param, given), lambda: touch_all(param, given)
+
+
 def in_rounds(steps: list[Step], rounds: int) -> list[list[float]]:
     """CPU seconds of each step in each round; a round warms up first, and which goes first alternates."""
     found: list[list[float]] = [[] for _ in steps]
@@ -91,14 +117,16 @@ def row(kind: torch.dtype, density: float, side: int, rounds: int) -> tuple[str,
     ours, kept, index = sparse(W, grad, mask)
     whole, whole_kept = dense(W, grad)
     masked, _ = dense(W, grad, mask)
-    seconds = in_rounds([ours, whole, masked], rounds)
+    seconds = in_rounds([ours, whole, masked, *touching(W, grad, mask)], rounds)
+    bound = min(seconds[3:], key=statistics.median)
     share = mask.float().mean().item() * whole_kept
     return (
         str(kind).removeprefix("torch."),
         f"{density:.0%}",
         str(ratios(seconds[0], seconds[1])),
         str(ratios(seconds[0], seconds[2])),
-        ", ".join(number(1e3 * statistics.median(one)) for one in seconds),
+        str(ratios(bound, seconds[1])),
+        ", ".join(number(1e3 * statistics.median(one)) for one in (*seconds[:3], bound)),
         f"{kept / share:.3f}",
         f"{(kept + index) / share:.3f}",
         f"{index / W.numel():.3f}",

@@ -255,6 +255,27 @@ class TestOffPrincipal:
             fit(adapted, 1)
         assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
 
+    def test_a_forward_pass_projects_each_factor_once_and_sees_every_move(
+        self, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        adapted = adapt(opened(tiny_model), "off_principal", rank=RANK)
+        factors = [module for module in adapted.modules() if isinstance(module, ProjectedFactor)]
+        projected, project = [], ProjectedFactor.acting
+
+        def counted(factor: ProjectedFactor, trained: Tensor) -> Tensor:
+            projected.append(factor)
+            return project(factor, trained)
+
+        monkeypatch.setattr(ProjectedFactor, "acting", counted)
+        seen = []
+        for _ in range(3):
+            projected.clear()
+            seen.append(logits(adapted))
+            assert sorted(map(id, projected)) == sorted(map(id, factors))
+            for factor in factors:
+                factor.trained.data.add_(torch.ones_like(factor.trained).tril())  # which no version counts
+        assert not torch.equal(seen[1], seen[0]) and not torch.equal(seen[2], seen[1])
+
     def test_forward_mode_derivatives_pass_through_the_projection(self) -> None:
         V = principal_subspaces(matrix(12, 20), 3)[1]
         factor = ProjectedFactor(matrix(2, 20), V, "right")

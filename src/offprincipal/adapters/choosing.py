@@ -27,11 +27,19 @@ import torch
 from numpy.typing import NDArray
 
 from offprincipal.adapters.masks import Masks, base_hash, full, packed
-from offprincipal.checkpoints import Checkpoint, Part, TensorInfo, open_checkpoint, pair_tensors, parts_of, place_of
+from offprincipal.checkpoints import (
+    Checkpoint,
+    Part,
+    TensorInfo,
+    open_checkpoint,
+    pair_tensors,
+    parameter_of,
+    parts_of,
+    place_of,
+)
 from offprincipal.checkpoints.roles import LINEAR_ROLES
 from offprincipal.errors import AdapterError, NonFiniteTensor
-from offprincipal.gates.directions import generator_of
-from offprincipal.gates.updates import parameter_of
+from offprincipal.geometry.draws import generator_of
 from offprincipal.geometry.scan import bf16_codes, largest_cuts, largest_levels, mask_size, values_of_codes
 from offprincipal.geometry.spectrum import decompose, decompose_randomized, principal_rank
 

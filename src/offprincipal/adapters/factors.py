@@ -28,14 +28,16 @@ class FrozenFactor(nn.Module):
 class Factor(nn.Module):
     """A factor whose parameter becomes what acts through `acting`.
 
-    Reading `weight` gives what acts, within autograd. Outside of it, where a rollout reads it at every token, it is
-    kept until the parameter moves. State dicts have `weight` alone.
+    Reading `weight` gives what acts, within autograd; between `hold` and `release`, which a layer puts around its forward
+    pass, every reading gives the same tensor. Outside of autograd, where a rollout reads it at every token, it is kept
+    until the parameter moves. State dicts have `weight` alone.
     """
 
     def __init__(self, trained: Tensor) -> None:
         super().__init__()
         self.trained = nn.Parameter(trained)
         self._kept: tuple[tuple[int, int], Tensor] | None = None
+        self._held: list[Tensor] | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -43,7 +45,11 @@ class Factor(nn.Module):
         trained = self.trained
         if torch.is_grad_enabled() or not isinstance(trained, nn.Parameter):  # what stands in for it may be dual
             self._kept = None
-            return self.acting(trained)
+            if self._held is None:
+                return self.acting(trained)
+            if not self._held:
+                self._held.append(self.acting(trained))
+            return self._held[0]
         state = trained.data_ptr(), trained._version
         if self._kept is None or self._kept[0] != state:
             self._kept = state, self.acting(trained)
@@ -51,6 +57,13 @@ class Factor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight)
+
+    def hold(self) -> None:
+        """Until `release`, what acts is computed within autograd once: nothing may move it in between."""
+        self._held = []
+
+    def release(self) -> None:
+        self._held = None
 
     def acting(self, trained: Tensor) -> Tensor:
         """What acts, of what is trained."""

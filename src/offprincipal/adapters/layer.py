@@ -8,6 +8,7 @@ import copy
 from typing import Any
 
 from peft.tuners import lora
+from torch import Tensor
 
 from offprincipal.adapters.factors import Factor, FrozenFactor
 from offprincipal.adapters.record import RecordedLoraConfig
@@ -25,3 +26,16 @@ class AdaptedLinear(lora.Linear):
             if isinstance(factors[first], (Factor, FrozenFactor)):
                 factors[adapter_name] = copy.deepcopy(factors[first])
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT's, which reads a factor for its type before it calls it: what acts is computed once."""
+        factors = [factor for side in (self.lora_A, self.lora_B) for factor in side.values()]
+        held = [factor for factor in factors if isinstance(factor, Factor)]
+        for factor in held:
+            factor.hold()
+        try:
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
+        finally:
+            for factor in held:
+                factor.release()

@@ -15,12 +15,10 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from offprincipal.adapters.choosing import require_trainable_type
+from offprincipal.adapters.sparse_index import count_active, entries_of, index_of, stretches_of
 from offprincipal.adapters.sparse_step import coefficients, step_entries
 from offprincipal.errors import AdapterError
-from offprincipal.geometry.scan import pack
 
-_LEAST_DENSITY_OF_BITS = 1 / 32  # from which on a bit for every entry is smaller than 32 for every active one
-_INDEXABLE = 1 << 31
 _OWN = ("exp_avg", "exp_avg_sq", "index", "master")  # of the types given here, whatever the parameter's
 
 Named = Iterable[tuple[str, Tensor]]
@@ -48,8 +46,8 @@ class SparseAdamW(Optimizer):
 
     Attributes:
         state: for each parameter `step`; `exp_avg` and `exp_avg_sq`, float32, one entry for each active one; `index`,
-            the active entries as int32, or as bits in int64 words where more than 1/32 are active; `master`, float32,
-            for bfloat16 and float16.
+            the active entries as 16-bit offsets, or as bits where more than 1/16 are active (`sparse_index`);
+            `master`, float32, for bfloat16 and float16.
 
     Raises:
         AdapterError: parameters come without names, a mask names no parameter or has another shape, a weight is
@@ -165,33 +163,9 @@ class SparseAdamW(Optimizer):
         return index_of(mask)
 
 
-def index_of(mask: Tensor) -> Tensor:
-    """The active entries of a mask: as int32, rising, or as bits in int64 words, whichever is smaller.
-
-    >>> index_of(torch.tensor([True, False, True])), index_of(torch.arange(100) == 70)
-    (tensor([5]), tensor([70], dtype=torch.int32))
-    """
-    active = torch.count_nonzero(mask).item()
-    if active <= _LEAST_DENSITY_OF_BITS * mask.numel() and mask.numel() < _INDEXABLE:
-        return torch.nonzero(mask.flatten()).view(-1).to(torch.int32)
-    return torch.from_numpy(pack(mask.cpu().numpy()).view(np.int64)).to(mask.device)
-
-
-def entries_of(index: Tensor, numel: int) -> Tensor:
-    """The active entries, rising, int64.
-
-    >>> entries_of(torch.tensor([5]), 3)
-    tensor([0, 2])
-    """
-    if index.dtype == torch.int32:
-        return index.long()
-    shifts = torch.arange(64, device=index.device)
-    return torch.nonzero(((index[:, None] >> shifts) & 1).flatten()[:numel]).view(-1)
-
-
 def _fresh_state(parameter: Tensor, index: Tensor) -> dict[str, Tensor]:
     """Moments of zero, and masters equal to the weights where these are of half precision."""
-    active = index.numel() if index.dtype == torch.int32 else _count_bits(index)
+    active = count_active(index, parameter.numel())
     kind = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     state = {
         "step": torch.tensor(0.0),
@@ -202,12 +176,6 @@ def _fresh_state(parameter: Tensor, index: Tensor) -> dict[str, Tensor]:
     if parameter.dtype != kind:
         state["master"] = parameter.detach().reshape(-1)[entries_of(index, parameter.numel())].to(kind)
     return state
-
-
-def _count_bits(words: Tensor) -> int:
-    return int(
-        np.bitwise_count(words.cpu().numpy().view(np.uint64)).sum()
-    )  # of a signed number it counts the magnitude's
 
 
 def _step(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
@@ -230,19 +198,21 @@ def _step(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict
 def _compiles(parameter: Tensor, grad: Tensor) -> bool:
     """Whether the compiled step can be taken."""
     usable = parameter.device.type == "cpu" and parameter.dtype in (torch.float32, torch.bfloat16)
-    return usable and parameter.is_contiguous() and grad.dtype == parameter.dtype and parameter.numel() < _INDEXABLE
+    return usable and parameter.is_contiguous() and grad.dtype == parameter.dtype
 
 
 def _step_compiled(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
     state["step"] += 1
-    index = state["index"].numpy()
+    index = state["index"]
     master = state.get("master")
-    arrays = [tensor.detach().contiguous().view(-1) for tensor in (parameter, grad)]
-    kind = torch.float32 if master is None else torch.uint16
+    weights, given = (
+        (tensor.detach() if master is None else tensor.detach().view(torch.uint16)).numpy().reshape(-1)
+        for tensor in (parameter, grad)
+    )
     step_entries(
-        index.view(np.uint32 if index.dtype == np.int32 else np.uint64),
-        arrays[0].view(kind).numpy(),
-        arrays[1].view(kind).numpy(),
+        index.numpy().view(np.uint64) if index.dtype == torch.int64 else stretches_of(index, parameter.numel()),
+        weights,
+        given,
         None if master is None else master.numpy(),
         state["exp_avg"].numpy(),
         state["exp_avg_sq"].numpy(),

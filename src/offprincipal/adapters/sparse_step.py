@@ -1,13 +1,15 @@
 """One step of AdamW on some entries of a float32 or bfloat16 array, compiled: gathered, updated and put back in blocks.
 
-Blocks of a thousand active entries stay in the nearest caches, so that memory is read and written once, and all of it
-is vectorized. It rounds as torch's fused kernel for CPUs does on its vectors: the moments by fused multiply-add, the
-square root as IEEE 754 has it. Compiled by numba at first use. Knows nothing of parameters or optimizers.
+Blocks of a hundred active entries stay in the nearest cache, so that memory is read and written once; what comes next
+is fetched while they are computed; and all of it is vectorized. It rounds as torch's fused kernel for CPUs does on its
+vectors: the moments by fused multiply-add, the square root as IEEE 754 has it. Compiled by numba at first use. Knows
+nothing of parameters or optimizers.
 """
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,11 @@ Array = NDArray[Any]
 Floats = NDArray[np.float32]
 _intrinsic: Any = extending.intrinsic  # numba's types for it are those of another kind of function
 _declared: Any = cgutils.get_or_insert_function
-_BLOCK = 1024  # active entries that are updated together, at most
+_BLOCK = 128  # active entries that are updated together, at most
 _WORDS = 64  # of 64 entries that these are taken from, at most
 _LANES = 16  # that are taken out or put back at once
+_MOMENTS_AHEAD = 256  # entries by which moments are asked for before they are needed
+_PLACES_AHEAD = 64  # and active entries by which weights and gradients are
 _LEAST = 1 << 16  # entries for which another thread is worth its start
 
 
@@ -43,13 +47,20 @@ def coefficients(step: int, lr: float, betas: tuple[float, float], eps: float, w
 
 
 def step_entries(
-    index: Array, param: Array, grad: Array, master: Floats | None, m: Floats, v: Floats, c: Floats, threads: int
+    index: Array | tuple[Array, Array],
+    param: Array,
+    grad: Array,
+    master: Floats | None,
+    m: Floats,
+    v: Floats,
+    c: Floats,
+    threads: int,
 ) -> None:
     """Move the active entries of a parameter, in place.
 
     Args:
-        index: the active entries in rising order, uint32; or all entries as bits, uint64, as `geometry.scan.pack`
-            gives.
+        index: all entries as bits, uint64, as `geometry.scan.pack` gives; or, for each stretch of 65536 entries, where
+            its offsets stop, int64, and the offsets of the active entries within their stretches, rising, uint16.
         param, grad: flat and contiguous; float32, or the bits of bfloat16 as uint16 with `master` in float32.
         master, m, v: float32, one entry for each active one.
         c: from `coefficients`.
@@ -57,38 +68,33 @@ def step_entries(
 
     >>> param, m, v = np.ones(4, np.float32), np.zeros(2, np.float32), np.zeros(2, np.float32)
     >>> c = coefficients(1, 0.5, (0.9, 0.99), 0.0, 0.0)
-    >>> step_entries(np.array([0, 2], np.uint32), param, np.ones(4, np.float32), None, m, v, c, 1)
+    >>> step_entries(np.array([0b101], np.uint64), param, np.ones(4, np.float32), None, m, v, c, 1)
     >>> param.tolist()
     [0.5, 1.0, 0.5, 1.0]
     """
+    run, pieces = (_step_by_bits, len(index)) if isinstance(index, np.ndarray) else (_step_by_offsets, len(index[0]))
     parts = min(threads, max(len(param) // _LEAST, 1))
-    cuts = np.linspace(0, len(index), parts + 1).astype(np.int64)
-    by_bits = index.dtype == np.uint64
-    starts = [int(np.bitwise_count(index[:cut]).sum()) for cut in cuts] if by_bits and parts > 1 else cuts
-    run = _step_by_bits if by_bits else _step_by_index
-    work: list[Callable[[], None]] = [
-        partial(run, index, first, last, slot, param, grad, master, m, v, c)
-        for first, last, slot in zip(cuts[:-1], cuts[1:], starts[:-1], strict=True)
-    ]
     if parts == 1:
-        work[0]()
-    else:
-        list(_pool(threads).map(lambda part: part(), work))
+        run(index, 0, pieces, 0, param, grad, master, m, v, c)
+        return
+    cuts = [pieces * part // parts for part in range(parts + 1)]
+    work: list[Callable[[], None]] = [
+        partial(run, index, first, last, _active_before(index, first), param, grad, master, m, v, c)
+        for first, last in pairwise(cuts)
+    ]
+    list(_pool(threads).map(lambda part: part(), work))
+
+
+def _active_before(index: Array | tuple[Array, Array], piece: int) -> int:
+    """How many active entries come before one of the words or stretches."""
+    if isinstance(index, np.ndarray):
+        return int(np.bitwise_count(index[:piece]).sum())
+    return int(index[0][piece - 1]) if piece else 0
 
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="offprincipal-step")
-
-
-@_intrinsic
-def _fma(typing_context, a, b, c):  # type: ignore[no-untyped-def] # pragma: no cover
-    """a·b + c, rounded once."""
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.fma(*arguments)
-
-    return types.float32(types.float32, types.float32, types.float32), generate
 
 
 @_intrinsic
@@ -163,61 +169,142 @@ def _put_back(typing_context, source, at, word, target, to):  # type: ignore[no-
     return types.void(source, types.intp, types.uint64, target, types.intp), generate
 
 
+@_intrinsic
+def _fetch(typing_context, array, at):  # type: ignore[no-untyped-def] # pragma: no cover
+    """Ask for the cache line of an entry, which may lie past the end: a hint, which changes nothing."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        pointer = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(8).as_pointer())
+        hints = [ir.IntType(32)(hint) for hint in (0, 3, 1)]  # to read, into every cache, data
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, *(hint.type for hint in hints)])
+        builder.call(_declared(builder.module, kind, "llvm.prefetch.p0"), [pointer, *hints])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@_intrinsic
+def _advance_lanes(typing_context, g, w, m, v, places, count, c):  # type: ignore[no-untyped-def] # pragma: no cover
+    """AdamW on sixteen entries of `g`, `w`, and of `m` and `v`, from three places on; `count` of them are written."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        vector = ir.VectorType(ir.FloatType(), _LANES)
+        at = [builder.extract_value(arguments[4], i) for i in (0, 1, 2, 2)]
+        pointers = [
+            _lanes(context, builder, kind, array, place)[0]
+            for kind, array, place in zip(signature.args[:4], arguments[:4], at, strict=True)
+        ]
+        whole = ir.VectorType(ir.IntType(64), _LANES)
+        written = builder.icmp_signed("<", whole(list(range(_LANES))), _all_lanes(builder, arguments[5], whole))
+        loaded = ir.FunctionType(vector, [vector.as_pointer(), ir.IntType(32), written.type, vector])
+        load = _declared(builder.module, loaded, f"llvm.masked.load.v{_LANES}f32.p0")
+        x, weight, y, square = (
+            builder.call(load, [pointer, ir.IntType(32)(4), written, vector(None)]) for pointer in pointers
+        )
+        settings = [_all_lanes(builder, builder.extract_value(arguments[6], i), vector) for i in range(8)]
+        decay, coefficient, near, two, beta, root, eps, size = settings
+        fma = _declared(builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{_LANES}f32")
+        sqrt = _declared(builder.module, ir.FunctionType(vector, [vector]), f"llvm.sqrt.v{_LANES}f32")
+        start = builder.select(builder.fcmp_ordered("!=", near, vector([0.0] * _LANES)), y, x)
+        moment = builder.call(fma, [coefficient, builder.fsub(x, y), start])
+        square = builder.call(fma, [builder.fmul(two, x), x, builder.fmul(beta, square)])
+        divisor = builder.fadd(builder.fdiv(builder.call(sqrt, [square]), root), eps)
+        weight = builder.fadd(builder.fmul(weight, decay), builder.fdiv(builder.fmul(size, moment), divisor))
+        stored = ir.FunctionType(ir.VoidType(), [vector, vector.as_pointer(), ir.IntType(32), written.type])
+        store = _declared(builder.module, stored, f"llvm.masked.store.v{_LANES}f32.p0")
+        for value, pointer in zip((weight, moment, square), pointers[1:], strict=True):
+            builder.call(store, [value, pointer, ir.IntType(32)(4), written])
+        return context.get_dummy_value()
+
+    return types.void(g, w, m, v, places, types.intp, c), generate
+
+
+def _all_lanes(builder: Any, value: Any, vector: Any) -> Any:  # pragma: no cover
+    """One number in every lane."""
+    lane = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.IntType(32)(0))
+    zeros = ir.VectorType(ir.IntType(32), _LANES)(None)
+    return builder.shuffle_vector(lane, ir.Constant(vector, ir.Undefined), zeros)
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
-def _advance(g, w, m, v, count, c):  # type: ignore[no-untyped-def] # pragma: no cover
-    decay, one, two, beta, root, eps, size = c[0], c[1], c[2], c[3], c[4], c[5], c[6]
+def _advance(g, w, own, m, v, slot, count, c, param, grad, ahead, stride):  # type: ignore[no-untyped-def] # pragma: no cover
+    """Move `count` entries whose moments begin at `slot`; of `w`, those from `own` on.
+
+    Meanwhile their successors' moments, and `stride` entries of both arrays from `ahead` on for every sixteen, come in.
+    """
+    one = c[1]
     near = one < np.float32(0.5)
-    coefficient = one if near else one - np.float32(1)
-    for i in range(count):
-        x, y = g[i], m[i]
-        moment = _fma(coefficient, x - y, y if near else x)
-        square = _fma(two * x, x, beta * v[i])
-        m[i], v[i] = moment, square
-        w[i] = w[i] * decay + (size * moment) / (np.sqrt(square) / root + eps)
+    settings = (c[0], one if near else one - np.float32(1), np.float32(near), c[2], c[3], c[4], c[5], c[6])
+    for i in range(0, count, _LANES):
+        _fetch(m, slot + i + _MOMENTS_AHEAD)
+        _fetch(v, slot + i + _MOMENTS_AHEAD)
+        for at in range(ahead, ahead + stride, _LANES):
+            _fetch(param, at)
+            _fetch(grad, at)
+        ahead += stride
+        _advance_lanes(g, w, m, v, (i, own + i, slot + i), count - i, settings)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _round(wide, count, narrow):  # type: ignore[no-untyped-def] # pragma: no cover
-    """The bits of float32 numbers, rounded to bfloat16, ties to even."""
+def _round(wide, slot, count, narrow):  # type: ignore[no-untyped-def] # pragma: no cover
+    """The bits of float32 numbers, from `slot` on, rounded to bfloat16, ties to even."""
     for i in range(count):
-        odd = (wide[i] >> np.uint32(16)) & np.uint32(1)
-        narrow[i] = np.uint16((wide[i] + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+        bits = wide[slot + i]
+        odd = (bits >> np.uint32(16)) & np.uint32(1)
+        narrow[i] = np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _step_at(places, slot, param, grad, master, m, v, c, bits, w, narrow):  # type: ignore[no-untyped-def] # pragma: no cover
-    """Move the entries at some places, whose moments begin at `slot`, one by one."""
-    count = len(places)
+def _step_at(places, origin, slot, param, grad, master, m, v, c, buffers):  # type: ignore[no-untyped-def] # pragma: no cover
+    """Move the entries at some places after `origin`, whose moments begin at `slot`, one by one."""
+    bits, w, narrow = buffers
     g = bits.view(np.float32)
-    in_m, in_v = m[slot : slot + count], v[slot : slot + count]
-    if master is None:
-        for i in range(count):
-            g[i], w[i] = grad[places[i]], param[places[i]]
-        _advance(g, w, in_m, in_v, count, c)
-        for i in range(count):
-            param[places[i]] = w[i]
-    else:
-        for i in range(count):
-            bits[i] = np.uint32(grad[places[i]]) << np.uint32(16)
-        own = master[slot : slot + count]
-        _advance(g, own, in_m, in_v, count, c)
-        _round(own.view(np.uint32), count, narrow)
-        for i in range(count):
-            param[places[i]] = narrow[i]
+    for start in range(0, len(places), _BLOCK):
+        count = min(_BLOCK, len(places) - start)
+        for i in range(start, start + count):
+            next_place = origin + np.int64(places[min(i + _PLACES_AHEAD, len(places) - 1)])
+            _fetch(param, next_place)
+            _fetch(grad, next_place)
+            place = origin + np.int64(places[i])
+            if master is None:
+                g[i - start], w[i - start] = grad[place], param[place]
+            else:
+                bits[i - start] = np.uint32(grad[place]) << np.uint32(16)
+        if master is None:
+            _advance(g, w, 0, m, v, slot, count, c, param, grad, 0, 0)
+            for i in range(count):
+                param[origin + np.int64(places[start + i])] = w[i]
+        else:
+            _advance(g, master, slot, m, v, slot, count, c, param, grad, 0, 0)
+            _round(master.view(np.uint32), slot, count, narrow)
+            for i in range(count):
+                param[origin + np.int64(places[start + i])] = narrow[i]
+        slot += count
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _step_by_index(index, first, last, slot, param, grad, master, m, v, c):  # type: ignore[no-untyped-def] # pragma: no cover
-    bits, w, narrow = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.uint16)
-    for start in range(first, last, _BLOCK):
-        places = index[start : min(start + _BLOCK, last)]
-        _step_at(places, slot + start - first, param, grad, master, m, v, c, bits, w, narrow)
+def _buffers():  # type: ignore[no-untyped-def] # pragma: no cover
+    """Gradients, weights and rounded weights of a block, with room for lanes that are written past it."""
+    size = _BLOCK + _LANES
+    return np.empty(size, np.uint32), np.empty(size, np.float32), np.empty(size, np.uint16)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _step_by_offsets(index, first, last, slot, param, grad, master, m, v, c):  # type: ignore[no-untyped-def] # pragma: no cover
+    stops, offsets = index
+    buffers = _buffers()
+    for stretch in range(first, last):
+        stop = stops[stretch]
+        places = offsets[slot:stop]
+        _step_at(places, stretch << 16, slot, param, grad, master, m, v, c, buffers)
+        slot = stop
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _step_by_bits(words, first, last, slot, param, grad, master, m, v, c):  # type: ignore[no-untyped-def] # pragma: no cover
-    size = _BLOCK + _LANES
-    bits, w, narrow = np.empty(size, np.uint32), np.empty(size, np.float32), np.empty(size, np.uint16)
+    buffers = _buffers()
+    bits, w, narrow = buffers
     g = bits.view(np.float32)
     whole = min(last, len(param) // 64)
     stop = first
@@ -234,13 +321,12 @@ def _step_by_bits(words, first, last, slot, param, grad, master, m, v, c):  # ty
                 count += _ones(word & np.uint64(0xFFFF))
                 word >>= np.uint64(_LANES)
             stop += 1
-        in_m, in_v = m[slot : slot + count], v[slot : slot + count]
+        stride = 64 * (stop - start) * _LANES // max(count, 1)
         if master is None:
-            _advance(g, w, in_m, in_v, count, c)
+            _advance(g, w, 0, m, v, slot, count, c, param, grad, 64 * stop, stride)
         else:
-            own = master[slot : slot + count]
-            _advance(g, own, in_m, in_v, count, c)
-            _round(own.view(np.uint32), count, narrow)
+            _advance(g, master, slot, m, v, slot, count, c, param, grad, 64 * stop, stride)
+            _round(master.view(np.uint32), slot, count, narrow)
         slot += count
         count = 0
         for k in range(start, stop):
@@ -253,9 +339,9 @@ def _step_by_bits(words, first, last, slot, param, grad, master, m, v, c):  # ty
                 count += _ones(word & np.uint64(0xFFFF))
                 word >>= np.uint64(_LANES)
     if whole < last:  # the last word, where the array ends within it
-        places, count = np.empty(64, np.uint32), 0
+        places, count = np.empty(64, np.uint16), 0
         for bit in range(64):
             if (words[whole] >> np.uint64(bit)) & np.uint64(1):
-                places[count] = 64 * whole + bit
+                places[count] = bit
                 count += 1
-        _step_at(places[:count], slot, param, grad, master, m, v, c, bits, w, narrow)
+        _step_at(places[:count], 64 * whole, slot, param, grad, master, m, v, c, buffers)

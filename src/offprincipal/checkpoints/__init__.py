@@ -2,7 +2,7 @@
 
 from offprincipal.checkpoints.checkpoint import Array, Checkpoint, TensorInfo
 from offprincipal.checkpoints.opening import open_checkpoint
-from offprincipal.checkpoints.pairing import Pairing, pair_tensors
+from offprincipal.checkpoints.pairing import Pairing, pair_tensors, parameter_of
 from offprincipal.checkpoints.parts import Part, parts_of
 from offprincipal.checkpoints.roles import Place, place_of
 
@@ -15,6 +15,7 @@ __all__ = [
     "TensorInfo",
     "open_checkpoint",
     "pair_tensors",
+    "parameter_of",
     "parts_of",
     "place_of",
 ]

@@ -1,7 +1,11 @@
-"""Which tensors of two checkpoints are compared: the same names and shapes, but for vocabularies and tied heads."""
+"""Which tensors of two checkpoints are compared: the same names and shapes, but for vocabularies and tied heads.
+
+And which parameter of an open model is which stored tensor.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +51,16 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> Pairing:
                 f"the first {tensors[name].shape[0]} are compared"
             )
     return Pairing(tensors, tuple(notes))
+
+
+def parameter_of(name: str, parameters: Mapping[str, Any], prefix: str) -> str | None:
+    """The model's name for a stored tensor, which may have or lack the prefix of the decoder; None where there is none.
+
+    >>> parameter_of("h.0.ln_1.weight", {"transformer.h.0.ln_1.weight": ...}, "transformer")
+    'transformer.h.0.ln_1.weight'
+    """
+    spellings = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+    return next((spelling for spelling in spellings if spelling in parameters), None)
 
 
 def _tied_heads(base: Checkpoint, tuned: Checkpoint) -> tuple[set[str], list[str]]:

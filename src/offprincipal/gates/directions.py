@@ -6,7 +6,6 @@ vectors; `random_principal` and `random_complement` are Gaussian in the same two
 matrices and where they lie in a model's tensors; knows nothing of how a direction is measured.
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offprincipal.checkpoints import Checkpoint, Part, TensorInfo, parts_of
-from offprincipal.gates.updates import parameter_of
+from offprincipal.checkpoints import Checkpoint, Part, TensorInfo, parameter_of, parts_of
+from offprincipal.geometry.draws import generator_of
 from offprincipal.geometry.masks import mask_size, principal_ranks
 from offprincipal.geometry.spectrum import decompose, decompose_randomized, principal_rank
 
@@ -200,12 +199,6 @@ def random_direction(
             norm = torch.linalg.vector_norm(matrix.read(update[matrix.parameter]))
             matrix.add_to(tensors, norm * matrix.random(direction, draw))
     return tensors
-
-
-def generator_of(seed: int, *what: object) -> torch.Generator:
-    """A generator for one purpose, whatever was drawn before."""
-    digest = hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def _linear_parts(base: Checkpoint) -> Iterable[tuple[TensorInfo, Part]]:

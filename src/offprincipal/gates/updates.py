@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offprincipal.checkpoints import Checkpoint, open_checkpoint, pair_tensors
+from offprincipal.checkpoints import Checkpoint, open_checkpoint, pair_tensors, parameter_of
 from offprincipal.checkpoints.hostile import is_file
 from offprincipal.errors import CheckpointError, ModelError
 from offprincipal.models import LanguageModel
@@ -138,16 +138,6 @@ class Tuned:
         if not np.isfinite(wide).all():
             raise CheckpointError(f"{name} of {self._stored.source} holds NaN or infinity. Look at how it was trained")
         return torch.from_numpy(np.ascontiguousarray(wide))
-
-
-def parameter_of(name: str, parameters: Mapping[str, Any], prefix: str) -> str | None:
-    """The model's name for a stored tensor, which may have or lack the prefix of the decoder; None where there is none.
-
-    >>> parameter_of("h.0.ln_1.weight", {"transformer.h.0.ln_1.weight": ...}, "transformer")
-    'transformer.h.0.ln_1.weight'
-    """
-    spellings = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-    return next((spelling for spelling in spellings if spelling in parameters), None)
 
 
 @contextmanager
