@@ -61,16 +61,17 @@ def study(
     sft_size: float = 2e-4,
     weights: dict[str, Tensor] | None = None,
 ) -> dict[str, dict[str, str]]:
-    """Claim -> verdicts, of two RLVR-like runs and one SFT-like run."""
+    """Claim -> verdicts, of two RLVR-like runs, a third that learned from preferences, and one SFT-like run."""
     weights = weights or heavy_tailed()
     base = write_model(tmp_path / "base", weights)
     runs = {
         "rl_a": write_model(tmp_path / "rl_a", updated(weights, rl_size, 1000, on_principal)),
         "rl_b": write_model(tmp_path / "rl_b", updated(weights, rl_size, 2000, on_principal)),
         "sft": write_model(tmp_path / "sft", updated(weights, sft_size, 3000)),
+        "dpo": write_model(tmp_path / "dpo", updated(weights, rl_size, 4000, on_principal)),
     }
     compare(base, runs).write(tmp_path / "comparison")
-    evidence = Evidence.read(tmp_path / "comparison", ["rl_a", "rl_b"], ["sft"], "comparison")
+    evidence = Evidence.read(tmp_path / "comparison", ["rl_a", "rl_b"], ["sft"], "comparison", beyond=["dpo"])
     judged = {id: judge(id, evidence) for id in SIGNATURES}
     for claim in judged.values():
         assert {claim["as_published"]["verdict"], claim["controlled"]["verdict"]} <= VERDICTS
@@ -83,7 +84,7 @@ def study(
 def test_rounding_and_step_length_alone_make_the_published_picture_and_no_control_lets_it_pass(tmp_path: Path) -> None:
     """Every update here ignores the weights, and the SFT-like one is ten times as long."""
     verdicts = study(tmp_path, sft_size=2e-3)
-    for id in ("C1", "C2", "C3", "C4", "C5", "C6"):
+    for id in ("C1", "C2", "C3", "C4", "C5", "C6", "C13"):
         assert verdicts[id]["published"] == "supported", id
         allowed = {"no effect beyond the control"}
         if id in ("C3", "C4"):  # ratios of noisy shifts and angles: twelve matrices may leave the interval wide
@@ -102,6 +103,7 @@ def test_an_update_that_avoids_principal_weights_passes_the_control(tmp_path: Pa
     verdicts = study(tmp_path, on_principal=0.3)
     assert verdicts["C5"] == {"published": "supported", "controlled": "supported"}
     assert verdicts["C2"]["controlled"] == "supported"
+    assert verdicts["C13"]["controlled"] != "supported"  # it avoids them, but is no sparser than SFT for its length
 
 
 def test_an_update_that_seeks_principal_weights_contradicts_under_the_control(tmp_path: Path) -> None:
@@ -118,7 +120,7 @@ def test_runs_that_changed_nothing_are_inconclusive_not_an_error(tmp_path: Path)
     base = write_model(tmp_path / "base", heavy_tailed())
     compare(base, {"rl": base, "sft": base}).write(tmp_path / "comparison")
     evidence = Evidence.read(tmp_path / "comparison", ["rl"], ["sft"], "comparison")
-    for id in ("C2", "C3", "C4", "C5", "C6"):
+    for id in ("C2", "C3", "C4", "C5", "C6", "C13"):
         found = judge(id, evidence)
         assert found["as_published"]["verdict"] == found["controlled"]["verdict"] == "inconclusive"
         assert found["as_published"]["effect"] is None

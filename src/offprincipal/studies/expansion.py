@@ -20,7 +20,7 @@ from typing import Any
 from offprincipal.errors import StudyError
 
 EACH = "each"
-_NAMED_IN = ("runs", "rl", "sft", "like", "ladder")  # fields that name stages and take patterns
+_NAMED_IN = ("runs", "rl", "sft", "beyond", "like", "ladder")  # fields that name stages and take patterns
 _SOURCES = "sources"
 
 

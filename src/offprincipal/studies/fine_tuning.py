@@ -52,8 +52,7 @@ class MatchedStage(TrainStage):
 
     def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
         chosen = self._match(name, space)
-        settings = self.train_settings(space.base, space.training)
-        settings = settings.model_copy(update={"learning_rate": chosen["learning_rate"]})
+        settings = self.settings_in(space).model_copy(update={"learning_rate": chosen["learning_rate"]})
         train(settings, space.folder(name), overwrite=overwrite, progress=progress)
         write_json(space.folder(name) / MATCHED, chosen)
 

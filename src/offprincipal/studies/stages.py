@@ -75,18 +75,21 @@ class TrainStage(StageKind):
 
     Args:
         start: the stage whose model is trained instead of the base.
+        taught_by: the stage whose model is the teacher of `distill`.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
     kind: Literal["train"]
     start: str | None = None
+    taught_by: str | None = None
 
     def inputs(self) -> tuple[str, ...]:
-        return () if self.start is None else (self.start,)
+        return tuple(stage for stage in (self.start, self.taught_by) if stage is not None)
 
     def train_settings(self, base: str, training: Mapping[str, Any]) -> TrainSettings:
-        own = self.model_extra or {}
-        return parse_settings({"model": base, **training, **own})
+        """Those of the profile and the stage; a stage that teaches is named in place of its folder."""
+        taught = {} if self.taught_by is None else {"teacher": self.taught_by}
+        return parse_settings({"model": base, **training, **(self.model_extra or {}), **taught})
 
     def check(self, base: str, training: Mapping[str, Any]) -> None:
         for task in self.train_settings(base, training).tasks:
@@ -95,15 +98,22 @@ class TrainStage(StageKind):
     def settings(self, space: Workspace) -> dict[str, Any]:
         settings = self.train_settings(space.base, space.training)
         found = settings.model_dump(mode="json")
-        if settings.teacher is not None:
+        if settings.teacher is not None and self.taught_by is None:
             found["teacher_content"] = content_digest(base_folder(settings.teacher))
         if self.start is not None:  # the content of that stage is part of the key anyway, wherever it lies
             return found | {"model": None, "start": self.start}
         return found | {"base_content": content_digest(base_folder(settings.model))}
 
     def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
+        train(self.settings_in(space), space.folder(name), overwrite=overwrite, progress=progress)
+
+    def settings_in(self, space: Workspace) -> TrainSettings:
+        """The settings, with the folders of the stages that it starts from and learns from."""
         base = space.base if self.start is None else str(space.folder(self.start))
-        train(self.train_settings(base, space.training), space.folder(name), overwrite=overwrite, progress=progress)
+        settings = self.train_settings(base, space.training)
+        if self.taught_by is None:
+            return settings
+        return settings.model_copy(update={"teacher": str(space.folder(self.taught_by))})
 
     def files(self, name: str, space: Workspace) -> list[Path]:
         watched = {**space.training, **(self.model_extra or {})}.get("monitor") is not None
@@ -142,12 +152,14 @@ class ClaimsStage(StageKind):
     Args:
         sources: of what the theory's claims need, of `SOURCES`, the stages that made it.
         gaussian: run -> the stage of the Gaussian update that stands beside it.
+        beyond: runs that learn from preferences or a teacher, of which C13 speaks.
     """
 
     kind: Literal["claims"]
     comparison: str
     rl: tuple[str, ...] = Field(min_length=1)
     sft: tuple[str, ...] = ()
+    beyond: tuple[str, ...] = ()
     claims: tuple[str, ...] = Field(min_length=1)
     sources: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     gaussian: dict[str, str] = Field(default_factory=dict)
@@ -159,7 +171,7 @@ class ClaimsStage(StageKind):
     def trained(self) -> tuple[str, ...]:
         """The training stages that `study.json` speaks of."""
         watched = (self.sources.get(f"watched_{kind}", ()) for kind in ("rl", "sft"))
-        return tuple(dict.fromkeys((*self.rl, *self.sft, *chain(*watched))))
+        return tuple(dict.fromkeys((*self.rl, *self.beyond, *self.sft, *chain(*watched))))
 
     def check(self, base: str, training: Mapping[str, Any]) -> None:
         unknown = [claim for claim in self.claims if claim not in CLAIMS]
@@ -178,7 +190,7 @@ class ClaimsStage(StageKind):
     def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
         sources = {source: [space.folder(stage) for stage in stages] for source, stages in self.sources.items()}
         evidence = Evidence.read(
-            space.folder(self.comparison), self.rl, self.sft, self.comparison, sources, self.gaussian
+            space.folder(self.comparison), self.rl, self.sft, self.comparison, sources, self.gaussian, self.beyond
         )
         study = {
             "schema": 1,

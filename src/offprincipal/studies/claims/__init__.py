@@ -14,6 +14,7 @@ from offprincipal.studies.claims import (  # noqa: F401  # the claims enter them
     masks,
     precision,
     signatures,
+    transfer,
 )
 from offprincipal.studies.claims.evidence import SOURCES, Evidence
 from offprincipal.studies.claims.registry import CLAIMS, judge

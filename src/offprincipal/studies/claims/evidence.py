@@ -32,6 +32,7 @@ class Evidence:
     Args:
         sources: what the theory's claims read beside the comparison: of `SOURCES`, each to the folders that hold it.
         gaussian: run -> the Gaussian update of equal length that stands beside it in the source `bounds`.
+        beyond: runs that learn from preferences or a teacher.
     """
 
     matrices: dict[str, list[dict[str, Any]]]
@@ -41,6 +42,7 @@ class Evidence:
     folder: str
     sources: Mapping[str, Sequence[Path]] = field(default_factory=dict)
     gaussian: Mapping[str, str] = field(default_factory=dict)
+    beyond: tuple[str, ...] = ()
 
     @classmethod
     def read(
@@ -51,6 +53,7 @@ class Evidence:
         folder: str,
         sources: Mapping[str, Sequence[Path]] | None = None,
         gaussian: Mapping[str, str] | None = None,
+        beyond: Sequence[str] = (),
     ) -> "Evidence":
         """Read a comparison's tables.
 
@@ -63,11 +66,11 @@ class Evidence:
         runs: dict[str, list[dict[str, Any]]] = {}
         for row in read_table(comparison, "matrices"):
             runs.setdefault(row["run"], []).append(row)
-        absent = [run for run in (*rl, *sft) if run not in runs]
+        absent = [run for run in (*rl, *sft, *beyond) if run not in runs]
         if absent:
             raise StudyError(f"{comparison} has no run '{absent[0]}': its runs are {', '.join(runs)}")
         pairs = read_table(comparison, "pairs")
-        return cls(runs, pairs, tuple(rl), tuple(sft), folder, sources or {}, gaussian or {})
+        return cls(runs, pairs, tuple(rl), tuple(sft), folder, sources or {}, gaussian or {}, tuple(beyond))
 
     @property
     def parameters(self) -> int:

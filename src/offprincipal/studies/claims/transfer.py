@@ -1,0 +1,50 @@
+"""C13: do preference learning and distillation leave the signature said to be RLVR's, by the rules of C1 and C3–C6."""
+
+from dataclasses import replace
+
+from offprincipal.studies.claims import signatures
+from offprincipal.studies.claims.evidence import Evidence
+from offprincipal.studies.claims.registry import claim
+from offprincipal.studies.claims.rules import (
+    Condition,
+    Judgement,
+    controlled_with,
+    nothing,
+    published_with,
+)
+
+_PARTS = (
+    ("it is sparser than SFT", signatures.sparsity),
+    ("it shifts singular values less", signatures.spectrum),
+    ("it turns principal subspaces less", signatures.rotation),
+    ("it prefers small weights", signatures.low_magnitude),
+)
+
+
+@claim(
+    "C13",
+    "beyond RLVR",
+    "Preference learning and distillation leave the same signature: off-principal, sparse, and true to the spectrum",
+    "as of C1 and C3 to C6: rounding for locations, step length for the rest",
+)
+def beyond_rlvr(evidence: Evidence) -> tuple[Judgement, Judgement]:
+    if not evidence.beyond:
+        none = nothing("the signature", "No run learns from preferences or a teacher.")
+        return none, none
+    others = replace(evidence, rl=evidence.beyond)
+    parts = [(words, rule(others)) for words, rule in _PARTS]
+    published, controlled = signatures.off_principal(others)
+    found = (
+        published_with(published, [Condition(words, judged[0]) for words, judged in parts]),
+        controlled_with(controlled, [Condition(words, judged[1]) for words, judged in parts]),
+    )
+    return _named(found[0], evidence), _named(found[1], evidence)
+
+
+def _named(judgement: Judgement, evidence: Evidence) -> Judgement:
+    """The sentences of C5 speak of RLVR: here they are about these runs."""
+    return replace(
+        judgement,
+        measure=judgement.measure.replace("RLVR", "these runs"),
+        sentence=f"Of {', '.join(evidence.beyond)}: {judgement.sentence.replace('RLVR', 'these runs')}",
+    )
