@@ -28,9 +28,9 @@ class FrozenFactor(nn.Module):
 class Factor(nn.Module):
     """A factor whose parameter becomes what acts through `acting`.
 
-    Reading `weight` gives what acts, within autograd; between `hold` and `release`, which a layer puts around its forward
-    pass, every reading gives the same tensor. Outside of autograd, where a rollout reads it at every token, it is kept
-    until the parameter moves. State dicts have `weight` alone.
+    Reading `weight` gives what acts, within autograd; between `hold` and `release`, which a layer puts around its
+    forward pass, every reading gives the same tensor. Outside of autograd, where a rollout reads it at every token, it
+    is kept until the parameter moves. State dicts have `weight` alone.
     """
 
     def __init__(self, trained: Tensor) -> None:
