@@ -11,15 +11,27 @@ time, which other processes on the machine disturb least. The set-up, where the 
 import argparse
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
 from typing import Any
 
 import torch
-from harness import Spread, machine, spread
+from harness import Table, in_rounds, number, ratios, torch_threads
 
 from offprincipal import adapt
 from offprincipal.adapters.adapt import METHODS
 from offprincipal.models import open_language_model
+
+RANK = 8
+COLUMNS = (
+    "sequences × tokens",
+    "method",
+    "step, times LoRA's",
+    "rollout, times LoRA's",
+    "s a step",
+    "s a rollout",
+    "s of set-up",
+)
 
 
 def step_of(model: Any, tokens: torch.Tensor) -> Callable[[], None]:
@@ -45,47 +57,47 @@ def rollout_of(model: Any, tokens: torch.Tensor) -> Callable[[], None]:
     return rollout
 
 
-def cpu_seconds(run: Callable[[], None]) -> float:
-    began = time.process_time()
-    run()
-    return time.process_time() - began
+def adapter_costs(model: str, sizes: Sequence[tuple[int, int, int]], methods: Sequence[str], rank: int = RANK) -> Table:
+    """(i): every method at every size, a batch, a length, and the rounds of it."""
+    with torch_threads(1):
+        base = open_language_model(model, "cpu").model.train()
+        rows = tuple(row for size in sizes for row in rows_of(base, *size, methods, rank))
+    note = (
+        f"The {model} model, {sum(p.numel() for p in base.parameters()) / 1e6:.1f} M parameters, rank {rank}, one "
+        "thread; LoRA against itself is the noise. A step is forward, backward and AdamW, a rollout eight sampled "
+        "tokens. CPU time of the process."
+    )
+    return Table("(i) Adapters against PEFT's LoRA", note, COLUMNS, rows)
 
 
-def ratio(run: Callable[[], None], lora: Callable[[], None], rounds: int) -> Spread:
-    """Of the method over LoRA, after one run of either that is not counted."""
-    run(), lora()
-    found = []
-    for turn in range(rounds):
-        first, second = (run, lora) if turn % 2 == 0 else (lora, run)
-        seconds = cpu_seconds(first), cpu_seconds(second)
-        found.append(seconds[0] / seconds[1] if turn % 2 == 0 else seconds[1] / seconds[0])
-    return spread(found)
+def rows_of(
+    base: Any, batch: int, length: int, rounds: int, methods: Sequence[str], rank: int
+) -> Iterator[tuple[str, ...]]:
+    """One row a method, all beside the same LoRA."""
+    tokens = torch.randint(0, base.config.vocab_size, (batch, length))
+    lora = adapt(copy.deepcopy(base), "lora", rank=rank)
+    runs = step_of(lora, tokens), rollout_of(lora, tokens)
+    for method in methods:
+        began = time.process_time()
+        adapted = adapt(copy.deepcopy(base), method, rank=rank)
+        setup = time.process_time() - began
+        ours = step_of(adapted, tokens), rollout_of(adapted, tokens)
+        seconds = [in_rounds([run, peft], rounds) for run, peft in zip(ours, runs, strict=True)]
+        medians = (f"{number(median(run))} against {number(median(peft))}" for run, peft in seconds)
+        costs = (str(ratios(run, peft)) for run, peft in seconds)
+        yield (f"{batch} × {length}", method, *costs, *medians, number(setup))
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rounds", type=int, default=15)
-    arguments.add_argument("--rank", type=int, default=8)
+    arguments.add_argument("--rank", type=int, default=RANK)
     arguments.add_argument("--model", default="embedded")
     arguments.add_argument("--batch", type=int, default=240)
     arguments.add_argument("--length", type=int, default=24)
     arguments.add_argument("--methods", nargs="*", default=METHODS)
     given = arguments.parse_args()
-    base = open_language_model(given.model, "cpu").model.train()
-    tokens = torch.randint(0, base.config.vocab_size, (given.batch, given.length))
-    lora = adapt(copy.deepcopy(base), "lora", rank=given.rank)
-    step, rollout = step_of(lora, tokens), rollout_of(lora, tokens)
-    print(f"{machine()}; torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
-    print(f"{given.model}, {given.batch} sequences of {given.length} tokens, rank {given.rank}")
-    print(f"lora: {cpu_seconds(step):.3f} CPU s a step, {cpu_seconds(rollout):.3f} a rollout\n")
-    print("| method | set-up, CPU s | step, times LoRA's | rollout, times LoRA's |\n|---|---|---|---|")
-    for method in given.methods:
-        began = time.process_time()
-        adapted = adapt(copy.deepcopy(base), method, rank=given.rank)
-        setup = time.process_time() - began
-        steps = ratio(step_of(adapted, tokens), step, given.rounds)
-        rollouts = ratio(rollout_of(adapted, tokens), rollout, given.rounds)
-        print(f"| {method} | {setup:.2f} | {steps} | {rollouts} |", flush=True)
+    print(adapter_costs(given.model, [(given.batch, given.length, given.rounds)], given.methods, given.rank))
 
 
 if __name__ == "__main__":

@@ -4,35 +4,55 @@
     python benchmarks/compare.py --quick --out /tmp/results.md
 
 Machines differ and are noisy, so a result is a ratio; absolute figures stand beside it as context for one machine on
-one day. Writes benchmarks/RESULTS.md after each group of rows, with what is measured so far.
+one day. Writes benchmarks/RESULTS.md after each group of rows: all of it anew, or with `--only` those groups in place
+of what they were, each with the day and the machine. (a) to (g) measure `compare`, (h) to (j) training.
 """
 
 import argparse
+import os
 import platform
+import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+from adapters import adapter_costs
 from change_scan import change_scan
 from decomposition import against_svd, second_tuned
 from gpu import end_to_end
 from harness import NotMeasured, Table, machine
+from isospectral import isospectral_steps
 from pairs import PairFolder
 from scaling import ALL_METRICS, Point, measure_scaling, memory_table, time_table
+from sparse import sparse_steps
 from spectra import against_weightwatcher
 
 HERE = Path(__file__).parent
 WORK = Path(tempfile.gettempdir()) / "offprincipal-bench"
 PACKAGES = ("offprincipal", "torch", "transformers", "safetensors", "numpy")
 TINY = "tiny:64,160,2,4,2,512"
+HEADING = """# Benchmark
+
+`make bench` makes this file; under each group stands when and where it was measured.
+
+(a) to (g): a ratio is the alternative's cost over ours, so above 1 ours needs less: the **median** of the rounds, with
+the least and the most in brackets. Both sides run in turn on the same files. The models are synthetic, with the shapes
+of Qwen2 and a power-law spectrum (`scripts/make_synthetic.py`). (h) to (j): a ratio is ours over the other's, so below
+1 ours needs less.
+"""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """On which pairs the groups are measured."""
+    """On which pairs, and with how many rounds, the groups are measured.
+
+    Args:
+        sparse: side of the matrix, rounds. adapters: model, (batch, length, rounds) of each size, methods.
+        isospectral: rounds, steps, batch.
+    """
 
     scan: tuple[str, int | None]
     decomposition: tuple[str, int]
@@ -40,6 +60,9 @@ class Plan:
     scaling: tuple[tuple[str, str, tuple[int, ...]], ...]
     rounds: int
     loaded: int
+    sparse: tuple[int, int]
+    adapters: tuple[str, tuple[tuple[int, int, int], ...], tuple[str, ...]]
+    isospectral: tuple[int, int, int]
 
 
 FULL = Plan(
@@ -54,6 +77,9 @@ FULL = Plan(
     ),
     rounds=5,
     loaded=4,
+    sparse=(2048, 21),
+    adapters=("embedded", ((240, 24, 7), (16, 24, 31)), ("lora", "off_principal", "pissa", "geora")),
+    isospectral=(3, 4, 240),
 )
 QUICK = Plan(
     scan=(TINY, None),
@@ -62,15 +88,18 @@ QUICK = Plan(
     scaling=((TINY, "location", (1, 2)), (TINY, ALL_METRICS, (1,))),
     rounds=1,
     loaded=1,
+    sparse=(64, 1),
+    adapters=("embedded", ((2, 4, 1),), ("off_principal",)),
+    isospectral=(1, 1, 8),
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="default: RESULTS.md beside this file, if every group is measured")
+    parser.add_argument("--out", type=Path, help="default: RESULTS.md beside this file; none with --quick")
     parser.add_argument("--only", help="groups of rows, such as a,b; all by default")
     parser.add_argument("--quick", action="store_true", help="tiny models, one round, without d and g: does it run?")
-    parser.add_argument("--rounds", type=int, help="ratios behind each median")
+    parser.add_argument("--rounds", type=int, help="ratios behind each median of (a) to (g)")
     parser.add_argument("--work", type=Path, default=WORK, help="keeps the models and weightwatcher's environment")
     arguments = parser.parse_args()
     plan = QUICK if arguments.quick else FULL
@@ -83,14 +112,15 @@ def main() -> None:
     unknown = [key for key in wanted if key not in groups]
     if unknown:
         parser.error(f"no group {', '.join(unknown)}: choose of {', '.join(groups)}")
-    out = arguments.out or (None if arguments.only or arguments.quick else HERE / "RESULTS.md")
+    out = arguments.out or (None if arguments.quick else HERE / "RESULTS.md")
     arguments.work.mkdir(parents=True, exist_ok=True)
-    tables: list[Table] = []
+    sections = sections_of(out.read_text()) if arguments.only and out and out.exists() else {}
     for key in wanted:
-        tables.append(measured(key, groups[key]))
-        print(tables[-1], flush=True)
+        table = measured(key, groups[key])
+        print(table, flush=True)
+        sections[key] = f"{table}\n{circumstances()}\n"
         if out:
-            out.write_text(render(tables))
+            write(out, render(sections))
 
 
 def groups_of(plan: Plan, work: Path, rounds: int) -> dict[str, Callable[[], Table]]:
@@ -111,6 +141,9 @@ def groups_of(plan: Plan, work: Path, rounds: int) -> dict[str, Callable[[], Tab
         "e": lambda: memory_table(scaling()),
         "f": lambda: time_table(scaling()),
         "g": lambda: end_to_end(folder, rounds),
+        "h": lambda: sparse_steps(*plan.sparse),
+        "i": lambda: adapter_costs(*plan.adapters),
+        "j": lambda: isospectral_steps(*plan.isospectral),
     }
 
 
@@ -121,22 +154,27 @@ def measured(key: str, group: Callable[[], Table]) -> Table:
         return Table(f"({key})", f"Not measured: {reason}.")
 
 
-def render(tables: list[Table]) -> str:
-    return "\n".join([*heading(), *map(str, tables)])
+def render(sections: Mapping[str, str]) -> str:
+    return "\n".join([HEADING, *(sections[key] for key in sorted(sections))])
 
 
-def heading() -> Iterator[str]:
-    yield "# Benchmark\n"
-    yield (
-        f"{date.today()}; {machine()}; Python {platform.python_version()}, "
-        + ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-        + ". `make bench` makes this file.\n"
-    )
-    yield (
-        "A ratio is the alternative's cost over ours, so above 1 ours needs less: the **median** of the rounds, with "
-        "the least and the most in brackets. Both sides run in turn on the same files. The models are synthetic, "
-        "with the shapes of Qwen2 and a power-law spectrum (`scripts/make_synthetic.py`).\n"
-    )
+def sections_of(results: str) -> dict[str, str]:
+    """The groups of rows of a file of results, by letter."""
+    _, *rest = re.split(r"^## \((\w)\)", results, flags=re.MULTILINE)
+    return {key: f"## ({key}){body.rstrip()}\n" for key, body in zip(rest[::2], rest[1::2], strict=True)}
+
+
+def circumstances() -> str:
+    """When, where and with what a group was measured."""
+    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    return f"*{date.today()}; {machine()}; Python {platform.python_version()}, {versions}.*"
+
+
+def write(out: Path, text: str) -> None:
+    """All of it or nothing: a killed benchmark keeps what was measured."""
+    whole = out.with_name(f"{out.name}.{os.getpid()}")
+    whole.write_text(text)
+    whole.replace(out)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,38 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.median(values), min(values), max(values))
 
 
+def ratios(ours: Sequence[float], other: Sequence[float]) -> Spread:
+    """Of what two sides took in the same rounds."""
+    return spread([one / two for one, two in zip(ours, other, strict=True)])
+
+
+def in_rounds(steps: Sequence[Callable[[], object]], rounds: int, warm_up: int = 1) -> list[list[float]]:
+    """CPU seconds of each step in each round, which runs all of them, forwards and backwards in turn.
+
+    The process's own CPU time is what other processes on the machine disturb least. The first rounds are not counted.
+    """
+    found: list[list[float]] = [[] for _ in steps]
+    for turn in range(rounds + warm_up):
+        for place in list(range(len(steps)))[:: 1 if turn % 2 == 0 else -1]:
+            began = time.process_time()
+            steps[place]()
+            found[place].append(time.process_time() - began)
+    return [seconds[warm_up:] for seconds in found]
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """torch computes on so many threads inside."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def middle(costs: Sequence[Cost]) -> Cost:
     """Medians of time and memory."""
     peaks = [cost.peak_bytes for cost in costs if cost.peak_bytes is not None]

@@ -1,51 +1,121 @@
-"""What a step of the isospectral optimizers costs on the embedded base: CPU seconds on one core, beside AdamW's.
+"""What the isospectral optimizers cost: a GRPO step of the study with each of them, beside the same step with AdamW.
 
-    python benchmarks/isospectral.py --rounds 7
+    python benchmarks/isospectral.py [--rounds 3] [--steps 3] [--batch 240]
 
-The step alone, without the forward and backward passes that it stands beside: an RL step of `offprincipal study` on the
-same model is what `train grpo` prints. Optimizers take turns, so that a noisy machine hits all alike.
+The trainer is that of `offprincipal train grpo`, on the embedded base, with the study's settings; a round trains from
+the base with each optimizer in turn, on the same prompts with the same seed, and which goes first alternates. A step is
+all that the trainer does between two updates: sample, verify, forward and backward, clip, update; of that the
+optimizer's share. The first step of each is not counted: it decomposes the base. Seconds are the process's own CPU
+time, which other processes on the machine disturb least.
 """
 
 import argparse
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
-from time import thread_time
 from typing import Any
 
 import torch
+from harness import Table, number, ratios, spread, torch_threads
+from transformers import TrainerCallback
 
 from offprincipal.adapters import IsospectralAdamW, IsospectralMuon
 from offprincipal.models import open_language_model
+from offprincipal.models.quiet import quiet_libraries
+from offprincipal.training import TrainSettings
+from offprincipal.training.recipes import build_trainer
 
-KINDS = {
-    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-5),
-    "IsospectralAdamW, svd": lambda model: IsospectralAdamW(model, lr=1e-5),
-    "IsospectralAdamW, newton-schulz": lambda model: IsospectralAdamW(model, lr=1e-5, retraction="newton-schulz"),
-    "IsospectralMuon, newton-schulz": lambda model: IsospectralMuon(model, lr=1e-5, retraction="newton-schulz"),
+TASKS = ("add", "sort@2")
+RATE = 1e-5
+KINDS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True),
+    "IsospectralAdamW, svd": lambda model: IsospectralAdamW(model, lr=RATE),
+    "IsospectralAdamW, newton-schulz": lambda model: IsospectralAdamW(model, lr=RATE, retraction="newton-schulz"),
+    "IsospectralMuon, newton-schulz": lambda model: IsospectralMuon(model, lr=RATE, retraction="newton-schulz"),
 }
+COLUMNS = (
+    "optimizer",
+    "GRPO step, in those with AdamW",
+    "optimizer's step, in AdamW's",
+    "optimizer's share of the GRPO step",
+    "s a GRPO step",
+    "s an optimizer's step",
+)
+
+
+class Clock(TrainerCallback):
+    """CPU seconds of each training step, and of the optimizer's step within it."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.updates: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.steps.append(-time.process_time())
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.updates.append(-time.process_time())
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.updates[-1] += time.process_time()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.steps[-1] += time.process_time()
+
+
+def trained(kind: str, steps: int, batch: int) -> Clock:
+    """A GRPO run of one uncounted step and `steps` more, timed."""
+    settings = TrainSettings(
+        recipe="grpo", tasks=TASKS, steps=steps + 1, batch=batch, learning_rate=RATE, eval_prompts=0, device="cpu"
+    )
+    opened, clock = open_language_model("embedded", "cpu"), Clock()
+    with tempfile.TemporaryDirectory() as folder, quiet_libraries():
+        trainer = build_trainer(settings, opened, Path(folder), clock)
+        trainer.args.save_strategy = "no"
+        trainer.optimizer = KINDS[kind](opened.model)
+        trainer.train()
+    return clock
+
+
+def isospectral_steps(rounds: int, steps: int = 3, batch: int = 240, kinds: Sequence[str] = tuple(KINDS)) -> Table:
+    """(j): a GRPO step with every optimizer; AdamW is first of `kinds`."""
+    whole: dict[str, list[float]] = {kind: [] for kind in kinds}
+    update: dict[str, list[float]] = {kind: [] for kind in kinds}
+    with torch_threads(1):
+        for turn in range(rounds):
+            for kind in kinds[:: 1 if turn % 2 == 0 else -1]:
+                clock = trained(kind, steps, batch)
+                whole[kind] += clock.steps[1:]
+                update[kind] += clock.updates[1:]
+    note = (
+        f"GRPO as `offprincipal train grpo` runs it on the embedded model, {batch} completions a step, one thread: "
+        f"{rounds} runs of {steps} counted steps with each optimizer, in turn, on the same prompts. A ratio is of the "
+        "same step of the same round, so below 1 ours needs less. CPU time of the process."
+    )
+    base = kinds[0]
+    rows = tuple(
+        (
+            kind,
+            str(ratios(whole[kind], whole[base])),
+            str(ratios(update[kind], update[base])),
+            str(spread([one / two for one, two in zip(update[kind], whole[kind], strict=True)])),
+            number(median(whole[kind])),
+            number(median(update[kind])),
+        )
+        for kind in kinds
+    )
+    return Table("(j) A step of the isospectral optimizers", note, COLUMNS, rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
-    torch.set_num_threads(1)
-    runs: dict[str, tuple[Any, Any]] = {}
-    for name, build in KINDS.items():
-        model = open_language_model("embedded", "cpu").model
-        runs[name] = (model, build(model))
-    seconds: dict[str, list[float]] = {name: [] for name in KINDS}
-    for step in range(rounds + 1):
-        for name, (model, optimizer) in runs.items():
-            generator = torch.Generator().manual_seed(step)
-            for parameter in model.parameters():
-                parameter.grad = 1e-3 * torch.randn(parameter.shape, generator=generator)
-            began = thread_time()
-            optimizer.step()
-            seconds[name].append(thread_time() - began)
-    print("| optimizer | CPU seconds a step | least to most |\n|---|---|---|")
-    for name, found in seconds.items():
-        kept = found[1:]  # the first decomposes the base
-        print(f"| {name} | {median(kept):.3f} | {min(kept):.3f} to {max(kept):.3f} |")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="counted, of each run")
+    parser.add_argument("--batch", type=int, default=240)
+    given = parser.parse_args()
+    print(isospectral_steps(given.rounds, given.steps, given.batch))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ that is slower, all entries in order.
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import Spread, Table, machine, number, spread
+from harness import Table, in_rounds, number, ratios, torch_threads
 from numba import njit
 from torch import Tensor
 
@@ -93,22 +92,6 @@ def touching(W: Tensor, grad: Tensor, mask: Tensor) -> tuple[Step, Step]:
     return lambda: touch(places, param, given), lambda: touch_all(param, given)
 
 
-def in_rounds(steps: list[Step], rounds: int) -> list[list[float]]:
-    """CPU seconds of each step in each round; a round warms up first, and which goes first alternates."""
-    found: list[list[float]] = [[] for _ in steps]
-    for turn in range(rounds + 2):
-        order = list(range(len(steps)))[:: 1 if turn % 2 == 0 else -1]
-        for place in order:
-            began = time.process_time()
-            steps[place]()
-            found[place].append(time.process_time() - began)
-    return [seconds[2:] for seconds in found]
-
-
-def ratios(ours: list[float], other: list[float]) -> Spread:
-    return spread([one / two for one, two in zip(ours, other, strict=True)])
-
-
 def row(kind: torch.dtype, density: float, side: int, rounds: int) -> tuple[str, ...]:
     draw = torch.Generator().manual_seed(0)
     W = torch.randn(side, side, generator=draw).to(kind)
@@ -117,7 +100,7 @@ def row(kind: torch.dtype, density: float, side: int, rounds: int) -> tuple[str,
     ours, kept, index = sparse(W, grad, mask)
     whole, whole_kept = dense(W, grad)
     masked, _ = dense(W, grad, mask)
-    seconds = in_rounds([ours, whole, masked, *touching(W, grad, mask)], rounds)
+    seconds = in_rounds([ours, whole, masked, *touching(W, grad, mask)], rounds, warm_up=2)
     bound = min(seconds[3:], key=statistics.median)
     share = mask.float().mean().item() * whole_kept
     return (
@@ -133,23 +116,28 @@ def row(kind: torch.dtype, density: float, side: int, rounds: int) -> tuple[str,
     )
 
 
+def sparse_steps(side: int, rounds: int, threads: int = 1) -> Table:
+    """(h): every density, of either type of weights."""
+    with torch_threads(threads):
+        rows = tuple(
+            row(kind, density, side, rounds) for kind in (torch.float32, torch.bfloat16) for density in DENSITIES
+        )
+    note = (
+        f"One {side} × {side} matrix, {threads} thread{'s' if threads > 1 else ''}, {rounds} rounds. Dense is "
+        "`AdamW(fused=True)`; the masked gradient is dense AdamW with the inactive entries put back. Touching reads "
+        "gradient and weight and writes the weight at the active entries, or at all in order where that is faster, and "
+        "computes nothing. CPU time of the process."
+    )
+    return Table("(h) A step of SparseAdamW", note, COLUMNS, rows)
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--side", type=int, default=2048, help="of the square matrix")
     arguments.add_argument("--rounds", type=int, default=21)
     arguments.add_argument("--threads", type=int, default=1)
     given = arguments.parse_args()
-    torch.set_num_threads(given.threads)
-    rows = tuple(
-        row(kind, density, given.side, given.rounds)
-        for kind in (torch.float32, torch.bfloat16)
-        for density in DENSITIES
-    )
-    note = (
-        f"torch {torch.__version__}, {given.threads} thread(s), {machine()}; a {given.side} × {given.side} matrix, "
-        f"{given.rounds} rounds: the median, with the least and the most."
-    )
-    print(Table("A step of SparseAdamW", note, COLUMNS, rows))
+    print(sparse_steps(given.side, given.rounds, given.threads))
 
 
 if __name__ == "__main__":

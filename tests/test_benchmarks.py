@@ -45,8 +45,19 @@ def test_every_group_of_the_quick_benchmark_has_its_table(tmp_path: Path) -> Non
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = results.read_text()
-    assert [line[4] for line in text.splitlines() if line.startswith("## (")] == list("abcef")
+    assert [line[4] for line in text.splitlines() if line.startswith("## (")] == list("abcefhij")
     assert "Not measured" not in text
+
+
+def test_groups_are_replaced_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
+    compare = module_at(BENCHMARK)
+    sections = {"a": "## (a) One\n\n| 1 |\n\n*then*\n", "j": "## (j) Ten\n\n(see (a))\n\n*then*\n"}
+    written = compare.render(sections)
+    assert compare.sections_of(written) == sections
+    again = compare.render(compare.sections_of(written) | {"g": "## (g)\n\nNot measured.\n\n*now*\n"})
+    assert list(compare.sections_of(again)) == list("agj")
+    assert {key: compare.sections_of(again)[key] for key in sections} == sections
 
 
 @pytest.mark.parametrize("count", ["relative", "by-tensor", "gathered"])

@@ -504,8 +504,8 @@ def test_the_benchmark_times_a_step_and_a_rollout(tiny_model: Path) -> None:
     sizes = ["--rounds", "1", "--batch", "2", "--length", "4", "--rank", "2", "--methods", "off_principal"]
     command = [sys.executable, str(benchmark), "--model", str(tiny_model), *sizes]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    *_, row = printed.splitlines()
-    assert row.startswith("| off_principal | ") and row.count("**") == 4
+    row = printed.strip().splitlines()[-1]
+    assert row.startswith("| 2 × 4 | off_principal | ") and row.count("**") == 4
 
 
 def trainer(model: Any, out: Path, steps: int = 4) -> Trainer:

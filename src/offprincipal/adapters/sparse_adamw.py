@@ -4,7 +4,7 @@ An entry outside its mask is never written, by the step or by weight decay. Know
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, overload
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.optim.adamw import adamw
 
 from offprincipal.adapters.choosing import require_trainable_type
 from offprincipal.adapters.sparse_index import count_active, entries_of, index_of, stretches_of
+from offprincipal.adapters.sparse_shards import gathered, spread
 from offprincipal.adapters.sparse_step import coefficients, step_entries
 from offprincipal.errors import AdapterError
 
@@ -33,8 +34,9 @@ class SparseAdamW(Optimizer):
     is `AdamW(foreach=False)`. Gradients are clipped, if at all, by whoever calls: the norm of `clip_grad_norm_` counts
     inactive entries, as it does for a dense optimizer.
 
-    Under FSDP2 each process keeps the mask and the state of its own shard. Its `state_dict` is then that shard's: save
-    and load one a process, at one number of processes.
+    Under FSDP2, by hand or by accelerate, each process keeps the mask and the state of its own shard. In a `state_dict`
+    these become tensors of the parameter's shape, sharded as it is, which `torch.distributed.checkpoint` saves, and
+    loads at any number of processes.
 
     Args:
         params: `model.named_parameters()`, or groups whose `params` are such pairs. Parameters without a mask are left
@@ -92,7 +94,7 @@ class SparseAdamW(Optimizer):
         """Move the active entries of every parameter that has a gradient.
 
         Raises:
-            AdapterError: a gradient is sparse.
+            AdapterError: a gradient is sparse, or parameters were replaced after the optimizer had stepped.
         """
         loss = None
         if closure is not None:
@@ -106,50 +108,70 @@ class SparseAdamW(Optimizer):
                     raise AdapterError(f"the gradient of {name} is a sparse tensor: SparseAdamW takes dense gradients")
                 state = self.state[parameter]
                 if not state:
+                    self._forget_replaced_parameters()
                     state.update(_fresh_state(_local(parameter), self._index(name, parameter)))
                 _step(_local(parameter), _local(parameter.grad), state, group)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any optimizer: plain tensors and numbers, the masks included."""
-        for group in self.param_groups:
-            for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                if not self.state[parameter]:
-                    self.state[parameter].update(_fresh_state(_local(parameter), self._index(name, parameter)))
-        return super().state_dict()
+        """As of any optimizer: plain tensors and numbers, the masks included; sharded tensors where parameters are."""
+        self._forget_replaced_parameters()
+        for name, parameter in self._named():
+            if not self.state[parameter]:
+                self.state[parameter].update(_fresh_state(_local(parameter), self._index(name, parameter)))
+        found = super().state_dict()
+        ids = [i for group in found["param_groups"] for i in group["params"]]
+        for i, (_, parameter) in zip(ids, self._named(), strict=True):
+            if isinstance(parameter, DTensor):
+                found["state"][i] = spread(self.state[parameter], parameter)
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where another optimizer with the same masks stopped; also in an optimizer that has not stepped.
 
         Raises:
-            AdapterError: that one had other masks, or parameters.
+            AdapterError: that one had other masks, parameters or shards.
         """
-        saved = state_dict["state"]
-        names = [
-            (name, p)
-            for group in self.param_groups
-            for name, p in zip(group["param_names"], group["params"], strict=True)
-        ]
+        self._forget_replaced_parameters()
+        named = list(self._named())
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        if len(ids) != len(names):
+        if len(ids) != len(named):
             raise AdapterError(
-                f"the saved optimizer trained {len(ids)} parameters, this one {len(names)}: continue with the masks "
+                f"the saved optimizer trained {len(ids)} parameters, this one {len(named)}: continue with the masks "
                 "that it was started with"
             )
-        for i, (name, parameter) in zip(ids, names, strict=True):
+        saved: dict[Any, dict[str, Any]] = {}
+        for i, (name, parameter) in zip(ids, named, strict=True):
             index = self._index(name, parameter)
-            theirs = saved.get(i, {}).get("index")
-            if theirs is not None and not torch.equal(theirs.cpu(), index.cpu()):
-                raise AdapterError(
-                    f"the saved optimizer trained other entries of {name}: continue with the masks it was started with"
-                )
-        super().load_state_dict(state_dict)
-        for i, (_, parameter) in zip(ids, names, strict=True):  # torch casts state to the parameter's type
+            if i in state_dict["state"]:
+                saved[i] = gathered(state_dict["state"][i], name, _local(parameter).shape)
+                if "index" in saved[i] and not torch.equal(saved[i]["index"].cpu(), index.cpu()):
+                    raise AdapterError(
+                        f"the saved optimizer trained other entries of {name}: continue with the masks it was started "
+                        "with"
+                    )
+        super().load_state_dict({**state_dict, "state": saved})
+        for i, (_, parameter) in zip(ids, named, strict=True):  # torch casts state to the parameter's type
             if "step" in self.state[parameter]:
                 self.state[parameter]["step"] = self.state[parameter]["step"].clone()
             for key in _OWN:
                 if key in saved.get(i, {}):
                     self.state[parameter][key] = saved[i][key].to(_local(parameter).device, copy=True)
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        for group in self.param_groups:
+            yield from zip(group["param_names"], group["params"], strict=True)
+
+    def _forget_replaced_parameters(self) -> None:
+        """Of parameters that sharding has put others in place of, as accelerate does, before the first step."""
+        present = {id(parameter) for _, parameter in self._named()}
+        for parameter in [parameter for parameter in self.state if id(parameter) not in present]:
+            if self.state[parameter].get("step", 0) > 0:
+                raise AdapterError(
+                    "parameters of SparseAdamW were replaced after it had stepped, so their moments are lost: shard "
+                    "the model, or call accelerator.prepare, before the first step"
+                )
+            del self.state[parameter]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_masks": self._masks}
