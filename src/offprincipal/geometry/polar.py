@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 _MOST_ROUNDS = 20
+_WELL_CONDITIONED = 4.0  # largest over smallest eigenvalue of XᵀX up to which its inverse root loses no digit
 _CONVERGES_BELOW = 1.0  # ‖XᵀX − I‖_F at which Newton–Schulz is sure to converge
 
 
@@ -17,17 +18,23 @@ def polar_factor(X: Tensor) -> Tensor:
         X: (n, r), n ≥ r, of full rank.
 
     Returns:
-        (n, r), in the type of X.
+        (n, r), in the type of X: X (XᵀX)^(−1/2) where the columns are nearly orthonormal, and else U Vᵀ of the singular
+        value decomposition, which is three times the work.
 
-    Source: Fan and Hoffman 1955; U Vᵀ of the singular value decomposition.
+    Source: Fan and Hoffman 1955; Higham, Functions of Matrices, chapter 8.
 
     >>> polar_factor(torch.tensor([[2.0, 0.0], [0.0, -3.0]]))
     tensor([[ 1.,  0.],
             [ 0., -1.]])
     """
-    U, _, Vh = torch.linalg.svd(X.double(), full_matrices=False)
-    found: Tensor = (U @ Vh).to(X.dtype)
-    return found
+    Y = X.double()
+    values, vectors = torch.linalg.eigh(Y.T @ Y)
+    if 0 < values[-1] <= _WELL_CONDITIONED * values[0]:
+        found: Tensor = Y @ ((vectors / values.sqrt()) @ vectors.T)
+    else:
+        U, _, Vh = torch.linalg.svd(Y, full_matrices=False)
+        found = U @ Vh
+    return found.to(X.dtype)
 
 
 def newton_schulz(X: Tensor) -> Tensor:
