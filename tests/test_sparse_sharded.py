@@ -19,7 +19,10 @@ KINDS = (torch.float32, torch.bfloat16)
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights and checkpoints of two processes, and the weights of four that went on from there: sums of 2 or 4 equal gradients are exact."""
+    """Weights and checkpoints of two processes, and the weights of four that went on from there.
+
+    Sums of two or of four equal gradients are exact.
+    """
     folder = tmp_path_factory.mktemp("sharded")
     for mode, processes in (("save", 2), ("continue", 4)):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
