@@ -1,12 +1,15 @@
-"""Learning rates as a ladder: how high a method stays stable, and at which rate it makes a step of a given size.
-
-Knows runs by their figures; knows nothing of folders or trainers.
-"""
+"""Learning rates as a ladder: how high a method stays stable, and at which rate it makes a step of a given size."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
+
+from offprincipal.outcomes import Row
+
+Pair = tuple[int | None, int]  # rank and seed
+Ladders = Mapping[Pair, Sequence[Row]]
 
 STABLE_LOSS = 0.02  # of accuracy: a run that ends further below its base than this has collapsed
 
@@ -68,3 +71,37 @@ def rate_for(wanted: float, rates: Sequence[float], sizes: Sequence[float]) -> f
     if y1 <= y0:
         return None
     return math.exp(x0 + (goal - y0) * (x1 - x0) / (y1 - y0))
+
+
+def ladders_of(rows: Sequence[Row], method: str) -> dict[Pair, list[Row]]:
+    """Rank and seed -> the runs of a low-rank method by rising learning rate, without those at matched rates."""
+    found: dict[Pair, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: float(row["learning_rate"])):
+        if row["method"] == method and row["rank"] is not None and row["matched_by"] is None:
+            found.setdefault((row["rank"], row["seed"]), []).append(row)
+    return dict(sorted(found.items()))
+
+
+def stable_run(ladder: Sequence[Row]) -> Row | None:
+    """The run at the highest stable rate; None where the lowest collapsed."""
+    rungs = [Rung(r["run"], r["learning_rate"], r["base_accuracy"], r["sampled_accuracy"]) for r in ladder]
+    found = highest_stable(rungs)
+    return None if found is None else next(row for row in ladder if row["run"] == found.run)
+
+
+def open_end(ladder: Sequence[Row]) -> Literal["above", "below"] | None:
+    """On which side the highest stable rate is not bounded: above where no run collapsed, below where the lowest did.
+
+    >>> run = {"run": "a", "learning_rate": 1e-3, "base_accuracy": 0.5, "sampled_accuracy": 0.6}
+    >>> open_end([run]), open_end([run | {"sampled_accuracy": 0.1}])
+    ('above', 'below')
+    """
+    found = stable_run(ladder)
+    if found is None:
+        return "below"
+    return "above" if found["run"] == ladder[-1]["run"] else None
+
+
+def best_accuracy(ladder: Sequence[Row]) -> float:
+    """The highest accuracy of its runs."""
+    return max(float(row["sampled_accuracy"]) for row in ladder)
