@@ -118,7 +118,7 @@ def test_a_killed_study_continues_and_ends_the_same(finished: Path, tiny_model: 
         ("stages.comparison.runs=[report]", "circle"),
         ("stages.grpo_a.kind=dance", "dance"),
         ("nonsense", "KEY=VALUE"),
-        ("name.of.what=1", "not in the profile"),
+        ("name.of.what=1", "a part of it is a value"),
         ("stages={'../x': {kind: train, recipe: grpo, tasks: [add]}}", "../x"),
         ("colour=blue", "colour"),
     ],

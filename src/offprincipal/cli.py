@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from offprincipal.errors import ArgumentError, OffPrincipalError
+from offprincipal.recipe_names import RECIPES
 
 if TYPE_CHECKING:
     from offprincipal.comparison import Condition
@@ -238,7 +239,7 @@ def gates(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="grpo, sft_own or sft_teacher.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help=f"{', '.join(RECIPES)}.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the run; the same command continues a killed one.")],
     task: Annotated[
         list[str], typer.Option("--task", help="add, sort@2, rg:NAME, hf:DATASET?prompt=…&answer=…; repeat for more.")

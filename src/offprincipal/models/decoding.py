@@ -73,8 +73,9 @@ def complete(
     max_new_tokens: int,
     generator: torch.Generator,
     reference: LanguageModel | None = None,
+    temperature: float = 1.0,
 ) -> Completions:
-    """One greedy completion and `samples` sampled at temperature 1 for each prompt.
+    """One greedy completion and `samples` sampled ones for each prompt.
 
     The random numbers are drawn before the first token, by row and position: two models with the same generator state
     see the same ones, so that their difference is measured on common noise.
@@ -86,6 +87,7 @@ def complete(
         max_new_tokens: the longest completion.
         generator: on the CPU; advanced by the call.
         reference: what the divergence is measured to; its vocabulary is the policy's.
+        temperature: of the sampling; entropy and divergence are the policy's own, at temperature 1.
 
     Raises:
         ModelError: a model has no key-value cache.
@@ -115,7 +117,7 @@ def complete(
         entropy += float(_entropy(policy)[counted].sum())
         if reference is not None:
             divergence += float(_divergence(policy, scores[1])[counted].sum())
-        token = torch.where(greedy[row], policy.argmax(-1), _draw(policy, uniform[row, position]))
+        token = torch.where(greedy[row], policy.argmax(-1), _draw(policy / temperature, uniform[row, position]))
         written[row[running], position] = token[running]
         running = running & ~torch.isin(token, eos)
         if not bool(running.any()) or position == max_new_tokens - 1:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from offprincipal.files import read_json
 from offprincipal.models import EMBEDDED
+from offprincipal.recipe_names import Recipe
 from offprincipal.studies.experiments import GatesStage, PrecisionStage
 from offprincipal.studies.graph import ShowStage, pending, run_profile
 from offprincipal.studies.profile import Profile, Stage
@@ -81,7 +82,16 @@ def _seconds_besides_training(stage: Stage) -> float:
 
 
 # Seconds on one core of the reference machine, as timed for the embedded base.
-_STEP = {"grpo": 2.2, "sft_own": 0.8, "sft_teacher": 1.6}  # for 256 sequences
+_STEP: dict[Recipe, float] = {  # for 256 sequences; with the sampling of preferences, which comes before the steps
+    "grpo": 2.2,
+    "dr_grpo": 2.0,
+    "rloo": 2.6,
+    "dpo": 4.2,
+    "kto": 2.4,
+    "distill": 2.6,
+    "sft_own": 0.8,
+    "sft_teacher": 1.6,
+}
 _FIXED_TRAIN = 15.0
 _OTHER = 5.0
 _PER_RUN = {"precision": 8.0, "gates": 25.0}

@@ -166,5 +166,5 @@ def apply_override(content: dict[str, Any], text: str) -> None:
     for part in path:
         place = place.setdefault(part, {}) if isinstance(place, dict) else None
     if not isinstance(place, dict):
-        raise StudyError(f"'{text}': {'.'.join(path)} is a value, and has no settings of its own")
+        raise StudyError(f"'{text}': there is no {key}, since a part of it is a value and has no settings of its own")
     place[last] = value

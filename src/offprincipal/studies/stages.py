@@ -95,6 +95,8 @@ class TrainStage(StageKind):
     def settings(self, space: Workspace) -> dict[str, Any]:
         settings = self.train_settings(space.base, space.training)
         found = settings.model_dump(mode="json")
+        if settings.teacher is not None:
+            found["teacher_content"] = content_digest(base_folder(settings.teacher))
         if self.start is not None:  # the content of that stage is part of the key anyway, wherever it lies
             return found | {"model": None, "start": self.start}
         return found | {"base_content": content_digest(base_folder(settings.model))}

@@ -3,12 +3,14 @@
 torch is imported with this package; transformers, TRL and datasets only when a model is opened or trained.
 """
 
+from offprincipal.recipe_names import RECIPES, Recipe
 from offprincipal.training.evaluation import evaluate
 from offprincipal.training.progress import ShowProgress, StepReport, silent, terminal_progress
 from offprincipal.training.runs import train
-from offprincipal.training.settings import Recipe, TrainSettings, parse_settings
+from offprincipal.training.settings import TrainSettings, parse_settings
 
 __all__ = [
+    "RECIPES",
     "Recipe",
     "ShowProgress",
     "StepReport",

@@ -13,10 +13,18 @@ from offprincipal.training.progress import ShowProgress, StepReport
 
 
 class Timekeeper(TrainerCallback):
-    """Write each step's seconds into the trainer's log, which its checkpoints keep, and show progress."""
+    """Write each step's seconds into the trainer's log, which its checkpoints keep, and show progress.
 
-    def __init__(self, show: ShowProgress) -> None:
+    Args:
+        show: told of every step.
+        metric: name of the value that is shown.
+        key: its name in the trainer's log.
+    """
+
+    def __init__(self, show: ShowProgress, metric: str, key: str) -> None:
         self._show = show
+        self._metric = metric
+        self._key = key
         self._began = 0.0
         self._seconds: list[float] = []
 
@@ -29,9 +37,9 @@ class Timekeeper(TrainerCallback):
             return
         self._seconds.append(time.perf_counter() - self._began)
         entry["seconds"] = round(self._seconds[-1], 4)
-        metric = "reward" if "reward" in entry else "loss"
         mean = sum(self._seconds) / len(self._seconds)
-        self._show(StepReport("training", state.global_step, state.max_steps, metric, entry[metric], mean))
+        value = entry.get(self._key)
+        self._show(StepReport("training", state.global_step, state.max_steps, self._metric, value, mean))
 
 
 class ExactAdapter(TrainerCallback):

@@ -20,12 +20,12 @@ class StepReport:
         stage: what it does now.
         step: optimizer steps done.
         steps: optimizer steps in all.
-        metric: name of the value that tells how it goes, `reward` or `loss`.
+        metric: name of the value that tells how it goes: `reward`, `reward_margin` or `loss`.
         value: that value in the last step; None before the first.
         seconds_per_step: the mean over this sitting; None before the first.
     """
 
-    stage: Literal["measuring the base", "training", "measuring the result"]
+    stage: Literal["measuring the base", "sampling preferences", "training", "measuring the result"]
     step: int
     steps: int
     metric: str

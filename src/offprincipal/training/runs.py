@@ -26,12 +26,13 @@ from offprincipal.errors import TrainingError
 from offprincipal.files import exclusively, read_json, require_folder, write_json
 from offprincipal.models import LanguageModel, identify, open_language_model, require_training_extra
 from offprincipal.models.quiet import quiet_libraries
+from offprincipal.recipe_names import Recipe
 from offprincipal.tasks import open_task
 from offprincipal.training.evaluation import evaluate
 from offprincipal.training.monitor import Monitor, base_file, table
 from offprincipal.training.progress import ShowProgress, StepReport, silent, terminal_progress
 from offprincipal.training.settings import TrainSettings
-from offprincipal.training.trained import ADAPTER, MASKS, Trained, prepare
+from offprincipal.training.trained import ADAPTER, MASKS, Opened, prepare
 
 SCHEMA = 1
 RECORD = "run.json"
@@ -52,7 +53,19 @@ _LOGGED = {
     "completions/mean_length": "tokens_per_completion",
     "completions/clipped_ratio": "truncated_share",
     "mean_token_accuracy": "token_accuracy",
+    "rewards/margins": "reward_margin",
+    "rewards/accuracies": "reward_accuracy",
+    "rewards/chosen": "chosen_reward",
+    "rewards/rejected": "rejected_reward",
+    "kl": "reference_point",
     "seconds": "seconds",
+}
+_SHOWN: dict[Recipe, str] = {  # of those, where it is not the loss that tells how a run goes
+    "grpo": "reward",
+    "dr_grpo": "reward",
+    "rloo": "reward",
+    "dpo": "rewards/margins",
+    "kto": "rewards/margins",
 }
 
 
@@ -74,10 +87,11 @@ def train(
         progress: what shows progress instead of the terminal.
 
     Returns:
-        The record, as in `run.json`: `schema`, `settings`, `base`, `parameters` of the model and
-        `trained_parameters` (fewer under a mask; an adapter's own), `accuracy` (`before` and `after`, each as
-        `evaluate` returns it, or None), `log` (one entry a step), `seconds` of training over all sittings, `machine`,
-        `versions`; and `stopped` where a condition of `stop_if` ended the training early: which, by what, and when.
+        The record, as in `run.json`: `schema`, `settings`, `base`, `teacher`, as `base`, where there is one;
+        `parameters` of the model and `trained_parameters` (fewer under a mask; an adapter's own), `accuracy` (`before`
+        and `after`, each as `evaluate` returns it, or None), `log` (one entry a step), `seconds` of training over all
+        sittings, `machine`, `versions`; and `stopped` where a condition of `stop_if` ended the training early: which,
+        by what, and when.
 
     Raises:
         TaskError: a task is not usable.
@@ -103,29 +117,31 @@ def train(
 
 
 def _run(settings: TrainSettings, out: Path, show: ShowProgress) -> dict[str, Any]:
-    metric = "reward" if settings.recipe == "grpo" else "loss"
+    metric = _LOGGED[_SHOWN.get(settings.recipe, "loss")]
     language_model = open_language_model(settings.model, settings.device)
-    base = identify(settings.model, language_model.model)
-    started = _started(out, settings, base)
-    sizes = {"parameters": sum(p.numel() for p in language_model.model.parameters())}
+    teacher = _teacher(settings, language_model)
+    models = {"base": identify(settings.model, language_model.model)}
+    if teacher is not None:
+        models["teacher"] = identify(str(settings.teacher), teacher.model)
+    started = _started(out, settings, models)
     with quiet_libraries():
-        trained = prepare(settings, language_model.model)
-    sizes["trained_parameters"] = trained.parameters
+        opened = Opened(language_model, prepare(settings, language_model.model), teacher)
     if started is None:
         show(StepReport("measuring the base", 0, settings.steps, metric))
-        with trained.as_base():
+        with opened.trained.as_base():
             before = _measure(settings, language_model, language_model)
-        started = {"schema": SCHEMA, "settings": settings.model_dump(mode="json"), "base": base, "before": before}
+        started = {"schema": SCHEMA, "settings": settings.model_dump(mode="json"), **models, "before": before}
 
+    sizes = {"parameters": opened.trained.base_parameters, "trained_parameters": opened.trained.parameters}
     monitor = _monitor(settings, out)
-    log = _fit(settings, language_model, trained, out / CHECKPOINTS, started, show, monitor)
-    _write_result(settings, language_model, trained, out)
+    log = _fit(settings, opened, out / CHECKPOINTS, started, show, monitor)
+    _write_result(settings, opened, out)
     show(StepReport("measuring the result", len(log), settings.steps, metric))
     after = _measure(settings, out, settings.model)
     record = {
         "schema": SCHEMA,
         "settings": started["settings"],
-        "base": base,
+        **models,
         **sizes,
         "accuracy": {"before": started["before"], "after": after},
         "log": log,
@@ -138,6 +154,17 @@ def _run(settings: TrainSettings, out: Path, show: ShowProgress) -> dict[str, An
     write_json(out / RECORD, record)
     _remove_checkpoints(out)
     return record
+
+
+def _teacher(settings: TrainSettings, language_model: LanguageModel) -> LanguageModel | None:
+    """Opened before anything is measured or written, as it may not fit the model."""
+    if settings.teacher is None:
+        return None
+    from offprincipal.training.recipes.distillation import require_one_vocabulary
+
+    teacher = open_language_model(settings.teacher, settings.device)
+    require_one_vocabulary(language_model, teacher, settings.teacher)
+    return teacher
 
 
 def _measure(
@@ -159,8 +186,7 @@ def _measure(
 
 def _fit(
     settings: TrainSettings,
-    language_model: LanguageModel,
-    trained: Trained,
+    opened: Opened,
     checkpoints: Path,
     started: dict[str, Any],
     show: ShowProgress,
@@ -174,9 +200,10 @@ def _fit(
     from offprincipal.training.callback import ExactAdapter, Timekeeper
     from offprincipal.training.recipes import build_trainer
 
+    key = _SHOWN.get(settings.recipe, "loss")
     with quiet_libraries():
-        callbacks = [Timekeeper(show), *([ExactAdapter()] if trained.is_adapter else [])]
-        trainer = build_trainer(settings, language_model, trained, checkpoints, callbacks)
+        callbacks = [Timekeeper(show, _LOGGED[key], key), *([ExactAdapter()] if opened.trained.is_adapter else [])]
+        trainer = build_trainer(settings, opened, checkpoints, callbacks, show)
         if monitor is not None:
             monitor.attach(trainer)
         require_folder(checkpoints)
@@ -239,17 +266,18 @@ def _complete_record(out: Path, settings: TrainSettings) -> dict[str, Any] | Non
     return None
 
 
-def _started(out: Path, settings: TrainSettings, base: dict[str, str]) -> dict[str, Any] | None:
+def _started(out: Path, settings: TrainSettings, models: dict[str, dict[str, str]]) -> dict[str, Any] | None:
     """What a killed run in this folder noted when it started."""
     started = _record(out / CHECKPOINTS / STARTED)
     if started is None:
         return None
     _require_same(out, started, settings)
-    if started["base"] != base:
-        raise TrainingError(
-            f"the run in {out} began from other weights of '{base['source']}' than are there now: "
-            "choose another --out or pass --overwrite"
-        )
+    for name, model in models.items():
+        if started[name] != model:
+            raise TrainingError(
+                f"the run in {out} began with other weights of its {name} '{model['source']}' than are there now: "
+                "choose another --out or pass --overwrite"
+            )
     return started
 
 
@@ -285,7 +313,7 @@ def _require_finite(model: Any, settings: TrainSettings) -> None:
             )
 
 
-def _write_result(settings: TrainSettings, language_model: LanguageModel, trained: Trained, out: Path) -> None:
+def _write_result(settings: TrainSettings, opened: Opened, out: Path) -> None:
     """Masters in float32, the stored model in bfloat16, an adapter or masks beside them, every file whole or absent.
 
     Ends with a bfloat16 model, whose adapter is merged.
@@ -294,12 +322,12 @@ def _write_result(settings: TrainSettings, language_model: LanguageModel, traine
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     with quiet_libraries():
-        trained.save_parts(part)
-        model = trained.merged()
+        opened.trained.save_parts(part)
+        model = opened.trained.merged()
         _require_finite(model, settings)
         model.save_pretrained(part / MASTERS, max_shard_size=_ONE_SHARD)
         model.to(torch.bfloat16).save_pretrained(part, max_shard_size=_ONE_SHARD)
-        language_model.tokenizer.save_pretrained(part)
+        opened.base.tokenizer.save_pretrained(part)
     for path in sorted(part.rglob("*")):
         if path.is_file():
             place = out / path.relative_to(part)

@@ -15,18 +15,20 @@ from pydantic import (
 
 from offprincipal.errors import TrainingError
 from offprincipal.models import EMBEDDED
+from offprincipal.recipe_names import RECIPES, Recipe
 from offprincipal.training.adapter_settings import AdapterSettings
 from offprincipal.training.monitor.verdicts import parse_watch
 
-Recipe = Literal["grpo", "sft_teacher", "sft_own"]
-_LATER = ("monitor", "stop_if", "warn_if", "adapter")  # settings that came after the first runs were recorded
+_REWARDED: tuple[Recipe, ...] = ("grpo", "dr_grpo", "rloo")  # by groups of completions of one prompt
+_PREFERRING: tuple[Recipe, ...] = ("dpo", "kto")
+_LATER = ("teacher", "beta", "monitor", "stop_if", "warn_if", "adapter")  # settings that older runs do not have
 
 
 class TrainSettings(BaseModel):
     """Everything that decides a run's weights, but for the machine.
 
     Raises:
-        TrainingError: the batch does not divide as it must.
+        TrainingError: the batch does not divide as it must, or the recipe lacks a setting or has one of another's.
 
     >>> TrainSettings(recipe="grpo", tasks=("add",)).learning_rate
     1e-05
@@ -34,26 +36,36 @@ class TrainSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    recipe: Recipe = Field(
-        description="grpo: reinforcement learning from the tasks' verifiers; sft_teacher: supervised on the teacher's "
-        "traces; sft_own: supervised on reference answers in the base's own format"
-    )
+    recipe: Recipe = Field(description="; ".join(f"{name}: {what}" for name, what in RECIPES.items()))
     model: str = Field(EMBEDDED, description="base model: a folder, a Hugging Face id, or 'embedded'")
     tasks: tuple[str, ...] = Field(min_length=1, description="tasks, in equal shares, as open_task names them")
     steps: int = Field(80, ge=1, description="optimizer steps")
-    batch: int = Field(240, ge=1, description="sequences a step: completions sampled for grpo, examples for sft")
+    batch: int = Field(
+        240,
+        ge=1,
+        description="sequences a step: completions sampled for grpo, dr_grpo, rloo, distill and kto; pairs for dpo; "
+        "examples for sft",
+    )
     micro_batch: int | None = Field(
         None, ge=1, description="at most so many sequences in memory at once; None: the whole batch"
     )
-    rollouts_per_prompt: int = Field(8, ge=2, description="completions sampled for one prompt (grpo)")
+    rollouts_per_prompt: int = Field(
+        8, ge=2, description="completions sampled for one prompt (all but distill and sft)"
+    )
     learning_rate: float = Field(1e-5, gt=0, description="learning rate of AdamW, constant after the warm-up")
     adam_betas: tuple[float, float] = Field((0.9, 0.999), description="decay of AdamW's first and second moment")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
-    temperature: float = Field(1.0, gt=0, description="sampling temperature (grpo)")
-    max_new_tokens: int = Field(8, ge=1, description="longest completion that is sampled in training (grpo)")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature (all but sft)")
+    max_new_tokens: int = Field(8, ge=1, description="longest completion that is sampled in training (all but sft)")
+    teacher: str | None = Field(
+        None, description="model that distill learns from, with the base's vocabulary: a folder, an id, or 'embedded'"
+    )
+    beta: float | None = Field(
+        None, gt=0, description="how closely dpo and kto hold to the base; None: TRL's default, 0.1"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower steps")
     seed: int = Field(0, ge=0, lt=2**32, description="decides training prompts and samples, not the measuring")
     eval_prompts: int = Field(768, ge=0, description="held-out prompts to measure on, before and after; 0: none")
@@ -77,10 +89,27 @@ class TrainSettings(BaseModel):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "TrainSettings":
-        if self.recipe == "grpo" and self.batch % self.rollouts_per_prompt:
+        if self.recipe in _REWARDED and self.batch % self.rollouts_per_prompt:
             raise TrainingError(
                 f"batch {self.batch} is not divisible by rollouts_per_prompt {self.rollouts_per_prompt}: "
                 f"choose a batch of {max(1, self.batch // self.rollouts_per_prompt) * self.rollouts_per_prompt}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_belong_to_the_recipe(self) -> "TrainSettings":
+        if self.teacher is None and self.recipe == "distill":
+            raise TrainingError(
+                "distill learns from a teacher: set teacher to a folder, a Hugging Face id or 'embedded'"
+            )
+        for name, recipes in (("teacher", ("distill",)), ("beta", _PREFERRING)):
+            if getattr(self, name) is not None and self.recipe not in recipes:
+                raise TrainingError(
+                    f"{name} is a setting of {' and '.join(recipes)}, not of {self.recipe}: leave it out"
+                )
+        if self.recipe == "kto" and self.sequences_at_once == 1:
+            raise TrainingError(
+                "kto compares sequences with their neighbours: choose a micro_batch that allows 2 at once"
             )
         return self
 
@@ -112,7 +141,7 @@ class TrainSettings(BaseModel):
     @property
     def prompts_per_step(self) -> int:
         """Different prompts in one step."""
-        return self.batch // self.rollouts_per_prompt if self.recipe == "grpo" else self.batch
+        return self.batch // self.rollouts_per_prompt if self.recipe in _REWARDED else self.batch
 
 
 def setting_fields() -> dict[str, Any]:

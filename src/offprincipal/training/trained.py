@@ -4,7 +4,7 @@ Knows models and the package's adapters; knows nothing of tasks, trainers or fol
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from offprincipal.adapters import IsospectralAdamW, IsospectralMuon, Masks, SparseAdamW, adapt, make_masks, shira
 from offprincipal.adapters.adapt import METHODS as LORA_METHODS
 from offprincipal.adapters.choosing import DEFAULT_DENSITY
-from offprincipal.models import model_name
+from offprincipal.models import LanguageModel, model_name
 from offprincipal.training.adapter_settings import AdapterSettings
 from offprincipal.training.settings import TrainSettings
 
@@ -27,11 +27,13 @@ class Trained:
 
     Args:
         model: a transformers model, or a PEFT model around it.
+        base_parameters: how many numbers the base has.
         optimizer: None: the trainer's own AdamW.
         masks: which entries are trained; None: no mask.
     """
 
     model: Any
+    base_parameters: int
     optimizer: Optimizer | None = None
     masks: Masks | None = None
 
@@ -64,6 +66,21 @@ class Trained:
             self.masks.save(folder / MASKS)
 
 
+@dataclass(frozen=True)
+class Opened:
+    """The models of a run.
+
+    Args:
+        base: the model and its tokenizer, float32; an adapter was put into it in place.
+        trained: what is trained of it.
+        teacher: of `distill`, float32, with the base's vocabulary.
+    """
+
+    base: LanguageModel
+    trained: Trained
+    teacher: LanguageModel | None = None
+
+
 def prepare(settings: TrainSettings, model: Any) -> Trained:
     """What is trained of an open base, which an adapter is put into in place.
 
@@ -71,12 +88,13 @@ def prepare(settings: TrainSettings, model: Any) -> Trained:
         AdapterError: the method does not cover the model, or a setting does not fit it; the model is unchanged then.
     """
     chosen = settings.adapter
+    numel = sum(p.numel() for p in model.parameters())
     if chosen is None:
-        return Trained(model)
+        return Trained(model, numel)
     given = chosen.model_dump(exclude_none=True)
     method = given.pop("method")
     if method in LORA_METHODS:
-        return Trained(adapt(model, method, seed=settings.seed, **given))
+        return Trained(adapt(model, method, seed=settings.seed, **given), numel)
     optimizer: dict[str, Any] = {
         "lr": settings.learning_rate,
         "betas": settings.adam_betas,
@@ -85,20 +103,21 @@ def prepare(settings: TrainSettings, model: Any) -> Trained:
     }
     if method in ("isospectral", "isospectral_muon"):
         kind: Any = IsospectralAdamW if method == "isospectral" else IsospectralMuon
-        return Trained(model, kind(model, **optimizer, **given))
-    return _masked(settings, chosen, model, optimizer)
+        return Trained(model, numel, kind(model, **optimizer, **given))
+    return _masked(settings, chosen, Trained(model, numel), optimizer)
 
 
-def _masked(settings: TrainSettings, chosen: AdapterSettings, model: Any, optimizer: dict[str, Any]) -> Trained:
+def _masked(settings: TrainSettings, chosen: AdapterSettings, base: Trained, optimizer: dict[str, Any]) -> Trained:
+    model = base.model
     options = chosen.model_dump(exclude_none=True, exclude={"method", "mask", "density", "mask_run", "mask_file"})
     options["seed"] = settings.seed
     if chosen.mask_run is not None:
         options["run"] = (model_name(settings.model), chosen.mask_run)
     if chosen.method == "shira":
-        return Trained(shira(model, chosen.kind, chosen.density or DEFAULT_DENSITY, **options))
+        return replace(base, model=shira(model, chosen.kind, chosen.density or DEFAULT_DENSITY, **options))
     if chosen.mask_file is not None:
         masks = Masks.load(chosen.mask_file, model)
     else:
         masks = make_masks(model, chosen.kind, chosen.density, **options)
     masks.freeze_others(model)
-    return Trained(model, SparseAdamW(model.named_parameters(), masks, **optimizer), masks)
+    return replace(base, optimizer=SparseAdamW(model.named_parameters(), masks, **optimizer), masks=masks)

@@ -1,5 +1,6 @@
 """A monitor as the callback of a transformers or TRL trainer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ class MonitorCallback(TrainerCallback):
 
     def _take(self, module: Any, positional: Any, named: dict[str, Any]) -> None:
         """The first forward pass that is learned from: sampling and scoring run without gradients."""
+        if "input_ids" not in named:
+            named = _rollout(positional)
         ids, labels, kept = (named.get(name) for name in ("input_ids", "labels", "logits_to_keep"))
         if ids is None or not torch.is_grad_enabled() or self._seen is not None:
             return
@@ -87,3 +90,18 @@ class MonitorCallback(TrainerCallback):
         due = self._trainer.control.should_log
         Trainer.log(self._trainer, values)
         self._trainer.control.should_log = due
+
+
+def _rollout(arguments: Sequence[Any]) -> dict[str, Any]:
+    """As a forward pass names them, the prompts and completions that TRL's distillation hands to its loss instead."""
+    for given in arguments:
+        if (
+            isinstance(given, dict)
+            and {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask"} <= given.keys()
+        ):
+            return {
+                "input_ids": torch.cat([given["prompt_ids"], given["completion_ids"]], dim=1),
+                "attention_mask": torch.cat([given["prompt_mask"], given["completion_mask"]], dim=1),
+                "logits_to_keep": given["completion_ids"].shape[1] + 1,
+            }
+    return {}

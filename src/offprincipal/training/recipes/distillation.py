@@ -1,0 +1,36 @@
+"""On-policy distillation: a teacher's next-token distribution, on completions that the student samples itself."""
+
+import importlib
+from typing import Any
+
+from offprincipal.errors import TrainingError
+from offprincipal.models import LanguageModel
+from offprincipal.training.recipes.run import Run, dataset
+
+
+def distill(run: Run) -> Any:
+    """Reverse KL(student‖teacher) of every token, exact, at the sampling temperature (arXiv 2306.13649)."""
+    trl: Any = importlib.import_module("trl")
+    teacher = run.teacher
+    assert teacher is not None, "the settings require a teacher"
+    run.require_room(run.language_model, teacher)
+    arguments = trl.DistillationConfig(
+        **run.arguments,
+        shuffle_dataset=False,
+        max_completion_length=run.settings.max_new_tokens,
+        temperature=run.settings.temperature,
+    )
+    data = dataset({"prompt": [problem.prompt for problem in run.problems]})
+    return trl.DistillationTrainer(
+        **run.trainer, teacher_model=teacher.model.requires_grad_(False), args=arguments, train_dataset=data
+    )
+
+
+def require_one_vocabulary(student: LanguageModel, teacher: LanguageModel, source: str) -> None:
+    """Raises TrainingError where student and teacher do not give every token the same number."""
+    sizes = [int(m.model.config.get_text_config().vocab_size) for m in (student, teacher)]
+    if sizes[0] != sizes[1] or student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+        raise TrainingError(
+            f"teacher '{source}' has another vocabulary than the model ({sizes[1]} tokens and {sizes[0]}): "
+            "choose a teacher of the model's own family, or train on its text by supervised fine-tuning"
+        )

@@ -1,0 +1,59 @@
+"""Reinforcement learning on the policy's own completions, rewarded by the tasks' verifiers, without a KL term."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from offprincipal.training.recipes.run import Run, dataset
+
+RIGHT, WRONG = 1.0, -1.0
+
+
+def grpo(run: Run) -> Any:
+    """DAPO's token-level loss (arXiv 2503.14476); advantages are in standard deviations of the prompt's rewards."""
+    trl: Any = importlib.import_module("trl")
+    return _trainer(run, trl.GRPOTrainer, trl.GRPOConfig, loss_type="dapo")
+
+
+def dr_grpo(run: Run) -> Any:
+    """Dr. GRPO (arXiv 2503.20783): token losses are summed over a constant length, and advantages are not scaled."""
+    trl: Any = importlib.import_module("trl")
+    return _trainer(run, trl.GRPOTrainer, trl.GRPOConfig, loss_type="dr_grpo", scale_rewards="none")
+
+
+def rloo(run: Run) -> Any:
+    """REINFORCE leave-one-out (arXiv 2402.14740): the baseline is the mean reward of the prompt's other completions."""
+    trl: Any = importlib.import_module("trl")
+    trainer = _trainer(run, trl.RLOOTrainer, trl.RLOOConfig)
+    if "ref" in getattr(trainer.model, "peft_config", ()):  # TRL's, for a KL term that this loss does not have
+        trainer.model.delete_adapter("ref")
+    return trainer
+
+
+def _trainer(run: Run, trainer: Any, configuration: Any, **loss: Any) -> Any:
+    run.require_room(run.language_model)
+    settings = run.settings
+    arguments = configuration(
+        **run.arguments,
+        **loss,
+        beta=0.0,
+        shuffle_dataset=False,
+        num_generations=settings.rollouts_per_prompt,
+        max_completion_length=settings.max_new_tokens,
+        temperature=settings.temperature,
+    )
+    data = dataset({"prompt": [p.prompt for p in run.problems], "row": list(range(len(run.problems)))})
+    return trainer(**run.trainer, reward_funcs=_verifier(run), args=arguments, train_dataset=data)
+
+
+def _verifier(run: Run) -> Callable[..., list[float]]:
+    """The reward: +1 for a verified completion and -1 for any other."""
+    tasks, problems = run.tasks, run.problems
+
+    def verified(completions: Sequence[str], row: Sequence[int], **_: Any) -> list[float]:
+        return [
+            RIGHT if tasks[problems[i].task].verify(problems[i], completion) else WRONG
+            for i, completion in zip(row, completions, strict=True)
+        ]
+
+    return verified

@@ -1,0 +1,70 @@
+"""Preference recipes: completions that the base samples before the first step, told apart by the tasks' verifiers.
+
+There is no preference data for verifiable tasks; the verifier is the judge. The reference policy is a frozen copy of
+the base, opened anew, so that it does not matter how the trained model is wrapped.
+"""
+
+import importlib
+import random
+from typing import Any
+
+from offprincipal.models import LanguageModel, open_language_model
+from offprincipal.training.recipes.judged import Columns, kept_or_sampled, sampled_examples, sampled_pairs
+from offprincipal.training.recipes.run import Run, dataset
+
+
+def dpo(run: Run) -> Any:
+    """Direct preference optimization (arXiv 2305.18290), the sigmoid loss, on pairs of one prompt."""
+    trl: Any = importlib.import_module("trl")
+    reference = _reference(run)
+    pairs = kept_or_sampled(run, reference, sampled_pairs)
+    arguments = trl.DPOConfig(**run.arguments, **_beta(run), max_length=None)
+    return _taking_tokens(trl.DPOTrainer)(
+        **run.trainer, ref_model=reference.model, args=arguments, train_dataset=dataset(pairs)
+    )
+
+
+def kto(run: Run) -> Any:
+    """Kahneman-Tversky optimization (arXiv 2402.01306): each completion against a reference point that all share.
+
+    The reference point is a KL that TRL estimates within a micro-batch, on prompts with the completion of the example
+    before: the examples of a step are shuffled, so that those seldom are of one prompt.
+    """
+    trl: Any = importlib.import_module("trl")
+    reference = _reference(run)
+    examples = _shuffled_steps(kept_or_sampled(run, reference, sampled_examples), run.settings.batch, run.settings.seed)
+    examples["KL_completion_ids"] = _of_the_one_before(examples["completion_ids"], run.settings.sequences_at_once)
+    arguments = trl.KTOConfig(**run.arguments, **_beta(run), max_length=None)
+    return _taking_tokens(trl.KTOTrainer)(
+        **run.trainer, ref_model=reference.model, args=arguments, train_dataset=dataset(examples)
+    )
+
+
+def _reference(run: Run) -> LanguageModel:
+    reference = open_language_model(run.settings.model, run.settings.device)
+    reference.model.requires_grad_(False)
+    return reference
+
+
+def _beta(run: Run) -> dict[str, float]:
+    return {} if run.settings.beta is None else {"beta": run.settings.beta}
+
+
+def _taking_tokens(trainer: Any) -> Any:
+    """The trainer, but for data of the tokens that were sampled: decoded and tokenized again they could be others."""
+    return type(trainer.__name__, (trainer,), {"_prepare_dataset": lambda self, data, *_: data})
+
+
+def _shuffled_steps(columns: Columns, batch: int, seed: int) -> Columns:
+    size = len(columns["label"])
+    chance = random.Random(seed)
+    order: list[int] = []
+    for start in range(0, size, batch):
+        order += chance.sample(range(start, start + batch), batch)
+    return {name: [values[i] for i in order] for name, values in columns.items()}
+
+
+def _of_the_one_before(completions: list[Any], micro_batch: int) -> list[Any]:
+    """In each micro-batch, to every example the completion of the one before, and to the first that of the last."""
+    micro_batches = [completions[start : start + micro_batch] for start in range(0, len(completions), micro_batch)]
+    return [completion for part in micro_batches for completion in (part[-1], *part[:-1])]

@@ -1,0 +1,50 @@
+"""Supervised fine-tuning: on a teacher's traces, or on reference answers in the base's own format."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from offprincipal.errors import TaskError
+from offprincipal.tasks import Problem, Task
+from offprincipal.training.recipes.run import Run, dataset
+
+_IGNORED = -100
+
+
+def sft_teacher(run: Run) -> Any:
+    """The tasks' traces in a teacher's format."""
+    return _trainer(run, lambda task, problem: task.teacher_trace(problem))
+
+
+def sft_own(run: Run) -> Any:
+    """The tasks' reference answers."""
+    return _trainer(run, _own_answer)
+
+
+def _trainer(run: Run, learn: Callable[[Task, Problem], str]) -> Any:
+    """Cross-entropy on the completion alone, end of sequence included; the prompt is tokenized as for sampling."""
+    trl: Any = importlib.import_module("trl")
+    examples = _by_length([(p.prompt, learn(run.tasks[p.task], p)) for p in run.problems], run.settings.batch)
+    tokenizer = run.language_model.tokenizer
+    rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    for prompt, completion in examples:
+        answer_ids = [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        prompt_ids = run.language_model.prompt_ids(prompt, len(answer_ids))
+        rows["input_ids"].append(prompt_ids + answer_ids)
+        rows["labels"].append([_IGNORED] * len(prompt_ids) + answer_ids)
+    arguments = trl.SFTConfig(
+        **run.arguments, max_length=None, shuffle_dataset=False, dataset_kwargs={"skip_prepare_dataset": True}
+    )
+    return trl.SFTTrainer(**run.trainer, args=arguments, train_dataset=dataset(rows))
+
+
+def _by_length(examples: Sequence[tuple[str, str]], batch: int) -> list[tuple[str, str]]:
+    """The examples of each step from short to long, so that micro-batches are padded little; steps stay as they are."""
+    steps = [examples[start : start + batch] for start in range(0, len(examples), batch)]
+    return [example for step in steps for example in sorted(step, key=lambda e: len(e[0]) + len(e[1]))]
+
+
+def _own_answer(task: Task, problem: Problem) -> str:
+    if not problem.answer:
+        raise TaskError(f"task '{task.name}' has no reference answers to learn from: train on it with the recipe grpo")
+    return problem.answer
