@@ -11,6 +11,7 @@ from offprincipal.outcomes import Row
 Pair = tuple[int | None, int]  # rank and seed
 Ladders = Mapping[Pair, Sequence[Row]]
 
+SAME_SIZE = 1.25  # runs whose sizes differ by a larger factor are not at equal step
 STABLE_LOSS = 0.02  # of accuracy: a run that ends further below its base than this has collapsed
 
 
@@ -82,10 +83,14 @@ def ladders_of(rows: Sequence[Row], method: str) -> dict[Pair, list[Row]]:
     return dict(sorted(found.items()))
 
 
+def rung_of(row: Row) -> Rung:
+    """A run's row as a rung."""
+    return Rung(row["run"], row["learning_rate"], row["base_accuracy"], row["sampled_accuracy"])
+
+
 def stable_run(ladder: Sequence[Row]) -> Row | None:
     """The run at the highest stable rate; None where the lowest collapsed."""
-    rungs = [Rung(r["run"], r["learning_rate"], r["base_accuracy"], r["sampled_accuracy"]) for r in ladder]
-    found = highest_stable(rungs)
+    found = highest_stable([rung_of(row) for row in ladder])
     return None if found is None else next(row for row in ladder if row["run"] == found.run)
 
 
@@ -100,6 +105,15 @@ def open_end(ladder: Sequence[Row]) -> Literal["above", "below"] | None:
     if found is None:
         return "below"
     return "above" if found["run"] == ladder[-1]["run"] else None
+
+
+def at_equal_size(row: Row) -> bool:
+    """Whether a run at a matched rate came to about the size that it was to have.
+
+    >>> at_equal_size({"matched_ratio": 0.9}), at_equal_size({"matched_ratio": 2.0})
+    (True, False)
+    """
+    return 1 / SAME_SIZE <= float(row["matched_ratio"]) <= SAME_SIZE
 
 
 def best_accuracy(ladder: Sequence[Row]) -> float:

@@ -3,11 +3,19 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from offprincipal.outcomes.ladders import Ladders, Pair, best_accuracy, ladders_of, open_end, stable_run
+from offprincipal.outcomes.ladders import (
+    SAME_SIZE,
+    Ladders,
+    Pair,
+    at_equal_size,
+    best_accuracy,
+    ladders_of,
+    open_end,
+    stable_run,
+)
 from offprincipal.studies.claims.evidence import Evidence, Row
 from offprincipal.studies.claims.registry import claim
 from offprincipal.studies.claims.rules import (
-    RATIO_MARGIN,
     SHARE_MARGIN,
     Condition,
     Judgement,
@@ -98,14 +106,14 @@ def _at_equal(rows: Sequence[Row], by: str, words: str) -> Judgement:
         and row["matched_by"] == by
         and by_run.get(row["matched_to"], {}).get("method") == PLAIN
     ]
-    near = [row for row in matched if 1 / RATIO_MARGIN <= row["matched_ratio"] <= RATIO_MARGIN]
+    near = [row for row in matched if at_equal_size(row)]
     lost = {
         _words((row["rank"], row["seed"])): by_run[row["matched_to"]]["sampled_accuracy"] - row["sampled_accuracy"]
         for row in near
     }
     listed = "; ".join(f"{pair} {value:+.3f}" for pair, value in lost.items()) or "none"
     missed = len(matched) - len(near)
-    left_out = f"; {missed} left out, having missed it by more than {RATIO_MARGIN - 1:.0%}" if missed else ""
+    left_out = f"; {missed} left out, having missed it by more than {SAME_SIZE - 1:.0%}" if missed else ""
     return judge_difference(
         OverPairs(lost),
         measure=f"sampled accuracy of LoRA at its highest stable rate minus that of PiSSA at equal {words}",
