@@ -347,6 +347,12 @@ function report() {
     });
   }
 
+  // Of accuracies: at least four points, so that nothing tiny looks large.
+  function rangeOf(values) {
+    const low = Math.min(...known(values)), high = Math.max(...known(values)), room = Math.max(0.06 * (high - low), 0.02 - (high - low) / 2);
+    return [Math.max(low - room, -0.02), high + room];
+  }
+
   const maskTitle = (found) => (found.mask === "full" ? "full fine-tuning" : `${label(found.mask.replace(/_/g, " "), 18)}, ${found.density === null ? "its own density" : "density " + found.density}`);
   const maskColour = (found) => (found.mask === "safe" && found.density === null ? "#1d4f8c" : MASK_COLOURS[found.mask] || METHOD_COLOURS[6]);
   const percentOf = (value) => (100 * value).toFixed(value < 0.0995 ? 1 : 0) + " %";
@@ -355,10 +361,11 @@ function report() {
     const [full, ...others] = data.fine_tuning.masks.masks, traces = [], layout = { annotations: [] };
     const wide = Math.min(others.length, 4), rows = Math.ceil(others.length / 4), gap = 70, panel = 200, height = rows * panel + (rows - 1) * gap;
     others.forEach((found, j) => {
-      const domain = column(j % 4, wide, 0.05), top = 1 - (Math.floor(j / 4) * (panel + gap)) / height, on = { type: "scatter", mode: "lines", xaxis: "x" + suffix(j), yaxis: "y" + suffix(j) };
+      const domain = column(j % 4, wide, 0.05), top = 1 - (Math.floor(j / 4) * (panel + gap)) / height, on = { type: "scatter", xaxis: "x" + suffix(j), yaxis: "y" + suffix(j) };
+      const mode = (steps) => (steps.length > 1 ? "lines" : "markers"); // one point alone makes no line
       const curves = (of, thin, thick, title) => {
-        of.runs.forEach((run) => traces.push({ ...on, x: run.step, y: run.kl, line: { color: thin, width: 1 }, hovertemplate: `${title}, seed ${run.seed}<br>step %{x}: %{y:.3~g}<extra></extra>` }));
-        traces.push({ ...on, x: of.mean.step, y: of.mean.kl, line: { color: thick, width: 3 }, hovertemplate: `${title}, mean over seeds<br>step %{x}: %{y:.3~g}<extra></extra>` });
+        of.runs.forEach((run) => traces.push({ ...on, mode: mode(run.step), x: run.step, y: run.kl, marker: { color: thin, size: 6 }, line: { color: thin, width: 1 }, hovertemplate: `${title}, seed ${run.seed}<br>step %{x}: %{y:.3~g}<extra></extra>` }));
+        traces.push({ ...on, mode: mode(of.mean.step), x: of.mean.step, y: of.mean.kl, marker: { color: thick, size: 9 }, line: { color: thick, width: 3 }, hovertemplate: `${title}, mean over seeds<br>step %{x}: %{y:.3~g}<extra></extra>` });
       };
       curves(full, "#c9ced6", "#a3abb7", "full fine-tuning");
       curves(found, maskColour(found) + "88", maskColour(found), maskTitle(found));
@@ -390,8 +397,8 @@ function report() {
     points(0, between, between.map(() => "two full runs of different seeds"), { xaxis: "x", yaxis: "y" }, PRECISION, "distance", ".3~g", true);
     draw("figure-mask-seeds", traces, {
       height: 96 + 54 * found.length, annotations: [heading("distance from the full run's curve", middle(left)), heading("accuracy at the end", middle(right))],
-      shapes: base === null ? [] : [{ type: "line", xref: "x2", yref: "paper", x0: base, x1: base, y0: 0, y1: 1, line: { color: PRECISION, width: 1.5 } }],
-      xaxis: axis({ domain: left, rangemode: "tozero", tickformat: "~g" }), xaxis2: axis({ domain: right, tickformat: ".0%", nticks: 6 }),
+      shapes: base === null ? [] : [{ type: "line", xref: "x2", yref: "paper", x0: base, x1: base, y0: 0, y1: 1, layer: "below", line: { color: PRECISION, width: 2 } }],
+      xaxis: axis({ domain: left, rangemode: "tozero", tickformat: "~g" }), xaxis2: axis({ domain: right, range: rangeOf(found.flatMap((of) => of.runs.map((run) => run.accuracy)).concat(base)), tickformat: "~%", nticks: 6 }),
       yaxis: axis({ tickvals: numbered(found.length), ticktext: found.map((of) => `${maskTitle(of)}<br><span style="font-size:11px">trains ${percentOf(of.trained)}</span>`), range: [found.length - 0.5, -0.5], zeroline: false }),
     });
   }
@@ -416,9 +423,8 @@ function report() {
 
   // All accuracies on one scale, so that panels can be compared; the base and the runs at matched rates are in it.
   function accuracyRange() {
-    const { groups, matched, base } = data.fine_tuning.ladders, all = known([...groups.flatMap((group) => group.ladders.flatMap((ladder) => ladder.runs)), ...matched].map((run) => run.accuracy).concat(base));
-    const low = Math.min(...all), high = Math.max(...all), room = Math.max(0.06 * (high - low), 0.01);
-    return [Math.max(low - room, -0.02), high + room];
+    const { groups, matched, base } = data.fine_tuning.ladders;
+    return rangeOf([...groups.flatMap((group) => group.ladders.flatMap((ladder) => ladder.runs)), ...matched].map((run) => run.accuracy).concat(base));
   }
 
   const inPowers = { type: "log", zeroline: false, tickformat: "~g", tickfont: { size: 11 } };
@@ -451,7 +457,7 @@ function report() {
         traces.push({ ...on, mode: "markers", x: [run[x]], y: [run.accuracy], marker: { symbol: "diamond", size: 12, color: colour, line: { color: INK, width: 1.5 } },
           hovertemplate: `${label(run.method)}, rank ${rank}, seed ${run.seed}, rate ${run.rate}<br>at ${run.ratio} times the ${escaped(run.size)} of ${label(run.like.method)}<br>${what} %{x:.3~g}, accuracy %{y:.1%}<extra></extra>` });
       });
-      layout["xaxis" + suffix(k)] = axis({ ...inPowers, dtick: decades(x) > 3.5 || ranks.length > 3 ? 1 : "D2", domain, anchor: "y" + suffix(k), title: title(what), ...(j ? { matches: "x" + suffix(i * ranks.length) } : {}) });
+      layout["xaxis" + suffix(k)] = axis({ ...inPowers, ...(decades(x) > 3.5 || ranks.length > 3 ? { dtick: 1, tickformat: "~e" } : { dtick: "D2" }), domain, anchor: "y" + suffix(k), title: title(what), ...(j ? { matches: "x" + suffix(i * ranks.length) } : {}) });
       layout["yaxis" + suffix(k)] = axis({ domain: heights[i], anchor: "x" + suffix(k), tickformat: ".0%", range, title: j ? undefined : title("accuracy") });
       if (!i) layout.annotations.push(heading(`rank ${rank}`, middle(domain)));
     }));
