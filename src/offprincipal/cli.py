@@ -74,14 +74,15 @@ def study(
     Killed at any moment, the same command continues. Writes study.json, report.html, a folder a run, and the tables.
     """
     _require_training()
-    from offprincipal.reports.terminal import claims_table, runs_table
+    from offprincipal.reports.fine_tuning import fine_tuning_figures
+    from offprincipal.reports.terminal import claims_table, fine_tuning_tables, runs_table
     from offprincipal.studies import load_profile
     from offprincipal.studies.console import run_on_console
 
     console = Console()
     with _resumable():
         found = run_on_console(load_profile(profile, override or []), out, jobs, overwrite, console)
-    console.print(runs_table(found), claims_table(found))
+    console.print(runs_table(found), *fine_tuning_tables(fine_tuning_figures(out, found)), claims_table(found))
     console.print(f"report: {out / 'report.html'}", soft_wrap=True, highlight=False)
 
 

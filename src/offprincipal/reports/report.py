@@ -22,6 +22,7 @@ from offprincipal.comparison import read_summary
 from offprincipal.errors import FileError
 from offprincipal.files import read_json, write_atomically
 from offprincipal.reports import figures, numbers, words
+from offprincipal.reports.fine_tuning import fine_tuning_figures
 from offprincipal.reports.theory import theory_figures
 
 COLOURS = ("#3b6fb6", "#d9772b", "#3f9a6c", "#a855a0", "#b8932c", "#c24d52", "#4aa3b8", "#7a6f5d", "#6d62c4", "#8a9a3b")
@@ -75,6 +76,7 @@ def _content(comparison: Path, study: dict[str, Any] | None) -> dict[str, Any]:
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(named)}
     data = _figures(comparison, summary) | {
         "theory": theory_figures(comparison.parent, study),
+        "fine_tuning": fine_tuning_figures(comparison.parent, study),
         "colours": [colours[name] for name in runs],
         "training": [run | {"colour": colours[run["name"]]} for run in training],
     }

@@ -90,6 +90,65 @@ def runs_table(study: Mapping[str, Any]) -> Group:
     return Group("training, on held-out prompts, before → after", table)
 
 
+def fine_tuning_tables(figures: Mapping[str, Any]) -> list[Group]:
+    """What fine-tuning runs came to: a table of masks and one of low-rank methods, each where there are such runs.
+
+    Args:
+        figures: as of `reports.fine_tuning`.
+    """
+    found = {"masks": _masks_table, "ladders": _ladders_table}
+    return [table(figures[name]) for name, table in found.items() if name in figures]
+
+
+def _masks_table(figures: Mapping[str, Any]) -> Group:
+    table = Table(box=SIMPLE)
+    table.add_column("mask")
+    for title in ("seeds", "trained, %", "distance to the full KL curve", "accuracy, %"):
+        table.add_column(title, justify="right")
+    for found in figures["masks"]:
+        runs, own = found["runs"], found["mask"] == "full"
+        density = "" if own else " (its own density)" if found["density"] is None else f" at {found['density']:g}"
+        areas = _span(figures["other_seeds"]) + " (other seeds)" if own else _span(run["area"] for run in runs)
+        accuracy = _span((run["accuracy"] for run in runs), 100)
+        table.add_row(escape(found["mask"] + density), str(len(runs)), _format(found["trained"], 100), areas, accuracy)
+    return Group(f"masks, lowest to highest over seeds; base {_format(figures['base'], 100)} %", table)
+
+
+def _ladders_table(figures: Mapping[str, Any]) -> Group:
+    table = Table(box=SIMPLE)
+    table.add_column("method")
+    for title in ("rank", "seeds", "highest stable rate", "best accuracy, %"):
+        table.add_column(title, justify="right")
+    bounds = {None: "", "above": "≥ ", "below": "< "}
+    for group in figures["groups"]:
+        found = group["ladders"]
+        rates = ", ".join(dict.fromkeys(bounds[ladder["open"]] + _format(ladder["stable"]) for ladder in found))
+        best = _span((ladder["best"] for ladder in found), 100)
+        table.add_row(escape(group["method"]), str(group["rank"]), str(len(found)), rates, best)
+    return Group(
+        f"low-rank methods, lowest to highest over seeds; base {_format(figures['base'], 100)} %",
+        table,
+        *([_matched_table(figures["matched"])] if figures["matched"] else []),
+    )
+
+
+def _matched_table(matched: Iterable[Mapping[str, Any]]) -> Table:
+    table = Table(box=SIMPLE)
+    table.add_column("at equal step")
+    for title in ("rank", "seeds", "reached", "accuracy, %", "of the matched, %"):
+        table.add_column(title, justify="right")
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for run in matched:
+        groups.setdefault((run["method"], run["like"]["method"], run["size"], run["rank"]), []).append(run)
+    for (method, like, size, rank), runs in groups.items():
+        accuracy, of_like = (
+            _span((run["accuracy"] for run in side), 100) for side in (runs, [r["like"] for r in runs])
+        )
+        ratio = _span(run["ratio"] for run in runs)
+        table.add_row(escape(f"{method} at {size} of {like}"), str(rank), str(len(runs)), ratio, accuracy, of_like)
+    return table
+
+
 def claims_table(study: Mapping[str, Any]) -> Group:
     """Claims with both verdicts and their effects.
 
@@ -106,7 +165,7 @@ def claims_table(study: Mapping[str, Any]) -> Group:
             _judgement(claim["controlled"]),
             escape(claim["controlled"]["control"]),
         )
-    return Group("the paper's claims: verdict, effect, 95 % interval over matrices", table)
+    return Group("the paper's claims: verdict, effect, 95 % interval (over matrices, steps or pairs of runs)", table)
 
 
 def settings_table(fields: Mapping[str, Any]) -> Table:
@@ -146,6 +205,15 @@ def _judgement(judged: Mapping[str, Any]) -> str:
 def _with_null(metrics: Mapping[str, Any], metric: str, null: str | None, factor: float) -> str:
     text = _format(metrics.get(metric, {}).get("value"), factor)
     return text if null is None else f"{text} ({_format(metrics.get(null, {}).get('value'), factor)})"
+
+
+def _span(values: Iterable[float | None], factor: float = 1) -> str:
+    """The lowest and the highest of those that are known."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return _format(None)
+    low, high = (_format(end, factor) for end in (min(known), max(known)))
+    return low if low == high else f"{low} to {high}"
 
 
 def _format(value: float | None, factor: float = 1) -> str:

@@ -123,14 +123,19 @@ def _stage_progress(profile: Profile, console: Console) -> Iterator[ShowStage]:
 
 @contextmanager
 def _bars(profile: Profile, console: Console) -> Iterator[ShowStage]:
+    """A row a stage; where these are more than the screen has lines, a row for all, and one for each that runs now."""
     columns = (
         TextColumn("{task.description:<14}"),
         BarColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[status]}"),
     )
+    order = profile.order()
+    fits = len(order) < console.height
     with Progress(*columns, console=console) as bars:
-        rows = {name: bars.add_task(name, total=1, start=False, status="waiting") for name in profile.order()}
+        overall = bars.add_task(_done_of(0, order), total=len(order), status="", visible=not fits)
+        rows = {name: bars.add_task(name, total=1, start=False, status="waiting", visible=fits) for name in order}
+        ended: set[str] = set()
 
         def show(stage: str, report: StepReport | str) -> None:
             row = rows[stage]
@@ -139,12 +144,20 @@ def _bars(profile: Profile, console: Console) -> Iterator[ShowStage]:
                 return
             if report == "started":
                 bars.start_task(row)
+            else:
+                ended.add(stage)
             total = bars.tasks[row].total
-            bars.update(row, status=report, completed=0 if report == "started" else total)
-            if report != "started":
+            runs = report == "started"
+            bars.update(row, status=report, completed=0 if runs else total, visible=fits or runs)
+            bars.update(overall, description=_done_of(len(ended), order), completed=len(ended))
+            if not runs:
                 bars.stop_task(row)
 
         yield show
+
+
+def _done_of(ended: int, order: list[str]) -> str:
+    return f"stages {ended}/{len(order)}"
 
 
 def _lines(console: Console) -> ShowStage:

@@ -45,14 +45,15 @@ def expand(stages: Mapping[str, Any]) -> dict[str, Any]:
             if own in found:
                 raise StudyError(f"two stages are named '{own}': name every setting of 'each' in the stage's name")
             found[own] = made
-    return {name: _with_names(stage, list(found)) for name, stage in found.items()}
+    return {name: _with_names(stage, [other for other in found if other != name]) for name, stage in found.items()}
 
 
 def _copies(name: str, stage: Any) -> list[tuple[str, Any]]:
     if not isinstance(stage, dict) or EACH not in stage:
         return [(name, stage)]
     each = stage[EACH]
-    if not (isinstance(each, dict) and each and all(isinstance(v, list) and v for v in each.values())):
+    lists = isinstance(each, dict) and each and all(isinstance(v, list) and v for v in each.values())
+    if not (lists and all(isinstance(key, str) for key in each)):
         raise StudyError(f"stage '{name}': each maps settings to lists of values, as in each: {{seed: [1, 2]}}")
     copies = []
     for values in itertools.product(*each.values()):
@@ -89,7 +90,7 @@ def _word(value: Any) -> str:
 
 
 def _with_names(stage: Any, names: Sequence[str]) -> Any:
-    """A stage whose patterns are replaced by the names that they stand for."""
+    """A stage whose patterns are replaced by the names, of other stages, that they stand for."""
     if not isinstance(stage, dict):
         return stage
     found = {key: _named(value, names) if key in _NAMED_IN else value for key, value in stage.items()}
@@ -99,11 +100,12 @@ def _with_names(stage: Any, names: Sequence[str]) -> Any:
 
 
 def _named(patterns: Any, names: Sequence[str]) -> Any:
-    if not isinstance(patterns, list):
-        return patterns
-    found: dict[Any, None] = {}
+    """The names that patterns stand for, each once."""
+    if not (isinstance(patterns, list) and all(isinstance(pattern, str) for pattern in patterns)):
+        return patterns  # which the check of the whole profile refuses
+    found: dict[str, None] = {}
     for pattern in patterns:
-        matching = [name for name in names if fnmatchcase(name, pattern)] if "*" in str(pattern) else [pattern]
+        matching = [name for name in names if fnmatchcase(name, pattern)] if "*" in pattern else [pattern]
         if not matching:
             raise StudyError(f"no stage is named like '{pattern}': stages are {', '.join(names)}")
         found |= dict.fromkeys(matching)

@@ -16,9 +16,9 @@ from offprincipal.comparison.tables import read_summary, read_table
 from offprincipal.errors import StudyError
 from offprincipal.files import read_json, require_folder, write_json
 from offprincipal.gates.precision import common_matrices, masters_of
+from offprincipal.outcomes.ladders import Rung, highest_stable, rate_for
 from offprincipal.studies.claims.evidence import SOURCES
 from offprincipal.studies.experiments import Row, write_rows
-from offprincipal.studies.ladders import Rung, highest_stable, rate_for
 from offprincipal.studies.stages import StageKind, TrainStage, Workspace, base_folder
 from offprincipal.training import ShowProgress, silent, train
 from offprincipal.training.monitor.table import NAME as MONITOR
@@ -92,17 +92,28 @@ class OutcomesStage(StageKind):
         return (*self.runs, self.comparison)
 
     def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
-        weights = read_summary(space.folder(self.comparison))["runs"]
+        weights = {run: self._weights(run, name, space) for run in self.runs}
         base = base_folder(space.base)
         require_folder(space.folder(name))
         outcomes, curves = self.files(name, space)
-        rows = [outcome(run, space.folder(run), weights[run]["metrics"], base) for run in self.runs]
+        rows = [outcome(run, space.folder(run), weights[run], base) for run in self.runs]
         write_rows(outcomes, rows, OUTCOMES)
         watched = [run for run in self.runs if (space.folder(run) / MONITOR).is_file()]
         write_rows(curves, [row for run in watched for row in curve(run, space.folder(run))], CURVES)
 
     def files(self, name: str, space: Workspace) -> list[Path]:
         return [space.folder(name) / SOURCES[source] for source in ("outcomes", "kl_curves")]
+
+    def _weights(self, run: str, name: str, space: Workspace) -> dict[str, Any]:
+        compared = read_summary(space.folder(self.comparison))["runs"]
+        found: dict[str, Any] = compared.get(run, {}).get("metrics", {})
+        missing = [metric for metric in _OF_WEIGHTS if metric not in found]
+        if missing:
+            raise StudyError(
+                f"stage '{name}': '{self.comparison}' has no {missing[0]} of '{run}': let it compare every run that "
+                "the outcomes name, with the metrics 'spectrum'"
+            )
+        return found
 
 
 OUTCOMES = pa.schema(

@@ -25,6 +25,7 @@ from offprincipal.studies.stages import TrainStage, Workspace, content_digest
 from offprincipal.training import StepReport
 
 RECORDS = ".stages"
+_RUNS_A_PROCESS = 1  # so that nothing of one run is left for the next
 ShowStage = Callable[[str, StepReport | str], None]
 
 
@@ -160,7 +161,11 @@ def _training_pool(jobs: int, show: ShowStage) -> Iterator[ProcessPoolExecutor]:
     listener.start()
     threads = max(1, (os.cpu_count() or 1) // jobs)
     pool = ProcessPoolExecutor(
-        jobs, mp_context=context, initializer=_start_worker, initargs=(reports, threads), max_tasks_per_child=1
+        jobs,
+        mp_context=context,
+        initializer=_start_worker,
+        initargs=(reports, threads),
+        max_tasks_per_child=_RUNS_A_PROCESS,
     )
     try:
         yield pool

@@ -1,11 +1,21 @@
 """C12: does principal LoRA gain nothing and collapse first, judged from ladders of learning rates, ranks and seeds."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+from offprincipal.outcomes.ladders import (
+    SAME_SIZE,
+    Ladders,
+    Pair,
+    at_equal_size,
+    best_accuracy,
+    ladders_of,
+    open_end,
+    stable_run,
+)
 from offprincipal.studies.claims.evidence import Evidence, Row
 from offprincipal.studies.claims.registry import claim
 from offprincipal.studies.claims.rules import (
-    RATIO_MARGIN,
     SHARE_MARGIN,
     Condition,
     Judgement,
@@ -17,10 +27,6 @@ from offprincipal.studies.claims.rules import (
     published_with,
 )
 from offprincipal.studies.claims.seeds import OverPairs
-from offprincipal.studies.ladders import Rung, highest_stable
-
-Pair = tuple[int | None, int]  # rank and seed
-Ladders = Mapping[Pair, Sequence[Row]]
 
 PLAIN, PRINCIPAL = "lora", "pissa"
 _MATCHES = (("update_norm", "update norm"), ("kl_to_base", "KL to the base"))
@@ -44,27 +50,6 @@ def principal_lora(evidence: Evidence) -> tuple[Judgement, Judgement]:
     return _published(plain, principal, _said(ladders)), _controlled(rows)
 
 
-def ladders_of(rows: Sequence[Row], method: str) -> dict[Pair, list[Row]]:
-    """Rank and seed -> the runs of a low-rank method by rising learning rate, without those at matched rates."""
-    found: dict[Pair, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: float(row["learning_rate"])):
-        if row["method"] == method and row["rank"] is not None and row["matched_by"] is None:
-            found.setdefault((row["rank"], row["seed"]), []).append(row)
-    return dict(sorted(found.items()))
-
-
-def stable_run(ladder: Sequence[Row]) -> Row | None:
-    """The run at the highest stable rate; None where the lowest collapsed."""
-    rungs = [Rung(r["run"], r["learning_rate"], r["base_accuracy"], r["sampled_accuracy"]) for r in ladder]
-    found = highest_stable(rungs)
-    return None if found is None else next(row for row in ladder if row["run"] == found.run)
-
-
-def best_accuracy(ladder: Sequence[Row]) -> float:
-    """The highest accuracy of its runs."""
-    return max(float(row["sampled_accuracy"]) for row in ladder)
-
-
 def _published(plain: Ladders, principal: Ladders, said: str) -> Judgement:
     pairs = sorted(plain.keys() & principal.keys())
     ratios = {_words(pair): _stable_rate(plain[pair]) / _stable_rate(principal[pair]) for pair in pairs}
@@ -77,7 +62,30 @@ def _published(plain: Ladders, principal: Ladders, said: str) -> Judgement:
         measure="highest stable learning rate of LoRA over that of PiSSA",
         sentence=said,
     )
-    return published_with(headline, [Condition("PiSSA gains nothing", gains_nothing)])
+    ends = [(open_end(plain[pair]), open_end(principal[pair])) for pair in pairs]
+    return published_with(_within_bounds(headline, ends), [Condition("PiSSA gains nothing", gains_nothing)])
+
+
+def _within_bounds(headline: Judgement, ends: Sequence[tuple[str | None, str | None]]) -> Judgement:
+    """The verdict on ratios of rates, where ladders without a collapse, or with nothing else, give bounds of them.
+
+    Args:
+        ends: of each pair of ladders, where the rate of LoRA, and that of PiSSA, has no bound.
+    """
+    at_least = sum(plain == "above" or principal == "below" for plain, principal in ends)
+    at_most = sum(plain == "below" or principal == "above" for plain, principal in ends)
+    undone_by = {"supported": at_most, "contradicted": at_least, "no effect beyond the control": at_least + at_most}
+    said = [
+        f"{count} of {len(ends)} ratios are only known to be at {what} as large, since {why}."
+        for count, what, why in (
+            (at_least, "least", "LoRA never collapsed, or PiSSA did at its lowest rate"),
+            (at_most, "most", "PiSSA never collapsed, or LoRA did at its lowest rate"),
+        )
+        if count
+    ]
+    verdict = "inconclusive" if undone_by.get(headline.verdict) else headline.verdict
+    rule = f"{headline.rule}; inconclusive too where a ratio is only a bound, on the side that could undo the verdict"
+    return replace(headline, verdict=verdict, sentence=" ".join([headline.sentence, *said]), rule=rule)
 
 
 def _controlled(rows: Sequence[Row]) -> Judgement:
@@ -85,21 +93,27 @@ def _controlled(rows: Sequence[Row]) -> Judgement:
     said = " ".join(judgement.sentence for judgement in judged)
     headline, also = judged
     found = controlled_with(headline, [Condition("it is so at equal KL too", also)])
-    return Judgement(**(found.as_dict() | {"sentence": said}))
+    return replace(found, sentence=said)
 
 
 def _at_equal(rows: Sequence[Row], by: str, words: str) -> Judgement:
     """LoRA at its highest stable rate, minus PiSSA where it went as far."""
     by_run = {row["run"]: row for row in rows}
-    matched = [row for row in rows if row["matched_by"] == by and row["matched_to"] in by_run]
-    near = [row for row in matched if 1 / RATIO_MARGIN <= row["matched_ratio"] <= RATIO_MARGIN]
+    matched = [
+        row
+        for row in rows
+        if row["method"] == PRINCIPAL
+        and row["matched_by"] == by
+        and by_run.get(row["matched_to"], {}).get("method") == PLAIN
+    ]
+    near = [row for row in matched if at_equal_size(row)]
     lost = {
         _words((row["rank"], row["seed"])): by_run[row["matched_to"]]["sampled_accuracy"] - row["sampled_accuracy"]
         for row in near
     }
     listed = "; ".join(f"{pair} {value:+.3f}" for pair, value in lost.items()) or "none"
     missed = len(matched) - len(near)
-    left_out = f"; {missed} left out, having missed it by more than {RATIO_MARGIN - 1:.0%}" if missed else ""
+    left_out = f"; {missed} left out, having missed it by more than {SAME_SIZE - 1:.0%}" if missed else ""
     return judge_difference(
         OverPairs(lost),
         measure=f"sampled accuracy of LoRA at its highest stable rate minus that of PiSSA at equal {words}",

@@ -1,8 +1,18 @@
 """C11: does training under the safe mask alone follow full fine-tuning, judged from the KL curves of runs and seeds."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
 
+from offprincipal.outcomes.curves import (
+    FULL,
+    PUBLISHED,
+    BySeed,
+    Masked,
+    areas_between_seeds,
+    areas_to_full,
+    curves_by_run,
+    mask_words,
+    runs_by_mask,
+)
 from offprincipal.studies.claims.evidence import Evidence, Row
 from offprincipal.studies.claims.registry import claim
 from offprincipal.studies.claims.rules import (
@@ -18,12 +28,6 @@ from offprincipal.studies.claims.rules import (
 )
 from offprincipal.studies.claims.seeds import OverPairs
 
-Curve = Mapping[int, float]
-Masked = tuple[str, float | None]  # a mask and the density that was asked for; None: the mask's own
-BySeed = Mapping[int, Row]
-
-FULL: Masked = ("full", None)
-PUBLISHED: Masked = ("safe", None)
 TRACKS = RATIO_MARGIN - 1  # of the full run's own divergence: a curve no further off than this follows it
 
 
@@ -43,50 +47,10 @@ def sparse_fine_tuning(evidence: Evidence) -> tuple[Judgement, Judgement]:
         none = nothing("area between KL curves", "There is no full run, or none of principal weights alone.")
         return none, none
     areas = {masked: areas_to_full(of_mask, runs[FULL], curves) for masked, of_mask in runs.items() if masked != FULL}
-    said = f"{_listed(areas, runs)} Another seed of the full run is {_own(runs[FULL], curves)} off."
+    said = (
+        f"{_listed(areas, runs)} Another seed of the full run is {_mean(areas_between_seeds(runs[FULL], curves))} off."
+    )
     return _published(runs, areas, densities[0], said), _controlled(areas, densities[0])
-
-
-def runs_by_mask(rows: Iterable[Row]) -> dict[Masked, dict[int, Row]]:
-    """Mask and density -> seed -> the run's row; the full runs under `FULL`."""
-    found: dict[Masked, dict[int, Row]] = {}
-    for row in rows:
-        if row["method"] == "full":
-            found.setdefault(FULL, {})[row["seed"]] = row
-        elif row["method"] == "sparse":
-            found.setdefault((row["mask"] or "safe", row["density"]), {})[row["seed"]] = row
-    return found
-
-
-def curves_by_run(rows: Iterable[Row]) -> dict[str, dict[int, float]]:
-    """Run -> step -> its divergence from the base."""
-    found: dict[str, dict[int, float]] = {}
-    for row in rows:
-        if row["kl_cumulative"] is not None:
-            found.setdefault(row["run"], {})[row["step"]] = row["kl_cumulative"]
-    return found
-
-
-def area_between(curve: Curve, other: Curve) -> float | None:
-    """Mean distance between two curves over the steps that both have, over the mean of the second.
-
-    >>> area_between({1: 1.0, 2: 3.0}, {1: 2.0, 2: 2.0, 3: 9.0})
-    0.5
-    """
-    steps = curve.keys() & other.keys()
-    whole = sum(other[step] for step in steps)
-    return sum(abs(curve[step] - other[step]) for step in steps) / whole if whole > 0 else None
-
-
-def areas_to_full(runs: BySeed, full: BySeed, curves: Mapping[str, Curve]) -> dict[int, float]:
-    """Seed -> the area between a run's curve and that of the full run of that seed, over the latter's."""
-    found = {}
-    for seed in runs.keys() & full.keys():
-        pair = [curves.get(side[seed]["run"], {}) for side in (runs, full)]
-        area = area_between(*pair)
-        if area is not None:
-            found[seed] = area
-    return dict(sorted(found.items()))
 
 
 def _published(
@@ -143,12 +107,8 @@ def _difference(one: BySeed, two: BySeed) -> OverPairs:
     return OverPairs({f"seed {s}": one[s]["sampled_accuracy"] - two[s]["sampled_accuracy"] for s in seeds})
 
 
-def _own(full: BySeed, curves: Mapping[str, Curve]) -> str:
-    """How far the full runs of other seeds are from each other."""
-    found = [curves.get(row["run"], {}) for row in full.values()]
-    between = [area_between(one, two) for one, two in combinations(found, 2)]
-    known = [area for area in between if area is not None]
-    return f"{sum(known) / len(known):.2f}" if known else "not known"
+def _mean(areas: Sequence[float]) -> str:
+    return f"{sum(areas) / len(areas):.2f}" if areas else "not known"
 
 
 def _listed(areas: Mapping[Masked, Mapping[int, float]], runs: Mapping[Masked, BySeed]) -> str:
@@ -160,12 +120,6 @@ def _listed(areas: Mapping[Masked, Mapping[int, float]], runs: Mapping[Masked, B
         for masked, of_seeds in areas.items()
     ]
     return f"Distance from the full run's KL curve by seed: {'; '.join(parts)}; full: accuracy {full}."
-
-
-def mask_words(masked: Masked) -> str:
-    """A mask and its density in words."""
-    mask, density = masked
-    return f"{mask} (its own density)" if density is None else f"{mask} at {density:g}"
 
 
 def _in_order(runs: BySeed) -> Sequence[Row]:

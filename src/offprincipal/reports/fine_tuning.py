@@ -1,0 +1,198 @@
+"""The figures of fine-tuning methods: what the stages behind C11 and C12 left, grouped as their claims group it.
+
+Ends as JSON, as `reports.figures` does; the console's tables are made of it too. Means for display only.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from offprincipal.comparison import read_table
+from offprincipal.outcomes import Row
+from offprincipal.outcomes.curves import (
+    FULL,
+    BySeed,
+    Curve,
+    Masked,
+    areas_between_seeds,
+    areas_to_full,
+    curves_by_run,
+    runs_by_mask,
+)
+from offprincipal.outcomes.ladders import (
+    STABLE_LOSS,
+    at_equal_size,
+    best_accuracy,
+    ladders_of,
+    open_end,
+    rung_of,
+    stable_run,
+)
+
+METHODS = {
+    **{"lora": "LoRA", "pissa": "PiSSA", "milora": "MiLoRA", "olora": "OLoRA", "mica": "MiCA", "rlpo": "RLPO"},
+    **{"rlmo": "RLMO", "geora": "GeoRA", "off_principal": "off-principal LoRA"},
+}
+SIZES = {"update_norm": "update norm", "kl_to_base": "KL to the base"}
+_DIGITS = 4
+
+Json = dict[str, Any]
+
+
+def fine_tuning_figures(folder: Path, study: Mapping[str, Any] | None) -> Json:
+    """What page and console show of fine-tuning methods; without a study of them nothing.
+
+    Args:
+        folder: of the study; study: the content of `study.json`.
+
+    Raises:
+        FileError: a table that the study names is not there.
+    """
+    sources: Mapping[str, Sequence[str]] = (study or {}).get("sources") or {}
+
+    def rows(source: str) -> list[Row]:
+        return [row for stage in sources.get(source, ()) for row in read_table(folder / Path(stage).name, source)]
+
+    outcomes = rows("outcomes")
+    drawn = {"masks": masks(outcomes, rows("kl_curves")), "ladders": ladders(outcomes)}
+    return {name: figure for name, figure in drawn.items() if figure} | ({"runs": len(outcomes)} if outcomes else {})
+
+
+def masks(outcomes: Sequence[Row], kl_curves: Sequence[Row]) -> Json:
+    """Full fine-tuning and every mask: each seed's KL curve and the mean, the area to the full one, and the accuracy.
+
+    Returns:
+        Nothing unless there is a full run and a mask; else `masks`, the full run first; `other_seeds`: the areas
+        between full runs of two seeds; `base`: accuracy before training.
+    """
+    runs = runs_by_mask(outcomes)
+    if FULL not in runs or len(runs) == 1:
+        return {}
+    curves = curves_by_run(kl_curves)
+    in_order = [FULL, *(masked for masked in runs if masked != FULL)]
+    return {
+        "masks": [_masked(masked, runs[masked], runs[FULL], curves) for masked in in_order],
+        "other_seeds": [_short(area) for area in areas_between_seeds(runs[FULL], curves)],
+        "base": _mean([row["base_accuracy"] for of_mask in runs.values() for row in of_mask.values()]),
+    }
+
+
+def _masked(masked: Masked, runs: BySeed, full: BySeed, curves: Mapping[str, Curve]) -> Json:
+    mask, density = masked
+    areas = {} if masked == FULL else areas_to_full(runs, full, curves)
+    of_runs = {seed: curves.get(runs[seed]["run"], {}) for seed in sorted(runs)}
+    common = sorted(set.intersection(*(set(curve) for curve in of_runs.values())))
+    return {
+        "mask": mask,
+        "density": density,
+        "trained": _mean([row["trained_share"] for row in runs.values()]),
+        "runs": [
+            {
+                "seed": seed,
+                **_line(curve),
+                "area": _short(areas.get(seed)),
+                "accuracy": _short(runs[seed]["sampled_accuracy"]),
+            }
+            for seed, curve in of_runs.items()
+        ],
+        "mean": {"step": common, "kl": [_mean([curve[step] for curve in of_runs.values()]) for step in common]},
+    }
+
+
+def _line(curve: Curve) -> Json:
+    steps = sorted(curve)
+    return {"step": steps, "kl": [_short(curve[step]) for step in steps]}
+
+
+def ladders(outcomes: Sequence[Row]) -> Json:
+    """Low-rank methods by rank and seed over learning rates, and the runs at matched rates beside what they match.
+
+    Returns:
+        Nothing unless there is a ladder; else `groups`, one a method and rank, with a ladder a seed; `matched`;
+        `base`: accuracy before training; `least`: the accuracy below which a run has collapsed.
+    """
+    groups = []
+    for method in dict.fromkeys(row["method"] for row in outcomes):
+        of_pairs = ladders_of(outcomes, method)
+        for rank in dict.fromkeys(rank for rank, _ in of_pairs):
+            seeds = [_ladder(seed, ladder) for (of_rank, seed), ladder in of_pairs.items() if of_rank == rank]
+            groups.append({"method": METHODS.get(method, method), "rank": rank, "ladders": seeds})
+    if not groups:
+        return {}
+    base = _mean([row["base_accuracy"] for row in outcomes if row["rank"] is not None])
+    return {
+        "groups": groups,
+        "matched": matched(outcomes),
+        "base": base,
+        "least": None if base is None else _short(base - STABLE_LOSS),
+    }
+
+
+def _ladder(seed: int, ladder: Sequence[Row]) -> Json:
+    found = stable_run(ladder)
+    at = found or {}
+    return {
+        "seed": seed,
+        "runs": [_rung(row) | {"highest": found is not None and row["run"] == found["run"]} for row in ladder],
+        "stable": (found or ladder[0])["learning_rate"],
+        "open": open_end(ladder),
+        "best": _short(best_accuracy(ladder)),
+        "shift": _short(at.get("spectral_shift")),
+        "shift_null": _short(at.get("spectral_shift_isotropic_null")),
+    }
+
+
+def matched(outcomes: Sequence[Row]) -> list[Json]:
+    """Each run at a matched rate, what it matches, and its method's accuracy where the rate itself is the same."""
+    by_run = {row["run"]: row for row in outcomes}
+    at_rate = {_place(row, row["learning_rate"]): row for row in outcomes if row["matched_by"] is None}
+    found = []
+    for row in outcomes:
+        like = by_run.get(row["matched_to"])
+        if row["matched_by"] is None or like is None:
+            continue
+        at_equal_rate = at_rate.get(_place(row, like["learning_rate"]))
+        found.append(
+            {
+                "by": row["matched_by"],
+                "size": SIZES.get(row["matched_by"], row["matched_by"]),
+                "method": _title(row),
+                "rank": row["rank"],
+                "seed": row["seed"],
+                "ratio": _short(row["matched_ratio"]),
+                "equal": at_equal_size(row),
+                **_rung(row),
+                "like": {"method": _title(like)} | _rung(like),
+                "at_equal_rate": at_equal_rate and _short(at_equal_rate["sampled_accuracy"]),
+            }
+        )
+    return found
+
+
+def _place(row: Row, rate: float) -> tuple[str, int | None, int, float]:
+    """What a run of a ladder is known by."""
+    return row["method"], row["rank"], row["seed"], rate
+
+
+def _title(row: Row) -> str:
+    return METHODS.get(row["method"]) or str(row["method"])
+
+
+def _rung(row: Row) -> Json:
+    return {
+        "run": row["run"],
+        "rate": row["learning_rate"],
+        "accuracy": _short(row["sampled_accuracy"]),
+        "length": _short(row["relative_update_norm"]),
+        "kl": _short(row["kl_to_base"]),
+        "collapsed": not rung_of(row).stable,
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return _short(sum(values) / len(values)) if values else None
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.{_DIGITS}g}")
