@@ -1,4 +1,4 @@
-"""The stages of fine-tuning methods end to end on a tiny model: sets of runs, matched rates, outcomes, claims, report."""
+"""The stages of fine-tuning methods on a tiny model: sets of runs, matched rates, outcomes, claims, report."""
 
 from pathlib import Path
 from typing import Any
