@@ -1,4 +1,4 @@
-"""The stages of fine-tuning methods end to end on a tiny model: sets of runs, matched rates, outcomes, claims, report."""
+"""The stages of fine-tuning methods end to end on a tiny model: runs, matched rates, outcomes, claims, report."""
 
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def run(profile: Path, out: Path) -> dict[str, list[str]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("offprincipal.studies.graph._RUNS_A_PROCESS", 100)  # starting one takes longer than such a run
-        run_profile(load_profile(str(profile)), out, 1, show)
+        run_profile(load_profile(str(profile)), out, 2, show)
     return said
 
 
