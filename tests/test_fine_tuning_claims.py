@@ -153,6 +153,7 @@ def test_pissa_that_collapses_first_for_its_longer_step_alone_fails_the_control(
     entry = judged(tmp_path, "C12", low_rank())
     assert verdicts(entry) == ("supported", NONE)
     assert entry["as_published"]["effect"] == pytest.approx(3)
+    assert "Rates were tried a factor of 3 to 3.33 apart" in entry["as_published"]["sentence"]
 
 
 def test_pissa_that_loses_at_equal_step_too_passes_the_control(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The stages of fine-tuning methods on a tiny model: sets of runs, matched rates, outcomes, claims, report."""
+"""The stages of fine-tuning methods end to end on a tiny model: runs, matched rates, outcomes, claims, report."""
 
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def run(profile: Path, out: Path) -> dict[str, list[str]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("offprincipal.studies.graph._RUNS_A_PROCESS", 100)  # starting one takes longer than such a run
-        run_profile(load_profile(str(profile)), out, 1, show)
+        run_profile(load_profile(str(profile)), out, 2, show)
     return said
 
 
@@ -157,3 +157,16 @@ def test_outcomes_need_a_comparison_of_their_runs(finished: Path, profile: Path)
     stage = OutcomesStage(kind="outcomes", runs=("full_s1", "nobody"), comparison="weights")
     with pytest.raises(StudyError, match="stage 'outcomes': 'weights' has no update_norm of 'nobody'"):
         stage.make("outcomes", space)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [("start", "starts from the study's base, not from 'full_s1'"), ("learning_rate", "finds its learning")],
+)
+def test_a_matched_stage_is_not_told_where_to_start_or_how_fast(profile: Path, setting: str, says: str) -> None:
+    content = yaml.safe_load(profile.read_text())
+    content["stages"]["pissa_at_equal_{by}_s{seed}"][setting] = "full_s1" if setting == "start" else 1e-3
+    told = profile.with_name(f"{setting}.yaml")
+    told.write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(StudyError, match=says):
+        load_profile(str(told))

@@ -35,7 +35,7 @@ def run_on_console(profile: Profile, out: Path, jobs: int | None, overwrite: boo
     left = pending(profile, out)
     console.print(f"study '{profile.name}': {profile.title}; base {profile.base}", highlight=False)
     console.print(_forecast(profile, left, jobs), highlight=False, soft_wrap=True)
-    with _stage_progress(profile, console) as show:
+    with stage_progress(profile, console) as show:
         run_profile(profile, out, jobs, show, overwrite)
     return read_json(out / "study.json")
 
@@ -113,7 +113,8 @@ def _seconds_of_work() -> float:
 
 
 @contextmanager
-def _stage_progress(profile: Profile, console: Console) -> Iterator[ShowStage]:
+def stage_progress(profile: Profile, console: Console) -> Iterator[ShowStage]:
+    """What shows where the stages of a study are: live rows on a terminal, lines elsewhere."""
     if console.is_terminal:
         with _bars(profile, console) as show:
             yield show

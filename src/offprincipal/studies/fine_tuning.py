@@ -4,6 +4,7 @@ Each leaves a table behind that claims are judged from.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +47,15 @@ class MatchedStage(TrainStage):
 
     def inputs(self) -> tuple[str, ...]:
         return (*super().inputs(), *self.like, *self.ladder)
+
+    def check(self, base: str, training: Mapping[str, Any]) -> None:
+        super().check(base, training)
+        if self.start is not None:
+            raise StudyError(
+                f"a matched stage starts from the study's base, not from '{self.start}': leave out 'start'"
+            )
+        if "learning_rate" in (self.model_extra or {}):
+            raise StudyError("a matched stage finds its learning rate itself: leave out 'learning_rate'")
 
     def settings(self, space: Workspace) -> dict[str, Any]:
         return super().settings(space) | {"like": list(self.like), "ladder": list(self.ladder), "by": self.by}

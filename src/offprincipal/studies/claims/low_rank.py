@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from offprincipal.outcomes.ladders import (
     SAME_SIZE,
@@ -139,8 +140,17 @@ def _said(ladders: Mapping[str, Ladders]) -> str:
             f"{method}: highest stable rate {_range(rates)}, best accuracy {_range(best)}, spectral shift at that rate "
             f"{_range(shifts)}"
         )
-    overlap = _overlap(*(ladders.get(method, {}) for method in (PLAIN, PRINCIPAL)))
-    return f"Over ranks and seeds, {'; '.join(parts)}. Best accuracies of LoRA and PiSSA {overlap}."
+    both = [ladders.get(method, {}) for method in (PLAIN, PRINCIPAL)]
+    return (
+        f"Over ranks and seeds, {'; '.join(parts)}. Best accuracies of LoRA and PiSSA {_overlap(*both)}. Rates were "
+        f"tried a factor of {_range(_gaps(both))} apart, so that a single ratio is known to no more than that."
+    )
+
+
+def _gaps(sides: Sequence[Ladders]) -> list[float]:
+    """How many times as high each rate of a ladder is as the one below."""
+    ladders = [ladder for side in sides for ladder in side.values()]
+    return [high["learning_rate"] / low["learning_rate"] for ladder in ladders for low, high in pairwise(ladder)]
 
 
 def _overlap(one: Ladders, two: Ladders) -> str:
