@@ -82,8 +82,10 @@ def study(
     console = Console()
     with _resumable():
         found = run_on_console(load_profile(profile, override or []), out, jobs, overwrite, console)
-    console.print(runs_table(found), *fine_tuning_tables(fine_tuning_figures(out, found)), claims_table(found))
-    console.print(f"report: {out / 'report.html'}", soft_wrap=True, highlight=False)
+    if found:
+        console.print(runs_table(found), *fine_tuning_tables(fine_tuning_figures(out, found)), claims_table(found))
+    written = out / "report.html" if (out / "report.html").is_file() else out
+    console.print(f"{'report' if found else 'results'}: {written}", soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from offprincipal.recipe_names import Recipe
 from offprincipal.studies.experiments import GatesStage, PrecisionStage
 from offprincipal.studies.graph import ShowStage, pending, run_profile
 from offprincipal.studies.profile import Profile, Stage
-from offprincipal.studies.stages import TrainStage
+from offprincipal.studies.stages import ClaimsStage, TrainStage
 from offprincipal.training import StepReport
 from offprincipal.training.progress import describe
 
@@ -26,7 +26,7 @@ _PRINT_EVERY = 30.0  # seconds between lines where there is no terminal
 
 
 def run_on_console(profile: Profile, out: Path, jobs: int | None, overwrite: bool, console: Console) -> dict[str, Any]:
-    """Run what is left of a study and return `study.json`.
+    """Run what is left of a study and return `study.json`; nothing where no stage judges claims.
 
     Raises:
         OffPrincipalError: the profile cannot run, or a stage failed.
@@ -37,7 +37,8 @@ def run_on_console(profile: Profile, out: Path, jobs: int | None, overwrite: boo
     console.print(_forecast(profile, left, jobs), highlight=False, soft_wrap=True)
     with stage_progress(profile, console) as show:
         run_profile(profile, out, jobs, show, overwrite)
-    return read_json(out / "study.json")
+    judges = any(isinstance(stage, ClaimsStage) for stage in profile.stages.values())
+    return read_json(out / "study.json") if judges else {}
 
 
 def default_jobs() -> int:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -26,6 +27,7 @@ from offprincipal.training import StepReport
 
 RECORDS = ".stages"
 _RUNS_A_PROCESS = 1  # so that nothing of one run is left for the next
+_PRELOADED = ("offprincipal.training.runs", "offprincipal.training.recipes", "trl.trainer.grpo_trainer")
 ShowStage = Callable[[str, StepReport | str], None]
 
 
@@ -150,7 +152,7 @@ def _result(future: Future[None], name: str) -> None:
 @contextmanager
 def _training_pool(jobs: int, show: ShowStage) -> Iterator[ProcessPoolExecutor]:
     """Processes for training, each with its share of the cores, whose progress reaches `show` here."""
-    context = multiprocessing.get_context("spawn")
+    context = _process_context()
     reports: Any = context.Queue()
 
     def pass_on() -> None:
@@ -177,6 +179,17 @@ def _training_pool(jobs: int, show: ShowStage) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
         reports.put(None)
         listener.join(timeout=5)
+
+
+def _process_context() -> Any:
+    """How processes start: off one that has imported what training needs; each anew where a GPU would be shared so."""
+    import torch
+
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOADED))
+    return context
 
 
 _reports: Any = None
