@@ -90,7 +90,7 @@ def test_the_shipped_profile_pairs_every_control_with_ladders_of_its_own_rank_an
     for name, stage in controls.items():
         place = name.partition("_r")[2]
         rank, seed = place.split("_s")
-        assert len(stage.like) == len(stage.ladder) == 4
+        assert len(stage.like) >= 4 and len(stage.ladder) >= 4
         for run in (*stage.like, *stage.ladder):
             assert f"_r{rank}_" in run and run.endswith(f"_s{seed}")
         assert {run.split("_")[0] for run in stage.like} == {"lora"}

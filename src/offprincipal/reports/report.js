@@ -359,7 +359,7 @@ function report() {
 
   function masks() {
     const [full, ...others] = data.fine_tuning.masks.masks, traces = [], layout = { annotations: [] };
-    const wide = Math.min(others.length, 4), rows = Math.ceil(others.length / 4), gap = 70, panel = 200, height = rows * panel + (rows - 1) * gap;
+    const wide = Math.min(others.length, 4), rows = Math.ceil(others.length / 4), gap = 104, panel = 200, height = rows * panel + (rows - 1) * gap;
     others.forEach((found, j) => {
       const domain = column(j % 4, wide, 0.05), top = 1 - (Math.floor(j / 4) * (panel + gap)) / height, on = { type: "scatter", xaxis: "x" + suffix(j), yaxis: "y" + suffix(j) };
       const mode = (steps) => (steps.length > 1 ? "lines" : "markers"); // one point alone makes no line

@@ -13,7 +13,7 @@ from offprincipal.outcomes.curves import (
     mask_words,
     runs_by_mask,
 )
-from offprincipal.studies.claims.evidence import Evidence, Row
+from offprincipal.studies.claims.evidence import Evidence
 from offprincipal.studies.claims.registry import claim
 from offprincipal.studies.claims.rules import (
     RATIO_MARGIN,
@@ -112,19 +112,19 @@ def _mean(areas: Sequence[float]) -> str:
 
 
 def _listed(areas: Mapping[Masked, Mapping[int, float]], runs: Mapping[Masked, BySeed]) -> str:
-    """Every mask's areas and accuracies by seed."""
-    full = _each(row["sampled_accuracy"] for row in _in_order(runs[FULL]))
+    """Every mask's areas and accuracies, lowest to highest over seeds."""
     parts = [
-        f"{mask_words(masked)} {_each(of_seeds.values())}, accuracy "
-        f"{_each(row['sampled_accuracy'] for row in _in_order(runs[masked]))}"
+        f"{mask_words(masked)} {_range(of_seeds.values())} (accuracy {_range(_accuracies(runs[masked]), 3)})"
         for masked, of_seeds in areas.items()
     ]
-    return f"Distance from the full run's KL curve by seed: {'; '.join(parts)}; full: accuracy {full}."
+    full = _range(_accuracies(runs[FULL]), 3)
+    return f"Distance from the full run's KL curve, over seeds: {'; '.join(parts)}. Full: accuracy {full}."
 
 
-def _in_order(runs: BySeed) -> Sequence[Row]:
-    return [runs[seed] for seed in sorted(runs)]
+def _accuracies(runs: BySeed) -> Sequence[float]:
+    return [float(row["sampled_accuracy"]) for row in runs.values()]
 
 
-def _each(values: Iterable[float]) -> str:
-    return ", ".join(f"{value:.2f}" for value in values)
+def _range(values: Iterable[float], digits: int = 2) -> str:
+    known = list(values)
+    return f"{min(known):.{digits}f} to {max(known):.{digits}f}" if known else "unknown"
