@@ -1,5 +1,6 @@
 """Recipes that train not all weights: adapters, masked entries, singular frames; what is written, kept and refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,8 @@ def test_an_isospectral_run_keeps_singular_values(method: str, trained: dict[str
         one, two = (torch.linalg.svdvals(side[name].double()) for side in (before, after))
         assert torch.linalg.vector_norm(one - two) <= 1e-6 * torch.linalg.vector_norm(one)
         assert not torch.equal(before[name], after[name])
+    log = json.loads((trained[method] / "run.json").read_text())["log"]
+    assert len(log) == 3 and all(0 < entry["orthogonality_error"] < 1e-5 for entry in log)
 
 
 @pytest.mark.parametrize("method", ["lora", "pissa", "off_principal", "shira", "sparse", "isospectral"])

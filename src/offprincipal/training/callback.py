@@ -1,4 +1,4 @@
-"""The trainer's callbacks: one times every step and reports it, one keeps an adapter as it is trained."""
+"""The trainer's callbacks: what times every step and reports it, keeps an adapter as it is, logs frames' errors."""
 
 import time
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from offprincipal.adapters import Isospectral
 from offprincipal.files import write_atomically
 from offprincipal.training.progress import ShowProgress, StepReport
 
@@ -40,6 +41,16 @@ class Timekeeper(TrainerCallback):
         mean = sum(self._seconds) / len(self._seconds)
         value = entry.get(self._key)
         self._show(StepReport("training", state.global_step, state.max_steps, self._metric, value, mean))
+
+
+class FrameErrors(TrainerCallback):
+    """Write into the trainer's log how far an isospectral optimizer's frames are from orthonormal after each step."""
+
+    def __init__(self, optimizer: Isospectral) -> None:
+        self._optimizer = optimizer
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.log_history[-1]["orthogonality_error"] = self._optimizer.orthogonality_error
 
 
 class ExactAdapter(TrainerCallback):

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from offprincipal.adapters import Isospectral
 from offprincipal.errors import TrainingError
 from offprincipal.files import exclusively, read_json, require_folder, write_json
 from offprincipal.models import LanguageModel, identify, open_language_model, require_training_extra
@@ -58,6 +59,7 @@ _LOGGED = {
     "rewards/chosen": "chosen_reward",
     "rewards/rejected": "rejected_reward",
     "kl": "reference_point",
+    "orthogonality_error": "orthogonality_error",
     "seconds": "seconds",
 }
 _SHOWN: dict[Recipe, str] = {  # of those, where it is not the loss that tells how a run goes
@@ -197,12 +199,16 @@ def _fit(
     What the run started from is noted only once its data have proved usable, so that a fault in the settings can be
     mended in the same folder.
     """
-    from offprincipal.training.callback import ExactAdapter, Timekeeper
+    from offprincipal.training.callback import ExactAdapter, FrameErrors, Timekeeper
     from offprincipal.training.recipes import build_trainer
 
     key = _SHOWN.get(settings.recipe, "loss")
     with quiet_libraries():
-        callbacks = [Timekeeper(show, _LOGGED[key], key), *([ExactAdapter()] if opened.trained.is_adapter else [])]
+        callbacks: list[Any] = [Timekeeper(show, _LOGGED[key], key)]
+        if opened.trained.is_adapter:
+            callbacks.append(ExactAdapter())
+        if isinstance(opened.trained.optimizer, Isospectral):
+            callbacks.append(FrameErrors(opened.trained.optimizer))
         trainer = build_trainer(settings, opened, checkpoints, callbacks, show)
         if monitor is not None:
             monitor.attach(trainer)
