@@ -12,28 +12,27 @@ time, which other processes on the machine disturb least.
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from harness import Table, number, ratios, spread, torch_threads
 from transformers import TrainerCallback
 
-from offprincipal.adapters import IsospectralAdamW, IsospectralMuon
 from offprincipal.models import open_language_model
 from offprincipal.models.quiet import quiet_libraries
-from offprincipal.training import TrainSettings
+from offprincipal.training import parse_settings
 from offprincipal.training.recipes import build_trainer
+from offprincipal.training.trained import Opened, prepare
 
 TASKS = ("add", "sort@2")
 RATE = 1e-5
-KINDS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True),
-    "IsospectralAdamW, svd": lambda model: IsospectralAdamW(model, lr=RATE),
-    "IsospectralAdamW, newton-schulz": lambda model: IsospectralAdamW(model, lr=RATE, retraction="newton-schulz"),
-    "IsospectralMuon, newton-schulz": lambda model: IsospectralMuon(model, lr=RATE, retraction="newton-schulz"),
+KINDS: dict[str, dict[str, str] | None] = {
+    "AdamW": None,
+    "IsospectralAdamW, svd": {"method": "isospectral"},
+    "IsospectralAdamW, newton-schulz": {"method": "isospectral", "retraction": "newton-schulz"},
+    "IsospectralMuon, newton-schulz": {"method": "isospectral_muon", "retraction": "newton-schulz"},
 }
 COLUMNS = (
     "optimizer",
@@ -67,14 +66,13 @@ class Clock(TrainerCallback):
 
 def trained(kind: str, steps: int, batch: int) -> Clock:
     """A GRPO run of one uncounted step and `steps` more, timed."""
-    settings = TrainSettings(
-        recipe="grpo", tasks=TASKS, steps=steps + 1, batch=batch, learning_rate=RATE, eval_prompts=0, device="cpu"
-    )
-    opened, clock = open_language_model("embedded", "cpu"), Clock()
+    values = {"recipe": "grpo", "tasks": TASKS, "steps": steps + 1, "batch": batch, "learning_rate": RATE}
+    settings = parse_settings(values | {"eval_prompts": 0, "device": "cpu", "adapter": KINDS[kind]})
+    base, clock = open_language_model("embedded", "cpu"), Clock()
     with tempfile.TemporaryDirectory() as folder, quiet_libraries():
-        trainer = build_trainer(settings, opened, Path(folder), clock)
+        opened = Opened(base, prepare(settings, base.model))
+        trainer = build_trainer(settings, opened, Path(folder), [clock])
         trainer.args.save_strategy = "no"
-        trainer.optimizer = KINDS[kind](opened.model)
         trainer.train()
     return clock
 
