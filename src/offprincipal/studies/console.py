@@ -93,7 +93,7 @@ _STEP: dict[Recipe, float] = {  # for 256 sequences; with the sampling of prefer
     "sft_own": 0.8,
     "sft_teacher": 1.6,
 }
-_FIXED_TRAIN = 15.0
+_FIXED_TRAIN = 10.0
 _OTHER = 5.0
 _PER_RUN = {"precision": 8.0, "gates": 25.0}
 _REFERENCE_WORK = 0.25
