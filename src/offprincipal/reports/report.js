@@ -353,7 +353,9 @@ function report() {
     return [Math.max(low - room, -0.02), high + room];
   }
 
-  const maskTitle = (found) => (found.mask === "full" ? "full fine-tuning" : `${label(found.mask.replace(/_/g, " "), 18)}, ${found.density === null ? "its own density" : "density " + found.density}`);
+  const maskDensity = (found) => (found.density === null ? ", its own density" : `, density ${found.density}`);
+  const maskNamed = (found, named) => (found.mask === "full" ? "full fine-tuning" : found.density === 1 ? "all projections" : named(found.mask.replace(/_/g, " ")) + maskDensity(found));
+  const maskTitle = (found) => maskNamed(found, (mask) => label(mask, 18));
   const maskColour = (found) => (found.mask === "safe" && found.density === null ? "#1d4f8c" : MASK_COLOURS[found.mask] || METHOD_COLOURS[6]);
   const percentOf = (value) => (100 * value).toFixed(value < 0.0995 ? 1 : 0) + " %";
 
@@ -378,7 +380,7 @@ function report() {
   }
 
   // Where text is set as text, a name needs no escaping.
-  const plainTitle = (found) => shortened(found.mask.replace(/_/g, " "), 26) + (found.density === null ? ", its own density" : `, density ${found.density}`);
+  const plainTitle = (found) => maskNamed(found, (mask) => shortened(mask, 26));
 
   function maskSeeds() {
     const { masks: found, other_seeds: between, base } = data.fine_tuning.masks, traces = [], left = column(0, 2, 0.06), right = column(1, 2, 0.06);

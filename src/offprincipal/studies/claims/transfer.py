@@ -42,9 +42,14 @@ def beyond_rlvr(evidence: Evidence) -> tuple[Judgement, Judgement]:
 
 
 def _named(judgement: Judgement, evidence: Evidence) -> Judgement:
-    """The sentences of C5 speak of RLVR: here they are about these runs."""
+    """The rules of C1 and C3–C6 speak of RLVR: here they are about these runs."""
     return replace(
         judgement,
-        measure=judgement.measure.replace("RLVR", "these runs"),
-        sentence=f"Of {', '.join(evidence.beyond)}: {judgement.sentence.replace('RLVR', 'these runs')}",
+        measure=_of_these(judgement.measure),
+        rule=_of_these(judgement.rule),
+        sentence=f"Of {', '.join(evidence.beyond)}: {_of_these(judgement.sentence)}",
     )
+
+
+def _of_these(text: str) -> str:
+    return text.replace("RLVR's", "their").replace("RLVR", "these runs")
