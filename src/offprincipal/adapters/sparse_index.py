@@ -56,7 +56,8 @@ def stretches_of(index: Tensor, numel: int) -> Stretches:
 
 
 def count_active(index: Tensor, numel: int) -> int:
-    """
+    """How many entries are active.
+
     >>> count_active(torch.tensor([5]), 3), count_active(index_of(torch.arange(200) == 70), 200)
     (2, 1)
     """
