@@ -169,6 +169,23 @@ def uninterrupted(taught_model: Path, tmp_path_factory: pytest.TempPathFactory) 
     return {recipe: folder / recipe for recipe in RECIPES[:2]}
 
 
+def test_a_base_that_a_sibling_measured_is_not_measured_again(taught_model: Path, tmp_path: Path) -> None:
+    def stages(out: str, siblings: list[Path], **changes: Any) -> tuple[set[str], Any]:
+        seen: set[str] = set()
+        run = settings(taught_model, **{"steps": 1, "eval_prompts": 16, "eval_samples": 2, **changes})
+        record = train(run, tmp_path / out, progress=lambda report: seen.add(report.stage), siblings=siblings)
+        return seen, record["accuracy"]["before"]
+
+    first, before = stages("first", [])
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "run.json").write_text("{")
+    folders = [tmp_path / "damaged", tmp_path / "nowhere", tmp_path / "first"]
+    second, taken = stages("second", folders, seed=1)
+    other, measured = stages("other", folders, eval_prompts=8)
+    assert "measuring the base" in first and "measuring the base" in other
+    assert "measuring the base" not in second and taken == before != measured
+
+
 def test_overwrite_discards_a_run_and_nothing_else(taught_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(settings(taught_model, steps=1), out, quiet=True)

@@ -63,7 +63,8 @@ class MatchedStage(TrainStage):
     def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
         chosen = self._match(name, space)
         settings = self.settings_in(space).model_copy(update={"learning_rate": chosen["learning_rate"]})
-        train(settings, space.folder(name), overwrite=overwrite, progress=progress)
+        options: Any = {"overwrite": overwrite, "progress": progress, "siblings": space.folders()}
+        train(settings, space.folder(name), **options)
         write_json(space.folder(name) / MATCHED, chosen)
 
     def files(self, name: str, space: Workspace) -> list[Path]:

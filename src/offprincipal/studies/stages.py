@@ -44,6 +44,10 @@ class Workspace:
     def folder(self, stage: str) -> Path:
         return self.out / stage
 
+    def folders(self) -> list[Path]:
+        """Those of all stages that have begun."""
+        return sorted(path for path in self.out.iterdir() if path.is_dir())
+
 
 class StageKind(BaseModel, ABC):
     """What every kind of stage answers to."""
@@ -105,7 +109,8 @@ class TrainStage(StageKind):
         return found | {"base_content": content_digest(base_folder(settings.model))}
 
     def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
-        train(self.settings_in(space), space.folder(name), overwrite=overwrite, progress=progress)
+        options: Any = {"overwrite": overwrite, "progress": progress, "siblings": space.folders()}
+        train(self.settings_in(space), space.folder(name), **options)
 
     def settings_in(self, space: Workspace) -> TrainSettings:
         """The settings, with the folders of the stages that it starts from and learns from."""

@@ -16,6 +16,8 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Iterable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 
 from offprincipal.adapters import Isospectral
-from offprincipal.errors import TrainingError
+from offprincipal.errors import FileError, TrainingError
 from offprincipal.files import exclusively, read_json, require_folder, write_json
 from offprincipal.models import LanguageModel, identify, open_language_model, require_training_extra
 from offprincipal.models.quiet import quiet_libraries
@@ -78,6 +80,7 @@ def train(
     overwrite: bool = False,
     quiet: bool = False,
     progress: ShowProgress | None = None,
+    siblings: Iterable[Path] = (),
 ) -> dict[str, Any]:
     """Run a recipe, or continue it where it was killed, or return its record where it is complete.
 
@@ -87,6 +90,7 @@ def train(
         overwrite: discard a run that is in the folder.
         quiet: show no progress.
         progress: what shows progress instead of the terminal.
+        siblings: folders of other runs; if one measured the same base alike, its measurement stands for this one's.
 
     Returns:
         The record, as in `run.json`: `schema`, `settings`, `base`, `teacher`, as `base`, where there is one;
@@ -113,12 +117,12 @@ def train(
                 print(f"{folder}: this run is complete already")
             return record
         if progress is not None or quiet:
-            return _run(settings, folder, progress or silent)
+            return _run(settings, folder, progress or silent, siblings)
         with terminal_progress(f"{settings.recipe} → {folder}") as show:
-            return _run(settings, folder, show)
+            return _run(settings, folder, show, siblings)
 
 
-def _run(settings: TrainSettings, out: Path, show: ShowProgress) -> dict[str, Any]:
+def _run(settings: TrainSettings, out: Path, show: ShowProgress, siblings: Iterable[Path]) -> dict[str, Any]:
     metric = _LOGGED[_SHOWN.get(settings.recipe, "loss")]
     language_model = open_language_model(settings.model, settings.device)
     teacher = _teacher(settings, language_model)
@@ -129,9 +133,11 @@ def _run(settings: TrainSettings, out: Path, show: ShowProgress) -> dict[str, An
     with quiet_libraries():
         opened = Opened(language_model, prepare(settings, language_model.model), teacher)
     if started is None:
-        show(StepReport("measuring the base", 0, settings.steps, metric))
-        with opened.trained.as_base():
-            before = _measure(settings, language_model, language_model)
+        before = _measured_by(siblings, settings, models["base"])
+        if before is None:
+            show(StepReport("measuring the base", 0, settings.steps, metric))
+            with opened.trained.as_base():
+                before = _measure(settings, language_model, language_model)
         started = {"schema": SCHEMA, "settings": settings.model_dump(mode="json"), **models, "before": before}
 
     sizes = {"parameters": opened.trained.base_parameters, "trained_parameters": opened.trained.parameters}
@@ -167,6 +173,21 @@ def _teacher(settings: TrainSettings, language_model: LanguageModel) -> Language
     teacher = open_language_model(settings.teacher, settings.device)
     require_one_vocabulary(language_model, teacher, settings.teacher)
     return teacher
+
+
+def _measured_by(siblings: Iterable[Path], settings: TrainSettings, base: dict[str, str]) -> dict[str, Any] | None:
+    """What another run found of the same base on the same prompts, which would be found again."""
+    alike = ("tasks", "eval_prompts", "eval_samples", "eval_max_new_tokens", "device")
+    asked = settings.model_dump(mode="json")
+    for folder in siblings:
+        record: dict[str, Any] = {}
+        with suppress(FileError):  # a damaged record is that run's affair
+            record = _record(folder / RECORD) or {}
+        theirs = record.get("settings", {})
+        if record.get("base") == base and all(theirs.get(name) == asked[name] for name in alike):
+            found: dict[str, Any] | None = record["accuracy"]["before"]
+            return found
+    return None
 
 
 def _measure(
