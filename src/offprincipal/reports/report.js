@@ -356,7 +356,7 @@ function report() {
   const maskDensity = (found) => (found.density === null ? ", its own density" : `, density ${found.density}`);
   const maskNamed = (found, named) => (found.mask === "full" ? "full fine-tuning" : found.density === 1 ? "all projections" : named(found.mask.replace(/_/g, " ")) + maskDensity(found));
   const maskTitle = (found) => maskNamed(found, (mask) => label(mask, 18));
-  const maskColour = (found) => (found.mask === "safe" && found.density === null ? "#1d4f8c" : MASK_COLOURS[found.mask] || METHOD_COLOURS[6]);
+  const maskColour = (found) => (found.density === 1 ? INK : found.mask === "safe" && found.density === null ? "#1d4f8c" : MASK_COLOURS[found.mask] || METHOD_COLOURS[6]);
   const percentOf = (value) => (100 * value).toFixed(value < 0.0995 ? 1 : 0) + " %";
 
   function masks() {
