@@ -65,6 +65,8 @@ def areas_between_seeds(runs: BySeed, curves: Mapping[str, Curve]) -> list[float
 def mask_words(masked: Masked) -> str:
     """A mask and its density in words."""
     mask, density = masked
+    if masked == FULL:
+        return mask
     if density == 1:
         return "all projections"
     return f"{mask} (its own density)" if density is None else f"{mask} at {density:g}"

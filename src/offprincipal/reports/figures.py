@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from offprincipal.checkpoints.roles import LINEAR_ROLES
 from offprincipal.comparison.registry import METRICS
+from offprincipal.reports.numbers import short
 
 MASKS = {
     "principal": "principal weights",
@@ -29,7 +30,6 @@ NULLS = ("_precision_null", "_stored_null", "_isotropic_null")
 STRIPE_MATRICES = 64
 SPECTRUM_MATRICES = 256
 FINE_POINTS, COARSE_POINTS = 256, 64
-_DIGITS = 4
 
 Json = dict[str, Any]
 Array = NDArray[np.float64]
@@ -240,5 +240,4 @@ def _evenly(length: int, points: int) -> NDArray[np.int64]:
 
 
 def _short(values: Iterable[float | None]) -> list[float | None]:
-    """Numbers to the digits that a figure can show, so that the page stays small."""
-    return [None if value is None else float(f"{value:.{_DIGITS}g}") for value in values]
+    return [short(value) for value in values]

@@ -3,7 +3,6 @@
 Ends as JSON, as `reports.figures` does; the console's tables are made of it too. Means for display only.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,13 +28,13 @@ from offprincipal.outcomes.ladders import (
     rung_of,
     stable_run,
 )
+from offprincipal.reports.numbers import short
 
 METHODS = {
     **{"lora": "LoRA", "pissa": "PiSSA", "milora": "MiLoRA", "olora": "OLoRA", "mica": "MiCA", "rlpo": "RLPO"},
     **{"rlmo": "RLMO", "geora": "GeoRA", "off_principal": "off-principal LoRA"},
 }
 SIZES = {"update_norm": "update norm", "kl_to_base": "KL to the base"}
-_DIGITS = 4
 
 Json = dict[str, Any]
 
@@ -73,7 +72,7 @@ def masks(outcomes: Sequence[Row], kl_curves: Sequence[Row]) -> Json:
     in_order = [FULL, *(masked for masked in runs if masked != FULL)]
     return {
         "masks": [_masked(masked, runs[masked], runs[FULL], curves) for masked in in_order],
-        "other_seeds": [_short(area) for area in areas_between_seeds(runs[FULL], curves)],
+        "other_seeds": [short(area) for area in areas_between_seeds(runs[FULL], curves)],
         "base": _mean([row["base_accuracy"] for of_mask in runs.values() for row in of_mask.values()]),
     }
 
@@ -91,8 +90,8 @@ def _masked(masked: Masked, runs: BySeed, full: BySeed, curves: Mapping[str, Cur
             {
                 "seed": seed,
                 **_line(curve),
-                "area": _short(areas.get(seed)),
-                "accuracy": _short(runs[seed]["sampled_accuracy"]),
+                "area": short(areas.get(seed)),
+                "accuracy": short(runs[seed]["sampled_accuracy"]),
             }
             for seed, curve in of_runs.items()
         ],
@@ -102,7 +101,7 @@ def _masked(masked: Masked, runs: BySeed, full: BySeed, curves: Mapping[str, Cur
 
 def _line(curve: Curve) -> Json:
     steps = sorted(curve)
-    return {"step": steps, "kl": [_short(curve[step]) for step in steps]}
+    return {"step": steps, "kl": [short(curve[step]) for step in steps]}
 
 
 def ladders(outcomes: Sequence[Row]) -> Json:
@@ -125,7 +124,7 @@ def ladders(outcomes: Sequence[Row]) -> Json:
         "groups": groups,
         "matched": matched(outcomes),
         "base": base,
-        "least": None if base is None else _short(base - STABLE_LOSS),
+        "least": None if base is None else short(base - STABLE_LOSS),
     }
 
 
@@ -137,9 +136,9 @@ def _ladder(seed: int, ladder: Sequence[Row]) -> Json:
         "runs": [_rung(row) | {"highest": found is not None and row["run"] == found["run"]} for row in ladder],
         "stable": (found or ladder[0])["learning_rate"],
         "open": open_end(ladder),
-        "best": _short(best_accuracy(ladder)),
-        "shift": _short(at.get("spectral_shift")),
-        "shift_null": _short(at.get("spectral_shift_isotropic_null")),
+        "best": short(best_accuracy(ladder)),
+        "shift": short(at.get("spectral_shift")),
+        "shift_null": short(at.get("spectral_shift_isotropic_null")),
     }
 
 
@@ -160,11 +159,11 @@ def matched(outcomes: Sequence[Row]) -> list[Json]:
                 "method": _title(row),
                 "rank": row["rank"],
                 "seed": row["seed"],
-                "ratio": _short(row["matched_ratio"]),
+                "ratio": short(row["matched_ratio"]),
                 "equal": at_equal_size(row),
                 **_rung(row),
                 "like": {"method": _title(like)} | _rung(like),
-                "at_equal_rate": at_equal_rate and _short(at_equal_rate["sampled_accuracy"]),
+                "at_equal_rate": at_equal_rate and short(at_equal_rate["sampled_accuracy"]),
             }
         )
     return found
@@ -183,16 +182,12 @@ def _rung(row: Row) -> Json:
     return {
         "run": row["run"],
         "rate": row["learning_rate"],
-        "accuracy": _short(row["sampled_accuracy"]),
-        "length": _short(row["relative_update_norm"]),
-        "kl": _short(row["kl_to_base"]),
+        "accuracy": short(row["sampled_accuracy"]),
+        "length": short(row["relative_update_norm"]),
+        "kl": short(row["kl_to_base"]),
         "collapsed": not rung_of(row).stable,
     }
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    return _short(sum(values) / len(values)) if values else None
-
-
-def _short(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(f"{value:.{_DIGITS}g}")
+    return short(sum(values) / len(values)) if values else None

@@ -1,12 +1,22 @@
 """Numbers as a reader should meet them: few digits, percent where natural, a dash where undefined.
 
-Knows nothing of metrics: one number in, one text out.
+Knows nothing of metrics: one number in, one text out; or one shorter number, for what a page draws.
 """
 
 import math
 
 UNDEFINED = "–"
 _FINEST_PERCENT = 4
+_DRAWN_DIGITS = 4
+
+
+def short(value: float | None) -> float | None:
+    """A number to the digits that a figure can show, so that the page stays small; None where it is not finite.
+
+    >>> short(0.123456), short(None)
+    (0.1235, None)
+    """
+    return None if value is None or not math.isfinite(value) else float(f"{value:.{_DRAWN_DIGITS}g}")
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from offprincipal.comparison.cache import CacheInfo
+from offprincipal.outcomes.curves import mask_words
 from offprincipal.reports.numbers import number
 from offprincipal.tasks import Task, mixture
 
@@ -107,10 +108,10 @@ def _masks_table(figures: Mapping[str, Any]) -> Group:
         table.add_column(title, justify="right")
     for found in figures["masks"]:
         runs, own = found["runs"], found["mask"] == "full"
-        density = "" if own else " (its own density)" if found["density"] is None else f" at {found['density']:g}"
         areas = _span(figures["other_seeds"]) + " (other seeds)" if own else _span(run["area"] for run in runs)
         accuracy = _span((run["accuracy"] for run in runs), 100)
-        table.add_row(escape(found["mask"] + density), str(len(runs)), _format(found["trained"], 100), areas, accuracy)
+        name = escape(mask_words((found["mask"], found["density"])))
+        table.add_row(name, str(len(runs)), _format(found["trained"], 100), areas, accuracy)
     return Group(f"masks, lowest to highest over seeds; base {_format(figures['base'], 100)} %", table)
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from offprincipal.comparison import read_table
 from offprincipal.files import read_json
+from offprincipal.reports.numbers import short
 
 FORMATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float8 (e4m3)"}
 BOUNDS = {"weyl": "Weyl", "mirsky": "Mirsky", "ky_fan": "Ky Fan", "wedin": "Wedin"}
 AS_TRAINED, UNDONE = "as trained", "undone"
-_DIGITS = 4
 
 Json = dict[str, Any]
 Row = Mapping[str, Any]
@@ -76,7 +76,7 @@ def jaccards(rows: Sequence[Row]) -> dict[str, float | None]:
         "random": sum(row["changed_a"] * row["changed_b"] / row["numel"] for row in rows),
         "precision": sum(row["intersection_precision_null"] for row in rows),
     }
-    return {name: _short(count / (changed - count)) if changed > count else None for name, count in both.items()}
+    return {name: short(count / (changed - count)) if changed > count else None for name, count in both.items()}
 
 
 def precision(runs: Mapping[str, Any]) -> list[Json]:
@@ -92,7 +92,7 @@ def precision(runs: Mapping[str, Any]) -> list[Json]:
         lines = []
         for name, title in FORMATS.items():
             rows = [row for row in entry["precision_sweep"] if row["format"] == name]
-            line = {key: [_short(row[column]["value"]) for row in rows] for key, column in columns.items()}
+            line = {key: [short(row[column]["value"]) for row in rows] for key, column in columns.items()}
             lines.append({"title": title, "step": [row["step_length"] for row in rows], **line})
         found.append({"run": run, "formats": [line for line in lines if line["step"]]})
     return found
@@ -105,7 +105,7 @@ def steps(runs: Mapping[str, Any]) -> list[Json]:
         rows = entry["ulp_histogram"]
         entries = sum(row["entries"] for row in rows) or 1
         shares = {
-            name: [_short(sum(row[column][i] for row in rows) / entries) for i in range(len(rows[0][column]))]
+            name: [short(sum(row[column][i] for row in rows) / entries) for i in range(len(rows[0][column]))]
             for name, column in (
                 ("measured", "octaves"),
                 ("gaussian", "octaves_gaussian_null"),
@@ -120,7 +120,7 @@ def leash(run: str, rows: Sequence[Row]) -> Json:
     """One watched run: its divergence at each step, and from the base."""
     seen = [row for row in rows if row["tensor"] is None and row["kl_cumulative"] is not None and row["step"] > 0]
     columns = {"step": "step", "kl_step": "kl_step", "kl_cumulative": "kl_cumulative", "length": "relative_update_norm"}
-    return {"run": run} | {key: [_short(row[column]) for row in seen] for key, column in columns.items()}
+    return {"run": run} | {key: [short(row[column]) for row in seen] for key, column in columns.items()}
 
 
 def bounds(rows: Sequence[Row]) -> Json:
@@ -133,7 +133,7 @@ def bounds(rows: Sequence[Row]) -> Json:
                 "title": title,
                 "runs": [
                     [
-                        _short(value)
+                        short(value)
                         for row in rows
                         if row["run"] == run and (value := row[f"{name}_tightness"]) is not None
                     ]
@@ -143,7 +143,3 @@ def bounds(rows: Sequence[Row]) -> Json:
             for name, title in BOUNDS.items()
         ],
     }
-
-
-def _short(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.{_DIGITS}g}")

@@ -21,7 +21,7 @@ from offprincipal.outcomes.ladders import Rung, highest_stable, rate_for
 from offprincipal.studies.claims.evidence import SOURCES
 from offprincipal.studies.experiments import Row, write_rows
 from offprincipal.studies.stages import StageKind, TrainStage, Workspace, base_folder
-from offprincipal.training import ShowProgress, silent, train
+from offprincipal.training import ShowProgress, silent
 from offprincipal.training.monitor.table import NAME as MONITOR
 from offprincipal.training.runs import RECORD
 
@@ -63,8 +63,7 @@ class MatchedStage(TrainStage):
     def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
         chosen = self._match(name, space)
         settings = self.settings_in(space).model_copy(update={"learning_rate": chosen["learning_rate"]})
-        options: Any = {"overwrite": overwrite, "progress": progress, "siblings": space.folders()}
-        train(settings, space.folder(name), **options)
+        self.train_with(settings, space.folder(name), space, progress, overwrite)
         write_json(space.folder(name) / MATCHED, chosen)
 
     def files(self, name: str, space: Workspace) -> list[Path]:

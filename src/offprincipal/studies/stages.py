@@ -109,8 +109,13 @@ class TrainStage(StageKind):
         return found | {"base_content": content_digest(base_folder(settings.model))}
 
     def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
-        options: Any = {"overwrite": overwrite, "progress": progress, "siblings": space.folders()}
-        train(self.settings_in(space), space.folder(name), **options)
+        self.train_with(self.settings_in(space), space.folder(name), space, progress, overwrite)
+
+    def train_with(
+        self, settings: TrainSettings, folder: Path, space: Workspace, progress: ShowProgress, overwrite: bool
+    ) -> None:
+        """Train, taking over what other stages found of the same base."""
+        train(settings, folder, overwrite=overwrite, progress=progress, siblings=space.folders())
 
     def settings_in(self, space: Workspace) -> TrainSettings:
         """The settings, with the folders of the stages that it starts from and learns from."""

@@ -120,20 +120,22 @@ def judge_bare_ratio(value: float | None, *, measure: str) -> Judgement:
 
 
 def judge_difference(effect: Effect, expected_sign: int = 1, *, measure: str, sentence: str = "") -> Judgement:
+    units, what = _least(effect)
     side = "above" if expected_sign > 0 else "below"
     rule = (
         f"supported: interval wholly {side} 0 and the effect at least {SHARE_MARGIN:g} in size; contradicted: the same "
         f"on the other side; no effect: an interval wholly within ±{SHARE_MARGIN:g}; else, and with fewer than "
-        f"{_least(effect)}, inconclusive"
+        f"{units} {what}, inconclusive"
     )
     return judgement(effect, 0.0, -SHARE_MARGIN, SHARE_MARGIN, expected_sign, measure, rule, sentence)
 
 
 def judge_ratio(effect: Effect, *, measure: str, sentence: str = "") -> Judgement:
+    units, what = _least(effect)
     rule = (
         f"supported: interval wholly above 1 and the ratio at least {RATIO_MARGIN:g}; contradicted: wholly below 1 and "
         f"at most 1/{RATIO_MARGIN:g}; no effect: an interval wholly between the two; else, and with fewer than "
-        f"{_least(effect)}, inconclusive"
+        f"{units} {what}, inconclusive"
     )
     return judgement(effect, 1.0, 1 / RATIO_MARGIN, RATIO_MARGIN, 1, measure, rule, sentence)
 
@@ -144,22 +146,17 @@ def judgement(
     pooled = effect.pooled()
     if pooled.value is None:
         return nothing(measure, "The figures that this rests on are undefined: too little changed.")
-    if (
-        pooled.low is None
-        or pooled.high is None
-        or pooled.matrices < (LEAST_PAIRS if isinstance(effect, OverPairs) else LEAST_MATRICES)
-    ):
-        what = _least(effect).partition(" ")[2]
+    least_units, what = _least(effect)
+    if pooled.low is None or pooled.high is None or pooled.matrices < least_units:
         sentence = f"{sentence} There are only {pooled.matrices} {what}: too few for an interval to be trusted."
         return Judgement("inconclusive", pooled.value, pooled.low, pooled.high, measure, rule, sentence)
     verdict = decide(pooled.value, pooled.low, pooled.high, none, least, most, expected_sign)
     return Judgement(verdict, pooled.value, pooled.low, pooled.high, measure, rule, sentence)
 
 
-def _least(effect: Effect) -> str:
-    """The fewest units that an interval is trusted with."""
-    over_pairs = isinstance(effect, OverPairs)
-    return f"{LEAST_PAIRS} pairs of runs" if over_pairs else f"{LEAST_MATRICES} matrices or steps"
+def _least(effect: Effect) -> tuple[int, str]:
+    """The fewest units that an interval is trusted with, and what they are."""
+    return (LEAST_PAIRS, "pairs of runs") if isinstance(effect, OverPairs) else (LEAST_MATRICES, "matrices or steps")
 
 
 def decide(
