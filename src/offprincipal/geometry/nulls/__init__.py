@@ -1,0 +1,48 @@
+"""Nulls: what an update that ignores the weights would show, rung by rung, each knowing more than the one below.
+
+*Chance* knows how many entries changed. *Rounding* knows the steps, dealt out blindly and stored. *Spacing* knows how
+many entries of each spacing class changed. *Margins* also how many of each row and each column. What is measured beyond
+the last is left to the entries themselves. Beside the ladder stand the *isotropic null*, a Gaussian update of equal
+norm, and the *stored null*, such an update rounded as the tuned weights were; the drawn ones are in
+`offprincipal.geometry.gaussian`.
+"""
+
+from offprincipal.geometry.nulls.chance import bernoulli_overlap, jaccard
+from offprincipal.geometry.nulls.margins import (
+    MarginModel,
+    ScoreTest,
+    class_slots,
+    expected_in_common,
+    expected_rates,
+    fit_margins,
+    score_tests,
+)
+from offprincipal.geometry.nulls.rounding import RoundingNull, count_steps, rounding_intersection, rounding_null
+from offprincipal.geometry.nulls.spacing import CountNull, intersection_null, overlap_null
+from offprincipal.geometry.nulls.stored import gaussian_scale, unchanged_isotropic, unchanged_isotropic_off_grid
+from offprincipal.geometry.nulls.stripes import dispersion, gini, line_null
+
+__all__ = [
+    "CountNull",
+    "MarginModel",
+    "RoundingNull",
+    "ScoreTest",
+    "bernoulli_overlap",
+    "class_slots",
+    "count_steps",
+    "dispersion",
+    "expected_in_common",
+    "expected_rates",
+    "fit_margins",
+    "gaussian_scale",
+    "gini",
+    "intersection_null",
+    "jaccard",
+    "line_null",
+    "overlap_null",
+    "rounding_intersection",
+    "rounding_null",
+    "score_tests",
+    "unchanged_isotropic",
+    "unchanged_isotropic_off_grid",
+]
