@@ -33,7 +33,8 @@ def load_and_compare(base: Path, tuned: Path, dtype: str, count: str) -> tuple[i
 
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
     before, after = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=kind, device_map="cpu") for folder in (base, tuned)
+        AutoModelForCausalLM.from_pretrained(folder, dtype=kind, device_map="cpu", trust_remote_code=False)
+        for folder in (base, tuned)
     )
     others = dict(after.named_parameters())
     with torch.no_grad():

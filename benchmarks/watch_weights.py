@@ -13,7 +13,10 @@ from weightwatcher import WeightWatcher
 
 
 def main(base: str, tuned: str) -> None:
-    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (base, tuned)]
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        for folder in (base, tuned)
+    ]
     watcher = WeightWatcher()
     for model in models:
         details = watcher.analyze(model=model)

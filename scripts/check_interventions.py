@@ -18,6 +18,7 @@ import torch
 from offprincipal import intervene
 from offprincipal.assets import embedded_base
 from offprincipal.errors import InterventionError
+from offprincipal.models import open_tokenizer
 from offprincipal.models.quiet import quiet_libraries
 
 SIZES = {
@@ -99,7 +100,8 @@ def write_model(folder: Path, name: str, dtype: torch.dtype = torch.float32, **c
 
     torch.manual_seed(sum(map(ord, name)))
     kind, own = MODELS[name]
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**{**SIZES, **own, **changes}))
+    config = getattr(transformers, kind)(**{**SIZES, **own, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     for parameter_name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
@@ -110,7 +112,7 @@ def write_model(folder: Path, name: str, dtype: torch.dtype = torch.float32, **c
             torch.nn.init.uniform_(parameter, offset - 0.5, offset + 0.5)
     with quiet_libraries():
         model.to(dtype).save_pretrained(folder)
-        transformers.AutoTokenizer.from_pretrained(embedded_base()).save_pretrained(folder)
+        open_tokenizer(embedded_base()).save_pretrained(folder)
     return folder
 
 

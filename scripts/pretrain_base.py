@@ -200,7 +200,9 @@ def write_card(recipe: Recipe, out: Path, seconds: float) -> None:
         if not torch.cuda.is_available()
         else "GPU",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "parameters": sum(p.numel() for p in Qwen3ForCausalLM.from_pretrained(out).parameters()),
+        "parameters": sum(
+            p.numel() for p in Qwen3ForCausalLM.from_pretrained(out, trust_remote_code=False).parameters()
+        ),
         "accuracy": scores,
     }
     (out / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -208,6 +208,9 @@ def gates(
     attention: Annotated[str, typer.Option(help="attn_implementation; it needs a forward-mode derivative.")] = "eager",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of prompts, continuations, batches and random directions.")] = 0,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Execute Python that comes with BASE, where it asks for that.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print gates.json instead of tables.")] = False,
 ) -> None:
     """Measure the gates: divergence against the Fisher form, the curvature of directions, what storing hides.
@@ -229,6 +232,7 @@ def gates(
         "dtype": dtype,
         "attention": attention,
         "device": device,
+        "trust_remote_code": trust_remote_code,
     }
     runs = _named_runs(tuned)
     require_folder(out)

@@ -63,6 +63,7 @@ class GateSettings:
         attention: the attention's implementation, which needs a forward-mode derivative.
         device: `auto`, `cpu` or `cuda`.
         seed: of prompts, continuations, batches and random directions.
+        trust_remote_code: whether Python that comes with the base may be executed where it asks for that.
 
     Raises:
         ArgumentError: a value is outside what it may be.
@@ -82,6 +83,7 @@ class GateSettings:
     attention: str = "eager"
     device: str = "auto"
     seed: int = 0
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batches", "prompts_per_batch", "max_new_tokens", "draws", "layer_draws"):
@@ -206,7 +208,7 @@ def open_for_derivatives(base: str | Path, settings: GateSettings) -> LanguageMo
     Raises:
         ModelError: it cannot be opened, or has no such attention.
     """
-    language_model = open_language_model(base, settings.device)
+    language_model = open_language_model(base, settings.device, settings.trust_remote_code)
     model = language_model.model.to(getattr(torch, settings.dtype))
     try:
         model.set_attn_implementation(settings.attention)

@@ -18,7 +18,7 @@ from torch import Tensor
 from offprincipal.checkpoints import Checkpoint, open_checkpoint, pair_tensors, parameter_of
 from offprincipal.checkpoints.hostile import is_file
 from offprincipal.errors import CheckpointError, ModelError
-from offprincipal.models import LanguageModel
+from offprincipal.models import LanguageModel, open_tokenizer
 from offprincipal.models.quiet import quiet_libraries
 
 Weights = Literal["auto", "masters", "stored"]
@@ -167,11 +167,9 @@ def _require_same_tokenizer(language_model: LanguageModel, tuned: Checkpoint) ->
     folder = tuned.folders[0]
     if not any(is_file(folder / name) for name in _TOKENIZER_FILES):
         return
-    import transformers
-
     with quiet_libraries():
         try:
-            theirs = transformers.AutoTokenizer.from_pretrained(folder)
+            theirs = open_tokenizer(folder)
         except Exception as error:  # damaged files and unknown classes all differ
             raise ModelError(
                 f"the tokenizer beside {tuned.source} cannot be read: {str(error)[:200]}. Copy the base's there"

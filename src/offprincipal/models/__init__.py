@@ -9,6 +9,7 @@ from offprincipal.models.opening import (
     identify,
     model_name,
     open_language_model,
+    open_tokenizer,
     require_training_extra,
     resolve_device,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "identify",
     "model_name",
     "open_language_model",
+    "open_tokenizer",
     "require_training_extra",
     "resolve_device",
 ]

@@ -87,15 +87,17 @@ def resolve_device(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def open_language_model(source: str | Path, device: str = "auto") -> LanguageModel:
+def open_language_model(source: str | Path, device: str = "auto", trust_remote_code: bool = False) -> LanguageModel:
     """A model and its tokenizer, whatever their stored precision, in float32.
 
     Args:
         source: a folder, a Hugging Face id, or `embedded`.
         device: `auto`, `cpu` or `cuda`.
+        trust_remote_code: whether Python that comes with the checkpoint may be executed where it asks for that.
 
     Raises:
-        ModelError: there is no such model, it is no causal language model, or its tokenizer is missing or unusable.
+        ModelError: there is no such model, it is no causal language model, its tokenizer is missing or unusable, or it
+            needs Python of its own that is not trusted.
     """
     require_training_extra()
     transformers: Any = importlib.import_module("transformers")
@@ -103,12 +105,16 @@ def open_language_model(source: str | Path, device: str = "auto") -> LanguageMod
     name = model_name(source)
     with quiet_libraries():
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
         except Exception as error:  # unknown ids, bad folders, foreign architectures and lost connections all differ
+            _refuse_own_code(name, "model", error)
             raise ModelError(f"{name} is no causal language model to transformers: {_reason(error)}") from error
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="left")
+            tokenizer = open_tokenizer(name, padding_side="left", trust_remote_code=trust_remote_code)
         except Exception as error:
+            _refuse_own_code(name, "tokenizer", error)
             raise ModelError(f"model {name} has no usable tokenizer beside its weights: {_reason(error)}") from error
     if not tokenizer("0").input_ids or len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise ModelError(f"model {name} has no usable tokenizer beside its weights: copy its tokenizer files there")
@@ -117,6 +123,12 @@ def open_language_model(source: str | Path, device: str = "auto") -> LanguageMod
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return LanguageModel(model.to(place).eval(), tokenizer)
+
+
+def open_tokenizer(name: str | Path, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    """The tokenizer of a folder or id; errors are transformers' own. Python that comes with it runs only if trusted."""
+    transformers: Any = importlib.import_module("transformers")
+    return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
 
 
 def model_name(source: str | Path) -> str:
@@ -150,6 +162,16 @@ def hash_of(weights: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def _refuse_own_code(name: str, part: str, error: Exception) -> None:
+    """Raises ModelError where transformers would have had to execute Python that comes with a checkpoint."""
+    if "trust_remote_code" in str(error):
+        raise ModelError(
+            f"the {part} of {name} needs Python that comes with the checkpoint (auto_map), which is not executed: read "
+            "that code, and if you trust it set trust_remote_code (gates: --trust-remote-code; training: --set "
+            "trust_remote_code=true)"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

@@ -124,7 +124,7 @@ def train(
 
 def _run(settings: TrainSettings, out: Path, show: ShowProgress, siblings: Iterable[Path]) -> dict[str, Any]:
     metric = _LOGGED[_SHOWN.get(settings.recipe, "loss")]
-    language_model = open_language_model(settings.model, settings.device)
+    language_model = open_language_model(settings.model, settings.device, settings.trust_remote_code)
     teacher = _teacher(settings, language_model)
     models = {"base": identify(settings.model, language_model.model)}
     if teacher is not None:
@@ -170,7 +170,7 @@ def _teacher(settings: TrainSettings, language_model: LanguageModel) -> Language
         return None
     from offprincipal.training.recipes.distillation import require_one_vocabulary
 
-    teacher = open_language_model(settings.teacher, settings.device)
+    teacher = open_language_model(settings.teacher, settings.device, settings.trust_remote_code)
     require_one_vocabulary(language_model, teacher, settings.teacher)
     return teacher
 

@@ -21,7 +21,7 @@ from offprincipal.training.monitor.verdicts import parse_watch
 
 _REWARDED: tuple[Recipe, ...] = ("grpo", "dr_grpo", "rloo")  # by groups of completions of one prompt
 _PREFERRING: tuple[Recipe, ...] = ("dpo", "kto")
-_LATER = ("teacher", "beta", "monitor", "stop_if", "warn_if", "adapter")  # settings that older runs do not have
+_LATER = ("teacher", "beta", "monitor", "stop_if", "warn_if", "adapter", "trust_remote_code")  # older runs have none
 
 
 class TrainSettings(BaseModel):
@@ -83,6 +83,9 @@ class TrainSettings(BaseModel):
         None, description="conditions of the monitor that end the training, as 'spectral_shift_per_norm > .5'"
     )
     warn_if: tuple[str, ...] | None = Field(None, description="conditions of the monitor that are only reported")
+    trust_remote_code: bool = Field(
+        False, description="execute Python that comes with the model or teacher, where it asks for that"
+    )
     adapter: AdapterSettings | None = Field(
         None, description="train an adapter, masked entries or singular frames; None: all weights, by AdamW"
     )
@@ -126,7 +129,7 @@ class TrainSettings(BaseModel):
     def _without_what_is_unset(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A run without a monitor, say, is the same run, under the same key, as before there was one."""
         values: dict[str, Any] = whole(self)
-        return {name: value for name, value in values.items() if value is not None or name not in _LATER}
+        return {name: value for name, value in values.items() if value not in (None, False) or name not in _LATER}
 
     @property
     def sequences_at_once(self) -> int:

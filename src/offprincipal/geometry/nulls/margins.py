@@ -272,9 +272,7 @@ class _Information:
         shares: Floats = left / self.classes[:, None]
         return shares
 
-    def project(
-        self, slots: NDArray[np.uint16], odds: Odds, along: _Sides, classes: Floats
-    ) -> tuple["_Pair", Floats]:
+    def project(self, slots: NDArray[np.uint16], odds: Odds, along: _Sides, classes: Floats) -> tuple["_Pair", Floats]:
         """Project masks on the model's parameters.
 
         Args:

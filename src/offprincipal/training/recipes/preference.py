@@ -41,7 +41,8 @@ def kto(run: Run) -> Any:
 
 
 def _reference(run: Run) -> LanguageModel:
-    reference = open_language_model(run.settings.model, run.settings.device)
+    settings = run.settings
+    reference = open_language_model(settings.model, settings.device, settings.trust_remote_code)
     reference.model.requires_grad_(False)
     return reference
 
