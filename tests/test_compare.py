@@ -16,10 +16,10 @@ from matrices import gaussian
 
 from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare, parse_condition, read_table
 from offprincipal.comparison.measure import Row
-from offprincipal.comparison.pair import BaseMatrix, MatrixPair
-from offprincipal.comparison.pooling import estimate_ratio, pool_column
-from offprincipal.comparison.registry import METRICS
 from offprincipal.errors import ArgumentError, CheckpointError
+from offprincipal.measures.columns import METRICS
+from offprincipal.measures.pair import BaseMatrix, MatrixPair
+from offprincipal.measures.pooling import estimate_ratio, pool_column
 
 LINEAR = 6
 CERTIFICATES = ("singular_value_error", "singular_value_error_relative", "angle_error_deg")  # none for LAPACK's
@@ -80,27 +80,34 @@ def test_norms_pool_as_norms_and_shifts_by_parameters(result: Comparison) -> Non
     assert value(result, "far", "update_norm") == pytest.approx(norm)
     base_norm = math.sqrt(sum(base[name].double().square().sum().item() for name in linear))
     assert value(result, "far", "relative_update_norm") == pytest.approx(norm / base_norm)
-    shifts = {}
-    for name in linear:
-        s0, s1 = (torch.linalg.svdvals(w[name].double()) for w in (base, far))
-        shifts[name] = ((s1 - s0).norm() / s0.norm()).item()
-    weighted = sum(shifts[name] * base[name].numel() for name in linear) / sum(base[name].numel() for name in linear)
-    assert value(result, "far", "spectral_shift") == pytest.approx(weighted)
+    for column, share in (("spectral_shift", 0.125), ("spectral_shift_full", 1.0)):
+        shifts = {}
+        for name in linear:
+            count = max(1, round(share * min(base[name].shape)))
+            s0, s1 = (torch.linalg.svdvals(w[name].double())[:count] for w in (base, far))
+            shifts[name] = ((s1 - s0).norm() / s0.norm()).item()
+        weighted = sum(shifts[name] * base[name].numel() for name in linear)
+        assert value(result, "far", column) == pytest.approx(weighted / sum(base[name].numel() for name in linear))
 
 
 def test_overlaps_pool_by_their_counts(result: Comparison) -> None:
     rows = [row for row in result.matrices if row["run"] == "near" and row["linear"]]
     inside = sum(row["principal_overlap"] * row["changed_count"] for row in rows)
     assert value(result, "near", "principal_overlap") == pytest.approx(inside / sum(r["changed_count"] for r in rows))
-    expected = sum(row["principal_overlap_precision_null"] * row["changed_count"] for row in rows)
-    sd = math.sqrt(sum((row["principal_overlap_precision_null_sd"] * row["changed_count"]) ** 2 for row in rows))
-    assert value(result, "near", "principal_overlap_z") == pytest.approx((inside - expected) / sd)
+    information = [row["principal_log_odds_se"] ** -2 for row in rows]
+    score = sum(row["principal_log_odds"] * weight for row, weight in zip(rows, information, strict=True))
+    assert value(result, "near", "principal_z") == pytest.approx(score / math.sqrt(sum(information)))
+    assert value(result, "near", "principal_log_odds") == pytest.approx(score / sum(information))
+    rungs = result.summary["runs"]["near"]["anatomy"]["principal"]
+    assert rungs["measured"] == pytest.approx(value(result, "near", "principal_overlap"))
+    assert rungs["margins"] == pytest.approx(value(result, "near", "principal_overlap_margin_null"))
 
 
 def test_a_weight_blind_update_shows_nothing_beyond_its_nulls(result: Comparison) -> None:
     for run in ("near", "far"):
         for mask in ("principal", "low_magnitude", "safe", "random"):
-            assert abs(value(result, run, f"{mask}_overlap_z")) < 5
+            z = value(result, run, f"{mask}_z")
+            assert (z is None and run == "far") or abs(z) < 5  # where nearly all changed, nothing may be left to chance
         null = value(result, run, "unchanged_fraction_isotropic_null")
         assert value(result, run, "unchanged_fraction") == pytest.approx(null, abs=0.02)
         null = value(result, run, "principal_angle_left_mean_deg_isotropic_null")
@@ -114,8 +121,10 @@ def test_the_default_mask_columns_are_those_of_the_sweep(result: Comparison) -> 
     assert at_default
     for row in at_default:
         matrix = rows[row["run"], row["tensor"]]
-        for suffix in ("", "_random", "_precision_null", "_z"):
+        for suffix in ("", "_random", "_rounding_null", "_rounding_judged", "_spacing_null", "_margin_null"):
             assert row[f"overlap{suffix}"] == matrix[f"{row['mask']}_overlap{suffix}"]
+        for name in ("log_odds", "log_odds_se", "z"):
+            assert row[name] == matrix[f"{row['mask']}_{name}"]
 
 
 def test_masks_hold_what_their_definitions_say_and_the_random_one_scatters_about_it(result: Comparison) -> None:
@@ -173,7 +182,7 @@ def test_identical_checkpoints_give_nulls_not_numbers(folders: dict[str, Path], 
     assert metrics["unchanged_fraction"]["value"] == 1.0
     assert metrics["spectral_shift"]["value"] == 0.0
     assert metrics["principal_angle_left_max_deg"]["value"] == 0.0
-    undefined = ("principal_overlap", "principal_overlap_z", "spectral_shift_per_norm", "principal_energy", "row_gini")
+    undefined = ("principal_overlap", "principal_z", "spectral_shift_per_norm", "principal_energy", "row_gini")
     undefined += ("row_dispersion", "weyl_tightness", "wedin_tightness", "update_stable_rank")
     for name in undefined:
         assert metrics[name]["value"] is None, name
@@ -250,7 +259,7 @@ def test_where_the_base_has_no_principal_subspace_nothing_is_said_of_it(tmp_path
         assert row["spectral_shift"] is not None and row["low_magnitude_overlap"] is not None
 
 
-def test_two_runs_from_a_base_off_the_grid_have_no_precision_null(tmp_path: Path) -> None:
+def test_two_runs_from_a_base_off_the_grid_have_no_null_beyond_chance(tmp_path: Path) -> None:
     """They share where in its rounding cell each weight lies, which the exponent does not tell."""
     weights = {
         name: 0.02 * gaussian(*tensor.shape, seed=i).float() for i, (name, tensor) in enumerate(base_weights().items())
@@ -259,7 +268,7 @@ def test_two_runs_from_a_base_off_the_grid_have_no_precision_null(tmp_path: Path
     runs = [write_model(tmp_path / name, moved(weights, 1e-5, seed)) for name, seed in (("a", 1), ("b", 2))]
     result = compare(base, runs)
     assert result.summary["pairs"][0]["jaccard"] is not None
-    assert result.summary["pairs"][0]["jaccard_precision_null"] is None
+    assert result.summary["pairs"][0]["jaccard_spacing_null"] is None
     assert result.summary["pairs"][0]["jaccard_z"] is None
     metrics = result.summary["runs"]["a"]["metrics"]
     null = metrics["unchanged_fraction_isotropic_null"]["value"]

@@ -17,7 +17,8 @@ from torch import Tensor
 from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare
 from offprincipal.comparison.cache import DEFAULT_LIMIT, BaseCache, Kept, cache_folder
 from offprincipal.comparison.measure import Row
-from offprincipal.comparison.pair import BaseMatrix, Solver
+from offprincipal.measures.pair import BaseMatrix
+from offprincipal.measures.settings import Solver
 
 SHAPES = {"model.layers.0.self_attn.q_proj.weight": (300, 512), "model.layers.0.mlp.down_proj.weight": (512, 300)}
 K = 38  # an eighth of 300
@@ -91,23 +92,28 @@ def test_every_row_says_who_solved_it_and_how_well(fast: Comparison, by_lapack: 
         assert by_lapack.summary["runs"][run]["warnings"] == []
 
 
-def test_the_shift_is_over_the_top_values_or_over_all_and_says_so(fast: Comparison, by_lapack: Comparison) -> None:
+def test_the_shift_is_over_the_top_values_whoever_solves_it(fast: Comparison, by_lapack: Comparison) -> None:
     values = {(r["run"], r["tensor"]): r["values"] for r in by_lapack.curves if r["curve"] == "singular_values"}
     base = {r["tensor"]: r["values"] for r in by_lapack.curves if r["curve"] == "singular_values_base"}
     for row, exact in pairs_of(fast, by_lapack):
-        assert (row["spectral_shift_rank"], exact["spectral_shift_rank"]) == (K, 300)
         before, after = base[row["tensor"]], values[row["run"], row["tensor"]]
-        for found, count in ((row, K), (exact, 300)):
-            shift = np.linalg.norm((after - before)[:count]) / np.linalg.norm(before[:count])
-            error = 2 * K**0.5 * (row["singular_value_error"] or 0) / np.linalg.norm(before[:K])
-            assert abs(found["spectral_shift"] - shift) <= (error if found is row else 1e-12)
+        shift, full = (np.linalg.norm((after - before)[:n]) / np.linalg.norm(before[:n]) for n in (K, 300))
+        error = 2 * K**0.5 * (row["singular_value_error"] or 0) / np.linalg.norm(before[:K])
+        assert abs(row["spectral_shift"] - shift) <= error
+        assert exact["spectral_shift"] == pytest.approx(shift, abs=1e-12)
+        assert exact["spectral_shift_full"] == pytest.approx(full, abs=1e-12)
+        assert row["spectral_shift_full"] is None
 
 
 def test_angles_agree_within_their_certificate(fast: Comparison, by_lapack: Comparison) -> None:
-    names = [f"principal_angle_{side}_{which}_deg" for side in ("left", "right") for which in ("max", "mean")]
+    names = [f"principal_angle_{side}_{which}_deg" for side in ("left", "right") for which in ("max", "mean", "rms")]
+    told = 0
     for row, exact in pairs_of(fast, by_lapack):
         for name in names:
-            assert abs(row[name] - exact[name]) <= row["angle_error_deg"] + 1e-6
+            told += row[name] is not None
+            found = 0.0 if row[name] is None else row[name]  # within its error of nothing
+            assert abs(found - exact[name]) <= 2 * row["angle_error_deg"] + 1e-6
+    assert told >= len(names) or all(row["solver"] == "randomized" for row in fast.matrices)
 
 
 def test_warm_starts_are_as_good_as_exact_ones_for_small_updates(
@@ -117,7 +123,7 @@ def test_warm_starts_are_as_good_as_exact_ones_for_small_updates(
     for row, exact in pairs_of(compared(folders), by_lapack):
         for side in ("left", "right"):
             name = f"principal_angle_{side}_mean_deg"
-            if row["run"] == "near":
+            if row["run"] == "near" and row[name] is not None:
                 assert row[name] == pytest.approx(exact[name], rel=2e-2)
                 for null in ("isotropic_null", "stored_null"):  # drawn in another precision, so of other updates
                     assert row[f"{name}_{null}"] == pytest.approx(exact[f"{name}_{null}"], rel=0.25)
@@ -128,7 +134,7 @@ def test_warm_starts_are_as_good_as_exact_ones_for_small_updates(
 
 def test_masks_agree_and_what_needs_no_decomposition_is_the_same(fast: Comparison, by_lapack: Comparison) -> None:
     for row, exact in pairs_of(fast, by_lapack):
-        for name in ("principal_overlap", "safe_overlap", "principal_overlap_precision_null"):
+        for name in ("principal_overlap", "safe_overlap", "principal_overlap_margin_null"):
             assert row[name] == pytest.approx(exact[name], abs=1e-3)
         for name in ("unchanged_fraction", "low_magnitude_overlap", "random_overlap", "row_dispersion", "update_norm"):
             assert row[name] == exact[name]
@@ -138,10 +144,9 @@ def test_masks_agree_and_what_needs_no_decomposition_is_the_same(fast: Compariso
 def test_no_bound_is_broken_beyond_the_certificates(fast: Comparison) -> None:
     for row in fast.matrices:
         slack = 2 * row["singular_value_error"] / row["update_norm_2"]
-        for bound in ("weyl", "ky_fan"):
-            assert row[f"{bound}_tightness"] <= 1 + slack + 1e-6
-        assert row["mirsky_tightness"] <= 1 + K**0.5 * slack
-        assert row["wedin_tightness"] is None or row["wedin_tightness"] <= 1 + slack
+        for bound, least in (("weyl", slack), ("ky_fan", slack), ("mirsky", K**0.5 * slack), ("wedin", slack)):
+            assert row[f"{bound}_tightness"] is None or row[f"{bound}_tightness"] <= 1 + least + 1e-6
+    assert any(row["weyl_tightness"] is not None for row in fast.matrices)
 
 
 def test_a_tolerance_of_nothing_means_lapack(folders: dict[str, Path], by_lapack: Comparison) -> None:
@@ -176,9 +181,8 @@ def test_an_update_too_small_for_float32_is_solved_whole(solver: str, folders: d
     assert "moved too little for a warm start" in warning and name in warning
     exact = compare(folders["base"], [tiny], settings_of(solver="exact"), cache=False).matrices
     expected = next(line for line in exact if line["tensor"] == name)
-    assert abs(moved["principal_angle_left_max_deg"] - expected["principal_angle_left_max_deg"]) <= (
-        moved["angle_error_deg"] + 1e-6
-    )
+    assert moved["principal_angle_left_max_deg"] is None  # within what float32 vectors of the base can tell
+    assert (expected["principal_angle_left_max_deg"] or 0.0) <= moved["angle_error_deg"] + 1e-6
 
 
 @pytest.mark.parametrize("solver", ["auto", "randomized"])
@@ -196,8 +200,8 @@ def test_the_scale_of_the_weights_decides_nothing(
         for name in ("unchanged_fraction", "principal_overlap", "low_magnitude_overlap"):
             assert row[name] == pytest.approx(same[name], abs=1e-4)
         assert row["solver"] == same["solver"]
-        names = ("spectral_shift", "weyl_tightness", "principal_energy", "update_effective_rank", "update_stable_rank")
-        for name in names:
+        assert (row["weyl_tightness"] is None) == (same["weyl_tightness"] is None)
+        for name in ("spectral_shift", "principal_energy", "update_effective_rank", "update_stable_rank"):
             assert row[name] == pytest.approx(same[name], rel=1e-2)
 
 
@@ -379,5 +383,4 @@ def test_what_comes_back_from_the_cache_is_what_went_in(solver: Solver, tmp_path
     for name in ("solver", "singular_value_error", "residual"):
         assert getattr(put.svd, name) == getattr(got.svd, name)
     assert put.masks is not None and got.masks is not None
-    for name, array in vars(put.masks).items():
-        np.testing.assert_array_equal(array, getattr(got.masks, name))
+    np.testing.assert_array_equal(put.masks, got.masks)

@@ -57,13 +57,19 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def study_of(run: str) -> dict[str, Any]:
     side = {"verdict": "supported", "effect": -0.09, "low": -0.1, "high": -0.08, "measure": "<i>share</i>", "rule": "r"}
-    null = {"control": "precision null", "verdict": "no effect beyond the control", "effect": None, "low": None}
+    null = {"control": "rounding null", "verdict": "no effect beyond the control", "effect": None, "low": None}
     accuracy = {"greedy_accuracy": 0.6, "sampled_accuracy": 0.5, "sampled_accuracy_se": 0.02}
     return {
-        "schema": 1,
+        "schema": 2,
         "profile": "quick",
         "claims": [
-            {"id": "C5", "statement": "<u>avoid</u>", "as_published": side, "controlled": null | {"high": None}}
+            {
+                "id": "C5",
+                "contrast": None,
+                "statement": "<u>avoid</u>",
+                "as_published": side,
+                "controlled": null | {"high": None},
+            }
         ],
         "runs": [{"name": run, "recipe": "grpo", "tasks": ["<s>add</s>"], "before": accuracy, "after": accuracy}],
         "base": {"name": "<em>base</em>", "parameters": 1234},
@@ -92,29 +98,30 @@ def overlap_metrics(observed: float, null: float, z: float | None) -> dict[str, 
         unchanged_fraction=0.9,
         principal_overlap=observed,
         principal_overlap_random=0.5,
-        principal_overlap_precision_null=null,
-        principal_overlap_z=z,
+        principal_overlap_rounding_null=null,
+        principal_overlap_margin_null=null,
+        principal_z=z,
     )
 
 
 def test_a_significant_but_tiny_effect_is_called_tiny_and_comes_with_its_size() -> None:
     said = run_paragraph("grpo", overlap_metrics(0.391, 0.389, 12.0))
-    assert "beyond rounding, but tiny (+0.20 percentage points, z = +12.0)" in said
+    assert "more than that, but tiny (+0.20 percentage points, z = +12.0)" in said
 
 
 def test_a_large_difference_that_is_not_significant_is_not_beyond_rounding() -> None:
-    assert "nothing beyond rounding (−4.00 percentage points, z = −2.9)" in run_paragraph(
+    assert "nothing beyond that (−4.00 percentage points, z = −2.9)" in run_paragraph(
         "grpo", overlap_metrics(0.40, 0.44, -2.9)
     )
 
 
 def test_a_significant_effect_is_named_by_its_size() -> None:
-    assert "a small effect beyond rounding (−3.00" in run_paragraph("grpo", overlap_metrics(0.40, 0.43, -9.0))
-    assert "a large effect beyond rounding (+10.00" in run_paragraph("grpo", overlap_metrics(0.53, 0.43, 40.0))
+    assert "a small effect beyond that (−3.00" in run_paragraph("grpo", overlap_metrics(0.40, 0.43, -9.0))
+    assert "a large effect beyond that (+10.00" in run_paragraph("grpo", overlap_metrics(0.53, 0.43, 40.0))
 
 
 def test_where_rounding_decides_everything_nothing_is_claimed_beyond_it() -> None:
-    assert "rounding leaves nothing to chance here" in run_paragraph("grpo", overlap_metrics(1.0, 1.0, None))
+    assert "these leave nothing to chance here" in run_paragraph("grpo", overlap_metrics(1.0, 1.0, None))
 
 
 def test_the_answer_names_the_largest_difference_that_rounding_leaves() -> None:

@@ -2,9 +2,9 @@
 
 from offprincipal.comparison.comparison import Comparison, compare, name_runs
 from offprincipal.comparison.conditions import Condition, parse_condition
-from offprincipal.comparison.pair import MatrixSettings
 from offprincipal.comparison.tables import read_summary, read_table
 from offprincipal.comparison.work import CompareSettings
+from offprincipal.measures.settings import MatrixSettings
 
 __all__ = [
     "CompareSettings",

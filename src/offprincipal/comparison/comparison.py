@@ -15,11 +15,11 @@ from offprincipal.comparison.cache import cache_folder
 from offprincipal.comparison.execution import run_in_threads, run_on_ray
 from offprincipal.comparison.journal import Journal
 from offprincipal.comparison.measure import Row, Subject, TensorRows
-from offprincipal.comparison.pooling import pool_pair, pool_run
 from offprincipal.comparison.tables import TABLES, write_tables
 from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError
 from offprincipal.files import exclusively, require_folder
+from offprincipal.measures.pooling import anatomy, pool_pair, pool_run
 
 Progress = Callable[[int, int, str], None]
 
@@ -80,7 +80,7 @@ def compare(
     kept = cache_folder() if cache is True else Path(cache) if cache else None
     work = Work(str(base), name_runs(tuned), settings or CompareSettings(), kept)
     if work.settings.matrix.device != "cpu" and ray is None:
-        from offprincipal.comparison.spectral import chosen_device
+        from offprincipal.measures.spectral import chosen_device
 
         chosen_device(work.settings.matrix.device)
     total = sum(subject.numel for subject in work.subjects)
@@ -172,11 +172,12 @@ def _summary(work: Work, measured: list[TensorRows], matrices: list[Row], pairs:
             ],
             "solvers": dict(sorted(Counter(row["solver"] for row in rows if row["solver"]).items())),
             "metrics": {metric: pooled.as_dict() for metric, pooled in pool_run(rows).items()},
+            "anatomy": anatomy(rows),
         }
     couples = dict.fromkeys((row["run_a"], row["run_b"]) for row in pairs)
     flat = asdict(work.settings) | asdict(work.settings.matrix)
     return {
-        "schema": 1,
+        "schema": 2,
         "base": work.base_checkpoint.source,
         "arguments": {
             key: list(value) if isinstance(value, tuple) else value for key, value in flat.items() if key != "matrix"

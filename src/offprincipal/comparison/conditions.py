@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from offprincipal.comparison.registry import GROUPS, Group, metrics_of
 from offprincipal.conditions import Threshold, parse_threshold
+from offprincipal.measures.columns import GROUPS, Group, metrics_of
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ _GIVE_BACK_AFTER = 16  # tensors
 
 def run_in_threads(work: Work, subjects: Sequence[Subject], threads: int) -> Iterator[tuple[Subject, TensorRows]]:
     """Subjects with their rows, as they are done; the first error ends it."""
-    with _one_core_each(work), ThreadPoolExecutor(threads) as pool:
+    with one_core_each(work), ThreadPoolExecutor(threads) as pool:
         futures = {pool.submit(work.measure, subject): subject for subject in subjects}
         try:
             for done, future in enumerate(as_completed(futures), start=1):
@@ -71,7 +71,7 @@ def run_on_ray(work: Work, subjects: Sequence[Subject], address: str) -> Iterato
 def _measure_on_worker(parts: tuple[Any, ...], subject: Subject) -> TensorRows:
     base, tuned, settings, cache = parts
     work = _opened(base, tuple(tuned.items()), settings, cache)
-    with _one_core_each(work):
+    with one_core_each(work):
         return work.measure(subject)
 
 
@@ -107,7 +107,7 @@ def _give_back_memory() -> None:
 
 
 @contextmanager
-def _one_core_each(work: Work) -> Iterator[None]:
+def one_core_each(work: Work) -> Iterator[None]:
     """Hold torch to one thread and to full float32; where nothing is decomposed, torch is not even imported."""
     if set(work.settings.metrics) == {"location"} and "torch" not in sys.modules:
         yield

@@ -6,18 +6,19 @@ Knows nothing of files; a tensor comes with its name and place.
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from offprincipal.checkpoints import Array, Part
-from offprincipal.comparison.pair import BaseMatrix, Block, MatrixPair, MatrixSettings, TensorPair
-from offprincipal.comparison.registry import Group, metrics_of
 from offprincipal.errors import CheckpointError
-from offprincipal.geometry import nulls, scan
-from offprincipal.geometry.scan import MASKS
+from offprincipal.measures import location
+from offprincipal.measures.changes import Block, TensorPair
+from offprincipal.measures.columns import Group, metrics_of
+from offprincipal.measures.pair import BaseMatrix, MatrixPair
+from offprincipal.measures.settings import MatrixSettings
 
 if TYPE_CHECKING:
     from offprincipal.comparison.cache import BaseCache
@@ -113,13 +114,11 @@ def measure_matrix(
                 found.curves.append(_curve(keys, f"principal_angles_{side}_deg", angles.cpu().numpy()))
         if decompose and pair.spectral.fell_back:
             found.fallbacks[run] = "tolerance"
-        pair.release()
     if "spectrum" in groups:
         values = base_matrix.spectral.svd.S.cpu().numpy()
         found.curves.append(_curve({"run": None, **subject.keys}, "singular_values_base", values))
-    base_matrix.release()
     if "location" in groups and len(pairs) > 1:
-        found.pairs.extend(subject.keys | _pair_row(a, b, pairs) for a, b in itertools.combinations(pairs, 2))
+        found.pairs.extend(subject.keys | location.pair_row(a, b, pairs) for a, b in itertools.combinations(pairs, 2))
         found.curves.extend(_consensus_curves(pairs, {"run": None, **subject.keys}))
     return found
 
@@ -135,7 +134,7 @@ def measure_tensor(
     found = TensorRows()
     for run, read in blocks.items():
         pair = TensorPair(partial(_with_own_masters, subject.name, run, read))
-        dtypes = dict(zip(("dtype_base", "dtype_tuned"), pair.tally.dtypes, strict=True))
+        dtypes = dict(zip(("dtype_base", "dtype_tuned"), pair.counts.dtypes, strict=True))
         row: Row = dtypes | {"linear": False, "k": None, "alpha": None, "solver": None}
         for metric in metrics_of(groups):
             values = metric.measure(pair) if metric.every_tensor else (None,) * len(metric.columns)
@@ -166,8 +165,8 @@ def require_own_masters(name: str, run: str, block: Block) -> None:
 def _matrix_row(pair: MatrixPair, groups: tuple[Group, ...]) -> Row:
     measured = pair.base.decompose
     row: Row = {
-        "dtype_base": pair.tally.dtypes[0],
-        "dtype_tuned": pair.tally.dtypes[1],
+        "dtype_base": pair.counts.dtypes[0],
+        "dtype_tuned": pair.counts.dtypes[1],
         "linear": True,
         "k": pair.base.spectral.k if measured else None,
         "alpha": pair.base.settings.alpha,
@@ -179,47 +178,11 @@ def _matrix_row(pair: MatrixPair, groups: tuple[Group, ...]) -> Row:
 
 
 def _mask_rows(pair: MatrixPair) -> list[Row]:
-    rows = []
-    for alpha in pair.base.settings.alphas:
-        overlaps = pair.overlaps[alpha]
-        for name in (name for name in MASKS if name in overlaps):
-            found = overlaps[name]
-            rows.append(
-                {
-                    "mask": name,
-                    "alpha": alpha,
-                    "density": found.density,
-                    "overlap": found.overlap,
-                    "overlap_random": found.overlap_random,
-                    "overlap_precision_null": found.overlap_precision_null,
-                    "overlap_precision_null_sd": found.overlap_precision_null_sd,
-                    "overlap_z": found.overlap_z,
-                    "changed_count": pair.changed_count,
-                }
-            )
-    return rows
-
-
-def _pair_row(run_a: str, run_b: str, pairs: Mapping[str, MatrixPair]) -> Row:
-    a, b = pairs[run_a], pairs[run_b]
-    intersection = scan.count_common(a.changed_bits, b.changed_bits)
-    counts = (a.changed_count, b.changed_count)
-    null = nulls.intersection_null(a.class_entries, a.class_changed, b.class_changed)
-    known = a.tally.on_grid  # else two runs share where in its rounding cell each weight lies
-    by_chance = counts[0] * counts[1] / a.numel
-    return {
-        "run_a": run_a,
-        "run_b": run_b,
-        "changed_a": counts[0],
-        "changed_b": counts[1],
-        "intersection": intersection,
-        "intersection_precision_null": null.expected if known else None,
-        "intersection_precision_null_sd": math.sqrt(null.variance) if known else None,
-        "jaccard": nulls.jaccard(intersection, *counts),
-        "jaccard_random": nulls.jaccard(by_chance, *counts),
-        "jaccard_precision_null": nulls.jaccard(null.expected, *counts) if known else None,
-        "jaccard_z": null.z(intersection) if known else None,
-    }
+    return [
+        {"mask": name, "alpha": alpha, **asdict(found), "changed_count": pair.changed_count}
+        for alpha in pair.base.settings.alphas
+        for name, found in pair.overlaps[alpha].items()
+    ]
 
 
 def _curve(keys: Row, name: str, values: Array) -> Row:
@@ -235,7 +198,7 @@ def _rate_curves(pair: MatrixPair, keys: Row) -> list[Row]:
     lengths = pair.tuned.shape[::-1]
     for line, changed, (expected, _), length in zip(("row", "column"), counts, pair.line_nulls, lengths, strict=True):
         curves.append(_curve(keys, f"{line}_change_rate", changed / length))
-        curves.append(_curve(keys, f"{line}_change_rate_precision_null", expected / length))
+        curves.append(_curve(keys, f"{line}_change_rate_spacing_null", expected / length))
     return curves
 
 

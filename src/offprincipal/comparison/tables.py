@@ -3,6 +3,7 @@
 Every file is written under a temporary name and renamed, `summary.json` last.
 """
 
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,25 +13,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from offprincipal.comparison.registry import METRICS
 from offprincipal.errors import FileError
 from offprincipal.files import read_json, require_folder, write_atomically, write_json
+from offprincipal.measures.columns import METRICS, RUNGS
+from offprincipal.measures.location import MaskOverlap
 
 TABLES = ("matrices", "masks", "pairs", "curves")
 _TEXT = {"run", "run_a", "run_b", "tensor", "role", "dtype_base", "dtype_tuned", "solver", "mask", "curve"}
 _INTEGERS = {
-    *("layer", "expert", "rows", "cols", "numel", "k", "spectral_shift_rank"),
+    *("layer", "expert", "rows", "cols", "numel", "k"),
     *("changed_count", "changed_a", "changed_b", "intersection"),
 }
 _TENSOR_KEYS = ("tensor", "layer", "role", "expert", "rows", "cols", "numel")
-_OVERLAPS = ("overlap", "overlap_random", "overlap_precision_null", "overlap_precision_null_sd", "overlap_z")
+_OVERLAPS = tuple(field.name for field in fields(MaskOverlap))
 _FIELDS = {
     "matrices": ("run", *_TENSOR_KEYS, "dtype_base", "dtype_tuned", "linear", "k", "alpha", "solver"),
-    "masks": ("run", *_TENSOR_KEYS, "mask", "alpha", "density", *_OVERLAPS, "changed_count"),
+    "masks": ("run", *_TENSOR_KEYS, "mask", "alpha", *_OVERLAPS, "changed_count"),
     "pairs": (
         *("run_a", "run_b", *_TENSOR_KEYS, "changed_a", "changed_b", "intersection"),
-        *("intersection_precision_null", "intersection_precision_null_sd"),
-        *("jaccard", "jaccard_random", "jaccard_precision_null", "jaccard_z"),
+        *(f"intersection_{rung}" for rung in RUNGS if rung != "random"),
+        *("jaccard", *(f"jaccard_{rung}" for rung in RUNGS)),
+        *("jaccard_log_odds", "jaccard_log_odds_se", "jaccard_z"),
+        *("update_norm_a", "update_norm_b", "update_cosine"),
     ),
     "curves": ("run", "tensor", "layer", "role", "expert", "curve", "values"),
 }
@@ -131,13 +135,13 @@ def _schema(table: str, rows: list[dict[str, Any]]) -> pa.Schema:
     if table == "matrices":
         present = rows[0].keys() if rows else columns.keys()
         names += [name for name in columns if name in present]
-    fields = []
+    found = []
     for name in names:
         about = {}
         if table == "matrices" and name in columns:
             about = {"meaning": columns[name].meaning, "unit": columns[name].unit, "source": sources[name]}
-        fields.append(pa.field(name, _type(name), metadata=about or None))
-    return pa.schema(fields)
+        found.append(pa.field(name, _type(name), metadata=about or None))
+    return pa.schema(found)
 
 
 def _type(name: str) -> pa.DataType:

@@ -21,9 +21,10 @@ from offprincipal.checkpoints import (
 )
 from offprincipal.comparison.cache import BaseCache
 from offprincipal.comparison.measure import Subject, TensorRows, measure_matrix, measure_tensor
-from offprincipal.comparison.pair import Block, MatrixSettings
-from offprincipal.comparison.registry import GROUPS, Group
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
+from offprincipal.measures.changes import Block
+from offprincipal.measures.columns import GROUPS, Group
+from offprincipal.measures.settings import MatrixSettings
 
 _LINE = 1 << 12  # entries of a tensor that is no matrix, laid out as lines of so many
 _BLOCK = 1 << 20  # entries of it that are read at once
@@ -116,9 +117,9 @@ class Work:
             raise CheckpointError(f"{subject.name}: {error}. Look at how it was trained or converted") from error
 
     def _measure_matrix(self, subject: Subject) -> TensorRows:
-        read = {run: self._read(checkpoint, subject) for run, checkpoint in self.runs.items()}
-        masters = {run: self._read(checkpoint, subject) for run, checkpoint in self.masters.items()}
-        weight = self._read(self.base_checkpoint, subject)
+        read = {run: self.read(checkpoint, subject) for run, checkpoint in self.runs.items()}
+        masters = {run: self.read(checkpoint, subject) for run, checkpoint in self.masters.items()}
+        weight = self.read(self.base_checkpoint, subject)
         matrix = self.settings.matrix
         cache = BaseCache(self.cache) if self.cache else None
         measure = partial(measure_matrix, subject, weight, read, masters, self.settings.metrics)
@@ -133,7 +134,8 @@ class Work:
             found = measure(replace(matrix, device="cpu"), cache)
             return replace(found, fallbacks=dict.fromkeys(self.runs, "memory"))
 
-    def _read(self, checkpoint: Checkpoint, subject: Subject) -> Array:
+    def read(self, checkpoint: Checkpoint, subject: Subject) -> Array:
+        """A part as one checkpoint stores it."""
         part = subject.part
         return part.of(checkpoint.read(part.tensor, part.start, part.stop))
 
@@ -141,7 +143,7 @@ class Work:
         part, masters = subject.part, self.masters.get(run)
         sides = [self.base_checkpoint, self.runs[run], *([masters] if masters else [])]
         if subject.numel != part.stop - part.start or not subject.numel:  # interleaved with others, or empty
-            yield _block([self._read(side, subject).reshape(1, -1) for side in sides])
+            yield _block([self.read(side, subject).reshape(1, -1) for side in sides])
             return
         for start in range(part.start, part.stop, _BLOCK):
             read = [side.read(part.tensor, start, min(start + _BLOCK, part.stop)) for side in sides]

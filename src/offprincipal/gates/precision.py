@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from offprincipal.checkpoints import Checkpoint, Part, open_checkpoint, pair_tensors, parts_of
-from offprincipal.comparison.pooling import Estimate, estimate_ratio
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
 from offprincipal.geometry.formats import FORMATS, MaskChange, StoredBase, StoredChange
 from offprincipal.geometry.masks import low_magnitude_ranks, masks_at, principal_ranks
 from offprincipal.geometry.nulls import CountNull
 from offprincipal.geometry.spectrum import decompose, decompose_by_gram, has_principal_subspace, principal_rank
 from offprincipal.geometry.ulp import UlpHistogram, total, ulp_histogram
+from offprincipal.measures.pooling import Estimate, estimate_ratio
 
 STEP_LENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 SWEPT_MASKS = ("principal", "low_magnitude")

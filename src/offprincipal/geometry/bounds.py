@@ -1,6 +1,7 @@
 """Bounds: what any update of a given size can do to a spectrum. True of every pair, so they test us too.
 
-Each function returns measured/bound, never above 1 but for rounding; None where the bound is zero or does not apply.
+Each function returns measured/bound, never above 1 but for rounding; None where the bound does not apply, and where
+measured or bound are within `error`, by how much both sides' decompositions together may be off.
 Knows nothing of files, models or layers.
 """
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def weyl_tightness(S_base: Tensor, S_tuned: Tensor, update_norm_2: float) -> float | None:
+def weyl_tightness(S_base: Tensor, S_tuned: Tensor, update_norm_2: float, error: float = 0.0) -> float | None:
     """max_i |σ_i(W1) − σ_i(W0)| / ‖ΔW‖₂.
 
     Source: Weyl's inequality; arXiv 2511.08567, corollary 3.4.
@@ -18,10 +19,10 @@ def weyl_tightness(S_base: Tensor, S_tuned: Tensor, update_norm_2: float) -> flo
     >>> weyl_tightness(torch.tensor([2.0, 1.0]), torch.tensor([2.5, 1.0]), 1.0)
     0.5
     """
-    return _ratio((S_tuned - S_base).abs().max().item(), update_norm_2)
+    return _ratio((S_tuned - S_base).abs().max().item(), update_norm_2, error)
 
 
-def mirsky_tightness(S_base: Tensor, S_tuned: Tensor, update_norm: float) -> float | None:
+def mirsky_tightness(S_base: Tensor, S_tuned: Tensor, update_norm: float, error: float = 0.0) -> float | None:
     """‖σ(W1) − σ(W0)‖₂ / ‖ΔW‖_F.
 
     Source: Mirsky's inequality; arXiv 2511.08567, corollary 3.4.
@@ -29,10 +30,10 @@ def mirsky_tightness(S_base: Tensor, S_tuned: Tensor, update_norm: float) -> flo
     >>> mirsky_tightness(torch.tensor([2.0, 1.0]), torch.tensor([2.5, 1.0]), 1.0)
     0.5
     """
-    return _ratio(torch.linalg.vector_norm(S_tuned - S_base).item(), update_norm)
+    return _ratio(torch.linalg.vector_norm(S_tuned - S_base).item(), update_norm, error * math.sqrt(len(S_base)))
 
 
-def ky_fan_tightness(S_base: Tensor, S_tuned: Tensor, k: int, update_norm_2: float) -> float | None:
+def ky_fan_tightness(S_base: Tensor, S_tuned: Tensor, k: int, update_norm_2: float, error: float = 0.0) -> float | None:
     """|Σ_{i≤k} σ_i(W1) − Σ_{i≤k} σ_i(W0)| / (k‖ΔW‖₂).
 
     Source: Ky Fan's k-norm and Weyl's inequality; arXiv 2511.08567, corollary 3.5.
@@ -40,28 +41,35 @@ def ky_fan_tightness(S_base: Tensor, S_tuned: Tensor, k: int, update_norm_2: flo
     >>> ky_fan_tightness(torch.tensor([2.0, 1.0]), torch.tensor([2.5, 1.5]), 2, 1.0)
     0.5
     """
-    return _ratio(abs((S_tuned[:k] - S_base[:k]).sum().item()), k * update_norm_2)
+    return _ratio(abs((S_tuned[:k] - S_base[:k]).sum().item()), k * update_norm_2, k * error)
 
 
 def wedin_tightness(
-    S_base: Tensor, S_tuned: Tensor, k: int, update_norm_2: float, max_angles_deg: tuple[float, float]
+    kth_base: float,
+    next_tuned: float,
+    update_norm_2: float,
+    max_angles_deg: tuple[float, float],
+    sine_error: float = 0.0,
+    error: float = 0.0,
 ) -> float | None:
     """max(‖sin Θ_U‖, ‖sin Θ_V‖) γ / ‖ΔW‖₂ with γ = σ_k(W0) − σ_{k+1}(W1); None where γ ≤ 0.
 
     Args:
-        S_base, S_tuned: (r,), all singular values; σ_{r+1} is 0.
+        kth_base, next_tuned: σ_k(W0) and σ_{k+1}(W1), 0 where there is none.
         max_angles_deg: the largest left and right principal angle of the top-k subspaces, degrees.
+        sine_error: by how much the sine of an angle may be off; error: the same of the singular values.
 
     Source: Wedin's sin Θ theorem; arXiv 2511.08567, theorem 3.3.
 
-    >>> round(wedin_tightness(torch.tensor([2.0, 1.0]), torch.tensor([2.0, 1.0]), 1, 1.0, (30.0, 0.0)), 6)
+    >>> round(wedin_tightness(2.0, 1.0, 1.0, (30.0, 0.0)), 6)
     0.5
     """
-    next_tuned = S_tuned[k].item() if k < len(S_tuned) else 0.0
-    gap = S_base[k - 1].item() - next_tuned
+    gap = kth_base - next_tuned
     sine = max(math.sin(math.radians(angle)) for angle in max_angles_deg)
-    return _ratio(sine * gap, update_norm_2) if gap > 0 else None
+    if gap <= error or sine <= sine_error:
+        return None
+    return _ratio(sine * gap, update_norm_2, error)
 
 
-def _ratio(measured: float, bound: float) -> float | None:
-    return measured / bound if bound > 0 else None
+def _ratio(measured: float, bound: float, error: float) -> float | None:
+    return measured / bound if bound > 0 and min(measured, bound) > error else None

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offprincipal.geometry.spectrum import Svd, block_size, first_order_steps, orthonormal
+from offprincipal.geometry.spectrum import Svd, block_size, first_order_steps
 from offprincipal.geometry.subspace import principal_angles
 
 
@@ -91,7 +91,13 @@ def moved_isotropically(S: Tensor, shape: torch.Size, k: int, sigma: float, rng:
     moved = U * ritz + U @ (H.T @ steps - U.T @ Z) + Z
     moved[b:r] += S[b:, None] * steps
     moved = torch.cat([moved, beyond(outside - len(first), len(spread)) @ spread])
-    return Svd(*_by_side(shape, orthonormal(moved), ritz, orthonormal(torch.cat([Q, steps]))), "warm")
+    corrected = torch.cat([Q, steps])  # (r, b), of which `moved` is the product
+    basis = torch.linalg.qr(corrected)
+    image = torch.linalg.solve_triangular(basis.R, moved, upper=True, left=False)
+    values, Q = torch.linalg.eigh(image.T @ image)
+    found, Q = values.flip(0).clamp(min=0).sqrt(), Q.flip(1)
+    U = (image @ Q) / found.clamp(min=torch.finfo(torch.float64).tiny)
+    return Svd(*_by_side(shape, U, found, basis.Q @ Q), "warm")
 
 
 def angles_from_axes(moved: Svd, k: int) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ _FIRST_INFINITE = 0x7F80
 _ZERO_CLASS = 1
 _BLOCK = 1 << 15  # rows or columns that a 16-bit counter can count
 _CHUNK = 1 << 30  # entries that a 32-bit counter can count
+_UNPACKED = 1 << 18  # entries that are widened at once
 
 Array = NDArray[Any]
 Counts = NDArray[np.int64]
@@ -253,51 +254,19 @@ def low_magnitude_cuts(entries: Counts, sizes: Array) -> tuple[Counts, Counts]:
     return codes, sizes - (upto - entries)[codes]
 
 
-def classes_below(entries: Counts, code: int, ties: int) -> Counts:
-    """The exponent classes of a low-magnitude mask: of all entries below its code, and of `ties` that carry it.
+def mark_changed(base: NDArray[np.uint16], tuned: NDArray[np.uint16]) -> NDArray[np.bool_]:
+    """Which entries changed.
 
     Args:
-        entries: (32768,), entries of each magnitude code; code, ties: from `low_magnitude_cuts`.
+        base, tuned: (n, m), from `bf16_codes`.
 
-    Returns:
-        (512,).
-
-    >>> entries = np.zeros(CODES, np.int64)
-    >>> entries[[0x3F80, 0x3F81]] = 2, 5
-    >>> classes_below(entries, 0x3F81, 4)[[254, 255]]
-    array([4, 2])
+    >>> one, two = (bf16_codes(np.array([[0.0, 1.0, x]])) for x in (2.0, 3.0))
+    >>> mark_changed(one, two)
+    array([[False, False,  True]])
     """
-    found = np.zeros(CLASSES, np.int64)
-    _add_classes_below(entries, code, ties, found)
-    return found
-
-
-def changed_ties(base: NDArray[np.uint16], tuned: NDArray[np.uint16], codes: Counts, ties: Counts) -> Counts:
-    """Of the first `ties` entries that carry each code, how many changed.
-
-    Args:
-        base, tuned: (n, m), from `bf16_codes`; codes, ties: (a,), from `low_magnitude_cuts`.
-
-    >>> one, two = (bf16_codes(np.array([[1.0, 1.0, x]])) for x in (1.0, 3.0))
-    >>> changed_ties(one, two, np.array([0x3F80, 0x3F80]), np.array([2, 3]))
-    array([0, 1])
-    """
-    found = np.zeros(len(codes), np.int64)
-    if len(codes):
-        _changed_ties(base, tuned, codes.astype(np.uint16), ties, found)
-    return found
-
-
-def pack_changed(base: NDArray[np.uint16], tuned: NDArray[np.uint16]) -> NDArray[np.uint64]:
-    """Which entries changed, one bit each, row by row; see `pack`.
-
-    >>> one, two = (bf16_codes(np.array([[1.0, x]])) for x in (2.0, 3.0))
-    >>> int(np.bitwise_count(pack_changed(one, two)).sum())
-    1
-    """
-    marks = np.empty(base.size, np.bool_)
-    _mark(base.reshape(-1), tuned.reshape(-1), marks)
-    return pack(marks)
+    marks = np.empty(base.shape, np.bool_)
+    _mark(base.reshape(-1), tuned.reshape(-1), marks.reshape(-1))
+    return marks
 
 
 def pack(mask: Array) -> NDArray[np.uint64]:
@@ -320,18 +289,6 @@ def unpack(bits: NDArray[np.uint64], size: int) -> NDArray[np.bool_]:
     array([ True, False,  True])
     """
     return np.unpackbits(bits.view(np.uint8), count=size, bitorder="little").view(np.bool_)
-
-
-def count_common(*bits: NDArray[np.uint64]) -> int:
-    """How many entries are in every one of some packed masks.
-
-    >>> count_common(pack(np.array([True, True])), pack(np.array([False, True])))
-    1
-    """
-    common = bits[0]
-    for more in bits[1:]:
-        common = common & more
-    return int(np.bitwise_count(common).sum())
 
 
 def count_codes(codes: NDArray[np.uint16], chosen: NDArray[np.bool_] | None = None) -> Counts:
@@ -417,6 +374,22 @@ def update_square(base: Array, tuned: Array) -> float:
     return float(_difference_square(*wide))
 
 
+def update_product(base: Array, one: Array, two: Array) -> float:
+    """⟨W1 − W0, W2 − W0⟩ of two matrices tuned from one base, summed in float64.
+
+    Args:
+        base, one, two: (n, m), any float types.
+
+    >>> update_product(np.array([[1.0, 2.0]]), np.array([[2.0, 4.0]]), np.array([[4.0, 4.0]]))
+    7.0
+    """
+    total, step = 0.0, max(_UNPACKED // max(base.shape[1], 1), 1)
+    for i in range(0, len(base), step):
+        origin, first, second = (side[i : i + step].astype(np.float64) for side in (base, one, two))
+        total += float(((first - origin) * (second - origin)).sum())
+    return total
+
+
 def _from_top(counts: Counts, size: int) -> tuple[int, int]:
     """The bin in which the `size` largest end, and how many of it are among them."""
     above = np.cumsum(counts[::-1])
@@ -467,12 +440,6 @@ def _scan(base, tuned, table, rows, columns):  # type: ignore[no-untyped-def] # 
 
 
 @njit(nogil=True, cache=True)
-def _add_classes_below(entries, code, ties, found):  # type: ignore[no-untyped-def] # pragma: no cover
-    for c in range(code + 1):
-        found[2 * (c >> 7) + ((c & 127) == 0)] += ties if c == code else entries[c]
-
-
-@njit(nogil=True, cache=True)
 def _range(codes):  # type: ignore[no-untyped-def] # pragma: no cover
     """The least magnitude code that is not zero, and the largest."""
     below, most = np.uint16(0x7FFE), np.uint16(0)
@@ -518,40 +485,6 @@ def _classes_of_lines(codes, lowest, rows, columns):  # type: ignore[no-untyped-
         for c in range(span):
             for j in range(wide):
                 columns[c, first + j] += by_column[c * wide + j]
-
-
-@njit(nogil=True, cache=True)
-def _changed_ties(base, tuned, codes, ties, found):  # type: ignore[no-untyped-def] # pragma: no cover
-    """Block by block with one comparison an entry; only the block where a mask ends is walked entry by entry."""
-    n, m = base.shape
-    width = 4096
-    sign = np.uint16(0x7FFF)
-    left = ties.copy()
-    for i in range(n):
-        if not left.any():
-            break
-        for first in range(0, m, width):
-            wide = min(width, m - first)
-            w0, w1 = base[i, first : first + wide], tuned[i, first : first + wide]
-            for a in range(len(codes)):
-                if left[a] == 0:
-                    continue
-                code = codes[a]
-                carrying, moved = np.uint16(0), np.uint16(0)
-                for j in range(wide):
-                    x, y = w0[j], w1[j]
-                    carries = np.uint16((x & sign) == code)
-                    carrying = np.uint16(carrying + carries)
-                    moved = np.uint16(moved + (carries & np.uint16((x != y) & (((x | y) & sign) != 0))))
-                if carrying <= left[a]:
-                    left[a] -= carrying
-                    found[a] += moved
-                    continue
-                for j in range(wide):
-                    x, y = w0[j], w1[j]
-                    if left[a] and (x & sign) == code:
-                        left[a] -= 1
-                        found[a] += (x != y) & (((x | y) & sign) != 0)
 
 
 @njit(nogil=True, cache=True)

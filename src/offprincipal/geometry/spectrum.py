@@ -160,7 +160,7 @@ def decompose_warm(W: Tensor, base: Svd, k: int, tolerance: float, certify: bool
     Args:
         W: (n, m), float32 or float64; base: with at least k vectors, on the same device.
         tolerance: on singular values, relative.
-        certify: whether to measure the certificate after the correction (two more products).
+        certify: whether to measure the error after the correction (one more product).
 
     Source: Davidson 1975 (the preconditioned correction), with the base's decomposition as preconditioner.
 
@@ -175,10 +175,8 @@ def decompose_warm(W: Tensor, base: Svd, k: int, tolerance: float, certify: bool
     ritz = _ritz(A, short[:, :b])
     if base.basis is None:
         return _filtered(A, _certified(A, ritz, k, W, "warm"), k, tolerance, W)
-    corrected = _corrected(A, ritz, base.basis[:, b:].to(A.dtype), base.S[b:])
-    if certify:
-        return _certified(A, _ritz(A, corrected), k, W, "warm")
-    return _oriented(orthonormal(A @ corrected), ritz[1], corrected, W, "warm")
+    found = _ritz(A, _corrected(A, ritz, base.basis[:, b:].to(A.dtype), base.S[b:]))
+    return _certified(A, found, k, W, "warm") if certify else _oriented(*found, W, "warm")
 
 
 def update_spectrum(update: Tensor) -> Tensor:
@@ -387,6 +385,32 @@ def rounding_floor(svd: Svd, shape: torch.Size) -> float:
     True
     """
     return max(torch.finfo(torch.float64).eps * max(shape) * svd.S[0].item(), svd.singular_value_error or 0.0)
+
+
+def whole_floor(svd: Svd, shape: torch.Size) -> float:
+    """The same for the whole spectrum: the small eigenvalues of a Gram matrix are off by the root of a few ε σ_1².
+
+    >>> svd = decompose_by_gram(2 * torch.eye(4, 8), 1)
+    >>> rounding_floor(decompose(2 * torch.eye(4, 8)), torch.Size([4, 8])) < whole_floor(svd, torch.Size([4, 8])) < 1e-6
+    True
+    """
+    if svd.singular_value_error is None:
+        return rounding_floor(svd, shape)
+    return max(rounding_floor(svd, shape), math.sqrt(_SQUARING * torch.finfo(torch.float64).eps) * svd.S[0].item())
+
+
+def angle_floor_deg(svd: Svd, k: int, shape: torch.Size) -> float:
+    """Below this an angle between top-k subspaces is rounding: the error bound, or LAPACK's rounding over the gap.
+
+    >>> angle_floor_deg(decompose(torch.diag(torch.tensor([2.0, 1.0]))), 1, torch.Size([2, 2])) < 1e-12
+    True
+    """
+    error = svd.angle_error_deg(k)
+    if error is not None:
+        return error
+    gap = (svd.S[k - 1] - svd.S[k]).item() if k < len(svd.S) else svd.S[k - 1].item()
+    floor = rounding_floor(svd, shape)
+    return math.degrees(math.asin(floor / gap)) if gap > floor else 90.0
 
 
 def has_principal_subspace(svd: Svd, k: int, shape: torch.Size) -> bool:

@@ -37,6 +37,21 @@ def principal_angles(basis_a: Tensor, basis_b: Tensor) -> Tensor:
     return torch.rad2deg(torch.where(cosines**2 > 0.5, torch.asin(sines), torch.acos(cosines)))
 
 
+def rms_angle_deg(angles: Tensor) -> float:
+    """arcsin(‖sin Θ‖_F/√k), in degrees: the steadiest summary of principal angles, every direction having its say.
+
+    Args:
+        angles: (k,), principal angles in degrees.
+
+    Source: the chordal distance of subspaces, over its largest value; Björck and Golub 1973.
+
+    >>> round(rms_angle_deg(torch.tensor([30.0, 30.0], dtype=torch.float64)), 6)
+    30.0
+    """
+    sines = torch.sin(torch.deg2rad(angles.double()))
+    return float(torch.rad2deg(torch.asin(sines.square().mean().sqrt().clamp(max=1))))
+
+
 def principal_energies(U: Tensor, V: Tensor, update: Tensor) -> tuple[float, float, float] | None:
     """Shares of the update's energy in the principal subspaces; None for a zero update.
 

@@ -17,7 +17,7 @@ import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
 from offprincipal.checkpoints.roles import LINEAR_ROLES
-from offprincipal.comparison.registry import METRICS
+from offprincipal.measures.columns import METRICS
 from offprincipal.reports.numbers import short
 
 MASKS = {
@@ -26,7 +26,7 @@ MASKS = {
     "safe": "safe weights",
     "random": "a random mask",
 }
-NULLS = ("_precision_null", "_stored_null", "_isotropic_null")
+NULLS = ("_rounding_null", "_stored_null", "_isotropic_null")
 STRIPE_MATRICES = 64
 SPECTRUM_MATRICES = 256
 FINE_POINTS, COARSE_POINTS = 256, 64
@@ -63,7 +63,7 @@ def overlaps(summary: Mapping[str, Any]) -> list[Json]:
             found = run["metrics"].get(f"{mask}_overlap", {})
             nulls = {
                 name: run["metrics"].get(f"{mask}_overlap_{suffix}", {}).get("value")
-                for name, suffix in (("random", "random"), ("precision", "precision_null"), ("z", "z"))
+                for name, suffix in (("random", "random"), ("precision", "rounding_null"))
             }
             rows.append({key: found.get(key) for key in ("value", "low", "high")} | nulls)
         if any(row["value"] is not None for row in rows):
@@ -72,9 +72,14 @@ def overlaps(summary: Mapping[str, Any]) -> list[Json]:
 
 
 def sweep(masks: pa.Table, runs: Sequence[str]) -> list[Json]:
-    """Per mask and run the overlap over the sweep of densities, pooled by the number of changed entries."""
-    masks = masks.filter(pc.is_valid(masks["overlap"]))
-    columns = ("overlap", "overlap_random", "overlap_precision_null")
+    """Per mask and run the overlap over the sweep of densities, pooled by the number of changed entries.
+
+    Over the matrices where the rounding null is known, so that a curve and its null are of the same entries; over all
+    where it is known of none.
+    """
+    columns = ("overlap", "overlap_random", "overlap_rounding_null")
+    known = pc.is_valid(masks["overlap_rounding_null"])
+    masks = masks.filter(known if pc.any(known).as_py() else pc.is_valid(masks["overlap"]))
     counts = masks["changed_count"].cast(pa.float64())
     for column in columns:
         masks = masks.set_column(masks.schema.get_field_index(column), column, pc.multiply(masks[column], counts))
@@ -89,8 +94,11 @@ def sweep(masks: pa.Table, runs: Sequence[str]) -> list[Json]:
 
 
 def _line(rows: Sequence[Mapping[str, Any]], columns: Iterable[str]) -> Json:
-    pooled = {c: _short(row[f"{c}_sum"] / row["changed_count_sum"] for row in rows) for c in columns}
-    return {"alpha": [row["alpha"] for row in rows], **pooled}
+    def pooled(column: str) -> list[float | None]:
+        sums = ((row[f"{column}_sum"], row["changed_count_sum"]) for row in rows)
+        return _short(None if total is None or not count else total / count for total, count in sums)
+
+    return {"alpha": [row["alpha"] for row in rows], **{column: pooled(column) for column in columns}}
 
 
 def heatmaps(matrices: pa.Table, runs: Sequence[str]) -> Json:
@@ -190,7 +198,7 @@ def spectra(matrices: pa.Table, path: Path, runs: Sequence[str]) -> Json:
 
 
 def stripes(matrices: pa.Table, path: Path, runs: Sequence[str]) -> Json:
-    """Change rates of rows and columns beside the precision null, for the most dispersed matrices."""
+    """Change rates of rows and columns beside the spacing null, for the most dispersed matrices."""
     measured = ("row_dispersion", "column_dispersion")
     chosen = choose_matrices(matrices, measured, STRIPE_MATRICES)
     curves = read_curves(path, chosen.tensors, FINE_POINTS)
@@ -198,7 +206,7 @@ def stripes(matrices: pa.Table, path: Path, runs: Sequence[str]) -> Json:
 
     def of_side(tensor: str, side: str) -> Json:
         rates = [_drawn(curves.get((tensor, run, f"{side}_change_rate"))) for run in runs]
-        nulls = [_drawn(curves.get((tensor, run, f"{side}_change_rate_precision_null"))) for run in runs]
+        nulls = [_drawn(curves.get((tensor, run, f"{side}_change_rate_spacing_null"))) for run in runs]
         return {"consensus": _drawn(curves.get((tensor, None, f"consensus_{side}s"))), "rates": rates, "nulls": nulls}
 
     return {

@@ -105,12 +105,13 @@ def _sweep_table(runs: Mapping[str, Any]) -> Table:
 
 def _curvature_table(entry: Mapping[str, Any]) -> Table:
     table = Table("direction", box=SIMPLE, pad_edge=False, collapse_padding=True)
-    for title in ("curvature", "95 % interval", "ratio", "sign p", "batches"):
+    for title in ("curvature", "95 % interval", "ratio", "sign p", "units wanted"):
         table.add_column(title, justify="right")
     pairs = {row["first"]: row for row in _pooled(entry["curvature_pairs"])}
     for row in _pooled(entry["curvature"]):
         pair = pairs.get(row["direction"], {})
-        tests = (_number(pair[key]) if pair else "" for key in ("ratio", "sign_test_p", "batches_wanted"))
+        unit = "draws" if row["direction"].startswith("random_") else "batches"
+        tests = (_number(pair[key]) if pair else "" for key in ("ratio", "sign_test_p", f"{unit}_wanted"))
         table.add_row(row["direction"], _number(row["value"]), _interval(row), *tests)
     return table
 

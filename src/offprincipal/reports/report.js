@@ -86,6 +86,9 @@ function report() {
     draw("figure-overlaps", traces, { ...layout, height: 80 + 66 * data.runs.length });
   }
 
+  // Percentage points; undefined where the rounding null is.
+  const beyondRounding = (run) => run.overlap.map((value, k) => (value === null || run.overlap_rounding_null[k] === null ? null : 100 * (value - run.overlap_rounding_null[k])));
+
   function sweep() {
     const masks = data.sweep, traces = [], layout = { annotations: [] };
     masks.forEach((mask, j) => {
@@ -95,8 +98,8 @@ function report() {
         const hover = (what, format) => `%{fullData.name}<br>α = %{x:.0%}, ${what} %{y:${format}}<extra></extra>`, colour = data.colours[i];
         traces.push({ ...line, y: run.overlap_random, mode: "lines", line: { color: PRECISION, dash: "dot", width: 1.5 }, hovertemplate: hover("chance", ".2%") });
         traces.push({ ...line, y: run.overlap, line: { color: colour, width: 2 }, marker: { size: 5 }, hovertemplate: hover("measured", ".2%") });
-        traces.push({ ...line, y: run.overlap_precision_null, mode: "lines", line: { color: colour, dash: "dash", width: 2 }, opacity: 0.6, hovertemplate: hover("rounding", ".2%") });
-        const beyond = run.overlap.map((value, k) => 100 * (value - run.overlap_precision_null[k]));
+        traces.push({ ...line, y: run.overlap_rounding_null, mode: "lines", line: { color: colour, dash: "dash", width: 2 }, opacity: 0.6, hovertemplate: hover("rounding", ".2%") });
+        const beyond = beyondRounding(run);
         traces.push({ ...line, y: beyond, yaxis: below, line: { color: colour, width: 2 }, marker: { size: 5 }, hovertemplate: hover("beyond rounding", "+.2f") + " points" });
       });
       layout["xaxis" + suffix(j)] = axis({ domain, anchor: below, tickformat: ".0%", range: [0, 0.53], tickvals: [0.1, 0.3, 0.5], title: title("mask density α") });
@@ -104,7 +107,7 @@ function report() {
       layout["yaxis" + suffix(j + masks.length)] = axis({ domain: [0, 0.37], anchor: x, zerolinewidth: 1.5, nticks: 5, title: j ? undefined : title("beyond rounding, points") });
       layout.annotations.push(heading(mask.title, middle(domain)));
     });
-    const beyond = masks.flatMap((mask) => mask.runs.flatMap((run) => run.overlap.map((value, k) => Math.abs(100 * (value - run.overlap_precision_null[k])))));
+    const beyond = masks.flatMap((mask) => mask.runs.flatMap((run) => known(beyondRounding(run)).map(Math.abs)));
     const reach = Math.max(1, ...beyond) * 1.1; // never zoomed further than one point, so that nothing tiny looks large
     masks.forEach((_, j) => { layout["yaxis" + suffix(j + masks.length)].range = [-reach, reach]; });
     draw("figure-sweep", traces, { ...layout, height: 460 });
@@ -117,7 +120,7 @@ function report() {
     const interval = { type: "data", symmetric: false, array: shown.map((pair) => pair.high - pair.jaccard), arrayminus: shown.map((pair) => pair.jaccard - pair.low), color: INK, thickness: 1.2, width: 4 };
     const traces = [
       dots("jaccard_random", "chance", { size: 11, color: RANDOM }),
-      dots("jaccard_precision_null", "rounding alone", { size: 16, color: "rgba(255,255,255,0)", line: { color: PRECISION, width: 2 } }),
+      dots("jaccard_rounding_null", "rounding alone", { size: 16, color: "rgba(255,255,255,0)", line: { color: PRECISION, width: 2 } }),
       dots("jaccard", "measured", { size: 8, color: INK }, { error_x: interval }),
     ];
     draw("figure-pairs", traces, {
@@ -168,7 +171,7 @@ function report() {
       if (nulls.length) {
         traces.push({ ...panel(about.null, nulls, rows, columns, "y2", scale), showscale: false });
         layout.yaxis2 = axis({ ...ticks, domain: [0, size / height] });
-        layout.annotations.push(heading(metrics[about.null].name.endsWith("_precision_null") ? "rounding alone (precision null)" : "a random update of equal length", 0.5, size / height));
+        layout.annotations.push(heading(metrics[about.null].name.endsWith("_rounding_null") ? "rounding alone" : "a random update of equal length", 0.5, size / height));
       }
       const every = Math.ceil(columns.length / 24), marked = numbered(columns.length).filter((j) => j % every === 0 || data.heat.layers[columns[j]] === "none");
       layout.xaxis = axis({ range: [-0.5, columns.length - 0.5], anchor: nulls.length ? "y2" : "y", showgrid: false, zeroline: false, title: title("layer"), tickvals: marked, ticktext: marked.map((j) => data.heat.layers[columns[j]]) });
@@ -224,7 +227,7 @@ function report() {
       ["row", "column"].forEach((side, j) => {
         const rates = all ? found[side].consensus : found[side].rates[run.value];
         const null_ = all ? mean(found[side].nulls) : found[side].nulls[run.value], on = { type: "scatter", xaxis: "x" + suffix(j), yaxis: "y" + suffix(j) };
-        if (null_) traces.push({ ...on, ...null_, mode: "lines", fill: "tozeroy", fillcolor: "#e4e7ec", line: { color: RANDOM, width: 1 }, hovertemplate: `${side} %{x}: %{y:.2%}<extra>rounding alone</extra>` });
+        if (null_) traces.push({ ...on, ...null_, mode: "lines", fill: "tozeroy", fillcolor: "#e4e7ec", line: { color: RANDOM, width: 1 }, hovertemplate: `${side} %{x}: %{y:.2%}<extra>spacing null</extra>` });
         if (rates) traces.push({ ...on, ...rates, mode: "markers", marker: { size: 4, color: all ? INK : data.colours[run.value], opacity: 0.75 }, hovertemplate: `${side} %{x}: %{y:.2%}<extra>measured</extra>` });
       });
       const extent = (side) => { const curve = known(found[side].rates)[0]; return curve ? [0, curve.x.at(-1) + 1] : undefined; };
@@ -235,7 +238,7 @@ function report() {
       });
       const text = (value) => (value === null ? "–" : value.toPrecision(3));
       const shown = all ? numbered(data.runs.length) : [Number(run.value)];
-      document.getElementById("stripes-caption").textContent = "Dispersion over rows and columns (1 is rounding alone): " + shown.map((i) => `${shortened(data.runs[i], 26)} ${text(found.dispersion[i][0])} and ${text(found.dispersion[i][1])}`).join("; ") + ".";
+      document.getElementById("stripes-caption").textContent = "Dispersion over rows and columns (1 is the spacing null): " + shown.map((i) => `${shortened(data.runs[i], 26)} ${text(found.dispersion[i][0])} and ${text(found.dispersion[i][1])}`).join("; ") + ".";
     }
     show();
   }

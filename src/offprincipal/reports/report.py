@@ -27,7 +27,7 @@ from offprincipal.reports.theory import theory_figures
 
 COLOURS = ("#3b6fb6", "#d9772b", "#3f9a6c", "#a855a0", "#b8932c", "#c24d52", "#4aa3b8", "#7a6f5d", "#6d62c4", "#8a9a3b")
 CHECKPOINT_KEYS = ("greedy_accuracy", "sampled_accuracy", "pass_at_k", "token_entropy", "kl_to_base")
-_SWEEP_COLUMNS = ("run", "mask", "alpha", "overlap", "overlap_random", "overlap_precision_null", "changed_count")
+_SWEEP_COLUMNS = ("run", "mask", "alpha", "overlap", "overlap_random", "overlap_rounding_null", "changed_count")
 
 
 def write_report(out: Path, comparison: Path, study: dict[str, Any] | None = None) -> Path:

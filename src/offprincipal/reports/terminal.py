@@ -15,12 +15,12 @@ from offprincipal.tasks import Task, mixture
 
 _SHOWN = (
     ("unchanged, %", "unchanged_fraction", "unchanged_fraction_isotropic_null", 100),
-    ("step length", "relative_update_norm", None, 1),
+    ("relative update norm", "relative_update_norm", None, 1),
     ("spectral shift", "spectral_shift", "spectral_shift_stored_null", 1),
     ("angle left, °", "principal_angle_left_max_deg", "principal_angle_left_max_deg_stored_null", 1),
     ("angle right, °", "principal_angle_right_max_deg", "principal_angle_right_max_deg_stored_null", 1),
-    ("principal, %", "principal_overlap", "principal_overlap_precision_null", 100),
-    ("low-magnitude, %", "low_magnitude_overlap", "low_magnitude_overlap_precision_null", 100),
+    ("principal, %", "principal_overlap", "principal_overlap_rounding_null", 100),
+    ("low-magnitude, %", "low_magnitude_overlap", "low_magnitude_overlap_rounding_null", 100),
     ("energy, %", "principal_energy", "principal_energy_stored_null", 100),
 )
 _VERDICTS = {
@@ -51,7 +51,27 @@ def comparison_table(summary: Mapping[str, Any]) -> Group:
         found = [run["metrics"] for run in summary["runs"].values()]
         if any(metric in metrics for metrics in found):
             table.add_row(title, *(_with_null(metrics, metric, null, factor) for metrics in found))
-    return Group("what training did to the weights (null in brackets)", table)
+    return Group("what training did to the weights (null in brackets)", table, *anatomy_table(summary))
+
+
+def anatomy_table(summary: Mapping[str, Any]) -> list[Any]:
+    """Where the changed entries lie, rung by rung of the ladder of nulls, in percent: nothing where none was located.
+
+    Args:
+        summary: `summary.json`.
+    """
+    table = Table(box=SIMPLE)
+    for title in ("run", "mask"):
+        table.add_column(title)
+    for title in ("chance", "+ precision", "+ magnitude", "+ neurons", "measured", "z"):
+        table.add_column(title, justify="right")
+    for name, run in summary["runs"].items():
+        for mask in ("principal", "low_magnitude"):
+            if rungs := run.get("anatomy", {}).get(mask):
+                z = run["metrics"].get(f"{mask}_z", {}).get("value")
+                cells = (_format(rungs[rung], 100) for rung in ("random", "rounding", "spacing", "margins", "measured"))
+                table.add_row(escape(name), mask.replace("_", "-"), *cells, _format(z))
+    return ["of the changed entries, % in the mask: what each null explains", table] if table.row_count else []
 
 
 def proof_lines(proof: Mapping[str, float], dtype: str, *, undone: bool) -> list[str]:
@@ -157,16 +177,26 @@ def claims_table(study: Mapping[str, Any]) -> Group:
         study: `study.json`.
     """
     table = Table(show_lines=True)
-    for title in ("claim", "as published", "with the control", "control"):
+    for title in ("claim", "as published", "with the control", "control, and blind studies decided"):
         table.add_column(title)
     for claim in study["claims"]:
         table.add_row(
-            f"{claim['id']} {claim['title']}\n[dim]{escape(claim['statement'])}[/]",
+            f"{claim['id']} {claim['title']}{_against(claim)}\n[dim]{escape(claim['statement'])}[/]",
             _judgement(claim["as_published"]),
             _judgement(claim["controlled"]),
-            escape(claim["controlled"]["control"]),
+            escape(claim["controlled"]["control"]) + _blind(claim["controlled"].get("negative_control")),
         )
-    return Group("the paper's claims: verdict, effect, 95 % interval (over matrices, steps or pairs of runs)", table)
+    return Group("the paper's claims: verdict, effect, 95 % interval over runs or matched pairs of runs", table)
+
+
+def _against(claim: Mapping[str, Any]) -> str:
+    return f", against {escape(claim['contrast'])}" if claim.get("contrast") else ""
+
+
+def _blind(counts: Mapping[str, int] | None) -> str:
+    if not counts:
+        return ""
+    return f"\n[dim]{counts['supported'] + counts['contradicted']} of {counts['draws']}[/]"
 
 
 def settings_table(fields: Mapping[str, Any]) -> Table:

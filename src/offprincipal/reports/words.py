@@ -2,8 +2,9 @@
 
 Reads the pooled values of `summary.json` and computes no metric. The rules are fixed here:
 
-- *beyond rounding* is said only where |z| exceeds `Z_BEYOND`, and never without the size of the effect, because
-  millions of entries make the smallest difference significant;
+- *beyond that*, that is spacings, rows and columns, is said only where |z|, the score test against the margin null,
+  exceeds `Z_BEYOND`, and never without the size of the effect, because millions of entries make the smallest
+  difference significant;
 - *about what step length gives* means within a factor of `ABOUT` of a random update of equal length,
   stored alike (the stored null).
 """
@@ -16,6 +17,7 @@ from offprincipal.reports.numbers import degrees, number, percent, points, signe
 Z_BEYOND = 3.0
 TINY, SMALL = 0.01, 0.05
 ABOUT = 1.25
+_TOLD = ("_random", "_rounding_null", "_margin_null", "_z")  # of the ladder of nulls
 MASKS = {"principal": "principal weights", "low_magnitude": "low-magnitude weights"}
 
 Metrics = Mapping[str, Mapping[str, Any]]
@@ -46,16 +48,17 @@ def run_paragraph(name: str, metrics: Metrics) -> str:
 
 
 def pair_sentence(pair: Mapping[str, Any]) -> str:
-    """How far two runs changed the same entries, beside both nulls."""
+    """How far two runs changed the same entries, beside every rung of the ladder of nulls."""
     names = f"{plain(pair['run_a'])} and {plain(pair['run_b'])}"
-    found, chance, null, z = (pair[f"jaccard{suffix}"] for suffix in ("", "_random", "_precision_null", "_z"))
+    found, chance, rounding, null, z = (pair[f"jaccard{suffix}"] for suffix in ("", *_TOLD))
     if found is None:
         return f"{names}: the agreement of their changed entries is undefined, since neither changed any."
     if chance == 0:
         return f"{names} share no changed entry, since one of them changed none."
     return (
         f"{names} changed the same entries with a Jaccard index of {number(found)}; "
-        f"chance alone gives {number(chance)} and rounding alone {number(null)}: {_beyond(found, null, z)}."
+        f"chance alone gives {number(chance)}, rounding alone {number(rounding)}, and equal spacings, rows and columns "
+        f"{number(null)}: {_beyond(found, null, z)}."
     )
 
 
@@ -103,7 +106,7 @@ def effect_size(gap: float) -> str:
 
 
 def beyond(metrics: Metrics, mask: str) -> float | None:
-    """How far a mask's overlap is from the precision null, None where either is undefined."""
+    """How far a mask's overlap is from the margin null, None where either is undefined."""
     return _difference(mask, _reader(metrics))
 
 
@@ -165,25 +168,26 @@ def _beside(found: float, null: float | None, text: Callable[[float], str]) -> s
 
 
 def _place(mask: str, value: _Reader) -> str:
-    found, null = value(f"{mask}_overlap"), value(f"{mask}_overlap_precision_null")
+    found, null = value(f"{mask}_overlap"), value(f"{mask}_overlap_margin_null")
     if found is None or null is None:
         return ""
+    chance, rounding = (percent(value(f"{mask}_overlap_{rung}")) for rung in ("random", "rounding_null"))
     return (
-        f"Of the changed entries {percent(found)} are {MASKS[mask]}; chance alone would put "
-        f"{percent(value(f'{mask}_overlap_random'))} there and rounding alone {percent(null)}: "
-        f"{_beyond(found, null, value(f'{mask}_overlap_z'))}."
+        f"Of the changed entries {percent(found)} are {MASKS[mask]}; chance alone would put {chance} there, rounding "
+        f"alone {rounding}, and equal spacings, rows and columns {percent(null)}: "
+        f"{_beyond(found, null, value(f'{mask}_z'))}."
     )
 
 
-def _beyond(found: float, null: float, z: float | None) -> str:
+def _beyond(found: float, null: float | None, z: float | None) -> str:
+    if z is None or null is None:
+        return "these leave nothing to chance here, so nothing can be said beyond them"
     gap = found - null
-    if z is None:
-        return "rounding leaves nothing to chance here, so nothing can be said beyond it"
     size = f"{_spelled(gap)}, z = {signed(z)}"
     if abs(z) <= Z_BEYOND:
-        return f"nothing beyond rounding ({size})"
+        return f"nothing beyond that ({size})"
     kind = effect_size(gap)
-    return f"beyond rounding, but tiny ({size})" if kind == "tiny" else f"a {kind} effect beyond rounding ({size})"
+    return f"more than that, but tiny ({size})" if kind == "tiny" else f"a {kind} effect beyond that ({size})"
 
 
 def _spelled(gap: float) -> str:
@@ -194,34 +198,31 @@ def _precision_answer(readers: Sequence[_Reader]) -> str:
     known = [r for r in readers if r("principal_overlap") is not None]
     if not known:
         return ""
-    spans = [
-        _span([r(f"principal_overlap{suffix}") for r in known], percent)
-        for suffix in ("", "_random", "_precision_null")
-    ]
+    spans = [_span([r(f"principal_overlap{suffix}") for r in known], percent) for suffix in ("", *_TOLD[:3])]
     gaps = [gap for r in known for mask in MASKS if (gap := _gap(mask, r)) is not None]
     return (
         f"principal weights hold {spans[0]} of the changed entries, where chance would put {spans[1]} "
-        f"and bfloat16 rounding alone {spans[2]}; {_left_over(gaps)}."
+        f"bfloat16 rounding alone {spans[2]}, and equal spacings, rows and columns {spans[3]}; {_left_over(gaps)}."
     )
 
 
 def _gap(mask: str, value: _Reader) -> float | None:
-    """The difference from the precision null where it is beyond rounding."""
-    z = value(f"{mask}_overlap_z")
+    """The difference from the margin null where it is beyond chance."""
+    z = value(f"{mask}_z")
     return _difference(mask, value) if z is not None and abs(z) > Z_BEYOND else None
 
 
 def _difference(mask: str, value: _Reader) -> float | None:
-    found, null = value(f"{mask}_overlap"), value(f"{mask}_overlap_precision_null")
+    found, null = value(f"{mask}_overlap"), value(f"{mask}_overlap_margin_null")
     return None if found is None or null is None else found - null
 
 
 def _left_over(gaps: Sequence[float]) -> str:
     if not gaps:
-        return "nothing beyond rounding shows, there or on low-magnitude weights"
+        return "nothing beyond that shows, there or on low-magnitude weights"
     largest = max(gaps, key=abs)
     return (
-        "the largest difference beyond rounding, there or on low-magnitude weights, is "
+        "the largest difference beyond that, there or on low-magnitude weights, is "
         f"{_spelled(largest)}, which is {effect_size(largest)}"
     )
 

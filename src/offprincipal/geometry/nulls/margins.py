@@ -24,13 +24,14 @@ Margins = tuple[Floats, Floats, Floats]  # of rows (n,), columns (m,) and classe
 Odds = tuple[Singles, Singles, Singles]  # of the same
 
 LEAST_INFORMATION = 1.0  # about four entries whose change is open: with fewer there is nothing to test
-_FAR = 40.0  # log-odds of lines and classes of which none or all changed
+_UNSETTLED = 1.0  # twice the log-likelihood that a fit misses, above which it says nothing
 _LONGEST = 2.0  # step in log-odds
 _SWEEPS = 30
 _KEPT = 2  # earlier steps that the next one is mixed from
 _DEFICIT = 0.01  # of the fit, over the root of its information
 _CLOSE = 0.01  # relative, of what a mask tells
 _ROUNDS = 12
+_LARGEST = 40.0  # log-odds
 _VANISHING = 1e-5  # eigenvalue of a normalised Schur complement that is zero but for float32
 
 
@@ -38,9 +39,13 @@ _VANISHING = 1e-5  # eigenvalue of a normalised Schur complement that is zero bu
 class MarginModel:
     """The fitted model of one matrix's changes.
 
+    An entry is *certain* where its row, column or class was peeled off, since none or all of what was left of that
+    changed: it is then expected to be as it is.
+
     Args:
-        rows: (n,), columns: (m,), classes: (K,), log-odds; they add up.
+        rows: (n,), columns: (m,), classes: (K,), log-odds; they add up. −∞ where peeled off.
         surplus: by how much the measured changes of rows, columns and classes still exceed the expected ones.
+        deficit: 2·(the log-likelihood's maximum − the log-likelihood), about.
         passes: over the entries, that the fit took.
     """
 
@@ -48,6 +53,7 @@ class MarginModel:
     columns: Floats
     classes: Floats
     surplus: Margins
+    deficit: float
     passes: int
 
     @property
@@ -61,20 +67,25 @@ class ScoreTest:
     """The score test of one mask.
 
     Args:
-        expected: changed entries that the null puts into the mask.
+        count: changed entries in the mask.
         score: Σ_mask (changed − p), orthogonal to the model's parameters.
         information: V = Σ p(1 − p)(M − M̂)², M̂ the projection of the mask on classes, rows and columns.
 
     Source: Rao's score test; Cox and Hinkley, Theoretical Statistics, 9.3.
 
-    >>> test = ScoreTest(10.0, 4.0, 16.0)
-    >>> test.z, test.log_odds, test.log_odds_se
-    (1.0, 0.25, 0.25)
+    >>> test = ScoreTest(10, 4.0, 16.0)
+    >>> test.expected, test.z, test.log_odds, test.log_odds_se
+    (6.0, 1.0, 0.25, 0.25)
     """
 
-    expected: float
+    count: int
     score: float
     information: float
+
+    @property
+    def expected(self) -> float:
+        """Changed entries that the null puts into the mask."""
+        return self.count - self.score
 
     @property
     def z(self) -> float | None:
@@ -110,39 +121,44 @@ def class_slots(codes: NDArray[np.uint16], classes: Counts) -> NDArray[np.uint16
 
 
 def fit_margins(
-    slots: NDArray[np.uint16], changed: Margins, entries: tuple[Array, Array], deficit: float = _DEFICIT
+    slots: NDArray[np.uint16],
+    changed: NDArray[np.bool_],
+    hits: tuple[Array, Array, Array],
+    entries: tuple[Array, Array],
+    deficit: float = _DEFICIT,
 ) -> MarginModel:
     """Fit the model to how many entries of each row, column and class changed.
 
     Args:
-        slots: (n, m), from `class_slots`.
-        changed: (n,), (m,) and (K,), changed entries of each.
+        slots: (n, m), from `class_slots`; changed: (n, m).
+        hits: (n,), (m,) and (K,), changed entries of each row, column and class.
         entries: (K, n) and (K, m), entries of each class in every row and column, from `classes_of_lines`.
-        deficit: largest 2·(log-likelihood − its maximum) that the fit may end with, about, over the root of the
-            information: a masks' z is off by about half of it.
+        deficit: largest 2·(maximum of the log-likelihood − log-likelihood) that the fit may end with, about, over the
+            root of the information: a mask's z is off by about half of it.
 
     Source: Fisher scoring for the logistic model, with rows and columns taken as independent given classes, which
         makes its steps cheap, and mixed by Anderson's method (1965), which makes up for that.
 
     >>> slots, entries = np.zeros((2, 4), np.uint16), (np.full((1, 2), 4), np.full((1, 4), 2))
-    >>> model = fit_margins(slots, (np.array([1, 3]), np.full(4, 1), np.array([4])), entries)
-    >>> expected_rates(model, slots).round(2)
+    >>> changed = np.array([[1, 0, 0, 0], [0, 1, 1, 1]], bool)
+    >>> model = fit_margins(slots, changed, (np.array([1, 3]), np.full(4, 1), np.array([4])), entries)
+    >>> expected_rates(model, slots, changed).round(2)
     array([[0.25, 0.25, 0.25, 0.25],
            [0.75, 0.75, 0.75, 0.75]], dtype=float32)
     """
-    lines = tuple(np.asarray(side, np.float64) for side in changed)
-    place, free = _start(lines, entries)
+    place, measured, passes = _start(slots, changed, hits, entries)
+    free = np.isfinite(place)
     n, m = slots.shape
     ends = [n, n + m]
     information: _Information | None = None
     known: list[tuple[Floats, Floats, Floats]] = []
     before: tuple[Floats, Floats, Floats] | None = None
-    least, passes = math.inf, 0
+    least = math.inf
     while True:
         odds = _odds(np.split(place, ends))
-        expected = np.zeros(n), np.zeros(m), np.zeros(len(lines[2]))
+        expected = np.zeros(n), np.zeros(m), np.zeros(len(place) - ends[1])
         _expect(slots, *odds, *expected)
-        surplus = np.where(free, np.concatenate(lines) - np.concatenate(expected), 0.0)
+        surplus = np.where(free, measured - np.concatenate(expected), 0.0)
         if information is None:
             information = _Information.at(slots, odds)
             passes += 1
@@ -155,11 +171,13 @@ def fit_margins(
         if gain > least:  # what was known of the curvature no longer holds
             information, known = None, []
         elif before is not None:
-            known = [*known, (place - before[0], step - before[1], surplus - before[2])][-_KEPT:]
+            moved = np.where(free, place, 0.0) - np.where(free, before[0], 0.0)
+            known = [*known, (moved, step - before[1], surplus - before[2])][-_KEPT:]
         least, before = gain, (place, step, surplus)
-        place = place + step - _mixed(known, surplus, len(place))
+        place = np.where(free, place, 0.0) + step - _mixed(known, surplus, len(place))
+        place[~free] = -np.inf
     rows, columns, classes = np.split(place, ends)
-    return MarginModel(rows, columns, classes, (parts[0], parts[1], parts[2]), passes)
+    return MarginModel(rows, columns, classes, (parts[0], parts[1], parts[2]), gain, passes)
 
 
 def score_tests(
@@ -177,16 +195,16 @@ def score_tests(
         members: (L, q), the cells that make up each mask; q at most 32.
 
     Returns:
-        One a mask.
+        One a mask; without information where the model could not be fitted.
 
     Source: the efficient score; its projection by conjugate gradients, preconditioned as the fit is.
 
     >>> slots, entries = np.zeros((2, 4), np.uint16), (np.full((1, 2), 4), np.full((1, 4), 2))
     >>> changed = np.array([[1, 0, 1, 0], [1, 0, 1, 1]], bool)
-    >>> model = fit_margins(slots, (changed.sum(1), changed.sum(0), np.array([5])), entries)
+    >>> model = fit_margins(slots, changed, (changed.sum(1), changed.sum(0), np.array([5])), entries)
     >>> test, = score_tests(model, slots, changed, np.eye(2, 4, dtype=np.uint8), np.array([[False], [True]]))
-    >>> test.information > 0, test.z is None
-    (True, True)
+    >>> test.count, test.z is None
+    (1, True)
     """
     odds = model.odds
     information = _Information.at(slots, odds)
@@ -201,23 +219,34 @@ def score_tests(
     shares = information.of_classes(in_class, solution)
     correction = of_rows @ solution.rows + solution.columns @ of_columns + of_classes @ shares
     scores = excess.sum(axis=0) @ members - correction
-    tests = zip(hits.sum(axis=0) @ members - scores, scores, information_left, strict=True)
-    return [ScoreTest(*map(float, test)) for test in tests]
+    if not model.deficit <= max(_UNSETTLED, 2 * _DEFICIT * math.sqrt(information.total)):
+        information_left = np.zeros_like(information_left)
+    tests = zip(hits.sum(axis=0) @ members, scores, information_left, strict=True)
+    return [ScoreTest(int(count), float(score), float(left)) for count, score, left in tests]
 
 
-def expected_rates(model: MarginModel, slots: NDArray[np.uint16]) -> Singles:
-    """p_ij, the chance of each entry to change; float32, (n, m)."""
+def expected_rates(model: MarginModel, slots: NDArray[np.uint16], changed: NDArray[np.bool_]) -> Singles:
+    """p_ij, the chance of each entry to change; float32, (n, m).
+
+    Args:
+        slots, changed: what the model was fitted to.
+    """
     rows, columns, classes = model.odds
-    return (1 - 1 / (1 + rows[:, None] * columns * classes[slots])).astype(np.float32)
+    odds = rows[:, None] * columns * classes[slots]
+    return np.where(odds > 0, 1 - 1 / (1 + odds), changed).astype(np.float32)
 
 
-def expected_in_common(one: MarginModel, two: MarginModel, slots: NDArray[np.uint16]) -> float:
+def expected_in_common(
+    models: tuple[MarginModel, MarginModel],
+    slots: NDArray[np.uint16],
+    changed: tuple[NDArray[np.bool_], NDArray[np.bool_]],
+) -> float:
     """Σ p_a p_b, the entries that two runs are expected to change both, each by its own margins.
 
     Args:
-        slots: (n, m), from `class_slots` of the base that both were tuned from.
+        models: of either run; slots: (n, m), from `class_slots` of the base of both; changed: what either changed.
     """
-    return float(_in_common(slots, *one.odds, *two.odds))
+    return float(_in_common(slots, *changed, *models[0].odds, *models[1].odds))
 
 
 @dataclass(frozen=True)
@@ -348,29 +377,37 @@ def _inner(lines: Floats) -> tuple[Floats, Floats]:
     return inverse, (half / values[there]) @ half.T
 
 
-def _start(changed: tuple[Floats, ...], entries: tuple[Array, Array]) -> tuple[Floats, NDArray[np.bool_]]:
-    """Log-odds that fit rows with classes, and columns with classes, each by itself; and which of them are free."""
+def _start(
+    slots: NDArray[np.uint16],
+    changed: NDArray[np.bool_],
+    hits: tuple[Array, Array, Array],
+    entries: tuple[Array, Array],
+) -> tuple[Floats, Floats, int]:
+    """Log-odds that fit columns with classes, and then classes with rows; the changes of each; passes that it took.
+
+    Lines and classes of which none or all changed are peeled off, again and again, since without them others may be so.
+    """
     by_row, by_column = (np.ascontiguousarray(side.T, dtype=np.float64) for side in entries)  # (n, K), (m, K)
-    sizes = by_row.sum(axis=1), by_column.sum(axis=1), by_row.sum(axis=0)
-    free = [(count > 0) & (count < size) for count, size in zip(changed, sizes, strict=True)]
-    place = [
-        np.where(count > 0, np.where(count < size, 0.0, _FAR), -_FAR)
-        for count, size in zip(changed, sizes, strict=True)
-    ]
-    rows, columns, classes = free
-    count, size = changed[2][classes], sizes[2][classes]
-    pooled = place[2].copy()
-    pooled[classes] = np.log(count / (size - count))
-    _fit_lines(by_column, pooled, changed[1], columns, place[1])
-    live = by_row[rows] * columns.mean() if columns.any() else by_row[rows]
-    open_ = live.sum(axis=0)[classes]
-    place[2][classes] = np.log(np.minimum(count / np.maximum(open_ - count, 0.5), 1e6))
-    within, alone = np.zeros(len(live)), np.ones(len(live), np.bool_)
+    counts = [np.asarray(side, np.float64) for side in hits]
+    free = [np.ones(len(side), np.bool_) for side in counts]
+    passes = 0
+    while True:
+        sizes = by_row.sum(axis=1), by_column.sum(axis=1), by_row.sum(axis=0)
+        left = [side & (c > 0) & (c < size) for side, c, size in zip(free, counts, sizes, strict=True)]
+        if all(np.array_equal(side, before) for side, before in zip(left, free, strict=True)):
+            break
+        free, passes = left, passes + 1
+        by_row, by_column = np.zeros_like(by_row), np.zeros_like(by_column)
+        rows, columns, classes = counts = [np.zeros(len(side)) for side in counts]
+        _count_free(slots, changed, free[0], free[1], free[2], by_row, by_column, rows, columns, classes)
+    place = [np.where(side, 0.0, -np.inf) for side in free]
+    open_ = free[2]
+    place[2][open_] = np.log(counts[2][open_] / (sizes[2] - counts[2])[open_])
+    _fit_lines(by_column, place[2], counts[1], free[1], place[1])
     for _ in range(2):
-        _fit_lines(live, place[2], changed[0][rows], alone, within)
-        _fit_lines(np.ascontiguousarray(live.T), within, changed[2], classes, place[2])
-    place[0][rows] = within
-    return np.concatenate(place), np.concatenate(free)
+        _fit_lines(by_row, place[2], counts[0], free[0], place[0])
+        _fit_lines(np.ascontiguousarray(by_row.T), place[0], counts[2], open_, place[2])
+    return np.concatenate(place), np.concatenate(counts), passes
 
 
 def _mixed(known: list[tuple[Floats, Floats, Floats]], surplus: Floats, size: int) -> Floats:
@@ -391,7 +428,7 @@ def _ratio(top: Floats, bottom: Floats) -> Floats:
 
 
 def _odds(log_odds: Sequence[Floats]) -> Odds:
-    rows, columns, classes = (np.exp(np.clip(side, -_FAR, _FAR)).astype(np.float32) for side in log_odds)
+    rows, columns, classes = (np.exp(np.minimum(side, _LARGEST)).astype(np.float32) for side in log_odds)
     return rows, columns, classes
 
 
@@ -416,9 +453,27 @@ def _fit_lines(counts, others, changed, free, place):  # type: ignore[no-untyped
                     surplus -= counts[i, e] * p
                     slope += counts[i, e] * p * (1 - p)
             step = min(max(surplus / max(slope, 1e-12), -2.0), 2.0)
-            place[i] = min(max(place[i] + step, -30.0), 30.0)
+            place[i] = min(max(place[i] + step, -8.0), 8.0)
             if abs(step) < 0.01:
                 break
+
+
+@njit(nogil=True, cache=True)
+def _count_free(slots, changed, rows, columns, classes, by_row, by_column, of_rows, of_columns, of_classes):  # type: ignore[no-untyped-def] # pragma: no cover # fmt: skip
+    """Entries by class in every row and column, and changed entries, where row, column and class are all free."""
+    n, m = slots.shape
+    for i in range(n):
+        if not rows[i]:
+            continue
+        for j in range(m):
+            slot = slots[i, j]
+            if columns[j] and classes[slot]:
+                by_row[i, slot] += 1.0
+                by_column[j, slot] += 1.0
+                if changed[i, j]:
+                    of_rows[i] += 1.0
+                    of_columns[j] += 1.0
+                    of_classes[slot] += 1.0
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
@@ -505,9 +560,10 @@ def _sum_masks(slots, changed, cells, rows, columns, classes, words, by_row, by_
                 w[j] = classes[slot[j]]
                 word[j] = words[cell[j]]
             for j in range(wide):
-                stays = one / (one + rows[i] * column[j] * w[j])
+                odds = rows[i] * column[j] * w[j]
+                stays = one / (one + odds)
                 w[j] = stays * (one - stays)
-                over[j] = stays - one + np.float32(changed[i, first + j])
+                over[j] = stays - one + (np.float32(changed[i, first + j]) if odds > 0 else zero)
             for a in range(q):
                 bit, total, sums = np.uint32(1) << np.uint32(a), zero, by_column[a, first : first + wide]
                 for j in range(wide):
@@ -541,14 +597,16 @@ def _cross(slots, rows, columns, classes, of_rows, of_columns, by_row, by_column
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def _in_common(slots, rows, columns, classes, rows_b, columns_b, classes_b):  # type: ignore[no-untyped-def] # pragma: no cover # fmt: skip
+def _in_common(slots, changed, changed_b, rows, columns, classes, rows_b, columns_b, classes_b):  # type: ignore[no-untyped-def] # pragma: no cover # fmt: skip
     one, found = np.float32(1), np.float64(0)
     for i in range(slots.shape[0]):
         total = np.float32(0)
         for j in range(slots.shape[1]):
             slot = slots[i, j]
-            a = one - one / (one + rows[i] * columns[j] * classes[slot])
-            b = one - one / (one + rows_b[i] * columns_b[j] * classes_b[slot])
+            odds = rows[i] * columns[j] * classes[slot]
+            odds_b = rows_b[i] * columns_b[j] * classes_b[slot]
+            a = one - one / (one + odds) if odds > 0 else np.float32(changed[i, j])
+            b = one - one / (one + odds_b) if odds_b > 0 else np.float32(changed_b[i, j])
             total += a * b
         found += total
     return found

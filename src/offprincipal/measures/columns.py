@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from offprincipal.comparison.pair import MatrixPair, TensorPair
 from offprincipal.geometry import nulls
 from offprincipal.geometry.scan import MASKS
+from offprincipal.measures.changes import TensorPair
+from offprincipal.measures.pair import MatrixPair
 
 Group = Literal["location", "spectrum", "subspace", "bounds"]
 GROUPS: tuple[Group, ...] = ("location", "spectrum", "subspace", "bounds")
-Pool = Literal["entries", "changed", "parameters", "norm", "relative_norm", "z", "none"]
+Pool = Literal["entries", "changed", "parameters", "norm", "relative_norm", "log_odds", "log_odds_se", "z", "none"]
 Number = float | int | None
 
 
@@ -25,7 +26,7 @@ class Column:
         name: a field name of the contract.
         meaning: one phrase for tables and reports.
         unit: of its values.
-        pool: how `summary.json` pools it over matrices (`comparison.pooling`).
+        pool: how `summary.json` pools it over matrices (`measures.pooling`).
     """
 
     name: str
@@ -62,26 +63,42 @@ def _share(count: int | None, pair: TensorPair) -> tuple[Number, ...]:
     return (None if count is None or not pair.numel else count / pair.numel,)
 
 
+RUNGS = {
+    "random": "chance",
+    "rounding_null": "rounding alone",
+    "spacing_null": "rounding and the spacings of what changed",
+    "margin_null": "spacings, rows and columns of what changed",
+}
+
+
 def _overlap(name: str) -> Metric:
     def measure(pair: MatrixPair) -> tuple[Number, ...]:
         found = pair.overlaps[pair.base.settings.alpha].get(name)
         if found is None:
-            return (None,) * 5
-        null = (found.overlap_precision_null, found.overlap_precision_null_sd, found.overlap_z)
-        return found.overlap, found.overlap_random, *null
+            return (None,) * (5 + len(RUNGS))
+        rungs = (getattr(found, f"overlap_{rung}") for rung in RUNGS)
+        return found.overlap, *rungs, found.overlap_rounding_judged, found.log_odds, found.log_odds_se, found.z
 
     title = name.replace("_", "-")
     return Metric(
         "location",
-        "arXiv 2511.08567, claims C5 and C6; the precision null is ours",
+        "arXiv 2511.08567, claims C5 and C6; the ladder of nulls is ours",
         (
             Column(f"{name}_overlap", f"share of the changed entries in the {title} mask", pool="changed"),
-            Column(
-                f"{name}_overlap_random", f"the same if chance placed them: the {title} mask's density", pool="changed"
+            *(
+                Column(f"{name}_overlap_{rung}", f"the same if {words} placed them", pool="changed")
+                for rung, words in RUNGS.items()
             ),
-            Column(f"{name}_overlap_precision_null", "the same if rounding alone placed them", pool="changed"),
-            Column(f"{name}_overlap_precision_null_sd", "standard deviation of that", pool="none"),
-            Column(f"{name}_overlap_z", f"{title} overlap beyond rounding, in standard deviations", pool="z"),
+            Column(
+                f"{name}_overlap_rounding_judged", "share of the changed entries that rounding can tell", pool="changed"
+            ),
+            Column(
+                f"{name}_log_odds",
+                f"how much being in the {title} mask raises the log-odds of a change, beyond spacing, row and column",
+                pool="log_odds",
+            ),
+            Column(f"{name}_log_odds_se", "its standard error", pool="log_odds_se"),
+            Column(f"{name}_z", "its score test against the margin null, in standard deviations", pool="z"),
         ),
         measure,
         decomposes=name in ("principal", "safe"),
@@ -94,35 +111,50 @@ def _stripes(pair: MatrixPair) -> tuple[Number, ...]:
     return *ginis, *(nulls.dispersion(line, *null) for line, null in zip(counts, pair.line_nulls, strict=True))
 
 
+_NULLS = (
+    ("_isotropic_null", " after a Gaussian update of equal norm"),
+    ("_stored_null", " after a Gaussian update of equal length, stored alike"),
+)
+_SPREAD = "standard deviation of that over draws"
+_ANGLES = {"max": "largest", "mean": "mean", "rms": "root-mean-square"}
+
+
+def _with_nulls(names: dict[str, tuple[str, str]], nulls: tuple[tuple[str, str], ...] = _NULLS) -> tuple[Column, ...]:
+    """Columns by name, meaning and unit, then those of each null, then its spread."""
+    measured = tuple(Column(name, meaning, unit) for name, (meaning, unit) in names.items())
+    drawn = []
+    for null, after in nulls:
+        drawn += [Column(f"{name}{null}", meaning + after, unit) for name, (meaning, unit) in names.items()]
+        drawn += [Column(f"{name}{null}_sd", _SPREAD, unit, "none") for name, (_, unit) in names.items()]
+    return measured + tuple(drawn)
+
+
 def _angle_columns() -> tuple[Column, ...]:
-    return tuple(
-        Column(
-            f"principal_angle_{side}_{which}_deg{null}",
-            f"{words} {side} principal angle{after}",
-            "degrees",
-        )
-        for null, after in (
-            ("", ""),
-            ("_isotropic_null", " after a Gaussian update of equal norm"),
-            ("_stored_null", " after a Gaussian update of equal length, stored alike"),
-        )
-        for side in ("left", "right")
-        for which, words in (("max", "largest"), ("mean", "mean"))
+    return _with_nulls(
+        {
+            f"principal_angle_{side}_{which}_deg": (f"{_ANGLES[which]} {side} principal angle", "degrees")
+            for which in _ANGLES
+            for side in ("left", "right")
+        }
     )
 
 
 def _energy_columns() -> tuple[Column, ...]:
     sides = (("", "both principal subspaces"), ("_left", "the left one"), ("_right", "the right one"))
     return tuple(
-        Column(f"principal_energy{side}{suffix}", f"{meaning} {words}", unit)
+        Column(f"principal_energy{side}{suffix}", f"{meaning} {words}", unit, pool)
         for side, words in sides
-        for suffix, meaning, unit in (
-            ("", "share of the update's energy in", "1"),
-            ("_isotropic", "the same for an isotropic update, in", "1"),
-            ("_enrichment", "measured over isotropic energy, in", "times"),
-            ("_stored_null", "the same for a Gaussian update of equal length, stored alike, in", "1"),
-        )
+        for suffix, meaning, unit, pool in _ENERGIES
     )
+
+
+_ENERGIES: tuple[tuple[str, str, str, Pool], ...] = (
+    ("", "share of the update's energy in", "1", "parameters"),
+    ("_isotropic", "the same for an isotropic update, in", "1", "parameters"),
+    ("_enrichment", "measured over isotropic energy, in", "times", "parameters"),
+    ("_stored_null", "the same for a Gaussian update of equal length, stored alike, in", "1", "parameters"),
+    ("_stored_null_sd", "standard deviation of that over draws, in", "1", "none"),
+)
 
 
 METRICS: tuple[Metric, ...] = (
@@ -157,7 +189,7 @@ METRICS: tuple[Metric, ...] = (
                 "unchanged_fraction_stored", "share of the entries whose stored value did not change", pool="entries"
             ),
         ),
-        lambda pair: _share(pair.tally.unchanged_stored, pair),
+        lambda pair: _share(pair.counts.unchanged_stored, pair),
         every_tensor=True,
     ),
     Metric(
@@ -168,18 +200,18 @@ METRICS: tuple[Metric, ...] = (
                 "hidden_fraction", "share whose float32 master moved but whose bfloat16 value did not", pool="entries"
             ),
         ),
-        lambda pair: _share(pair.tally.hidden, pair),
+        lambda pair: _share(pair.counts.hidden, pair),
         every_tensor=True,
     ),
     *(_overlap(name) for name in MASKS),
     Metric(
         "location",
-        "the stripes of arXiv 2511.08567, claim C2; the dispersion against the precision null is ours",
+        "the stripes of arXiv 2511.08567, claim C2; the dispersion against the spacing null is ours",
         (
             Column("row_gini", "Gini coefficient of the rows' change rates"),
             Column("column_gini", "Gini coefficient of the columns' change rates"),
-            Column("row_dispersion", "scatter of the rows' change counts over that of rounding alone", "times"),
-            Column("column_dispersion", "scatter of the columns' change counts over that of rounding alone", "times"),
+            Column("row_dispersion", "scatter of the rows' change counts over that of the spacing null", "times"),
+            Column("column_dispersion", "scatter of the columns' change counts over that of the spacing null", "times"),
         ),
         _stripes,
     ),
@@ -191,7 +223,7 @@ METRICS: tuple[Metric, ...] = (
             Column("update_norm", "Frobenius norm of the update", "weight", "norm"),
             Column(
                 "relative_update_norm",
-                "step length: Frobenius norm of the update over that of the base",
+                "Frobenius norm of the update over that of the base",
                 "1",
                 "relative_norm",
             ),
@@ -210,11 +242,10 @@ METRICS: tuple[Metric, ...] = (
         "spectrum",
         "NSS of arXiv 2511.08567, claim C3; the isotropic null is ours",
         (
-            Column("spectral_shift", "shift of the singular values over their norm"),
-            Column("spectral_shift_rank", "singular values compared", "1", "none"),
-            Column("spectral_shift_per_norm", "spectral shift per relative step length"),
-            Column("spectral_shift_isotropic_null", "spectral shift of a Gaussian update of equal norm"),
-            Column("spectral_shift_stored_null", "spectral shift of a Gaussian update of equal length, stored alike"),
+            Column("spectral_shift", "shift of the top k singular values over their norm"),
+            Column("spectral_shift_full", "the same over all singular values, where both sides' are known"),
+            Column("spectral_shift_per_norm", "spectral shift per relative update norm"),
+            *_with_nulls({"spectral_shift": ("spectral shift", "1")})[1:],
         ),
         lambda pair: pair.spectral.spectral_shift(),
         decomposes=True,
@@ -223,7 +254,7 @@ METRICS: tuple[Metric, ...] = (
         "spectrum",
         "the residual of the decomposition; null for LAPACK's",
         (
-            Column("singular_value_error", "certificate: how far a top singular value may be off", "weight", "none"),
+            Column("singular_value_error", "error bound: how far a top singular value may be off", "weight", "none"),
             Column("singular_value_error_relative", "the same over the least of the top singular values", "1", "none"),
         ),
         lambda pair: pair.spectral.singular_value_errors(),
@@ -249,7 +280,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "subspace",
         "Davis and Kahan 1970; null for LAPACK's",
-        (Column("angle_error_deg", "certificate: how far the principal angles may be off", "degrees", "none"),),
+        (Column("angle_error_deg", "error bound: how far the principal angles may be off", "degrees", "none"),),
         lambda pair: (pair.spectral.angle_error_deg,),
         decomposes=True,
     ),

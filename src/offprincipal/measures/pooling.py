@@ -8,14 +8,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offprincipal.comparison.registry import METRICS
+from offprincipal.geometry.scan import MASKS
+from offprincipal.measures.columns import METRICS, RUNGS
 
 RESAMPLES = 1000
+STEPS = ("random", "rounding", "spacing", "margins", "measured")
 _LEVEL = 0.95
 _SEED = 20251111
 
@@ -48,13 +50,17 @@ class _Pool:
     linear_only: bool = True
 
 
-def _z_top(row: Row, name: str) -> float:
-    overlap = name.removesuffix("_z")
-    return float(row["changed_count"] * (row[overlap] - row[f"{overlap}_precision_null"]))
+def _information(row: Row, name: str) -> float:
+    """What a matrix tells of a log-odds."""
+    return float(row[f"{_stem(name)}_log_odds_se"] ** -2)
 
 
-def _z_bottom(row: Row, name: str) -> float:
-    return float((row["changed_count"] * row[f"{name.removesuffix('_z')}_precision_null_sd"]) ** 2)
+def _score(row: Row, name: str) -> float:
+    return float(row[f"{_stem(name)}_log_odds"]) * _information(row, name)
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix("_se").removesuffix("_log_odds").removesuffix("_z")
 
 
 def _over_root(top: Array, bottom: Array) -> Array:
@@ -71,7 +77,9 @@ _POOLS: dict[str, _Pool] = {
     "parameters": _Pool(lambda r, n: r[n] * r["numel"], lambda r, n: r["numel"]),
     "norm": _Pool(lambda r, n: r[n] ** 2, lambda r, n: 1.0, lambda top, _: np.sqrt(top)),
     "relative_norm": _Pool(lambda r, n: r["update_norm"] ** 2, lambda r, n: r["base_norm"] ** 2, _root_ratio),
-    "z": _Pool(_z_top, _z_bottom, _over_root),
+    "log_odds": _Pool(_score, _information),
+    "log_odds_se": _Pool(_information, _information, lambda _, bottom: 1 / np.sqrt(bottom)),
+    "z": _Pool(_score, _information, _over_root),
 }
 
 
@@ -100,38 +108,64 @@ def pool_column(name: str, rows: Sequence[Row]) -> "Estimate":
     return estimate_ratio(parts, pool.finish)
 
 
+def anatomy(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Mask -> what each rung of the ladder of nulls puts into it, up to what was measured: pooled by counts.
+
+    Over the linear matrices where every rung is defined, so that differences of rungs compare the same entries.
+
+    Args:
+        rows: of `matrices.parquet`, one run.
+    """
+    found = {}
+    for mask in MASKS:
+        names = [f"{mask}_overlap_{rung}" for rung in RUNGS] + [f"{mask}_overlap"]
+        known = [row for row in rows if row["linear"] and all(row.get(name) is not None for name in names)]
+        changed = sum(row["changed_count"] for row in known)
+        if changed:
+            pooled = (sum(row[name] * row["changed_count"] for row in known) / changed for name in names)
+            found[mask] = dict(zip(STEPS, pooled, strict=True))
+    return found
+
+
 def pool_pair(rows: Sequence[Row]) -> dict[str, float | None]:
-    """Jaccard of two runs over all their matrices, by counts, with both nulls and an interval.
+    """Jaccard of two runs over all their matrices, by counts, with every rung of the ladder and an interval.
 
     Args:
         rows: of `pairs.parquet`, one pair of runs.
     """
     measured = jaccard_estimate(rows, "measured").pooled()
-    known = [row for row in rows if row["intersection_precision_null"] is not None]
-    beyond = sum(row["intersection"] - row["intersection_precision_null"] for row in known)
-    variance = sum(row["intersection_precision_null_sd"] ** 2 for row in known)
+    tested = [row for row in rows if row["jaccard_log_odds"] is not None]
+    information = sum(_information(row, "jaccard_z") for row in tested)
+    score = sum(_score(row, "jaccard_z") for row in tested)
+    moved = [row for row in rows if row["update_cosine"] is not None]
+    product = sum(row["update_cosine"] * row["update_norm_a"] * row["update_norm_b"] for row in moved)
+    norms = [math.sqrt(sum(row[f"update_norm_{side}"] ** 2 for row in rows)) for side in ("a", "b")]
     return {
         "jaccard": measured.value,
         "low": measured.low,
         "high": measured.high,
-        "jaccard_random": jaccard_estimate(rows, "random").pooled().value,
-        "jaccard_precision_null": jaccard_estimate(rows, "precision_null").pooled().value,
-        "jaccard_z": beyond / variance**0.5 if variance > 0 else None,
+        **{f"jaccard_{rung}": jaccard_estimate(rows, rung).pooled().value for rung in RUNGS},
+        "jaccard_z": score / math.sqrt(information) if information else None,
+        "jaccard_log_odds": score / information if information else None,
+        "jaccard_log_odds_se": 1 / math.sqrt(information) if information else None,
+        "update_cosine": product / (norms[0] * norms[1]) if moved else None,
     }
 
 
-def jaccard_estimate(rows: Sequence[Row], which: Literal["measured", "random", "precision_null"]) -> "Estimate":
+def jaccard_estimate(rows: Sequence[Row], which: str) -> "Estimate":
     """Jaccard of two runs over all their matrices by counts: as measured, or as a null expects it.
 
     Args:
         rows: of `pairs.parquet`, one pair of runs.
+        which: `measured`, or a rung: `random`, `rounding_null`, `spacing_null`, `margin_null`.
     """
-    intersections: dict[str, Callable[[Row], float | None]] = {
-        "measured": lambda row: row["intersection"],
-        "random": lambda row: row["changed_a"] * row["changed_b"] / row["numel"],
-        "precision_null": lambda row: row["intersection_precision_null"],
-    }
-    intersection = intersections[which]
+
+    def intersection(row: Row) -> float | None:
+        if which == "random":
+            return float(row["changed_a"] * row["changed_b"] / row["numel"])
+        found: float | None = row["intersection" if which == "measured" else f"intersection_{which}"]
+        return found
+
     found = [(intersection(row), row) for row in rows]
     return estimate_ratio(
         [(0.0, 0.0) if both is None else (both, row["changed_a"] + row["changed_b"] - both) for both, row in found]

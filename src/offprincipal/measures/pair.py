@@ -1,0 +1,162 @@
+"""One matrix before and after: everything that metrics share, computed once and only when asked for.
+
+What counts of stored bits give needs no torch; what needs a decomposition is in `measures.spectral`, and is reached
+through `.spectral`, which takes arrays and refers back to nothing. Knows nothing of files or tables.
+"""
+
+import hashlib
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offprincipal.checkpoints.checkpoint import BFLOAT16, Array
+from offprincipal.geometry import nulls, scan
+from offprincipal.geometry.scan import Counts, Floats
+from offprincipal.measures import location
+from offprincipal.measures.changes import Block, ChangeCounts, TensorPair, count_changes, scan_block
+from offprincipal.measures.once import once
+from offprincipal.measures.settings import MatrixSettings
+
+if TYPE_CHECKING:
+    from offprincipal.measures.spectral import BaseSpectrum, DecompositionCache, PairSpectrum
+
+_TELLS_STEPS = (np.float32, np.float64)  # types fine enough that a step is known although it was stored
+
+
+class BaseMatrix:
+    """The base's side of a pair, shared by every tuned checkpoint.
+
+    Args:
+        name: the tensor's name; with the seed it fixes the random mask and the Gaussian updates.
+        weight: (n, m), in its stored type.
+        decompose: whether masks that need a singular value decomposition may be made.
+        cache: where decompositions of bases are kept; None keeps none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weight: Array,
+        settings: MatrixSettings,
+        decompose: bool = True,
+        cache: "DecompositionCache | None" = None,
+    ) -> None:
+        self.name = name
+        self.weight = weight
+        self.settings = settings
+        self.decompose = decompose
+        self.cache = cache
+        self.seed = partial(_seed, settings.seed, name)  # no method, which would refer back to the matrix
+
+    @once
+    def codes(self) -> NDArray[np.uint16]:
+        return scan.bf16_codes(self.weight)
+
+    @once
+    def line_classes(self) -> tuple[Counts, NDArray[np.uint32], NDArray[np.uint32]]:
+        """classes (K,); rows (K, n) and columns (K, m): entries of each spacing class in every line."""
+        return scan.classes_of_lines(self.codes)
+
+    @once
+    def slots(self) -> NDArray[np.uint16]:
+        """(n, m), the place of each entry's class among those that occur."""
+        return nulls.class_slots(self.codes, self.line_classes[0])
+
+    @once
+    def mask_cells(self) -> list[location.MaskCells]:
+        """The matrix divided by its masks, as many densities at a time as cells can tell apart."""
+        found, counted = [], scan.count_codes(self.codes)
+        for densities in location.density_groups(self.settings.densities):
+            sizes = np.array([scan.mask_size(self.weight.size, alpha) for alpha in densities], np.int64)
+            low = scan.low_magnitude_levels(self.weight, *scan.low_magnitude_cuts(counted, sizes))
+            principal = self.spectral.principal_levels(densities) if self.decompose else None
+            found.append(location.mask_cells(self.codes, low, principal, len(densities)))
+        return found
+
+    @once
+    def spectral(self) -> "BaseSpectrum":
+        """What needs torch: the decomposition, and the masks that follow from it."""
+        from offprincipal.measures.spectral import BaseSpectrum
+
+        return BaseSpectrum(self.weight, self.settings, self.seed, self.cache)
+
+
+class MatrixPair(TensorPair):
+    """A base matrix and one tuned from it: what linear matrices are measured for.
+
+    Args:
+        base: shared between runs.
+        tuned: (n, m), in its stored type.
+        masters: float32 (n, m) of the tuned weights before they were stored, where they were kept.
+    """
+
+    def __init__(self, base: BaseMatrix, tuned: Array, masters: Array | None = None) -> None:
+        block = Block(base.weight, tuned, masters)
+        super().__init__(lambda: [block])
+        self.block = block
+        self.base = base
+        self.tuned = tuned
+
+    @once
+    def scan(self) -> scan.Scan:
+        """Which entries changed after rounding both sides to bfloat16, counted."""
+        return scan_block(self.block, self.base.codes, self.codes)
+
+    @once
+    def counts(self) -> ChangeCounts:
+        return count_changes(self.block, self.scan)
+
+    @once
+    def codes(self) -> NDArray[np.uint16]:
+        return scan.bf16_codes(self.tuned)
+
+    @once
+    def changed(self) -> NDArray[np.bool_]:
+        """(n, m), which entries changed."""
+        return scan.mark_changed(self.base.codes, self.codes)
+
+    @once
+    def line_nulls(self) -> tuple[tuple[Floats, Floats], tuple[Floats, Floats]]:
+        """Mean and variance of the change counts under the spacing null, of the rows and of the columns."""
+        return location.line_nulls(self, self.base.line_classes)
+
+    @once
+    def rounding_null(self) -> nulls.RoundingNull | None:
+        """Steps that ignore the weights, and are then stored; None off the bfloat16 grid, or where nothing changed."""
+        masters = self.tuned if self.block.masters is None else self.block.masters
+        known = masters.dtype in _TELLS_STEPS
+        if not self.counts.on_grid or not self.changed_count or (not known and masters.dtype != BFLOAT16):
+            return None
+        steps = nulls.count_steps(self.base.codes, masters if known else self.codes)
+        return nulls.rounding_null(self.class_entries, self.class_changed, steps, known)
+
+    @once
+    def margins(self) -> nulls.MarginModel:
+        """Changes by class, row and column, and nothing else."""
+        classes, rows, columns = self.base.line_classes
+        hits = (self.scan.rows, self.scan.columns, self.class_changed[classes])
+        return nulls.fit_margins(self.base.slots, self.changed, hits, (rows, columns))
+
+    def score_tests(self, cells: NDArray[np.uint8], members: NDArray[np.bool_]) -> list[nulls.ScoreTest]:
+        """Masks, given by cells, held against the margin null."""
+        return nulls.score_tests(self.margins, self.base.slots, self.changed, cells, members)
+
+    @once
+    def overlaps(self) -> dict[float, dict[str, location.MaskOverlap]]:
+        """Density -> mask -> overlap; the principal and the safe mask only where decompositions are allowed."""
+        return location.overlaps(self)
+
+    @once
+    def spectral(self) -> "PairSpectrum":
+        """What needs torch: the decompositions of both sides, and the nulls that follow from them."""
+        from offprincipal.measures.spectral import PairSpectrum
+
+        return PairSpectrum(self.base.spectral, self.tuned, self.update_norm, self.base_norm, self.gaussian_scale)
+
+
+def _seed(seed: int, name: str, purpose: str) -> int:
+    """A 63-bit seed that depends on the settings' seed, the tensor's name and the purpose alone."""
+    digest = hashlib.blake2b(f"{seed}/{name}/{purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
