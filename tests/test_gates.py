@@ -35,11 +35,11 @@ from offprincipal.gates.measure import open_for_derivatives
 from offprincipal.gates.precision import precision_gate
 from offprincipal.gates.sequences import Sequences, read_sequences, sample_continuations, shuffled_batches
 from offprincipal.gates.statistics import (
-    batches_wanted,
     interval,
     mean_with_interval,
     resampled_means,
     sign_test,
+    units_wanted,
 )
 from offprincipal.gates.updates import Tuned, Update, moved_by
 from offprincipal.models import LanguageModel, open_language_model
@@ -338,7 +338,7 @@ def test_sign_test_counts_the_sign_patterns_at_least_as_uneven(signs: list[float
 def test_so_many_batches_give_the_stated_power() -> None:
     rng = np.random.default_rng(0)
     sample = np.array([0.0, 1.0, 2.0, 3.0])  # mean 1.5, standard deviation 1.29
-    wanted = batches_wanted(sample)
+    wanted = units_wanted(sample)
     assert wanted is not None
 
     def t_of(mean: float) -> np.ndarray[Any, Any]:
@@ -347,25 +347,46 @@ def test_so_many_batches_give_the_stated_power() -> None:
 
     power = float((t_of(sample.mean()) > np.quantile(t_of(0.0), 0.95)).mean())
     assert 0.78 < power < 0.92  # rounded up to a whole batch
-    assert batches_wanted([1.0, -1.0]) is None
+    assert units_wanted([1.0, -1.0]) is None
 
 
 def test_bootstrap_intervals_cover_at_about_their_level() -> None:
     rng = np.random.default_rng(1)
     held = 0
     for _ in range(300):
-        low, high = interval(resampled_means(rng.normal(1, 1, size=(1, 32)), np.ones(32), rng), 32)
+        low, high = interval(resampled_means(rng.normal(1, 1, size=32), np.ones(32)), 32)
         held += low is not None and high is not None and low <= 1 <= high
     assert 0.88 < held / 300 < 0.98
 
 
-def test_the_draw_of_a_direction_widens_its_interval() -> None:
-    tokens, batch_of = np.ones(16), np.arange(16)
-    draws = np.linspace(1, 9, 8)[:, None] * np.ones((8, 16))  # the batches agree, the draws do not
-    found = Curvature.of(("random_principal", None, None), draws, np.ones(8), tokens, batch_of)
-    low, high = interval(found.resampled(), 16)
-    assert found.value == pytest.approx(5)
-    assert low is not None and high is not None and low < 4.5 and high > 5.5
+def drawn(direction: str, rng: np.random.Generator, draws: int = 8, batches: int = 16) -> Curvature:
+    """A population of random directions: draws differ, and batches agree on each far better than draws do."""
+    values = np.exp(0.5 * rng.standard_normal((draws, 1)) + 0.05 * rng.standard_normal((draws, batches)))
+    return Curvature.of((direction, None, None), values, np.ones(draws), np.ones(batches), np.arange(batches))
+
+
+def test_two_directions_of_one_population_differ_in_one_case_of_twenty() -> None:
+    """With batches for units, the sign test had p < .05 in most cases: they say of two draws what they say of none."""
+    rng, low, decided, by_batches = np.random.default_rng(0), 0, 0, 0
+    for _ in range(400):
+        found = [drawn(direction, rng) for direction in ("random_on_mask", "random_off_mask")]
+        (row,) = pair_rows(found)
+        low += row["sign_test_p"] < 0.05
+        decided += not row["low"] <= 0 <= row["high"]
+        by_batches += (sign_test(found[0].of_batches - found[1].of_batches) or 1) < 0.05
+        assert row["batches_wanted"] is None and row["draws"] == 8
+    assert low / 400 <= 0.08 and 0.02 <= decided / 400 <= 0.08
+    assert by_batches / 400 > 0.5
+
+
+def test_fewer_than_eight_draws_are_shown_and_not_tested() -> None:
+    rng = np.random.default_rng(0)
+    found = [drawn(direction, rng, draws=7) for direction in ("random_principal", "random_complement")]
+    (row,) = pair_rows(found)
+    assert row["difference"] == found[0].value - found[1].value and row["ratio"] is not None
+    for name in ("low", "high", "ratio_low", "ratio_high", "standard_errors", "sign_test_p", "draws_wanted"):
+        assert row[name] is None, name
+    assert found[0].interval() == (None, None)
 
 
 def test_one_unit_has_no_interval() -> None:
@@ -539,12 +560,15 @@ def test_the_command_writes_what_the_contract_says(
     assert entry["kl_by_samples"]["tuned"] == entry["kl_cumulative"]
     assert [point["fraction"] for point in entry["curve"]] == [i / 8 for i in range(1, 9)]
     assert all(point.keys() == {"fraction", "kl", "half_quadratic"} for point in entry["curve"])
-    keys = {"direction", "layer", "role", "value", "low", "high", "batches", "sign_test_p"}
+    keys = {"direction", "layer", "role", "value", "low", "high", "batches", "draws", "sign_test_p"}
     assert all(row.keys() == keys and row["batches"] == 4 for row in entry["curvature"])
     pooled = [row["direction"] for row in entry["curvature"] if row["layer"] is None and row["role"] is None]
     assert pooled == [*UPDATE_DIRECTIONS, *RANDOM_DIRECTIONS]
     assert {(row["layer"], row["role"]) for row in entry["curvature"]} >= {(0, "q"), (1, "down")}
-    assert all(row["low"] <= row["value"] <= row["high"] for row in entry["curvature"])
+    for row in entry["curvature"]:
+        told = not row["direction"].startswith("random_") or row["draws"] >= 8
+        assert (row["low"] is not None) == told
+        assert not told or row["low"] <= row["value"] <= row["high"]
     assert "batches: 4;" in entry["warnings"][0]
     assert (
         command(

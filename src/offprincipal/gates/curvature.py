@@ -1,8 +1,11 @@
 """Gate II: curvature per unit norm of directions, with intervals, and paired tests between directions.
 
-Sums over batches in, entries of `gates.json` out. Knows no model.
+A direction that is fixed, as the update's parts are, has batches for its units. Of random directions the *draws* are:
+what another batch says of one draw does not tell what another draw would have given. Fewer than `LEAST_DRAWS` are
+shown, and neither given an interval nor tested. Sums over batches in, entries of `gates.json` out. Knows no model.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +15,12 @@ from numpy.typing import NDArray
 
 from offprincipal.gates.directions import PAIRS
 from offprincipal.gates.forward import Array
-from offprincipal.gates.statistics import batches_wanted, interval, resampled_means, sign_test, standard_errors
+from offprincipal.gates.statistics import interval, resampled_means, sign_test, standard_errors, units_wanted
+from offprincipal.students_t import student
+
+LEAST_DRAWS = 8
+
+Ends = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -70,9 +78,27 @@ class Curvature:
     def value(self) -> float | None:
         return float(np.mean(self.of_draws)) if self.defined else None
 
+    @property
+    def drawn(self) -> bool:
+        """Whether it is a random direction, so that draws are its units."""
+        return self.direction.startswith("random_")
+
+    @property
+    def units(self) -> Array:
+        """The value of each unit: of every draw, or of every batch; none where draws are too few to tell."""
+        if not self.drawn:
+            return self.of_batches
+        return np.asarray(self.of_draws if len(self.sums) >= LEAST_DRAWS else [], dtype=np.float64)
+
     def resampled(self) -> Array:
-        """Bootstrap draws of the value over batches and, where there are several, over draws."""
-        return resampled_means(self.sums, self.tokens, np.random.default_rng(_number(self.direction)))
+        """Bootstrap draws of a fixed direction's value over batches."""
+        return resampled_means(self.sums[0], self.tokens)
+
+    def interval(self) -> Ends:
+        """95 %: Student's over draws, or a bootstrap over batches."""
+        if self.drawn:
+            return student(self.units.tolist())[1:] if len(self.units) else (None, None)
+        return interval(self.resampled(), len(self.tokens))
 
 
 def curvature_rows(found: Iterable[Curvature], pairs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -80,16 +106,16 @@ def curvature_rows(found: Iterable[Curvature], pairs: Iterable[Mapping[str, Any]
     p = {(row[side], row["layer"], row["role"]): row["sign_test_p"] for row in pairs for side in ("first", "second")}
     rows = []
     for each in found:
-        batches = len(each.tokens)
-        low, high = interval(each.resampled(), batches) if each.defined else (None, None)
+        low, high = each.interval() if each.defined else (None, None)
         place = {"direction": each.direction, "layer": each.layer, "role": each.role}
-        measured = {"value": each.value, "low": low, "high": high, "batches": batches}
+        counts = {"batches": len(each.tokens), "draws": len(each.sums)}
+        measured = {"value": each.value, "low": low, "high": high, **counts}
         rows.append({**place, **measured, "sign_test_p": p.get((each.direction, each.layer, each.role))})
     return rows
 
 
 def pair_rows(found: Iterable[Curvature]) -> list[dict[str, Any]]:
-    """Rows of `curvature_pairs`: each direction in or on the principal part against its partner, batch by batch."""
+    """Rows of `curvature_pairs`: each direction in or on the principal part against its partner, unit by unit."""
     by_place = {(each.direction, each.layer, each.role): each for each in found}
     places = dict.fromkeys((each.layer, each.role) for each in by_place.values())
     rows = []
@@ -117,13 +143,11 @@ def draw_rows(found: Iterable[Curvature]) -> list[dict[str, Any]]:
 
 
 def _pair_row(first: Curvature, second: Curvature) -> dict[str, Any]:
-    batches = len(first.tokens)
-    differences = first.of_batches - second.of_batches
-    ours, theirs = first.resampled(), second.resampled()
-    low, high = interval(ours - theirs, batches)
+    ours, theirs = first.units, second.units
+    differences = ours - theirs
     value, other = first.value or 0.0, second.value or 0.0
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio_low, ratio_high = interval(ours / theirs, batches)
+    (low, high), (ratio_low, ratio_high) = _over_draws(ours, theirs) if first.drawn else _over_batches(first, second)
+    wanted = units_wanted(differences)
     return {
         "first": first.direction,
         "second": second.direction,
@@ -137,11 +161,26 @@ def _pair_row(first: Curvature, second: Curvature) -> dict[str, Any]:
         "ratio_high": ratio_high,
         "standard_errors": standard_errors(differences),
         "sign_test_p": sign_test(differences),
-        "batches": batches,
-        "batches_wanted": batches_wanted(differences),
+        "batches": len(first.tokens),
+        "draws": len(first.sums),
+        "batches_wanted": None if first.drawn else wanted,
+        "draws_wanted": wanted if first.drawn else None,
     }
 
 
-def _number(text: str) -> int:
-    """The same number for the same text, whatever the process."""
-    return int.from_bytes(text.encode(), "big")
+def _over_draws(ours: Array, theirs: Array) -> tuple[Ends, Ends]:
+    """Intervals of difference and ratio; draws of the two directions are independent, so any pairing will do."""
+    if not len(ours):
+        return (None, None), (None, None)
+    ratio: Ends = (None, None)
+    if ours.min() > 0 and theirs.min() > 0:
+        low, high = student(np.log(ours / theirs).tolist())[1:]
+        ratio = (None, None) if low is None or high is None else (math.exp(low), math.exp(high))
+    return student((ours - theirs).tolist())[1:], ratio
+
+
+def _over_batches(first: Curvature, second: Curvature) -> tuple[Ends, Ends]:
+    """The same of fixed directions, the batches being the same for both."""
+    ours, theirs, batches = first.resampled(), second.resampled(), len(first.tokens)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return interval(ours - theirs, batches), interval(ours / theirs, batches)

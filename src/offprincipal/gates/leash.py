@@ -48,8 +48,7 @@ def norm_bound(
     count = tokens.sum()
     K, quadratic = float(kl.sum() / count), float(fisher.sum() / count)
     bound, length = math.sqrt(max(2 * K, 0)), math.sqrt(quadratic)
-    rng = np.random.default_rng(0)
-    divergences, forms = (resampled_means(x[None], tokens, rng) for x in (kl, fisher))
+    divergences, forms = (resampled_means(x, tokens) for x in (kl, fisher))
     with np.errstate(divide="ignore", invalid="ignore"):
         low, high = interval(np.sqrt(forms / (2 * divergences)), len(tokens))
     euclidean = None if not smallest or not smallest["value"] else math.sqrt(max(2 * K, 0) / smallest["value"])

@@ -1,4 +1,4 @@
-"""What batches say of a mean: bootstrap intervals, sign tests, and how many batches would be enough.
+"""What batches, or draws, say of a mean: bootstrap intervals, sign tests, and how many of them would be enough.
 
 Knows nothing of models: tables of sums in, numbers out.
 """
@@ -18,23 +18,21 @@ LEVEL = 0.95
 POWER = 0.8
 
 
-def resampled_means(sums: Array, tokens: Array, rng: np.random.Generator) -> Array:
-    """Bootstrap draws of Σ sums / Σ tokens, the batches drawn with replacement, and the rows too where there are many.
+def resampled_means(sums: Array, tokens: Array) -> Array:
+    """Bootstrap draws of Σ sums / Σ tokens, the batches drawn with replacement.
 
     Args:
-        sums: (rows, batches): a row is a random direction; the value is the mean over rows.
-        tokens: (batches,).
+        sums, tokens: (batches,).
 
     Returns:
-        (RESAMPLES,). One batch gives no spread over batches, one row none over rows.
+        (RESAMPLES,). One batch gives no spread.
     """
-    rows, batches = sums.shape
+    batches = len(sums)
     of_batches = np.random.default_rng(batches)  # the same for all tables of so many: they stay paired
     found = np.empty(RESAMPLES)
     for start in range(0, RESAMPLES, _AT_ONCE):
         by_batch = of_batches.multinomial(batches, np.full(batches, 1 / batches), size=_AT_ONCE)
-        by_row = rng.multinomial(rows, np.full(rows, 1 / rows), size=_AT_ONCE) / rows
-        found[start : start + _AT_ONCE] = ((by_row @ sums) * by_batch).sum(-1) / (by_batch @ tokens)
+        found[start : start + _AT_ONCE] = (by_batch @ sums) / (by_batch @ tokens)
     return found
 
 
@@ -60,7 +58,7 @@ def mean_with_interval(sums: Sequence[float] | Array, tokens: Sequence[int] | Ar
     {'value': 0.5, 'low': 0.5, 'high': 0.5, 'tokens': 4}
     """
     top, bottom = np.asarray(sums, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
-    low, high = interval(resampled_means(top[None], bottom, np.random.default_rng(0)), len(top))
+    low, high = interval(resampled_means(top, bottom), len(top))
     return {"value": float(top.sum() / bottom.sum()), "low": low, "high": high, "tokens": int(bottom.sum())}
 
 
@@ -91,12 +89,12 @@ def standard_errors(differences: Sequence[float] | Array) -> float | None:
     return float(found.mean()) * math.sqrt(len(found)) / spread if spread > 0 else None
 
 
-def batches_wanted(differences: Sequence[float] | Array) -> int | None:
-    """Batches with which a paired test at 5 % would find a difference like this with 80 % power; None without one.
+def units_wanted(differences: Sequence[float] | Array) -> int | None:
+    """Units with which a paired test at 5 % would find a difference like this with 80 % power; None without one.
 
     Source: the normal approximation with Guenther's correction for the t test (The American Statistician 35, 1981).
 
-    >>> batches_wanted([1.0, 3.0])  # half as much again as its standard deviation
+    >>> units_wanted([1.0, 3.0])  # half as much again as its standard deviation
     6
     """
     found = np.asarray(differences, dtype=np.float64)
