@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_folders import write_model
@@ -15,6 +16,9 @@ from offprincipal.errors import StudyError
 from offprincipal.geometry.masks import principal_ranks
 from offprincipal.geometry.spectrum import decompose, principal_rank
 from offprincipal.studies.claims import CLAIMS, Evidence, decide, judge
+from offprincipal.studies.claims.negative import blind_evidence, negative_controls
+from offprincipal.studies.claims.rules import judge_difference
+from offprincipal.studies.claims.units import Effect, OverUnits, TwoSamples, over_runs_of_pairs
 
 SIGNATURES = [id for id, claim in CLAIMS.items() if not claim.needs]
 VERDICTS = {"supported", "contradicted", "no effect beyond the control", "inconclusive"}
@@ -54,6 +58,16 @@ def updated(weights: dict[str, Tensor], size: float, seed: int, on_principal: fl
     return found
 
 
+RUNS = {"rl": 3, "sft": 3, "dpo": 3}
+
+
+def evidence_of(folder: Path, beyond: bool = True) -> Evidence:
+    names = {kind: [f"{kind}_{i}" for i in range(count)] for kind, count in RUNS.items()}
+    matches = {"sft": dict(zip(names["rl"], names["sft"], strict=True))}
+    more = {"beyond": tuple(names["dpo"])} if beyond else {}
+    return Evidence.read(folder, names["rl"], {"sft": names["sft"]}, "comparison", matches=matches, **more)
+
+
 def study(
     tmp_path: Path,
     on_principal: float = 1.0,
@@ -61,18 +75,17 @@ def study(
     sft_size: float = 2e-4,
     weights: dict[str, Tensor] | None = None,
 ) -> dict[str, dict[str, str]]:
-    """Claim -> verdicts, of two RLVR-like runs, a third that learned from preferences, and one SFT-like run."""
+    """Claim -> verdicts, of three RLVR-like runs, three that learned from preferences, and three SFT-like ones."""
     weights = weights or heavy_tailed()
-    base = write_model(tmp_path / "base", weights)
-    runs = {
-        "rl_a": write_model(tmp_path / "rl_a", updated(weights, rl_size, 1000, on_principal)),
-        "rl_b": write_model(tmp_path / "rl_b", updated(weights, rl_size, 2000, on_principal)),
-        "sft": write_model(tmp_path / "sft", updated(weights, sft_size, 3000)),
-        "dpo": write_model(tmp_path / "dpo", updated(weights, rl_size, 4000, on_principal)),
-    }
+    base, runs = write_model(tmp_path / "base", weights), {}
+    sizes = {"rl": (rl_size, on_principal), "sft": (sft_size, 1.0), "dpo": (rl_size, on_principal)}
+    for seed, (kind, i) in enumerate((kind, i) for kind, count in RUNS.items() for i in range(count)):
+        size, preference = sizes[kind]
+        tuned = updated(weights, size, 1000 * (seed + 1), preference)
+        runs[f"{kind}_{i}"] = write_model(tmp_path / f"{kind}_{i}", tuned)
     compare(base, runs).write(tmp_path / "comparison")
-    evidence = Evidence.read(tmp_path / "comparison", ["rl_a", "rl_b"], ["sft"], "comparison", beyond=["dpo"])
-    judged = {id: judge(id, evidence) for id in SIGNATURES}
+    evidence = evidence_of(tmp_path / "comparison")
+    judged = {id: judge(id, evidence)[0] for id in SIGNATURES}
     for claim in judged.values():
         assert {claim["as_published"]["verdict"], claim["controlled"]["verdict"]} <= VERDICTS
     return {
@@ -81,62 +94,140 @@ def study(
     }
 
 
-def test_rounding_and_step_length_alone_make_the_published_picture_and_no_control_lets_it_pass(tmp_path: Path) -> None:
-    """Every update here ignores the weights, and the SFT-like one is ten times as long."""
+NOT_DECIDED = {"no effect beyond the control", "inconclusive"}
+
+
+def test_rounding_and_length_alone_make_the_published_picture_and_no_control_lets_it_pass(tmp_path: Path) -> None:
+    """Every update here ignores the weights, and the SFT-like ones are ten times as long."""
     verdicts = study(tmp_path, sft_size=2e-3)
     for id in ("C1", "C2", "C3", "C4", "C5", "C6", "C13"):
         assert verdicts[id]["published"] == "supported", id
-        allowed = {"no effect beyond the control"}
-        if id in ("C3", "C4"):  # ratios of noisy shifts and angles: twelve matrices may leave the interval wide
-            allowed.add("inconclusive")
-        assert verdicts[id]["controlled"] in allowed, id
+        assert verdicts[id]["controlled"] in NOT_DECIDED, id
 
 
 @pytest.mark.parametrize("rl_size", [1e-5, 1e-4])
 def test_what_storing_does_to_a_small_update_is_not_taken_for_geometry(tmp_path: Path, rl_size: float) -> None:
     verdicts = study(tmp_path, rl_size=rl_size, sft_size=2e-3, weights=rows_of_many_scales())
     for id in ("C1", "C3", "C4", "C5", "C6"):
-        assert verdicts[id]["controlled"] in {"no effect beyond the control", "inconclusive"}, id
+        assert verdicts[id]["controlled"] in NOT_DECIDED, id
 
 
-def test_an_update_that_avoids_principal_weights_passes_the_control(tmp_path: Path) -> None:
+def test_updates_that_avoid_principal_weights_pass_the_control(tmp_path: Path) -> None:
     verdicts = study(tmp_path, on_principal=0.3)
     assert verdicts["C5"] == {"published": "supported", "controlled": "supported"}
     assert verdicts["C2"]["controlled"] == "supported"
     assert verdicts["C13"]["controlled"] != "supported"  # it avoids them, but is no sparser than SFT for its length
 
 
-def test_an_update_that_seeks_principal_weights_contradicts_under_the_control(tmp_path: Path) -> None:
+def test_updates_that_seek_principal_weights_contradict_under_the_control(tmp_path: Path) -> None:
     assert study(tmp_path, on_principal=3.0)["C5"]["controlled"] == "contradicted"
 
 
 def test_equal_runs_differ_in_nothing(tmp_path: Path) -> None:
     verdicts = study(tmp_path)
     for id in ("C1", "C3", "C4"):
-        assert set(verdicts[id].values()) == {"no effect beyond the control"}
+        assert set(verdicts[id].values()) <= NOT_DECIDED
+    assert set(verdicts["C1"].values()) == {"no effect beyond the control"}
 
 
 def test_runs_that_changed_nothing_are_inconclusive_not_an_error(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", heavy_tailed())
     compare(base, {"rl": base, "sft": base}).write(tmp_path / "comparison")
-    evidence = Evidence.read(tmp_path / "comparison", ["rl"], ["sft"], "comparison")
+    evidence = Evidence.read(tmp_path / "comparison", ["rl"], {"sft": ["sft"]}, "comparison")
     for id in ("C2", "C3", "C4", "C5", "C6", "C13"):
-        found = judge(id, evidence)
+        (found,) = judge(id, evidence)
         assert found["as_published"]["verdict"] == found["controlled"]["verdict"] == "inconclusive"
         assert found["as_published"]["effect"] is None
 
 
-def test_a_handful_of_matrices_decides_nothing(tmp_path: Path) -> None:
-    few = dict(list(heavy_tailed().items())[:3])
-    verdicts = study(tmp_path, sft_size=2e-3, weights=few)
+def test_two_runs_of_a_kind_are_shown_and_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in RUNS:
+        monkeypatch.setitem(RUNS, kind, 2)
+    verdicts = study(tmp_path, sft_size=2e-3)
     assert {verdict for both in verdicts.values() for verdict in both.values()} == {"inconclusive"}
+
+
+def test_each_kind_of_sft_is_a_contrast_of_its_own(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", heavy_tailed())
+    runs = {name: write_model(tmp_path / name, updated(heavy_tailed(), 2e-4, i)) for i, name in enumerate("abcd")}
+    compare(base, runs).write(tmp_path / "comparison")
+    evidence = Evidence.read(tmp_path / "comparison", ["a", "b"], {"own": ["c"], "teacher": ["d"]}, "comparison")
+    assert [entry["contrast"] for entry in judge("C1", evidence)] == ["own", "teacher"]
+    assert [entry["contrast"] for entry in judge("C2", evidence)] == [None]
+    (_, teacher) = judge("C5", evidence)
+    assert set(teacher["anatomy"]) == {"a", "b", "d"}
+    rungs = teacher["anatomy"]["a"]
+    assert rungs["random"] == pytest.approx(0.5) and 0 < rungs["measured"] < rungs["random"]
+
+
+# What is decided about nothing: runs that differ from each other, but not by kind.
+
+
+def test_the_spread_between_runs_decides_nothing() -> None:
+    """Kinds without a difference, run-to-run standard deviation .05: decided in at most one study in twenty."""
+    rng = np.random.default_rng(0)
+    decided = {"two kinds": 0, "matched": 0, "pairs of runs": 0}
+    for _ in range(400):
+        runs = rng.normal(0.6, 0.05, (2, 3))
+        effects: dict[str, Effect] = {
+            "two kinds": TwoSamples(list(runs[0]), list(runs[1])),
+            "matched": OverUnits({str(i): float(runs[0, i] - runs[1, i]) for i in range(3)}),
+            "pairs of runs": over_runs_of_pairs(
+                {(str(i), str(j)): float(runs[0, i] + runs[0, j] - 1.2) for i, j in ((0, 1), (0, 2), (1, 2))}
+            ),
+        }
+        for name, effect in effects.items():
+            decided[name] += judge_difference(effect, measure="m").verdict in ("supported", "contradicted")
+    assert max(decided.values()) <= 0.08 * 400  # 5 %, and what 400 studies may scatter
+
+
+def test_a_share_is_judged_by_its_ratio_too_where_it_is_small() -> None:
+    """A Jaccard of .024 against .006 is an effect, though its difference is below two points."""
+    differences = OverUnits({"a": 0.012, "b": 0.013, "c": 0.014})
+    ratios = OverUnits({"a": 3.9, "b": 4.0, "c": 4.1}, geometric=True)
+    assert judge_difference(differences, measure="m").verdict == "no effect beyond the control"
+    assert judge_difference(differences, measure="m", relative=ratios).verdict == "supported"
+    alike = OverUnits({"a": 1.01, "b": 1.02, "c": 1.0}, geometric=True)
+    near = OverUnits({"a": 0.001, "b": 0.002, "c": 0.0})
+    assert judge_difference(near, measure="m", relative=alike).verdict == "no effect beyond the control"
+
+
+@given(st.lists(st.floats(-5, 5), min_size=3, max_size=6))
+def test_the_jackknife_over_runs_has_the_mean_of_the_pairs(effects: list[float]) -> None:
+    names = [str(i) for i in range(len(effects))]
+    pairs = {(a, b): effects[i] + effects[j] for i, a in enumerate(names) for j, b in enumerate(names) if i < j}
+    found = over_runs_of_pairs(pairs)
+    assert found.interval().value == pytest.approx(np.mean(list(pairs.values())), abs=1e-9)
+    for i, name in enumerate(names):  # additive effects of runs come back, each twice
+        expected = 2 * effects[i] + (sum(pairs.values()) / len(pairs) - 2 * float(np.mean(effects)))
+        assert found.by_unit[name] == pytest.approx(expected, abs=1e-9)
+
+
+def test_blind_updates_of_every_run_are_measured_like_the_runs_and_decide_nothing(tmp_path: Path) -> None:
+    study(tmp_path, on_principal=0.3, sft_size=2e-3)
+    evidence = evidence_of(tmp_path / "comparison", beyond=False)
+    runs = {run: str(tmp_path / run) for run in evidence.matrices}
+    (blind, *_) = blind_evidence(evidence, str(tmp_path / "base"), runs, 3, 0.5, 2)
+    for run, rows in blind.matrices.items():
+        for row, real in zip(rows, evidence.matrices[run], strict=True):
+            assert row["tensor"] == real["tensor"]
+            assert row["spectral_shift_stored_null"] == real["spectral_shift_stored_null"]
+            assert row["principal_overlap"] != real["principal_overlap"]
+    counts = negative_controls(evidence, list(CLAIMS), str(tmp_path / "base"), runs, 6, 0.5, 2)
+    assert {id for id, _ in counts} == {"C1", "C2", "C3", "C4", "C5", "C6", "C13"}
+    for (id, _), sides in counts.items():
+        found = sides["controlled"]
+        assert found["draws"] == 6
+        assert found["supported"] + found["contradicted"] <= 2, id
+    assert counts["C5", "sft"]["as_published"]["supported"] >= 4  # rounding makes the published picture of anything
+    assert judge("C5", evidence)[0]["controlled"]["verdict"] == "supported"
 
 
 def test_a_run_that_was_not_compared_is_named(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", heavy_tailed())
     compare(base, {"rl": base}).write(tmp_path / "comparison")
     with pytest.raises(StudyError, match="no run 'sft'"):
-        Evidence.read(tmp_path / "comparison", ["rl"], ["sft"], "comparison")
+        Evidence.read(tmp_path / "comparison", ["rl"], {"sft": ["sft"]}, "comparison")
 
 
 @given(st.floats(-1, 1), st.floats(0, 0.5), st.floats(0, 0.5))

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from outcome_rows import Row, curve_rows, ladder, masked, matched_row, write_outcomes
 
 from offprincipal.outcomes.curves import area_between, areas_between_seeds, areas_to_full, curves_by_run, runs_by_mask
+from offprincipal.students_t import student, t_quantile
 from offprincipal.studies.claims import Evidence, judge
-from offprincipal.studies.claims.seeds import OverPairs, student, t_quantile
+from offprincipal.studies.claims.units import OverUnits
 
 NONE = "no effect beyond the control"
 FULL_CURVE = (1.0, 2.0, 3.0, 4.0)
@@ -24,7 +25,8 @@ WOBBLE = {1: 0.9, 2: 1.05, 3: 1.0, 4: 1.1}  # what seeds differ by
 def judged(tmp_path: Path, id: str, outcomes: Sequence[Row], curves: Sequence[Row] = ()) -> Mapping[str, Any]:
     folder = write_outcomes(tmp_path / "outcomes", outcomes, curves)
     sources = {"outcomes": [folder], "kl_curves": [folder]}
-    return judge(id, Evidence({}, [], ("full",), (), "comparison", sources, {}))
+    (entry,) = judge(id, Evidence({}, [], ("full",), {}, "comparison", sources=sources))
+    return entry
 
 
 def verdicts(entry: Mapping[str, Any]) -> tuple[str, str]:
@@ -87,7 +89,7 @@ def test_principal_weights_that_end_as_accurate_contradict_what_was_published(tm
 def test_two_seeds_decide_nothing_about_masks(tmp_path: Path) -> None:
     entry = judged(tmp_path, "C11", *under_masks(TRUE, seeds=(1, 2)))
     assert verdicts(entry) == ("inconclusive", "inconclusive")
-    assert "too few" in entry["controlled"]["sentence"]
+    assert "not judged" in entry["controlled"]["sentence"]
 
 
 def test_seeds_that_disagree_decide_nothing_about_masks(tmp_path: Path) -> None:
@@ -268,14 +270,14 @@ def test_the_interval_moves_and_stretches_with_what_it_is_of(values: list[float]
 
 
 def test_ratios_are_pooled_as_logarithms() -> None:
-    pooled = OverPairs({"a": 4.0, "b": 1.0}, geometric=True).pooled()
-    turned = OverPairs({"a": 1 / 4.0, "b": 1.0}, geometric=True).pooled()
+    pooled = OverUnits({"a": 4.0, "b": 1.0}, geometric=True).interval()
+    turned = OverUnits({"a": 1 / 4.0, "b": 1.0}, geometric=True).interval()
     assert pooled.value == pytest.approx(2)
     assert (pooled.low, pooled.high) == (pytest.approx(1 / turned.high), pytest.approx(1 / turned.low))
 
 
 def test_one_pair_has_no_interval_and_none_no_value() -> None:
-    alone, none = OverPairs({"a": 2.0}).pooled(), OverPairs({}).pooled()
+    alone, none = OverUnits({"a": 2.0}).interval(), OverUnits({}).interval()
     assert (alone.value, alone.low, alone.high) == (2.0, None, None)
-    assert none.value is None and none.matrices == 0
-    assert OverPairs({"a": 2.0, "b": 0.0}, geometric=True).pooled().value is None
+    assert none.value is None and none.units == 0
+    assert OverUnits({"a": 2.0, "b": 0.0}, geometric=True).interval().value is None

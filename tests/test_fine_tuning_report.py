@@ -158,7 +158,7 @@ def test_the_page_has_a_figure_of_each_and_no_name_in_it_is_markup(page: Path) -
     assert not re.search(r"https?://|url\(|@import|<link", own)
     text = " ".join(visible_text(page.read_text(encoding="utf-8")).split())
     assert "off-principal LoRA 16 2 ≥ 0.01 55.0" in text
-    assert "bootstraps over matrices or steps, or Student's t over pairs of runs" in text
+    assert "Student's t over runs or matched pairs of runs" in text
     assert not re.search(r"\b(None|nan|NaN|undefined)\b", text.replace("None of the", ""))
 
 

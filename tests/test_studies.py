@@ -16,13 +16,18 @@ from offprincipal.studies import load_profile, pending, run_profile
 from offprincipal.studies.console import estimate_minutes
 from offprincipal.training import StepReport
 
-STAGES = ["grpo_a", "grpo_b", "sft_own", "sft_teacher", "comparison", "claims", "report"]
+RUNS = [f"{kind}_{i}" for kind in ("grpo", "sft_own", "sft_teacher") for i in (1, 2, 3)]
+STAGES = [*RUNS, "comparison", "claims", "report"]
 
 
 def overrides(model: Path, steps: int = 2) -> list[str]:
     settings = {"steps": steps, "batch": 16, "learning_rate": 1e-4, "eval_prompts": 12, "eval_samples": 2}
     settings |= {"eval_max_new_tokens": 8, "save_every": 1}
-    return [f"base={model}", *(f"training.{key}={value}" for key, value in settings.items())]
+    return [
+        f"base={model}",
+        "stages.claims.negative_control=3",
+        *(f"training.{key}={value}" for key, value in settings.items()),
+    ]
 
 
 def run(model: Path, out: Path, *more: str) -> dict[str, list[str]]:
@@ -47,8 +52,10 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_a_study_leaves_models_tables_verdicts_and_a_report(finished: Path) -> None:
     study = json.loads((finished / "study.json").read_text())
-    assert [claim["id"] for claim in study["claims"]] == ["C1", "C2", "C3", "C4", "C5", "C6"]
-    assert [run["name"] for run in study["runs"]] == STAGES[:4]
+    kinds = ["sft_own", "sft_teacher"]
+    expected = [(id, kind) for id in ("C1", "C2", "C3", "C4", "C5", "C6") for kind in (kinds if id != "C2" else [None])]
+    assert [(claim["id"], claim["contrast"]) for claim in study["claims"]] == expected
+    assert [run["name"] for run in study["runs"]] == RUNS
     for entry in study["runs"]:
         assert 0 <= entry["before"]["sampled_accuracy"] <= 1
         assert entry["before"]["kl_to_base"] == 0
@@ -58,7 +65,8 @@ def test_a_study_leaves_models_tables_verdicts_and_a_report(finished: Path) -> N
         for path in claim["evidence"]:
             assert (finished / path).is_file()
         assert claim["as_published"]["rule"] and claim["controlled"]["control"]
-    assert {row["run"] for row in read_table(finished / "comparison", "matrices")} == set(STAGES[:4])
+        assert claim["controlled"]["negative_control"]["draws"] == 3
+    assert {row["run"] for row in read_table(finished / "comparison", "matrices")} == set(RUNS)
     assert "</html>" in (finished / "report.html").read_text()
 
 
@@ -79,14 +87,14 @@ def test_a_later_stage_is_redone_alone_when_its_settings_change(finished: Path, 
 def test_a_damaged_table_is_made_again(finished: Path, tiny_model: Path) -> None:
     (finished / "comparison" / "pairs.parquet").write_bytes(b"")
     said = run(tiny_model, finished)
-    assert said["grpo_a"] == ["kept"] and said["comparison"] == ["started", "done"]
+    assert said["grpo_1"] == ["kept"] and said["comparison"] == ["started", "done"]
 
 
 def test_training_of_other_settings_is_not_overwritten(finished: Path, tiny_model: Path) -> None:
-    weights = (finished / "sft_own" / "model.safetensors").read_bytes()
+    weights = (finished / "sft_own_1" / "model.safetensors").read_bytes()
     with pytest.raises(OffPrincipalError, match="learning_rate"):
-        run(tiny_model, finished, "stages.sft_own.learning_rate=0.5")
-    assert (finished / "sft_own" / "model.safetensors").read_bytes() == weights
+        run(tiny_model, finished, "stages.sft_own_1.learning_rate=0.5")
+    assert (finished / "sft_own_1" / "model.safetensors").read_bytes() == weights
 
 
 def test_a_killed_study_continues_and_ends_the_same(finished: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -95,13 +103,13 @@ def test_a_killed_study_continues_and_ends_the_same(finished: Path, tiny_model: 
     command = [sys.executable, "-m", "offprincipal", "study", "quick", "--out", str(out), "--jobs", "1", *sets]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
-    while not (out / ".stages" / "grpo_a.json").exists() and time.monotonic() < deadline:
+    while not (out / ".stages" / "grpo_1.json").exists() and time.monotonic() < deadline:
         assert process.poll() is None, "the study ended by itself"
         time.sleep(0.2)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     said = run(tiny_model, out)
-    assert said["grpo_a"] == ["kept"]
+    assert said["grpo_1"] == ["kept"]
     for name in STAGES[:4]:
         ours, theirs = (folder / name / "model.safetensors" for folder in (out, finished))
         assert ours.read_bytes() == theirs.read_bytes(), name
@@ -112,11 +120,11 @@ def test_a_killed_study_continues_and_ends_the_same(finished: Path, tiny_model: 
     [
         ("training.stepz=3", "stepz"),
         ("training.steps=0", "steps"),
-        ("stages.grpo_a.tasks=[algebra]", "algebra"),
+        ("stages.grpo_1.tasks=[algebra]", "algebra"),
         ("stages.comparison.runs=[nobody]", "nobody"),
         ("stages.claims.claims=[C99]", "C99"),
         ("stages.comparison.runs=[report]", "circle"),
-        ("stages.grpo_a.kind=dance", "dance"),
+        ("stages.grpo_1.kind=dance", "dance"),
         ("nonsense", "KEY=VALUE"),
         ("name.of.what=1", "a part of it is a value"),
         ("stages={'../x': {kind: train, recipe: grpo, tasks: [add]}}", "../x"),

@@ -1,7 +1,6 @@
 """The rules of C7–C10, on tables whose truth is known by construction."""
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from matrices import gaussian
 
 from offprincipal.checkpoints import open_checkpoint
 from offprincipal.comparison import compare
-from offprincipal.comparison.pooling import estimate_ratio
 from offprincipal.files import write_json
 from offprincipal.gates.precision import PrecisionSettings, measure_precision
 from offprincipal.studies.claims import Evidence, judge
@@ -28,11 +26,14 @@ from offprincipal.studies.claims.rules import (
     judge_positive,
     published_with,
 )
+from offprincipal.studies.claims.units import OverUnits
 from offprincipal.studies.experiments import agreement_rows, gaussian_like
 
 Row = dict[str, Any]
 NONE = "no effect beyond the control"
 LAYERS = 4
+UNITS = range(3)
+RL, SFT = (tuple(f"{kind}_{i}" for i in UNITS) for kind in ("rl", "sft"))
 
 
 def weights(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -52,11 +53,11 @@ def save(folder: Path, masters: Mapping[str, torch.Tensor]) -> Path:
 
 
 def evidence(sources: Mapping[str, list[Path]], gaussian: Mapping[str, str] | None = None) -> Evidence:
-    return Evidence({}, [], ("rl",), ("sft",), "comparison", sources, gaussian or {})
+    return Evidence({}, [], RL, {"sft": SFT}, "comparison", sources=sources, gaussian=gaussian or {})
 
 
 def verdicts(id: str, found: Evidence) -> tuple[str, str]:
-    entry = judge(id, found)
+    (entry,) = judge(id, found)
     return entry["as_published"]["verdict"], entry["controlled"]["verdict"]
 
 
@@ -77,35 +78,29 @@ def updated(base: Mapping[str, torch.Tensor], seed: int, sought: Mapping[str, to
 
 
 def agreement(tmp_path: Path, pull: float, permuted_too: bool) -> Evidence:
-    """Two runs that seek the same coordinates by `pull`; in half of the layers one has its rows reordered."""
-    base = weights()
-    sought = {name: (gaussian(64, 64, seed=70 + i) > 0).double() for i, name in enumerate(base)}
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
-    touched = [name for name in base if int(name.split(".")[2]) < LAYERS // 2]
+    """Three interventions, each with runs of its own that seek the same places; half of a layer set is reordered."""
+    base, rows = weights(), []
+    for unit in UNITS:
+        sought = {name: (gaussian(64, 64, seed=70 + i + 100 * unit) > 0).double() for i, name in enumerate(base)}
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(1 + unit))
+        touched = [name for name in base if int(name.split(".")[2]) < LAYERS // 2]
 
-    def reordered(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: tensor[order] if name in touched else tensor for name, tensor in tensors.items()}
+        def reordered(
+            tensors: Mapping[str, torch.Tensor], order: torch.Tensor = order, touched: list[str] = touched
+        ) -> dict[str, torch.Tensor]:
+            return {name: tensor[order] if name in touched else tensor for name, tensor in tensors.items()}
 
-    other = reordered(base)
-    wanted = reordered(sought) if permuted_too else sought
-    run_a, run_b = updated(base, 1000, sought, pull), updated(other, 2000, wanted, pull)
-    folders = [
-        open_checkpoint(save(tmp_path / name, found))
-        for name, found in (("base", base), ("a", run_a), ("other", other), ("b", run_b))
-    ]
-    inverse = torch.argsort(order)
-    back = {name: tensor[inverse] if name in touched else tensor for name, tensor in run_b.items()}
-    undone = open_checkpoint(save(tmp_path / "back", back))
-    rows = agreement_rows(folders, [folders[0], folders[1], folders[0], undone])
-    return evidence(
-        {"agreement": [write_table(tmp_path / "t", "agreement", [{"intervention": "x"} | r for r in rows])]}
-    )
-
-
-@pytest.fixture(autouse=True)
-def _few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six matrices a side are below the least that a verdict is given for."""
-    monkeypatch.setattr("offprincipal.studies.claims.rules.LEAST_MATRICES", 6)
+        other = reordered(base)
+        wanted = reordered(sought) if permuted_too else sought
+        run_a, run_b = updated(base, 1000 + unit, sought, pull), updated(other, 2000 + unit, wanted, pull)
+        inverse = torch.argsort(order)
+        back = {name: tensor[inverse] if name in touched else tensor for name, tensor in run_b.items()}
+        found = {"base": base, "a": run_a, "other": other, "b": run_b, "back": back}
+        opened = {name: open_checkpoint(save(tmp_path / f"{name}_{unit}", masters)) for name, masters in found.items()}
+        trained = [opened[name] for name in ("base", "a", "other", "b")]
+        undone = [opened[name] for name in ("base", "a", "base", "back")]
+        rows += [{"intervention": f"x{unit}"} | row for row in agreement_rows(trained, undone)]
+    return evidence({"agreement": [write_table(tmp_path / "t", "agreement", rows)]})
 
 
 def test_rounding_alone_falls_as_published_and_not_beyond_the_control(tmp_path: Path) -> None:
@@ -120,8 +115,9 @@ def test_a_preference_that_moves_with_the_coordinates_passes_the_control(tmp_pat
 
 def test_a_preference_for_places_survives_the_intervention_and_contradicts(tmp_path: Path) -> None:
     found = agreement(tmp_path, pull=5.0, permuted_too=False)
-    assert judge("C7", found)["controlled"]["verdict"] in (NONE, "inconclusive", "contradicted")
-    assert judge("C7", found)["as_published"]["verdict"] != "supported"
+    published, controlled = verdicts("C7", found)
+    assert controlled in (NONE, "inconclusive", "contradicted")
+    assert published != "supported"
 
 
 def test_what_is_brought_back_agrees_as_the_untouched_do(tmp_path: Path) -> None:
@@ -130,7 +126,7 @@ def test_what_is_brought_back_agrees_as_the_untouched_do(tmp_path: Path) -> None
     shares = {view: [r["jaccard"] for r in touched if r["view"] == view] for view in ("as trained", "undone")}
     untouched = [row["jaccard"] for row in rows if not row["touched"] and row["view"] == "as trained"]
     assert max(shares["as trained"]) < min(shares["undone"])
-    assert sum(shares["undone"]) / 6 == pytest.approx(sum(untouched) / 6, abs=0.02)
+    assert sum(shares["undone"]) / 18 == pytest.approx(sum(untouched) / 18, abs=0.02)
     assert {row["tensor"] for row in touched} == {r["tensor"] for r in rows if r["layer"] < LAYERS // 2}
 
 
@@ -138,25 +134,28 @@ def test_what_is_brought_back_agrees_as_the_untouched_do(tmp_path: Path) -> None
 
 
 def precision(tmp_path: Path, size: float, pull: float) -> Evidence:
-    """A run whose update is `pull` times as large off principal weights as on them."""
+    """Three runs whose update is `pull` times as large off principal weights as on them."""
     from offprincipal.geometry.masks import principal_ranks
     from offprincipal.geometry.spectrum import decompose
 
-    masters = {}
-    for i, (name, W) in enumerate(weights().items()):
+    base, rows, off = open_checkpoint(write_model(tmp_path / "base", weights())), [], {}
+    for name, W in weights().items():
         top = decompose(W.double()).top(8)
-        principal = principal_ranks(top.U, top.S, top.Vh) < W.numel() // 2
-        masters[name] = W.double() + size * gaussian(64, 64, seed=5000 + i) * torch.where(principal, 1.0, pull)
-    base = open_checkpoint(write_model(tmp_path / "base", weights()))
-    run = open_checkpoint(save(tmp_path / "rl", masters) / "masters")
-    rows = measure_precision(base, run, PrecisionSettings()).sweep
-    return evidence({"precision": [write_table(tmp_path / "p", "precision", [{"run": "rl"} | r for r in rows])]})
+        off[name] = torch.where(principal_ranks(top.U, top.S, top.Vh) < W.numel() // 2, 1.0, pull)
+    for unit, run in enumerate(RL):
+        masters = {
+            name: W.double() + size * gaussian(64, 64, seed=5000 + i + 100 * unit) * off[name]
+            for i, (name, W) in enumerate(weights().items())
+        }
+        tuned = open_checkpoint(save(tmp_path / run, masters) / "masters")
+        rows += [{"run": run} | row for row in measure_precision(base, tuned, PrecisionSettings()).sweep]
+    return evidence({"precision": [write_table(tmp_path / "p", "precision", rows)]})
 
 
 def test_a_weight_blind_update_shows_no_bias_beyond_any_formats_rounding(tmp_path: Path) -> None:
     found = precision(tmp_path, 5e-4, pull=1.0)
     assert verdicts("C8", found) == ("contradicted", NONE)  # the bias goes with the sparsity
-    sentence = judge("C8", found)["as_published"]["sentence"]
+    sentence = judge("C8", found)[0]["as_published"]["sentence"]
     assert "in float32 0.0 %" in sentence
 
 
@@ -168,84 +167,84 @@ def test_an_update_that_avoids_principal_weights_keeps_its_bias_in_every_format(
 # C9
 
 
-def watched(folder: Path, name: str, kl: float, stiffness: float = 1.0, steps: int = 40) -> Path:
-    """A policy that moves by `kl` nats a step, whose weights move as a random walk."""
-    rows = [
-        {
-            "step": step,
-            "tensor": None,
-            "kl_step": kl * (1 + 0.1 * (-1) ** step) if step else None,
-            "kl_cumulative": kl * stiffness * step,
-            "update_norm": (0.01 * step) ** 0.5,
-        }
-        for step in range(1, steps + 1)
-    ]
-    return write_table(folder / name, "monitor", rows)
+def watched(folder: Path, kind: str, kl: float, stiffness: float = 1.0, steps: int = 40) -> list[Path]:
+    """Three policies that move by about `kl` nats a step, whose weights move as a random walk."""
+    folders = []
+    for unit in UNITS:
+        rows = [
+            {
+                "step": step,
+                "tensor": None,
+                "kl_step": kl * (1 + 0.02 * unit) * (1 + 0.1 * (-1) ** step) if step else None,
+                "kl_cumulative": kl * (1 + 0.02 * unit) * stiffness * step,
+                "update_norm": (0.01 * step) ** 0.5,
+            }
+            for step in range(1, steps + 1)
+        ]
+        folders.append(write_table(folder / f"{kind}_{unit}", "monitor", rows))
+    return folders
 
 
-def leash(tmp_path: Path, rl: Path, sft: Path, tightness: float = 0.9, sft_kl: float = 0.1) -> Evidence:
-    """`sft_kl`: of SFT's update on the base's own continuations, where RL's is 0.01."""
+def leash(
+    tmp_path: Path, kl: float, sft_kl: float, tightness: float = 0.9, sft_on_base: float = 0.1, steps: int = 40
+) -> Evidence:
+    """`sft_on_base`: KL of SFT's update on the base's own continuations, where RL's is 0.01."""
     entries = {
-        run: {"norm_bound": {"tightness": tightness, "update_norm": 0.5}, "curve": [{"fraction": 1.0, "kl": kl}]}
-        for run, kl in (("rl", 0.01), ("sft", sft_kl))
+        run: {"norm_bound": {"tightness": tightness, "update_norm": 0.5}, "curve": [{"fraction": 1.0, "kl": of_run}]}
+        for runs, of_run in ((RL, 0.01), (SFT, sft_on_base))
+        for run in runs
     }
     write_json(tmp_path / "gates.json", {"runs": entries})
-    return evidence({"watched_rl": [rl], "watched_sft": [sft], "gates": [tmp_path]})
+    rl, sft = (watched(tmp_path, kind, of_kind, steps=steps) for kind, of_kind in (("rl", kl), ("sft", sft_kl)))
+    return evidence({"watched_rl": rl, "watched_sft": sft, "gates": [tmp_path]})
 
 
 def test_a_small_steady_kl_is_a_leash_and_equal_sft_shows_that_it_is_not_rls_own(tmp_path: Path) -> None:
-    make = partial(watched, tmp_path)
-    assert verdicts("C9", leash(tmp_path, make("rl", 1e-3), make("sft", 1e-3))) == ("supported", NONE)
-    assert verdicts("C9", leash(tmp_path, make("rl2", 1e-3), make("sft2", 1e-2))) == ("supported", "supported")
-    assert verdicts("C9", leash(tmp_path, make("rl3", 1e-3), make("sft3", 1e-4)))[1] == "contradicted"
+    assert verdicts("C9", leash(tmp_path, 1e-3, 1e-3)) == ("supported", NONE)
+    assert verdicts("C9", leash(tmp_path, 1e-3, 1e-2)) == ("supported", "supported")
+    assert verdicts("C9", leash(tmp_path, 1e-3, 1e-4))[1] == "contradicted"
 
 
 def test_a_leash_that_only_the_choice_of_tokens_shows_is_none(tmp_path: Path) -> None:
-    rl, sft = watched(tmp_path, "rl", 1e-3), watched(tmp_path, "sft", 1e-2)
-    assert verdicts("C9", leash(tmp_path, rl, sft, sft_kl=0.01))[1] == NONE
-    assert verdicts("C9", leash(tmp_path, rl, sft, sft_kl=0.001))[1] == "contradicted"
+    assert verdicts("C9", leash(tmp_path, 1e-3, 1e-2, sft_on_base=0.01))[1] == NONE
+    assert verdicts("C9", leash(tmp_path, 1e-3, 1e-2, sft_on_base=0.001))[1] == "contradicted"
 
 
 def test_large_steps_no_steps_and_a_broken_bound_are_no_leash(tmp_path: Path) -> None:
-    make = partial(watched, tmp_path)
     for name, kl, tightness in (("large", 0.5, 0.9), ("none", 0.0, 0.9), ("loose", 1e-3, 2.0)):
-        found = leash(tmp_path, make(name, kl), make(f"sft_{name}", 1e-3), tightness)
-        assert verdicts("C9", found)[0] in ("contradicted", "inconclusive"), name
+        assert verdicts("C9", leash(tmp_path, kl, 1e-3, tightness))[0] in ("contradicted", "inconclusive"), name
 
 
 def test_too_few_steps_decide_nothing(tmp_path: Path) -> None:
-    make = partial(watched, tmp_path, steps=3)
-    assert verdicts("C9", leash(tmp_path, make("rl", 1e-3), make("sft", 1e-3))) == ("inconclusive", "inconclusive")
+    assert verdicts("C9", leash(tmp_path, 1e-3, 1e-3, steps=3)) == ("inconclusive", "inconclusive")
 
 
 # C10
 
 
-def test_bounds_hold_and_a_gaussian_run_uses_as_much_of_them_as_its_null(tmp_path: Path) -> None:
-    base = write_model(tmp_path / "base", weights())
-    opened = open_checkpoint(base)
-    run = save(
-        tmp_path / "rl",
-        {n: W.double() + 1e-3 * gaussian(64, 64, seed=5000 + i) for i, (n, W) in enumerate(weights().items())},
-    )
-    null = save(tmp_path / "null", gaussian_like(opened, open_checkpoint(run / "masters"), seed=0))
-    turned = {}
-    for i, (name, W) in enumerate(weights().items()):  # a rotation keeps every singular value
-        generator = gaussian(64, 64, seed=6000 + i)
-        turned[name] = torch.matrix_exp(2e-3 * (generator - generator.T)) @ W.double()
-    rotation = save(tmp_path / "rotation", turned)
-    rotation_null = save(tmp_path / "rotation_null", gaussian_like(opened, open_checkpoint(rotation / "masters"), 0))
-    runs = {"rl": run, "null": null, "rotation": rotation, "rotation_null": rotation_null}
-    compare(base, runs).write(tmp_path / "c")
-    entry = judge("C10", evidence({"bounds": [tmp_path / "c"]}, {"rl": "null"}))
+def test_bounds_hold_and_gaussian_runs_use_as_much_of_them_as_their_nulls(tmp_path: Path) -> None:
+    opened = open_checkpoint(write_model(tmp_path / "base", weights()))
+    runs: dict[str, Path] = {}
+    for unit in UNITS:
+        drawn, turned = {}, {}
+        for i, (name, W) in enumerate(weights().items()):
+            noise = gaussian(64, 64, seed=5000 + i + 100 * unit)
+            drawn[name] = W.double() + 1e-3 * noise
+            turned[name] = torch.matrix_exp(2e-3 * (noise - noise.T)) @ W.double()  # keeps every singular value
+        for name, masters in ((f"rl_{unit}", drawn), (f"turned_{unit}", turned)):
+            runs[name] = save(tmp_path / name, masters)
+            null = gaussian_like(opened, open_checkpoint(runs[name] / "masters"), seed=unit)
+            runs[f"null_{name}"] = save(tmp_path / f"null_{name}", null)
+    compare(tmp_path / "base", runs).write(tmp_path / "c")
+    table = {"bounds": [tmp_path / "c"]}
+    (entry,) = judge("C10", evidence(table, {run: f"null_{run}" for run in RL}))
     assert entry["as_published"]["verdict"] == "supported"
-    assert entry["controlled"]["verdict"] in (NONE, "inconclusive")  # twelve matrices may leave the interval wide
-    assert entry["controlled"]["low"] < 1 < entry["controlled"]["high"]
-    turned_evidence = Evidence(
-        {}, [], ("rotation",), (), "c", {"bounds": [tmp_path / "c"]}, {"rotation": "rotation_null"}
-    )
-    assert verdicts("C10", turned_evidence)[1] == "supported"
-    assert verdicts("C10", evidence({"bounds": [tmp_path / "c"]}))[1] == "inconclusive"
+    assert entry["controlled"]["verdict"] in (NONE, "inconclusive")
+    names = tuple(f"turned_{unit}" for unit in UNITS)
+    rotations = Evidence({}, [], names, {}, "c", sources=table, gaussian={run: f"null_{run}" for run in names})
+    assert verdicts("C10", rotations)[1] == "supported"
+    assert verdicts("C10", evidence(table))[1] == "inconclusive"
+    assert verdicts("C10", evidence(table, {"rl_0": "null_rl_0"}))[1] == "inconclusive"  # one run: shown, not judged
 
 
 def test_the_gaussian_update_has_the_runs_length_tensor_by_tensor(tmp_path: Path) -> None:
@@ -288,12 +287,13 @@ def test_a_claim_of_several_parts_is_as_good_as_its_worst(headline: str, others:
 
 def test_a_condition_that_wants_no_effect_is_missed_by_one() -> None:
     for verdict, expected in (("supported", "contradicted"), (NONE, "supported"), ("inconclusive", "inconclusive")):
-        conditions = [Condition("none is left", judged(verdict), wanted=NONE)]
+        conditions = [Condition("none is left", judged(verdict), wanted=(NONE,))]
         assert controlled_with(judged("supported"), conditions).verdict == expected
 
 
 def test_rules_without_an_interval_and_at_nothing() -> None:
     assert judge_at_most(None, 1.0, measure="m").verdict == "inconclusive"
     assert judge_at_most(1.1, 1.0, measure="m").verdict == "contradicted"
-    assert judge_positive(estimate_ratio([(0.0, 1.0)] * 9), measure="m").verdict == NONE
-    assert judge_positive(estimate_ratio([(1.0, 1.0)] * 9), measure="m").verdict == "supported"
+    for value, verdict in ((0.0, NONE), (1.0, "supported")):
+        assert judge_positive(OverUnits(dict.fromkeys("abc", value)), measure="m").verdict == verdict
+    assert judge_positive(OverUnits({"a": 1.0, "b": 1.0}), measure="m").verdict == "inconclusive"

@@ -113,7 +113,7 @@ def test_a_finished_study_does_nothing_again_and_is_redrawn_from_its_folder(fini
 def test_the_theory_shares_its_first_runs_with_quick() -> None:
     theory, quick = load_profile("theory"), load_profile("quick")
     assert theory.training == quick.training
-    for name in ("grpo_a", "grpo_b", "sft_own", "sft_teacher", "comparison"):
+    for name in (*(f"{kind}_{i}" for kind in ("grpo", "sft_own", "sft_teacher") for i in (1, 2, 3)), "comparison"):
         assert theory.stages[name] == quick.stages[name]
 
 

@@ -202,7 +202,7 @@ def agreement_rows(as_trained: Sequence[Checkpoint], undone: Sequence[Checkpoint
 
     Returns:
         `view`, `tensor`, `layer`, `role`, `numel`; `touched`, whether the other base as trained differs there;
-        `changed_a`, `changed_b`, `intersection`, and its precision null over the joint classes of both bases.
+        `changed_a`, `changed_b`, `intersection`, and its spacing null over the joint classes of both bases.
     """
     rows = []
     touched: dict[str, bool] = {}
@@ -227,11 +227,11 @@ def _agreement(base_a: Tensor, run_a: Tensor, base_b: Tensor, run_b: Tensor) -> 
         "changed_a": total_a,
         "changed_b": total_b,
         "intersection": both,
-        "intersection_precision_null": null.expected,
-        "intersection_precision_null_sd": math.sqrt(null.variance),
+        "intersection_spacing_null": null.expected,
+        "intersection_spacing_null_sd": math.sqrt(null.variance),
         "jaccard": jaccard(both, total_a, total_b),
         "jaccard_random": jaccard(total_a * total_b / len(classes), total_a, total_b),
-        "jaccard_precision_null": jaccard(null.expected, total_a, total_b),
+        "jaccard_spacing_null": jaccard(null.expected, total_a, total_b),
         "jaccard_z": null.z(both),
     }
 

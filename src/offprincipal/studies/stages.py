@@ -5,6 +5,7 @@ processes: that is the graph's work (`studies.graph`).
 """
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,14 +13,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from offprincipal.comparison import CompareSettings, MatrixSettings, compare
-from offprincipal.comparison.registry import GROUPS, Group
 from offprincipal.errors import StudyError
 from offprincipal.files import read_json, write_json
+from offprincipal.measures.columns import GROUPS, Group
 from offprincipal.models import model_name
 from offprincipal.studies.claims import CLAIMS, SOURCES, Evidence, judge
+from offprincipal.studies.claims.negative import negative_controls
 from offprincipal.tasks import open_task
 from offprincipal.training import ShowProgress, TrainSettings, parse_settings, silent, train
 
@@ -160,19 +162,27 @@ class ClaimsStage(StageKind):
     """Judge the paper's claims from a comparison's tables, and what else they need; writes the study's `study.json`.
 
     Args:
+        sft: SFT runs, by kind; a list is one kind.
         sources: of what the theory's claims need, of `SOURCES`, the stages that made it.
         gaussian: run -> the stage of the Gaussian update that stands beside it.
         beyond: runs that learn from preferences or a teacher, of which C13 speaks.
+        negative_control: blind updates of every run that the rules are tried on; 0: none.
     """
 
     kind: Literal["claims"]
     comparison: str
     rl: tuple[str, ...] = Field(min_length=1)
-    sft: tuple[str, ...] = ()
+    sft: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     beyond: tuple[str, ...] = ()
     claims: tuple[str, ...] = Field(min_length=1)
     sources: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     gaussian: dict[str, str] = Field(default_factory=dict)
+    negative_control: int = Field(20, ge=0)
+
+    @field_validator("sft", mode="before")
+    @classmethod
+    def _one_kind(cls, value: Any) -> Any:
+        return {"SFT": value} if isinstance(value, list | tuple) and value else value or {}
 
     def inputs(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((self.comparison, *self.trained)) | dict.fromkeys(chain(*self.sources.values())))
@@ -181,7 +191,7 @@ class ClaimsStage(StageKind):
     def trained(self) -> tuple[str, ...]:
         """The training stages that `study.json` speaks of."""
         watched = (self.sources.get(f"watched_{kind}", ()) for kind in ("rl", "sft"))
-        return tuple(dict.fromkeys((*self.rl, *self.beyond, *self.sft, *chain(*watched))))
+        return tuple(dict.fromkeys((*self.rl, *self.beyond, *chain(*self.sft.values()), *chain(*watched))))
 
     def check(self, base: str, training: Mapping[str, Any]) -> None:
         unknown = [claim for claim in self.claims if claim not in CLAIMS]
@@ -191,7 +201,7 @@ class ClaimsStage(StageKind):
         if odd:
             raise StudyError(f"claims have no source '{odd[0]}': choose of {', '.join(SOURCES)}")
         for claim in self.claims:
-            if CLAIMS[claim].tables and not self.sft:
+            if CLAIMS[claim].against_sft and not self.sft:
                 raise StudyError(f"claim {claim} compares RLVR with SFT: name the runs in 'sft'")
             for need in CLAIMS[claim].needs:
                 if not self.sources.get(need):
@@ -200,19 +210,50 @@ class ClaimsStage(StageKind):
     def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
         sources = {source: [space.folder(stage) for stage in stages] for source, stages in self.sources.items()}
         evidence = Evidence.read(
-            space.folder(self.comparison), self.rl, self.sft, self.comparison, sources, self.gaussian, self.beyond
+            space.folder(self.comparison),
+            self.rl,
+            self.sft,
+            self.comparison,
+            matches=self._matches(space),
+            sources=sources,
+            gaussian=self.gaussian,
+            beyond=self.beyond,
         )
+        claims = [entry for claim in self.claims for entry in judge(claim, evidence)]
+        self._add_negative_controls(claims, evidence, space)
         study = {
-            "schema": 1,
+            "schema": 2,
             "profile": space.profile,
             "title": space.title,
             "base": {"name": space.base, "parameters": evidence.parameters},
             "comparison": self.comparison,
             "sources": {source: list(stages) for source, stages in self.sources.items()},
-            "claims": [judge(claim, evidence) for claim in self.claims],
+            "claims": claims,
             "runs": [_run_entry(run, space.folder(run)) for run in self.trained],
         }
         write_json(space.out / "study.json", study)
+
+    def _add_negative_controls(self, claims: list[dict[str, Any]], evidence: Evidence, space: Workspace) -> None:
+        """Beside each verdict, what its rule says of updates that know nothing."""
+        runs = {run: str(space.folder(run)) for run in evidence.matrices if run in self.trained}
+        alpha = read_json(space.folder(self.comparison) / "summary.json")["arguments"]["alpha"]
+        base, threads = str(base_folder(space.base)), os.cpu_count() or 1
+        found = negative_controls(evidence, self.claims, base, runs, self.negative_control, alpha, threads)
+        for claim in claims:
+            for side, counts in found.get((claim["id"], claim["contrast"] or ""), {}).items():
+                claim[side]["negative_control"] = counts
+
+    def _matches(self, space: Workspace) -> dict[str, dict[str, str]]:
+        """Kind of SFT -> RLVR run -> the SFT run that shares its seed and its tasks."""
+
+        def shared(run: str) -> tuple[Any, ...]:
+            settings = read_json(space.folder(run) / "run.json")["settings"]
+            return settings["seed"], tuple(settings["tasks"])
+
+        ours = {shared(run): run for run in self.rl}
+        return {
+            kind: {ours[key]: run for run in runs if (key := shared(run)) in ours} for kind, runs in self.sft.items()
+        }
 
     def files(self, name: str, space: Workspace) -> list[Path]:
         return [space.out / "study.json"]

@@ -1,9 +1,7 @@
 """The paper's claims, each judged twice by a fixed rule: as published, and against what could explain it away.
 
 One function a claim. A rule reads tables, never a model, and its margins are constants in `rules`: they were fixed
-before the first study ran. An interval is a bootstrap over matrices, or over steps where a claim speaks of steps,
-paired between runs, and says nothing of other seeds; of fine-tuning methods, which are trained with several seeds, it
-is Student's t over pairs of runs.
+before the first study ran. The run is the unit of every interval, or the pair of runs that share a seed.
 """
 
 from offprincipal.studies.claims import (  # noqa: F401  # the claims enter themselves

@@ -1,11 +1,12 @@
 """C10: do the perturbation bounds hold, and how much of them RLVR uses; judged beside Gaussian updates."""
 
+import math
 from collections.abc import Mapping, Sequence
 
-from offprincipal.comparison.pooling import Estimate, pool_column
+from offprincipal.measures.pooling import pool_column
 from offprincipal.studies.claims.evidence import Evidence, Row
 from offprincipal.studies.claims.registry import claim
-from offprincipal.studies.claims.rules import Judgement, judge_at_most, judge_ratio, mean_of, nothing
+from offprincipal.studies.claims.rules import Judgement, judge_at_most, judge_ratio, mean, nothing, over_units
 
 BOUNDS = ("weyl", "mirsky", "ky_fan", "wedin")
 SLACK = 1e-3  # of a bound, for what rounding and the certificate of an approximation may add
@@ -41,7 +42,7 @@ def _use(runs: Mapping[str, Sequence[Row]], gaussian: Mapping[str, str]) -> Judg
     if not gaussian:
         return nothing("use of the bounds", "No Gaussian update stands beside an RLVR run.")
     return judge_ratio(
-        mean_of([_share_used_over(runs[null], runs[run]) for run, null in gaussian.items()]),
+        over_units({run: _share_used_over(runs[null], runs[run]) for run, null in gaussian.items()}, geometric=True),
         measure="share of the bounds that a Gaussian update of equal length uses, over RLVR's; mean over the bounds",
         sentence=(
             f"Share of each bound that is used: {'; '.join(_listed(runs, bound) for bound in BOUNDS)}. An effect above "
@@ -50,10 +51,14 @@ def _use(runs: Mapping[str, Sequence[Row]], gaussian: Mapping[str, str]) -> Judg
     )
 
 
-def _share_used_over(gaussian: Sequence[Row], run: Sequence[Row]) -> Estimate:
-    names = [f"{bound}_tightness" for bound in BOUNDS]
-    defined = [name for name in names if all(any(r[name] is not None for r in rows) for rows in (gaussian, run))]
-    return mean_of([pool_column(name, gaussian) / pool_column(name, run) for name in defined or names])
+def _share_used_over(gaussian: Sequence[Row], run: Sequence[Row]) -> float | None:
+    shares = [(_pooled(gaussian, bound), _pooled(run, bound)) for bound in BOUNDS]
+    return mean(one / two for one, two in shares if one is not None and two)
+
+
+def _pooled(rows: Sequence[Row], bound: str) -> float | None:
+    value = pool_column(f"{bound}_tightness", rows).value
+    return value if math.isfinite(value) else None
 
 
 def _listed(runs: Mapping[str, Sequence[Row]], bound: str) -> str:

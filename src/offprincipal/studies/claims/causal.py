@@ -1,32 +1,36 @@
 """C7: does a change of coordinates at equal function destroy where updates land, judged from agreement tables."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
-from offprincipal.comparison.pooling import Estimate, jaccard_estimate
+from offprincipal.measures.pooling import jaccard_estimate
 from offprincipal.studies.claims.evidence import Evidence, Row
 from offprincipal.studies.claims.registry import claim
 from offprincipal.studies.claims.rules import (
     Condition,
     Judgement,
     controlled_with,
+    differences,
     judge_difference,
     nothing,
+    over_units,
     published_with,
 )
 
+_UNITS = "interventions, each with runs of its own"
 AS_TRAINED, UNDONE = "as trained", "undone"
 
-Null = Literal["random", "precision_null"]
-_WORDS = {"random": "random locations", "precision_null": "the precision null"}
-_SHORT = {"random": "random", "precision_null": "rounding alone"}
+Null = Literal["random", "spacing_null"]
+_WORDS = {"random": "random locations", "spacing_null": "the spacing null"}
+_SHORT = {"random": "random", "spacing_null": "spacings alone"}
 
 
 @claim(
     "C7",
     "causal",
     "Rotating or permuting a layer, at equal function, destroys the agreement of update locations there and only there",
-    "precision null: which weights rounding lets move, in either run's own coordinates",
+    "spacing null: as many changes of each spacing, in either run's own coordinates",
     tables=(),
     needs=("agreement",),
 )
@@ -38,8 +42,8 @@ def causal(evidence: Evidence) -> tuple[Judgement, Judgement]:
         none = nothing("fall of the Jaccard in intervened matrices", "No matrix was intervened on, or every one.")
         return none, none
     published, conditions = _fall(touched, untouched, "random", _said(trained, "random"))
-    said = f"{_said(trained, 'precision_null')} {_said_of_undoing(rows)}"
-    controlled, beyond = _fall(touched, untouched, "precision_null", said)
+    said = f"{_said(trained, 'spacing_null')} {_said_of_undoing(rows)}"
+    controlled, beyond = _fall(touched, untouched, "spacing_null", said)
     return published_with(published, conditions), controlled_with(controlled, beyond)
 
 
@@ -48,21 +52,31 @@ def _fall(
 ) -> tuple[Judgement, tuple[Condition, Condition]]:
     """By how much the agreement beyond a null is smaller where the coordinates changed, and what else has to hold."""
     left, kept = (_beyond(rows, null) for rows in (touched, untouched))
-    stays = judge_difference(kept, measure=f"Jaccard in untouched matrices minus that of {_WORDS[null]}")
-    gone = judge_difference(left, measure=f"Jaccard in intervened matrices minus that of {_WORDS[null]}")
+    fell = differences(kept, {run: left.get(run) for run in kept})
+    stays = judge_difference(
+        over_units(kept, what=_UNITS), measure=f"Jaccard in untouched matrices minus that of {_WORDS[null]}"
+    )
+    gone = judge_difference(
+        over_units(left, what=_UNITS), measure=f"Jaccard in intervened matrices minus that of {_WORDS[null]}"
+    )
     headline = judge_difference(
-        kept - left,
+        over_units(fell, what=_UNITS),
         measure=f"Jaccard with a run from the base minus that of {_WORDS[null]}: untouched minus intervened matrices",
         sentence=said,
     )
     return headline, (
         Condition("the agreement stays elsewhere", stays),
-        Condition("none is left where the coordinates changed", gone, wanted="no effect beyond the control"),
+        Condition("none is left where the coordinates changed", gone, wanted=("no effect beyond the control",)),
     )
 
 
-def _beyond(rows: Sequence[Row], null: Null) -> Estimate:
-    return jaccard_estimate(rows, "measured") - jaccard_estimate(rows, null)
+def _beyond(rows: Sequence[Row], null: Null) -> dict[str, float | None]:
+    """Intervention -> the Jaccard of its runs beyond a null; each intervention has runs of its own."""
+    found = {
+        name: jaccard_estimate(of_one, "measured").value - jaccard_estimate(of_one, null).value
+        for name, of_one in _by_intervention(rows).items()
+    }
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
 def _said(rows: Sequence[Row], null: Null) -> str:
@@ -81,7 +95,7 @@ def _said(rows: Sequence[Row], null: Null) -> str:
 def _said_of_undoing(rows: Sequence[Row]) -> str:
     """The intervened matrices once brought back: Adam commutes with a permutation, not with a rotation."""
     back = _by_intervention([row for row in rows if row["view"] == UNDONE and row["touched"]])
-    parts = [f"{name} {_beside(of_one, 'precision_null')}" for name, of_one in back.items()]
+    parts = [f"{name} {_beside(of_one, 'spacing_null')}" for name, of_one in back.items()]
     return f"Brought back to the base's coordinates, the intervened matrices agree: {', '.join(parts)}."
 
 

@@ -1,15 +1,18 @@
 """What claims are judged from: a comparison's tables, and what the theory's stages left behind."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from offprincipal.comparison import read_table
-from offprincipal.comparison.pooling import Estimate, jaccard_estimate, pool_column
 from offprincipal.errors import StudyError
 from offprincipal.files import read_json
-from offprincipal.studies.claims.rules import mean_of
+from offprincipal.measures.columns import RUNGS
+from offprincipal.measures.pooling import STEPS, anatomy, jaccard_estimate, pool_column
+from offprincipal.studies.claims.rules import differences, over_units, ratios
+from offprincipal.studies.claims.units import Effect, TwoSamples
 
 SOURCES = {
     "agreement": "agreement.parquet",
@@ -30,73 +33,128 @@ class Evidence:
     """The tables that claims are judged from, and which runs are RLVR and which SFT.
 
     Args:
+        sft: SFT runs by their kind; kinds are not mixed, since a teacher's traces and own answers are different data.
+        matches: kind of SFT -> RLVR run -> the SFT run that shares its seed and tasks.
         sources: what the theory's claims read beside the comparison: of `SOURCES`, each to the folders that hold it.
         gaussian: run -> the Gaussian update of equal length that stands beside it in the source `bounds`.
         beyond: runs that learn from preferences or a teacher.
+        contrast: the kind of SFT that RLVR is held against; set by `contrasts`.
     """
 
-    matrices: dict[str, list[dict[str, Any]]]
-    pairs: list[dict[str, Any]]
+    matrices: Mapping[str, list[Row]]
+    pairs: Sequence[Row]
     rl: tuple[str, ...]
-    sft: tuple[str, ...]
+    sft: Mapping[str, tuple[str, ...]]
     folder: str
+    matches: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     sources: Mapping[str, Sequence[Path]] = field(default_factory=dict)
     gaussian: Mapping[str, str] = field(default_factory=dict)
     beyond: tuple[str, ...] = ()
+    contrast: str = ""
 
     @classmethod
     def read(
-        cls,
-        comparison: Path,
-        rl: Sequence[str],
-        sft: Sequence[str],
-        folder: str,
-        sources: Mapping[str, Sequence[Path]] | None = None,
-        gaussian: Mapping[str, str] | None = None,
-        beyond: Sequence[str] = (),
+        cls, comparison: Path, rl: Sequence[str], sft: Mapping[str, Sequence[str]], folder: str, **more: Any
     ) -> "Evidence":
         """Read a comparison's tables.
 
         Args:
             folder: how the study's files name the comparison's folder.
+            more: what else the evidence has.
 
         Raises:
             StudyError: the comparison has no such run.
         """
-        runs: dict[str, list[dict[str, Any]]] = {}
+        runs: dict[str, list[Row]] = {}
         for row in read_table(comparison, "matrices"):
             runs.setdefault(row["run"], []).append(row)
-        absent = [run for run in (*rl, *sft, *beyond) if run not in runs]
+        kinds = {kind: tuple(of_kind) for kind, of_kind in sft.items()}
+        named = (*rl, *(run for of_kind in kinds.values() for run in of_kind), *more.get("beyond", ()))
+        absent = [run for run in named if run not in runs]
         if absent:
             raise StudyError(f"{comparison} has no run '{absent[0]}': its runs are {', '.join(runs)}")
-        pairs = read_table(comparison, "pairs")
-        return cls(runs, pairs, tuple(rl), tuple(sft), folder, sources or {}, gaussian or {}, tuple(beyond))
+        return cls(runs, read_table(comparison, "pairs"), tuple(rl), kinds, folder, **more)
+
+    def contrasts(self) -> Iterator["Evidence"]:
+        """The same, one for each kind of SFT that RLVR is held against."""
+        for kind in self.sft:
+            yield replace(self, contrast=kind)
+
+    @property
+    def against(self) -> tuple[str, ...]:
+        """The SFT runs of this contrast."""
+        return self.sft.get(self.contrast, ())
 
     @property
     def parameters(self) -> int:
         """Parameters of the model."""
         return sum(row["numel"] for row in next(iter(self.matrices.values())))
 
-    def of(self, run: str, metric: str) -> Estimate:
-        """A pooled metric of one run."""
-        return pool_column(metric, self.matrices[run])
+    def of(self, runs: Sequence[str], metric: str) -> dict[str, float | None]:
+        """Run -> a metric, pooled over its matrices; None where it is undefined."""
+        found = {run: pool_column(metric, self.matrices[run]).value for run in runs}
+        return {run: value if math.isfinite(value) else None for run, value in found.items()}
 
-    def mean(self, runs: Sequence[str], metric: str) -> Estimate:
-        """The mean over runs of a pooled metric."""
-        return mean_of([self.of(run, metric) for run in runs])
+    def over_null(self, runs: Sequence[str], metrics: Sequence[str], null: str) -> dict[str, float | None]:
+        """Run -> how many times its null a run is, matrix by matrix; None where that is defined nowhere.
 
-    def jaccard(
-        self, which: Literal["measured", "random", "precision_null"], between: Literal["rl", "rl and sft"] = "rl"
-    ) -> Estimate | None:
-        """The mean over pairs of two RLVR runs, or of one RLVR and one SFT run; None where there is no such pair."""
+        The parameter-weighted geometric mean over matrices and metrics: a mean of sizes would be that of the one matrix
+        whose principal subspace is hardly defined.
+
+        Args:
+            null: what the null's column is named beyond the metric's.
+        """
+        found: dict[str, float | None] = {}
+        for run in runs:
+            known = [
+                (row["numel"], math.log(row[metric] / row[f"{metric}{null}"]))
+                for row in self.matrices[run]
+                if row["linear"]
+                for metric in metrics
+                if row[metric] and row[f"{metric}{null}"]
+            ]
+            total = sum(weight for weight, _ in known)
+            found[run] = math.exp(sum(weight * log for weight, log in known) / total) if total else None
+        return found
+
+    def anatomies(self, runs: Sequence[str], mask: str) -> dict[str, dict[str, float]]:
+        """Run -> what each rung of the ladder of nulls puts into a mask, up to what was measured."""
+        found = {run: anatomy(self.matrices[run]).get(mask) for run in runs}
+        return {run: rungs for run, rungs in found.items() if rungs is not None}
+
+    def contrasted(self, values: Mapping[str, float | None], ratio: bool = False) -> Effect:
+        """RLVR minus SFT, or SFT over RLVR: match by match where enough runs have one, else as two samples.
+
+        Args:
+            values: run -> what is compared, of the runs of both kinds.
+        """
+        couples = {rl: sft for rl, sft in self.matches.get(self.contrast, {}).items() if rl in self.rl}
+        if len(couples) == len(self.rl) == len(self.against):
+            ours = {f"{rl} and {sft}": values[rl] for rl, sft in couples.items()}
+            theirs = {f"{rl} and {sft}": values[sft] for rl, sft in couples.items()}
+            joint = ratios(theirs, ours) if ratio else differences(ours, theirs)
+            return over_units(joint, ratio, "matched pairs of runs")
+        rl, sft = ([v for run in runs if (v := values[run]) is not None] for runs in (self.rl, self.against))
+        return TwoSamples(sft, rl, geometric=True) if ratio else TwoSamples(rl, sft)
+
+    def jaccards(self, which: str, between: Literal["rl", "rl and sft"] = "rl") -> dict[tuple[str, str], float]:
+        """Pairs of two RLVR runs, or of one RLVR and one SFT run -> their Jaccard, as measured or under a null."""
         wanted = 2 if between == "rl" else 1
-        couples: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        sft = [run for runs in self.sft.values() for run in runs]
+        couples: dict[tuple[str, str], list[Row]] = {}
         for row in self.pairs:
             couple = (row["run_a"], row["run_b"])
-            known = all(run in self.rl + self.sft for run in couple)
-            if known and sum(run in self.rl for run in couple) == wanted:
+            if all(run in (*self.rl, *sft) for run in couple) and sum(run in self.rl for run in couple) == wanted:
                 couples.setdefault(couple, []).append(row)
-        return mean_of([jaccard_estimate(rows, which) for rows in couples.values()]) if couples else None
+        found = {couple: jaccard_estimate(rows, which).value for couple, rows in couples.items()}
+        return {couple: value for couple, value in found.items() if math.isfinite(value)}
+
+    def pair_anatomies(self) -> dict[tuple[str, str], dict[str, float]]:
+        """Pairs of two RLVR runs -> their Jaccard under each rung of the ladder of nulls, up to what was measured."""
+        rungs = {step: self.jaccards(null) for step, null in zip(STEPS, (*RUNGS, "measured"), strict=True)}
+        return {
+            pair: {step: values[pair] for step, values in rungs.items() if pair in values} for pair in rungs["measured"]
+        }
 
     def rows(self, source: str) -> list[Row]:
         """The rows of a table that a stage of the theory left, of all its folders."""

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from offprincipal.comparison.pooling import Estimate, estimate_ratio
 from offprincipal.studies.claims.evidence import Evidence, Row
 from offprincipal.studies.claims.registry import claim
 from offprincipal.studies.claims.rules import (
@@ -11,16 +10,19 @@ from offprincipal.studies.claims.rules import (
     SHARE_MARGIN,
     Condition,
     Judgement,
+    by_run,
     controlled_with,
     judge_at_most,
     judge_bare_ratio,
     judge_difference,
     judge_positive,
     judge_ratio,
-    mean_of,
+    mean,
     nothing,
+    over_units,
     published_with,
 )
+from offprincipal.studies.claims.units import TwoSamples
 
 Runs = Mapping[str, list[Row]]
 
@@ -41,22 +43,26 @@ def kl_leash(evidence: Evidence) -> tuple[Judgement, Judgement]:
     gates = evidence.gates()
     ground = {
         kind: {run: found for run in runs if (found := _on_the_bases_ground(gates.get(run))) is not None}
-        for kind, runs in (("rl", evidence.rl), ("sft", evidence.sft))
+        for kind, runs in (("rl", evidence.rl), ("sft", [run for of_kind in evidence.sft.values() for run in of_kind]))
     }
     return _published(rl, {run: gates[run] for run in evidence.rl if run in gates}), _controlled(rl, sft, ground)
 
 
 def _published(rl: Runs, gates: Mapping[str, Any]) -> Judgement:
-    step = mean_of([_kl_per_step(rows) for rows in rl.values()])
+    steps = {run: _kl_per_step(rows) for run, rows in rl.items()}
     used = {run: entry["norm_bound"]["tightness"] for run, entry in gates.items()}
     known = {run: value for run, value in used.items() if value is not None}
     conditions = [
         Condition(
             "each step's KL is small",
-            judge_difference(step, measure=f"nats a token and step, no effect being less than {SHARE_MARGIN:g}"),
-            wanted="no effect beyond the control",
+            judge_difference(
+                over_units(steps), measure=f"nats a token and step, no effect being less than {SHARE_MARGIN:g}"
+            ),
+            wanted=("no effect beyond the control",),
         ),
-        Condition("each step's KL is more than none", judge_positive(step, measure="nats a token and step")),
+        Condition(
+            "each step's KL is more than none", judge_positive(over_units(steps), measure="nats a token and step")
+        ),
         Condition(
             "the norm bound holds",
             judge_at_most(
@@ -67,10 +73,11 @@ def _published(rl: Runs, gates: Mapping[str, Any]) -> Judgement:
     ends = ", ".join(f"{_known(rows, 'kl_cumulative')[-1]:.3g} ({run})" for run, rows in rl.items())
     bound = ", ".join(f"{value:.2f} ({run})" for run, value in known.items()) or "undefined"
     headline = judge_ratio(
-        mean_of([_growth(rows) for rows in rl.values()]),
+        over_units({run: _growth(rows) for run, rows in rl.items()}, geometric=True),
         measure="cumulative KL of RLVR, last quarter of the steps over the second quarter",
         sentence=(
-            f"RLVR's steps move the policy by {step.value:.2g} nats a token each; its cumulative KL grows to {ends}. "
+            f"RLVR's steps move the policy by {by_run(steps, '{:.2g}')} nats a token each; its cumulative KL grows to "
+            f"{ends}. "
             f"Fisher norm of the whole update over proposition 3.2's √(2K): {bound}; above 1 is what higher orders add."
         ),
     )
@@ -85,10 +92,10 @@ def _on_the_bases_ground(entry: Mapping[str, Any] | None) -> float | None:
 
 
 def _controlled(rl: Runs, sft: Runs, ground: Mapping[str, Mapping[str, float]]) -> Judgement:
-    by_run = {run: _kl_per_squared_length(rows) for run, rows in {**rl, **sft}.items()}
-    means = [mean_of([by_run[run] for run in runs]) for runs in (rl, sft)]
-    steps = ", ".join(f"{_kl_per_step(rows).value:.2g} ({run})" for run, rows in sft.items())
-    listed = ", ".join(f"{found.value:.3g} ({run})" for run, found in by_run.items())
+    per_length = {run: _kl_per_squared_length(rows) for run, rows in {**rl, **sft}.items()}
+    known = [[value for run in runs if (value := per_length[run]) is not None] for runs in (sft, rl)]
+    steps = by_run({run: _kl_per_step(rows) for run, rows in sft.items()}, "{:.2g}")
+    listed = by_run(per_length)
     on_base = ", ".join(f"{value:.3g} ({run})" for runs in ground.values() for run, value in runs.items())
     sides = [sum(runs.values()) / len(runs) if runs else None for runs in (ground["rl"], ground["sft"])]
     alike = judge_bare_ratio(
@@ -96,7 +103,7 @@ def _controlled(rl: Runs, sft: Runs, ground: Mapping[str, Mapping[str, float]]) 
         measure="the same on continuations that the base samples, at the whole updates",
     )
     headline = judge_ratio(
-        means[1] / means[0],
+        TwoSamples(known[0], known[1], geometric=True),
         measure="cumulative KL over the squared length of the update, SFT over RLVR, over the watched steps",
         sentence=(
             f"SFT's steps move the policy by {steps} nats a token each. Nats over the squared length of the update, "
@@ -111,17 +118,19 @@ def _known(rows: Sequence[Row], column: str) -> list[float]:
     return [row[column] for row in rows if row[column] is not None]
 
 
-def _kl_per_step(rows: Sequence[Row]) -> Estimate:
-    return estimate_ratio([(value, 1.0) for value in _known(rows, "kl_step")])
+def _kl_per_step(rows: Sequence[Row]) -> float | None:
+    return mean(_known(rows, "kl_step"))
 
 
-def _kl_per_squared_length(rows: Sequence[Row]) -> Estimate:
+def _kl_per_squared_length(rows: Sequence[Row]) -> float | None:
     known = [row for row in rows if row["kl_cumulative"] is not None and row["update_norm"]]
-    return estimate_ratio([(row["kl_cumulative"], row["update_norm"] ** 2) for row in known])
+    squares = sum(row["update_norm"] ** 2 for row in known)
+    return sum(row["kl_cumulative"] for row in known) / squares if squares else None
 
 
-def _growth(rows: Sequence[Row]) -> Estimate:
+def _growth(rows: Sequence[Row]) -> float | None:
     """Mean cumulative KL over the last quarter of the steps that were seen, over that of the second quarter."""
     found = _known(rows, "kl_cumulative")
     quarter = len(found) // 4
-    return estimate_ratio(list(zip(found[-quarter:], found[quarter : 2 * quarter], strict=True)))
+    early = sum(found[quarter : 2 * quarter])
+    return sum(found[-quarter:]) / early if early > 0 else None

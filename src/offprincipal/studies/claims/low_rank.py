@@ -27,7 +27,7 @@ from offprincipal.studies.claims.rules import (
     nothing,
     published_with,
 )
-from offprincipal.studies.claims.seeds import OverPairs
+from offprincipal.studies.claims.units import OverUnits
 
 PLAIN, PRINCIPAL = "lora", "pissa"
 _MATCHES = (("update_norm", "update norm"), ("kl_to_base", "KL to the base"))
@@ -59,7 +59,7 @@ def _published(plain: Ladders, principal: Ladders, said: str) -> Judgement:
         sum(gains) / len(gains), SHARE_MARGIN, measure="best accuracy of PiSSA minus that of LoRA, mean over pairs"
     )
     headline = judge_ratio(
-        OverPairs(ratios, geometric=True),
+        OverUnits(ratios, geometric=True, what="pairs of runs"),
         measure="highest stable learning rate of LoRA over that of PiSSA",
         sentence=said,
     )
@@ -116,7 +116,7 @@ def _at_equal(rows: Sequence[Row], by: str, words: str) -> Judgement:
     missed = len(matched) - len(near)
     left_out = f"; {missed} left out, having missed it by more than {SAME_SIZE - 1:.0%}" if missed else ""
     return judge_difference(
-        OverPairs(lost),
+        OverUnits(lost, what="pairs of runs"),
         measure=f"sampled accuracy of LoRA at its highest stable rate minus that of PiSSA at equal {words}",
         sentence=f"LoRA minus PiSSA at equal {words}: {listed}{left_out}.",
     )

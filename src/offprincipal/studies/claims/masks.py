@@ -26,7 +26,7 @@ from offprincipal.studies.claims.rules import (
     nothing,
     published_with,
 )
-from offprincipal.studies.claims.seeds import OverPairs
+from offprincipal.studies.claims.units import OverUnits
 
 TRACKS = RATIO_MARGIN - 1  # of the full run's own divergence: a curve no further off than this follows it
 
@@ -97,14 +97,18 @@ def _controlled(areas: Mapping[Masked, Mapping[int, float]], density: float) -> 
     return controlled_with(headline, [Condition("the safe mask is nearer than a random one", beyond_chance)])
 
 
-def _ratio(above: Mapping[int, float], below: Mapping[int, float]) -> OverPairs:
+def _ratio(above: Mapping[int, float], below: Mapping[int, float]) -> OverUnits:
     seeds = sorted(above.keys() & below.keys())
-    return OverPairs({f"seed {s}": above[s] / below[s] for s in seeds if below[s] > 0}, geometric=True)
+    return OverUnits(
+        {f"seed {s}": above[s] / below[s] for s in seeds if below[s] > 0}, geometric=True, what="pairs of runs"
+    )
 
 
-def _difference(one: BySeed, two: BySeed) -> OverPairs:
+def _difference(one: BySeed, two: BySeed) -> OverUnits:
     seeds = sorted(one.keys() & two.keys())
-    return OverPairs({f"seed {s}": one[s]["sampled_accuracy"] - two[s]["sampled_accuracy"] for s in seeds})
+    return OverUnits(
+        {f"seed {s}": one[s]["sampled_accuracy"] - two[s]["sampled_accuracy"] for s in seeds}, what="pairs of runs"
+    )
 
 
 def _mean(areas: Sequence[float]) -> str:

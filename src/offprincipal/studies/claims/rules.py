@@ -3,23 +3,17 @@
 Knows nothing of claims or tables.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Any, Literal
 
-from offprincipal.comparison.pooling import Estimate
-from offprincipal.studies.claims.seeds import OverPairs
+from offprincipal.studies.claims.units import Effect, OverUnits
 
 Verdict = Literal["supported", "contradicted", "no effect beyond the control", "inconclusive"]
 
 SHARE_MARGIN = 0.02  # two points of a share or an overlap are the least that counts as an effect
-LEAST_MATRICES = 8  # below, a bootstrap over matrices covers far less often than it says
-LEAST_PAIRS = 3  # of runs, below which their spread is hardly known
 RATIO_MARGIN = 1.25  # as is a quarter more, for quantities that are compared as ratios
-
-
-Effect = Estimate | OverPairs
+LEAST_UNITS = 3  # below, their spread is hardly known
 
 
 @dataclass(frozen=True)
@@ -30,6 +24,7 @@ class Judgement:
         measure: what `effect` is.
         rule: how the verdict follows from it.
         sentence: what was found, with the figures that stand behind it.
+        units: how many runs, or pairs of runs, it rests on; None where it speaks of single ones.
     """
 
     verdict: Verdict
@@ -39,6 +34,7 @@ class Judgement:
     measure: str
     rule: str
     sentence: str
+    units: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return dict(self.__dict__)
@@ -50,7 +46,7 @@ class Condition:
 
     words: str
     judgement: Judgement
-    wanted: Verdict = "supported"
+    wanted: tuple[Verdict, ...] = ("supported",)
 
 
 def published_with(headline: Judgement, conditions: Sequence[Condition]) -> Judgement:
@@ -72,32 +68,35 @@ def controlled_with(headline: Judgement, conditions: Sequence[Condition]) -> Jud
         return _with_rule(headline, conditions)
     found = _combined(headline, conditions)
     none: Verdict = "no effect beyond the control"
-    missed = {c.judgement.verdict for c in conditions if c.judgement.verdict not in (c.wanted, "inconclusive")}
+    missed = {c.judgement.verdict for c in conditions if c.judgement.verdict not in (*c.wanted, "inconclusive")}
     return replace(found, verdict=none) if missed == {none} else found
 
 
 def _combined(headline: Judgement, conditions: Sequence[Condition]) -> Judgement:
-    parts = [(headline.verdict, "supported"), *((c.judgement.verdict, c.wanted) for c in conditions)]
+    parts = [(headline.verdict, ("supported",)), *((c.judgement.verdict, c.wanted) for c in conditions)]
     verdict: Verdict = "supported"
     if any(found == "inconclusive" for found, _ in parts):
         verdict = "inconclusive"
-    if any(found not in (wanted, "inconclusive") for found, wanted in parts):
+    if any(found not in (*wanted, "inconclusive") for found, wanted in parts):
         verdict = "contradicted"
     return replace(_with_rule(headline, conditions), verdict=verdict)
 
 
 def _with_rule(headline: Judgement, conditions: Sequence[Condition]) -> Judgement:
-    also = "; ".join(f"{c.words} ({c.judgement.measure}: {c.wanted} by its own rule)" for c in conditions)
+    also = "; ".join(f"{c.words} ({c.judgement.measure}: {' or '.join(c.wanted)} by its own rule)" for c in conditions)
     return replace(headline, rule=f"{headline.rule}. Supported only if also {also}") if conditions else headline
 
 
-def judge_positive(effect: Estimate, *, measure: str, sentence: str = "") -> Judgement:
+def judge_positive(effect: Effect, *, measure: str, sentence: str = "") -> Judgement:
     """Whether a quantity that cannot be negative is more than nothing."""
-    pooled = effect.pooled()
-    if pooled.value is None or pooled.low is None:
+    found = effect.interval()
+    if found.value is None:
         return nothing(measure, sentence)
-    verdict: Verdict = "supported" if pooled.low > 0 else "no effect beyond the control"
-    return Judgement(verdict, pooled.value, pooled.low, pooled.high, measure, "supported: interval above 0", sentence)
+    rule = f"supported: interval above 0; with fewer than {LEAST_UNITS} {effect.what}, inconclusive"
+    verdict: Verdict = "inconclusive"
+    if found.low is not None and found.units >= LEAST_UNITS:
+        verdict = "supported" if found.low > 0 else "no effect beyond the control"
+    return Judgement(verdict, found.value, found.low, found.high, measure, rule, sentence, found.units)
 
 
 def judge_at_most(value: float | None, most: float, *, measure: str, sentence: str = "") -> Judgement:
@@ -119,44 +118,61 @@ def judge_bare_ratio(value: float | None, *, measure: str) -> Judgement:
     return Judgement(verdict, value, None, None, measure, rule, "")
 
 
-def judge_difference(effect: Effect, expected_sign: int = 1, *, measure: str, sentence: str = "") -> Judgement:
-    units, what = _least(effect)
-    side = "above" if expected_sign > 0 else "below"
+def judge_difference(
+    effect: Effect, expected_sign: int = 1, *, measure: str, sentence: str = "", relative: Effect | None = None
+) -> Judgement:
+    """Whether a difference of shares is an effect.
+
+    Args:
+        expected_sign: +1 if the claim says above nothing, −1 if below.
+        relative: the same effect as a ratio, whose margin counts too, so that a small share is not taken for nothing.
+    """
+    side, also = "above" if expected_sign > 0 else "below", ""
+    if relative is not None:
+        also = f", or the ratio beyond {RATIO_MARGIN:g} or 1/{RATIO_MARGIN:g},"
     rule = (
-        f"supported: interval wholly {side} 0 and the effect at least {SHARE_MARGIN:g} in size; contradicted: the same "
-        f"on the other side; no effect: an interval wholly within ±{SHARE_MARGIN:g}; else, and with fewer than "
-        f"{units} {what}, inconclusive"
+        f"supported: interval wholly {side} 0 and the effect at least {SHARE_MARGIN:g} in size{also}; contradicted: "
+        f"the same on the other side; no effect: an interval wholly within ±{SHARE_MARGIN:g}"
+        f"{' and that of the ratio within its margin' if also else ''}; else, and with fewer than {LEAST_UNITS} "
+        f"{effect.what}, inconclusive"
     )
-    return judgement(effect, 0.0, -SHARE_MARGIN, SHARE_MARGIN, expected_sign, measure, rule, sentence)
+    found = _judged(effect, (0.0, -SHARE_MARGIN, SHARE_MARGIN), expected_sign, measure, rule, sentence)
+    ratio = relative.interval() if relative is not None else None
+    if ratio is None or ratio.value is None or ratio.low is None or ratio.high is None:
+        return found
+    within = ratio.low >= 1 / RATIO_MARGIN and ratio.high <= RATIO_MARGIN
+    if found.verdict == "no effect beyond the control" and not within:
+        found = replace(found, verdict="inconclusive")
+    one_sided = found.low is not None and found.high is not None and (found.low > 0 or found.high < 0)
+    large = not 1 / RATIO_MARGIN < ratio.value < RATIO_MARGIN
+    if found.verdict == "inconclusive" and one_sided and large and (found.units or 0) >= LEAST_UNITS:
+        assert found.effect is not None
+        found = replace(found, verdict="supported" if found.effect * expected_sign > 0 else "contradicted")
+    return found
 
 
 def judge_ratio(effect: Effect, *, measure: str, sentence: str = "") -> Judgement:
-    units, what = _least(effect)
+    """Whether a ratio is above 1."""
     rule = (
         f"supported: interval wholly above 1 and the ratio at least {RATIO_MARGIN:g}; contradicted: wholly below 1 and "
         f"at most 1/{RATIO_MARGIN:g}; no effect: an interval wholly between the two; else, and with fewer than "
-        f"{units} {what}, inconclusive"
+        f"{LEAST_UNITS} {effect.what}, inconclusive"
     )
-    return judgement(effect, 1.0, 1 / RATIO_MARGIN, RATIO_MARGIN, 1, measure, rule, sentence)
+    return _judged(effect, (1.0, 1 / RATIO_MARGIN, RATIO_MARGIN), 1, measure, rule, sentence)
 
 
-def judgement(
-    effect: Effect, none: float, least: float, most: float, expected_sign: int, measure: str, rule: str, sentence: str
+def _judged(
+    effect: Effect, range_: tuple[float, float, float], expected_sign: int, measure: str, rule: str, sentence: str
 ) -> Judgement:
-    pooled = effect.pooled()
-    if pooled.value is None:
+    """The verdict on an effect: its value where there is none, and the range in which it is too small to count."""
+    found = effect.interval()
+    if found.value is None:
         return nothing(measure, "The figures that this rests on are undefined: too little changed.")
-    least_units, what = _least(effect)
-    if pooled.low is None or pooled.high is None or pooled.matrices < least_units:
-        sentence = f"{sentence} There are only {pooled.matrices} {what}: too few for an interval to be trusted."
-        return Judgement("inconclusive", pooled.value, pooled.low, pooled.high, measure, rule, sentence)
-    verdict = decide(pooled.value, pooled.low, pooled.high, none, least, most, expected_sign)
-    return Judgement(verdict, pooled.value, pooled.low, pooled.high, measure, rule, sentence)
-
-
-def _least(effect: Effect) -> tuple[int, str]:
-    """The fewest units that an interval is trusted with, and what they are."""
-    return (LEAST_PAIRS, "pairs of runs") if isinstance(effect, OverPairs) else (LEAST_MATRICES, "matrices or steps")
+    if found.low is None or found.high is None or found.units < LEAST_UNITS:
+        said = f"{sentence} There are only {found.units} {effect.what}: shown, not judged."
+        return Judgement("inconclusive", found.value, found.low, found.high, measure, rule, said, found.units)
+    verdict = decide(found.value, found.low, found.high, *range_, expected_sign)
+    return Judgement(verdict, found.value, found.low, found.high, measure, rule, sentence, found.units)
 
 
 def decide(
@@ -186,9 +202,37 @@ def nothing(measure: str, sentence: str = "") -> Judgement:
     return Judgement("inconclusive", None, None, None, measure, "inconclusive where the effect is undefined", sentence)
 
 
-def mean_of(estimates: Sequence[Estimate]) -> Estimate:
-    return reduce(Estimate.__add__, estimates).scaled(1 / len(estimates))
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of those that are known; None where none is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
-def percent(estimate: Estimate, digits: int = 1) -> str:
-    return f"{100 * estimate.value:.{digits}f} %"
+def percent(value: float | None, digits: int = 1) -> str:
+    return "an undefined share" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def by_run(values: Mapping[str, float | None], text: str = "{:.3g}") -> str:
+    """A figure for each run, so that a mean over unlike runs hides nothing.
+
+    >>> by_run({"a": 0.5, "b": None})
+    'a 0.5, b undefined'
+    """
+    shown = {run: "undefined" if value is None else text.format(value) for run, value in values.items()}
+    return ", ".join(f"{run} {value}" for run, value in shown.items())
+
+
+def ratios(above: Mapping[str, float | None], below: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Unit by unit, one over the other; None where either is undefined or nothing."""
+    return {unit: top / bottom if (bottom := below[unit]) and top else None for unit, top in above.items()}
+
+
+def differences(one: Mapping[str, float | None], two: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Unit by unit, one less the other; None where either is undefined."""
+    pairs = {unit: (value, two[unit]) for unit, value in one.items()}
+    return {unit: a - b if a is not None and b is not None else None for unit, (a, b) in pairs.items()}
+
+
+def over_units(values: Mapping[str, float | None], geometric: bool = False, what: str = "runs") -> OverUnits:
+    """The effect of the units where it is known."""
+    return OverUnits({unit: value for unit, value in values.items() if value is not None}, geometric, what)

@@ -1,41 +1,59 @@
-"""C1–C6: what RLVR is said to leave in the weights, judged from one comparison."""
+"""C1–C6: what RLVR is said to leave in the weights, judged from one comparison; the unit is the run."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 from offprincipal.studies.claims.evidence import Evidence
 from offprincipal.studies.claims.registry import claim
-from offprincipal.studies.claims.rules import Judgement, judge_difference, judge_ratio, mean_of, nothing, percent
+from offprincipal.studies.claims.rules import (
+    Condition,
+    Judgement,
+    by_run,
+    controlled_with,
+    differences,
+    judge_difference,
+    judge_ratio,
+    mean,
+    nothing,
+    over_units,
+    percent,
+    published_with,
+    ratios,
+)
+from offprincipal.studies.claims.units import over_runs_of_pairs
+
+Values = Mapping[str, float | None]
 
 
 @claim(
     "C1",
     "sparsity",
     "RLVR leaves far more bfloat16 weights bit-identical than SFT",
-    "step length: what a Gaussian update of equal length leaves unchanged",
+    "update norm: what a Gaussian update of equal length leaves unchanged",
+    against_sft=True,
 )
 def sparsity(evidence: Evidence) -> tuple[Judgement, Judgement]:
-    share = {kind: evidence.mean(runs, "unchanged_fraction") for kind, runs in _kinds(evidence)}
-    null = {kind: evidence.mean(runs, "unchanged_fraction_isotropic_null") for kind, runs in _kinds(evidence)}
-
-    def beyond(run: str) -> str:
-        gap = evidence.of(run, "unchanged_fraction") - evidence.of(run, "unchanged_fraction_isotropic_null")
-        return f"{100 * gap.value:+.1f} points"
-
+    runs = (*evidence.rl, *evidence.against)
+    share = evidence.of(runs, "unchanged_fraction")
+    null = evidence.of(runs, "unchanged_fraction_isotropic_null")
+    beyond, over = differences(share, null), ratios(share, null)
     return (
         judge_difference(
-            share["rl"] - share["sft"],
+            evidence.contrasted(share),
             measure="unchanged fraction, RLVR minus SFT",
+            relative=evidence.contrasted(_inverse(share), ratio=True),
             sentence=(
-                f"RLVR left {percent(share['rl'])} of the weights unchanged, SFT {percent(share['sft'])}. By run: "
-                f"{_by_run(evidence, lambda run: percent(evidence.of(run, 'unchanged_fraction')))}."
+                f"RLVR left {percent(_mean(share, evidence.rl))} of the weights unchanged, SFT "
+                f"{percent(_mean(share, evidence.against))}. By run: {by_run(share, '{:.1%}')}."
             ),
         ),
         judge_difference(
-            (share["rl"] - null["rl"]) - (share["sft"] - null["sft"]),
+            evidence.contrasted(beyond),
             measure="unchanged fraction beyond that of a Gaussian update of equal length, RLVR minus SFT",
+            relative=evidence.contrasted(_inverse(over), ratio=True),
             sentence=(
-                f"Gaussian updates of the same lengths would leave {percent(null['rl'])} and {percent(null['sft'])} "
-                f"unchanged. By run, measured minus that: {_by_run(evidence, beyond)}."
+                f"Gaussian updates of the same lengths would leave {percent(_mean(null, evidence.rl))} and "
+                f"{percent(_mean(null, evidence.against))} unchanged. By run, measured minus that: "
+                f"{by_run(beyond, '{:+.1%}')}."
             ),
         ),
     )
@@ -45,65 +63,77 @@ def sparsity(evidence: Evidence) -> tuple[Judgement, Judgement]:
     "C2",
     "consistency",
     "RLVR updates the same locations across runs and data",
-    "precision null: which weights rounding lets move",
+    "margin null: as many changes of each spacing, row and column",
     ("pairs",),
+    anatomy="pairs",
 )
 def consistency(evidence: Evidence) -> tuple[Judgement, Judgement]:
-    measured, random, null = (evidence.jaccard(which) for which in ("measured", "random", "precision_null"))
-    if measured is None or random is None or null is None:
+    measured = evidence.jaccards("measured")
+    if not measured:
         none = nothing("Jaccard of two RLVR runs", "There are not two RLVR runs to compare.")
         return none, none
-    return (
-        judge_difference(
-            measured - random,
-            measure="Jaccard of the changed locations of two RLVR runs, minus that of random locations",
-            sentence=(
-                f"The RLVR runs agree with a Jaccard of {measured.value:.3f}; random locations would give "
-                f"{random.value:.3f}."
-            ),
-        ),
-        judge_difference(
-            measured - null,
-            measure="Jaccard of the changed locations of two RLVR runs, minus that of the precision null",
-            sentence=f"Rounding alone would give {null.value:.3f}.{_agreement_with_sft(evidence)}",
-        ),
-    )
+    found = []
+    for null, words in (("random", "random locations"), ("margin_null", "the margin null")):
+        expected = evidence.jaccards(null)
+        pairs = [pair for pair in measured if pair in expected]
+        found.append(
+            judge_difference(
+                over_runs_of_pairs({pair: measured[pair] - expected[pair] for pair in pairs}),
+                measure=f"Jaccard of the changed locations of two RLVR runs, minus that of {words}",
+                relative=over_runs_of_pairs(
+                    {pair: measured[pair] / expected[pair] for pair in pairs if expected[pair] > 0}, geometric=True
+                ),
+                sentence=_agreement(evidence),
+            )
+        )
+    return found[0], found[1]
 
 
-def _agreement_with_sft(evidence: Evidence) -> str:
-    """Whether what is left of the agreement is RLVR's own: the same figures between an RLVR and an SFT run."""
-    measured, null = (evidence.jaccard(which, "rl and sft") for which in ("measured", "precision_null"))
-    if measured is None or null is None:
-        return ""
-    return f" An RLVR run and an SFT run agree with {measured.value:.3f}, where rounding alone gives {null.value:.3f}."
+def _agreement(evidence: Evidence) -> str:
+    """Every rung beside what was measured, and whether what is left is RLVR's own: the same with an SFT run."""
+    said = []
+    for between, words in (("rl", "Two RLVR runs"), ("rl and sft", "An RLVR run and an SFT run")):
+        which = ("measured", "random", "rounding_null", "margin_null")
+        values = [mean(evidence.jaccards(name, between).values()) for name in which]  # type: ignore[arg-type]
+        if values[0] is not None:
+            shown = ["undefined" if value is None else f"{value:.3f}" for value in values]
+            said.append(
+                f"{words} agree with a Jaccard of {shown[0]}; chance gives {shown[1]}, rounding alone {shown[2]}, and "
+                f"equal spacings, rows and columns {shown[3]}."
+            )
+    return " ".join(said)
 
 
 @claim(
     "C3",
     "spectrum",
     "RLVR keeps the singular values, SFT shifts them",
-    "step length and storage: the shift that a Gaussian update of equal length makes, stored alike",
+    "update norm and storage: the shift that a Gaussian update of equal length makes, stored alike",
+    against_sft=True,
 )
 def spectrum(evidence: Evidence) -> tuple[Judgement, Judgement]:
-    return _judge_against_isotropic(evidence, ["spectral_shift"], "spectral shift")
+    return _judge_against_stored(evidence, ["spectral_shift"], "spectral shift")
 
 
 @claim(
     "C4",
     "rotation",
     "RLVR hardly rotates the principal singular subspaces, SFT does",
-    "step length and storage: the rotation that a Gaussian update of equal length makes, stored alike",
+    "update norm and storage: the rotation that a Gaussian update of equal length makes, stored alike",
+    against_sft=True,
 )
 def rotation(evidence: Evidence) -> tuple[Judgement, Judgement]:
-    sides = ["principal_angle_left_max_deg", "principal_angle_right_max_deg"]
-    return _judge_against_isotropic(evidence, sides, "largest principal angle", unit="°")
+    sides = ["principal_angle_left_rms_deg", "principal_angle_right_rms_deg"]
+    return _judge_against_stored(evidence, sides, "root-mean-square principal angle", unit="°")
 
 
 @claim(
     "C5",
     "off-principal",
-    "RLVR's changed coordinates avoid principal weights",
-    "precision null: which weights rounding lets move",
+    "RLVR's changed coordinates avoid principal weights, SFT's do not",
+    "rounding null: steps that ignore the weights, stored",
+    against_sft=True,
+    anatomy="principal",
 )
 def off_principal(evidence: Evidence) -> tuple[Judgement, Judgement]:
     return _judge_overlap(evidence, "principal", expected_sign=-1)
@@ -112,82 +142,70 @@ def off_principal(evidence: Evidence) -> tuple[Judgement, Judgement]:
 @claim(
     "C6",
     "low-magnitude",
-    "RLVR's changed coordinates prefer small weights",
-    "precision null: which weights rounding lets move",
+    "RLVR's changed coordinates prefer small weights, more than SFT's",
+    "rounding null: steps that ignore the weights, stored",
+    against_sft=True,
+    anatomy="low_magnitude",
 )
 def low_magnitude(evidence: Evidence) -> tuple[Judgement, Judgement]:
     return _judge_overlap(evidence, "low_magnitude", expected_sign=1)
 
 
 def _judge_overlap(evidence: Evidence, mask: str, expected_sign: int) -> tuple[Judgement, Judgement]:
-    name, words = f"{mask}_overlap", mask.replace("_", "-")
-    overlap = {kind: evidence.mean(runs, name) for kind, runs in _kinds(evidence)}
-    random = {kind: evidence.mean(runs, f"{name}_random") for kind, runs in _kinds(evidence)}
-    null = {kind: evidence.mean(runs, f"{name}_precision_null") for kind, runs in _kinds(evidence)}
-    return (
-        judge_difference(
-            overlap["rl"] - random["rl"],
+    name, words, runs = f"{mask}_overlap", mask.replace("_", "-"), (*evidence.rl, *evidence.against)
+    overlap = evidence.of(runs, name)
+    found = []
+    for null, what in (("random", "the mask's density"), ("rounding_null", "that of the rounding null")):
+        expected = evidence.of(runs, f"{name}_{null}")
+        beyond, over = differences(overlap, expected), ratios(overlap, expected)
+        headline = judge_difference(
+            over_units({run: beyond[run] for run in evidence.rl}),
             expected_sign,
-            measure=f"share of RLVR's changed weights in the {words} mask, minus the mask's density",
+            measure=f"share of RLVR's changed weights in the {words} mask, minus {what}",
+            relative=over_units({run: over[run] for run in evidence.rl}, geometric=True),
             sentence=(
-                f"{percent(overlap['rl'])} of RLVR's changed weights are in the {words} mask, which holds "
-                f"{percent(random['rl'])} of all weights; of SFT's, {percent(overlap['sft'])}."
+                f"Measured {by_run(overlap, '{:.1%}')}; minus {what} {by_run(beyond, '{:+.2%}')}, which is "
+                f"{percent(_mean(expected, evidence.rl))} for RLVR and {percent(_mean(expected, evidence.against))} "
+                "for SFT."
             ),
-        ),
-        judge_difference(
-            overlap["rl"] - null["rl"],
-            expected_sign,
-            measure=f"share of RLVR's changed weights in the {words} mask, minus that of the precision null",
-            sentence=(
-                f"Rounding alone would put {percent(null['rl'], 2)} there (measured {percent(overlap['rl'], 2)}); "
-                f"for SFT {percent(null['sft'], 2)} (measured {percent(overlap['sft'], 2)})."
-            ),
-        ),
-    )
+        )
+        more = judge_difference(
+            evidence.contrasted(beyond), expected_sign, measure=f"the same of RLVR minus SFT, each minus {what}"
+        )
+        found.append((headline, [Condition("it is more so than in SFT", more)]))
+    return published_with(*found[0]), controlled_with(*found[1])
 
 
-def _judge_against_isotropic(
+def _judge_against_stored(
     evidence: Evidence, metrics: list[str], words: str, unit: str = ""
 ) -> tuple[Judgement, Judgement]:
     """SFT over RLVR, as measured, and each over what a Gaussian update of its own length does."""
-    size = {kind: mean_of([evidence.mean(runs, m) for m in metrics]) for kind, runs in _kinds(evidence)}
-    null = {
-        kind: mean_of([evidence.mean(runs, f"{m}_stored_null") for m in metrics]) for kind, runs in _kinds(evidence)
-    }
-    step = {kind: evidence.mean(runs, "relative_update_norm") for kind, runs in _kinds(evidence)}
-    beyond = {kind: size[kind] / null[kind] for kind in size}
-
-    def beyond_of(run: str) -> str:
-        measured, expected = (
-            mean_of([evidence.of(run, f"{m}{suffix}") for m in metrics]) for suffix in ("", "_stored_null")
-        )
-        return f"{(measured / expected).value:.2f}"
-
+    runs = (*evidence.rl, *evidence.against)
+    size = _means([evidence.of(runs, metric) for metric in metrics])
+    step, beyond = evidence.of(runs, "relative_update_norm"), evidence.over_null(runs, metrics, "_stored_null")
     return (
         judge_ratio(
-            size["sft"] / size["rl"],
+            evidence.contrasted(size, ratio=True),
             measure=f"{words}, SFT over RLVR",
-            sentence=(
-                f"The {words} is {size['rl'].value:.3g}{unit} for RLVR and {size['sft'].value:.3g}{unit} for SFT, "
-                f"whose relative step lengths are {step['rl'].value:.2g} and {step['sft'].value:.2g}."
-            ),
+            sentence=f"By run, {unit or 'as a share'}: {by_run(size)}; relative update norms {by_run(step, '{:.2g}')}.",
         ),
         judge_ratio(
-            beyond["sft"] / beyond["rl"],
-            measure=f"{words} over that of a Gaussian update of equal length, stored alike, SFT over RLVR",
-            sentence=(
-                f"Gaussian updates of equal length, stored alike, would make {null['rl'].value:.3g}{unit} and "
-                f"{null['sft'].value:.3g}{unit}: RLVR is at {beyond['rl'].value:.2f} times its null, SFT at "
-                f"{beyond['sft'].value:.2f} times. By run: {_by_run(evidence, beyond_of)}."
-            ),
+            evidence.contrasted(beyond, ratio=True),
+            measure=f"{words} over that of a Gaussian update of equal length, matrix by matrix: SFT over RLVR",
+            sentence=f"By run, over that of a Gaussian update of equal length: {by_run(beyond, '{:.2f}')}.",
         ),
     )
 
 
-def _kinds(evidence: Evidence) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    return ("rl", evidence.rl), ("sft", evidence.sft)
+def _means(tables: list[dict[str, float | None]]) -> dict[str, float | None]:
+    """Run by run; None where one is undefined."""
+    runs = tables[0]
+    return {run: None if any(table[run] is None for table in tables) else mean(t[run] for t in tables) for run in runs}
 
 
-def _by_run(evidence: Evidence, text: Callable[[str], str]) -> str:
-    """A figure for each run, so that a mean over unlike runs hides nothing."""
-    return ", ".join(f"{run} {text(run)}" for run in evidence.rl + evidence.sft)
+def _inverse(values: Values) -> dict[str, float | None]:
+    return {run: 1 / value if value else None for run, value in values.items()}
+
+
+def _mean(values: Values, runs: tuple[str, ...]) -> float | None:
+    return mean(values[run] for run in runs)

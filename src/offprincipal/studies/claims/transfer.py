@@ -25,13 +25,15 @@ _PARTS = (
     "C13",
     "beyond RLVR",
     "Preference learning and distillation leave the same signature: off-principal, sparse, and true to the spectrum",
-    "as of C1 and C3 to C6: rounding for locations, step length for the rest",
+    "as of C1 and C3 to C6: rounding for locations, update norm for the rest",
+    against_sft=True,
+    anatomy="principal",
 )
 def beyond_rlvr(evidence: Evidence) -> tuple[Judgement, Judgement]:
     if not evidence.beyond:
         none = nothing("the signature", "No run learns from preferences or a teacher.")
         return none, none
-    others = replace(evidence, rl=evidence.beyond)
+    others = replace(evidence, rl=evidence.beyond, matches={})
     parts = [(words, rule(others)) for words, rule in _PARTS]
     published, controlled = signatures.off_principal(others)
     found = (

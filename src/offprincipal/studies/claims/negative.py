@@ -1,0 +1,154 @@
+"""Negative controls: what the rules say of updates that know nothing of the weights.
+
+Every run is replaced by a blind update as long as its own, stored as it was, and measured; then every claim is judged
+again by the same rule. What is decided there is decided about nothing.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from offprincipal.checkpoints import Array
+from offprincipal.comparison.execution import one_core_each
+from offprincipal.comparison.measure import Subject
+from offprincipal.comparison.work import CompareSettings, Work
+from offprincipal.geometry.synthetic import BLIND, blind_update
+from offprincipal.measures import location
+from offprincipal.measures.changes import Block, TensorPair
+from offprincipal.measures.columns import metrics_of
+from offprincipal.measures.pair import BaseMatrix, MatrixPair
+from offprincipal.measures.settings import MatrixSettings
+from offprincipal.measures.spectral import ANGLES
+from offprincipal.studies.claims.evidence import Evidence, Row
+from offprincipal.studies.claims.registry import CLAIMS
+
+Counts = dict[str, int]
+_SIDES = ("as_published", "controlled")
+_LOCATION = tuple(metric for metric in metrics_of(("location", "spectrum")) if metric.group == "location")
+
+
+def negative_controls(
+    evidence: Evidence, ids: Sequence[str], base: str, runs: Mapping[str, str], draws: int, alpha: float, threads: int
+) -> dict[tuple[str, str], dict[str, Counts]]:
+    """How often each claim's rule decides something of blind updates.
+
+    Args:
+        evidence: of the runs themselves, to which the blind updates are matched.
+        ids: claims; those that rest on more than a comparison's tables are left out.
+        base: where the base is; runs: run -> where it is.
+        draws: blind updates of every run, of the kinds `BLIND` in turn.
+        alpha: density of the masks.
+
+    Returns:
+        (claim, contrast) -> side, `as_published` or `controlled` -> `draws`, `supported`, `contradicted`.
+    """
+    judged = [id for id in ids if CLAIMS[id].tables]
+    found: dict[tuple[str, str], dict[str, Counts]] = {}
+    for blind in blind_evidence(evidence, base, runs, draws, alpha, threads) if judged and draws else []:
+        for id in judged:
+            for one in blind.contrasts() if CLAIMS[id].against_sft else [blind]:
+                sides = found.setdefault((id, one.contrast), {side: _none() for side in _SIDES})
+                for side, judgement in zip(_SIDES, CLAIMS[id].judge(one), strict=True):
+                    sides[side]["draws"] += 1
+                    if judgement.verdict in ("supported", "contradicted"):
+                        sides[side][judgement.verdict] += 1
+    return found
+
+
+def blind_evidence(
+    evidence: Evidence, base: str, runs: Mapping[str, str], draws: int, alpha: float, threads: int
+) -> list[Evidence]:
+    """The evidence as it would be had every run been a blind update; nulls of equal length stay those of the run."""
+    work = Work(base, runs, CompareSettings(matrix=MatrixSettings(alpha=alpha, alphas=(alpha,))))
+    real = {(row["run"], row["tensor"]): row for rows in evidence.matrices.values() for row in rows}
+
+    def measured(subject: Subject) -> list[tuple[list[Row], list[Row]]]:
+        return _matrix(work, subject, real, draws) if subject.linear else _tensor(work, subject, real, draws)
+
+    with one_core_each(work), ThreadPoolExecutor(threads) as pool:
+        by_subject = list(pool.map(measured, work.subjects))
+    found = []
+    for draw in range(draws):
+        matrices: dict[str, list[Row]] = {run: [] for run in runs}
+        for rows, _ in (subject[draw] for subject in by_subject):
+            for row in rows:
+                matrices[row["run"]].append(row)
+        pairs = [row for subject in by_subject for row in subject[draw][1]]
+        found.append(replace(evidence, matrices=matrices, pairs=pairs))
+    return found
+
+
+def _matrix(
+    work: Work, subject: Subject, real: Mapping[tuple[str, str], Row], draws: int
+) -> list[tuple[list[Row], list[Row]]]:
+    base = BaseMatrix(subject.name, work.read(work.base_checkpoint, subject), work.settings.matrix)
+    weight = base.weight.astype(np.float64)
+    updates = _updates(work, subject, weight)
+    found = []
+    for draw in range(draws):
+        pairs = {
+            run: MatrixPair(base, *_stored(work, run, subject, weight, update, draw)) for run, update in updates.items()
+        }
+        rows = [real[run, subject.name] | _measured(pair) for run, pair in pairs.items()]
+        couples = [(a, b) for place, a in enumerate(pairs) for b in list(pairs)[place + 1 :]]
+        found.append((rows, [subject.keys | location.pair_row(a, b, pairs) for a, b in couples]))
+    return found
+
+
+def _measured(pair: MatrixPair) -> Row:
+    row: Row = {"changed_count": pair.changed_count}
+    for metric in _LOCATION:
+        row |= {column.name: value for column, value in zip(metric.columns, metric.measure(pair), strict=True)}
+    angles = pair.spectral.angle_summary()
+    row |= {f"principal_angle_{side}_{which}_deg": x for (side, which), x in zip(ANGLES, angles, strict=True)}
+    return row | {"spectral_shift": pair.spectral.shift}
+
+
+def _tensor(
+    work: Work, subject: Subject, real: Mapping[tuple[str, str], Row], draws: int
+) -> list[tuple[list[Row], list[Row]]]:
+    """Of a tensor that is no linear matrix, what changed is all that claims read."""
+    base = work.read(work.base_checkpoint, subject).reshape(len(subject.shape) and subject.shape[0], -1)
+    weight = base.astype(np.float64)
+    updates = _updates(work, subject, weight)
+    found = []
+    for draw in range(draws):
+        rows = []
+        for run, update in updates.items():
+            block = Block(base, *_stored(work, run, subject, weight, update, draw))
+            pair = TensorPair(_once(block))
+            row: Row = {"unchanged_fraction": 1 - pair.changed_count / pair.numel if pair.numel else None}
+            rows.append(real[run, subject.name] | row | {"changed_count": pair.changed_count})
+        found.append((rows, list[Row]()))
+    return found
+
+
+def _once(block: Block) -> Callable[[], list[Block]]:
+    return lambda: [block]
+
+
+def _updates(work: Work, subject: Subject, weight: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """Run -> its update, from masters where they were kept."""
+    found = {}
+    for run, checkpoint in work.runs.items():
+        values = work.read(work.masters.get(run, checkpoint), subject).reshape(weight.shape)
+        found[run] = values.astype(np.float64) - weight
+    return found
+
+
+def _stored(
+    work: Work, run: str, subject: Subject, weight: np.ndarray[Any, Any], update: np.ndarray[Any, Any], draw: int
+) -> tuple[Array, Array | None]:
+    """A blind update of a run: as the run is stored, and its masters where it kept them."""
+    rng = np.random.default_rng([draw, zlib.crc32(subject.name.encode()), zlib.crc32(run.encode())])
+    masters = (weight + blind_update(BLIND[draw % len(BLIND)], update, rng)).astype(np.float32)
+    kind = work.read(work.runs[run], subject).dtype
+    return masters.astype(kind), masters if run in work.masters else None
+
+
+def _none() -> Counts:
+    return {"draws": 0, "supported": 0, "contradicted": 0}
