@@ -126,34 +126,38 @@ def count_steps(codes: NDArray[np.uint16], tuned: Array) -> Counts:
 
 def _rates_of_known(steps: Counts) -> Floats:
     """The tail of all steps; where one ends half-way, an even mantissa stays: half the weights, all powers of two."""
-    all_steps = steps.sum(axis=0)
-    return np.array([_rate(all_steps, cell, 0.5 * (cell % 2 == 0)) for cell in range(CLASSES)])
+    return _rates(np.broadcast_to(steps.sum(axis=0), (CLASSES, _BINS)), np.where(np.arange(CLASSES) % 2 == 0, 0.5, 0.0))
 
 
 def _rates_by_ruler(steps: Counts) -> Floats:
     """The same from the entries far enough below each class, NaN where these are too few; of half-way ones half."""
     upto = np.cumsum(steps, axis=0)
-    rates = np.full(CLASSES, np.nan)
-    for cell in range(2 * (1 + RULER_BINADES), CLASSES):
-        ruler = upto[cell // 2 - RULER_BINADES]
-        if ruler.sum() >= LEAST_RULER:
-            rates[cell] = _rate(ruler, cell, 0.5)
-    return rates
+    below = np.arange(CLASSES) // 2 - RULER_BINADES  # the exponent of the coarsest ruler of each class
+    rulers = np.where((below > 0)[:, None], upto[np.maximum(below, 0)], 0)  # (classes, bins)
+    rates = _rates(rulers, np.full(CLASSES, 0.5))
+    return np.where(rulers.sum(axis=1) >= LEAST_RULER, rates, np.nan)
 
 
-def _rate(steps: Counts, cell: int, of_ties: float) -> float:
-    """Share of steps that change a weight of a class: past half the spacing, inwards of a power of two a quarter."""
-    exponent, power = max(cell // 2, 1), cell % 2
-    half = _tail(steps, exponent - 135, of_ties)
-    if power and exponent > 1:
-        half = (half + _tail(steps, exponent - 136, of_ties)) / 2
-    return half / max(int(steps.sum()), 1)
+def _rates(steps: Counts, of_ties: Floats) -> Floats:
+    """Share of steps that change a weight of each class: past half the spacing, inwards of a power of two a quarter.
 
+    Args:
+        steps: (classes, bins), those that each class is judged by; of_ties: (classes,), how many of the half-way ones
+            count.
+    """
+    cells = np.arange(CLASSES)
+    exponents, powers = np.maximum(cells // 2, 1), cells % 2 == 1
+    upwards = np.cumsum(steps[:, ::-1], axis=1)[:, ::-1]  # (classes, bins), steps of each bin and above
 
-def _tail(steps: Counts, power: int, of_ties: float) -> float:
-    """Steps above a power of two, and a share of those that equal it."""
-    place = 2 * (power - _LEAST_POWER)
-    return float(steps[place + 1 :].sum() + of_ties * steps[place])
+    def tail(distance: int) -> Floats:
+        """Steps above half the spacing, or above that much less, in binades."""
+        places = 2 * (exponents - 135 - distance - _LEAST_POWER)
+        found: Floats = upwards[cells, places + 1] + of_ties * steps[cells, places]
+        return found
+
+    half = tail(0)
+    changing = np.where(powers & (exponents > 1), (half + tail(1)) / 2, half)
+    return changing / np.maximum(upwards[:, 0], 1)
 
 
 @njit(nogil=True, cache=True)

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,9 @@ def blind_evidence(
     real = {(row["run"], row["tensor"]): row for rows in evidence.matrices.values() for row in rows}
 
     def measured(subject: Subject) -> list[tuple[list[Row], list[Row]]]:
-        return _matrix(work, subject, real, draws) if subject.linear else _tensor(work, subject, real, draws)
+        if subject.linear:
+            return _matrix(work, subject, real, draws, list(combinations(evidence.rl, 2)))
+        return _tensor(work, subject, real, draws)
 
     with one_core_each(work), ThreadPoolExecutor(threads) as pool:
         by_subject = list(pool.map(measured, work.subjects))
@@ -83,8 +86,13 @@ def blind_evidence(
 
 
 def _matrix(
-    work: Work, subject: Subject, real: Mapping[tuple[str, str], Row], draws: int
+    work: Work,
+    subject: Subject,
+    real: Mapping[tuple[str, str], Row],
+    draws: int,
+    couples: Sequence[tuple[str, str]],
 ) -> list[tuple[list[Row], list[Row]]]:
+    """Rows of every run and of the pairs that claims read, draw by draw."""
     base = BaseMatrix(subject.name, work.read(work.base_checkpoint, subject), work.settings.matrix)
     weight = base.weight.astype(np.float64)
     updates = _updates(work, subject, weight)
@@ -94,7 +102,6 @@ def _matrix(
             run: MatrixPair(base, *_stored(work, run, subject, weight, update, draw)) for run, update in updates.items()
         }
         rows = [real[run, subject.name] | _measured(pair) for run, pair in pairs.items()]
-        couples = [(a, b) for place, a in enumerate(pairs) for b in list(pairs)[place + 1 :]]
         found.append((rows, [subject.keys | location.pair_row(a, b, pairs) for a, b in couples]))
     return found
 
