@@ -148,6 +148,61 @@ class TestTheStart:
         assert not torch.equal(starts[0][name], starts[2][name])
 
 
+class WrittenThroughData(torch.optim.SGD):
+    """A step that torch's version counters do not see, as of optimizers that keep their weights elsewhere."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.sub_(group["lr"] * parameter.grad)
+
+
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
+    "data": lambda p: WrittenThroughData(p, lr=1e-2),
+}
+
+
+class TestReading:
+    """A monitor, an evaluation or a rollout reads an adapted model between any two things that a trainer does."""
+
+    def train(
+        self, source: Path, method: str, optimizer: str, checkpointing: bool, read: bool
+    ) -> tuple[Any, list[Any]]:
+        adapted = adapt(opened(source).train(), method, rank=RANK)
+        if checkpointing:
+            adapted.gradient_checkpointing_enable()
+            adapted.enable_input_require_grads()
+        steps = OPTIMIZERS[optimizer]([p for p in adapted.parameters() if p.requires_grad])
+        seen = []
+        for _ in range(3):
+            adapted(input_ids=TOKENS, labels=TOKENS).loss.backward()
+            for move in (steps.step, steps.zero_grad):
+                if read:
+                    with torch.no_grad():
+                        seen.append((logits(adapted), logits(copy.deepcopy(adapted))))
+                move()
+        if read:
+            with torch.no_grad():
+                seen.append((logits(adapted), logits(copy.deepcopy(adapted))))
+        return adapted, seen
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+    @pytest.mark.parametrize("method", METHODS)
+    def test_it_sees_the_present_and_changes_nothing(
+        self, method: str, optimizer: str, checkpointing: bool, tiny_model: Path
+    ) -> None:
+        watched, seen = self.train(tiny_model, method, optimizer, checkpointing, True)
+        alone, _ = self.train(tiny_model, method, optimizer, checkpointing, False)
+        assert hash_of(watched.state_dict()) == hash_of(alone.state_dict())
+        assert all(torch.equal(*both) for both in seen)
+        moved = [(a[0] - b[0]).abs().max() > 0 for a, b in zip(seen[1::2], seen[::2], strict=False)]
+        assert all(moved)
+
+
 class TestInitialisations:
     SETTINGS = StartSettings(rank=3, scale=2.0, rank_fraction=0.25, density=0.5)
 

@@ -5,7 +5,7 @@ what acts, the one parameter `trained` is what an optimizer moves, and a state d
 `weight`: so a saved adapter is plain LoRA. Knows nothing of PEFT, of models, or of where the factors start.
 """
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,38 +28,30 @@ class FrozenFactor(nn.Module):
 class Factor(nn.Module):
     """A factor whose parameter becomes what acts through `acting`.
 
-    Reading `weight` gives what acts, within autograd; between `hold` and `release`, which a layer puts around its
-    forward pass, every reading gives the same tensor. Outside of autograd, where a rollout reads it at every token, it
-    is kept until the parameter moves. State dicts have `weight` alone.
+    Reading `weight` computes what acts anew, because no trace in a tensor tells that it moved: fused optimizers and
+    writes through `.data` leave none. Between `hold` and `release`, which a layer puts around its forward pass, every
+    reading gives the same tensor. State dicts have `weight` alone.
     """
 
     def __init__(self, trained: Tensor) -> None:
         super().__init__()
         self.trained = nn.Parameter(trained)
-        self._kept: tuple[tuple[int, int], Tensor] | None = None
         self._held: list[Tensor] | None = None
 
     @property
     def weight(self) -> Tensor:
         """(out, in), what acts."""
-        trained = self.trained
-        if torch.is_grad_enabled() or not isinstance(trained, nn.Parameter):  # what stands in for it may be dual
-            self._kept = None
-            if self._held is None:
-                return self.acting(trained)
-            if not self._held:
-                self._held.append(self.acting(trained))
-            return self._held[0]
-        state = trained.data_ptr(), trained._version
-        if self._kept is None or self._kept[0] != state:
-            self._kept = state, self.acting(trained)
-        return self._kept[1]
+        if self._held is None:
+            return self.acting(self.trained)
+        if not self._held:
+            self._held.append(self.acting(self.trained))
+        return self._held[0]
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight)
 
     def hold(self) -> None:
-        """Until `release`, what acts is computed within autograd once: nothing may move it in between."""
+        """Until `release`, what acts is computed once: nothing may move it in between."""
         self._held = []
 
     def release(self) -> None:
@@ -80,11 +72,6 @@ class Factor(nn.Module):
             ValueError: this factor cannot act so.
         """
         raise NotImplementedError
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._kept = None
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[prefix + "weight"] = self.weight if keep_vars else self.stored()

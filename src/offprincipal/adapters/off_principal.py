@@ -63,7 +63,7 @@ class ProjectedFactor(Factor):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """As any module is moved or cast, but the basis keeps its precision."""
         before = self.basis
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.basis.dtype.itemsize < before.dtype.itemsize:
             self.basis = before.to(self.basis.device)
         return self
