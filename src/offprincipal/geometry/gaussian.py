@@ -58,8 +58,8 @@ def moved_isotropically(S: Tensor, shape: torch.Size, k: int, sigma: float, rng:
         sigma: standard deviation of each entry of the update.
 
     Returns:
-        The first triplets of the sum, float64, on the CPU, in coordinates along the base's singular vectors: the long
-        side has r of them and then some along directions that the base does not reach.
+        The first triplets of the sum, float64, on the device of `S`, in coordinates along the base's singular vectors:
+        the long side has r of them and then some along directions that the base does not reach.
 
     Source: ours; invariance of the Gaussian under rotation, Bartlett's decomposition for what lies beyond the base.
 
@@ -68,14 +68,14 @@ def moved_isotropically(S: Tensor, shape: torch.Size, k: int, sigma: float, rng:
     >>> torch.allclose(moved.S[:4], S[:4]), torch.allclose(moved.Vh[:4, :4].abs(), torch.eye(4).double(), atol=1e-6)
     (True, True)
     """
-    S = S.cpu().double()
+    S = S.double()
     r, b = len(S), block_size(k, len(S))
 
     def noise(rows: int, columns: int) -> Tensor:
-        return torch.from_numpy(sigma * rng.standard_normal((rows, columns)))
+        return torch.from_numpy(sigma * rng.standard_normal((rows, columns))).to(S.device)
 
     def beyond(dimensions: int, columns: int) -> Tensor:
-        return torch.from_numpy(sigma * _triangular(dimensions, columns, rng))
+        return torch.from_numpy(sigma * _triangular(dimensions, columns, rng)).to(S.device)
 
     outside = max(shape) - r
     first = beyond(outside, b)  # (t, b), the update's first b columns outside the base's column space
@@ -113,7 +113,8 @@ def angles_from_axes(moved: Svd, k: int) -> tuple[Tensor, Tensor]:
     (4, True)
     """
     left, right = (
-        principal_angles(torch.eye(len(side), k), side[:, :k]) for side in (moved.U.float(), moved.Vh.T.float())
+        principal_angles(torch.eye(len(side), k, device=side.device), side[:, :k])
+        for side in (moved.U.float(), moved.Vh.T.float())
     )
     return left, right
 

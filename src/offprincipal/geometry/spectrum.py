@@ -16,7 +16,7 @@ from torch import Tensor
 
 from offprincipal.errors import NonFiniteTensor
 
-GRAM_UP_TO = 6144  # min(n, m) up to which a CPU solves the whole symmetric eigenproblem rather than iterate
+GRAM_UP_TO = 6144  # min(n, m) up to which the whole symmetric eigenproblem is solved rather than iterated
 _DEGREE = 8
 _AMPLIFICATION = 1e5  # of the largest direction over the unwanted ones in one round, which float32 survives
 _ROUNDS = 24

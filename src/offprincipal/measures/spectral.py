@@ -4,6 +4,7 @@ The base is decomposed once, by the solver that the settings choose, or comes fr
 from it. Arrays and numbers in, numbers out. Knows nothing of files or tables.
 """
 
+import functools
 import hashlib
 import math
 import statistics
@@ -28,7 +29,6 @@ _SMALL = 1 << 16  # entries up to which every Gaussian update of the settings is
 _CACHE_FORMAT = 4
 _ERRORS = ("singular_value_error", "residual", "next_value_error")
 _LEAST_STEP = 1e-5  # spectral norm of an update over that of its base, below which float32 cannot tell its effect
-_GPU_GRAM_UP_TO = 1024  # min(n, m) up to which a GPU solves the whole symmetric eigenproblem rather than iterate
 ANGLES = tuple((side, which) for which in ("max", "mean", "rms") for side in ("left", "right"))
 
 Number = float | int | None
@@ -172,8 +172,7 @@ class BaseSpectrum:
     def _cold(self, W: Tensor, solver: str) -> Svd:
         """With no start to go by: iterated where that pays, else the symmetric eigenproblem."""
         tolerance = self.settings.tolerance
-        up_to = _GPU_GRAM_UP_TO if W.is_cuda else spectrum.GRAM_UP_TO
-        if solver == "randomized" or min(W.shape) > up_to:
+        if solver == "randomized" or min(W.shape) > spectrum.GRAM_UP_TO:
             start = torch.Generator().manual_seed(0)  # equal matrices are decomposed alike, whatever their names
             found = spectrum.decompose_randomized(W, self.k, tolerance, start)
             if spectrum.within(found, self.k, tolerance):
@@ -251,7 +250,7 @@ class PairSpectrum:
     def angle_error_deg(self) -> float | None:
         """How far the measured angles may be off, from both sides' error bounds; None where both are LAPACK's."""
         errors = [svd.angle_error_deg(self.k) for svd in (self.base.svd, self.svd)]
-        return None if all(error is None for error in errors) else sum(error or 0.0 for error in errors)
+        return None if all(error is None for error in errors) else min(sum(error or 0.0 for error in errors), 90.0)
 
     @once
     def energies(self) -> tuple[Number, ...]:
@@ -432,7 +431,7 @@ class PairSpectrum:
 
 
 def chosen_device(wanted: str) -> torch.device:
-    """The device that a setting names.
+    """The device that a setting names, ready for several threads.
 
     Raises:
         ArgumentError: there is no CUDA device.
@@ -440,7 +439,16 @@ def chosen_device(wanted: str) -> torch.device:
     there = torch.cuda.is_available()
     if wanted == "cuda" and not there:
         raise ArgumentError("no CUDA device is at hand: leave --device out, or install a build of torch that sees it")
-    return torch.device("cuda" if there and wanted != "cpu" else "cpu")
+    if not there or wanted == "cpu":
+        return torch.device("cpu")
+    _load_linear_algebra()
+    return torch.device("cuda")
+
+
+@functools.cache
+def _load_linear_algebra() -> None:
+    """Have torch load its solvers for GPUs, which it does on first use, and fails where two threads are the first."""
+    torch.linalg.eigvalsh(torch.eye(1, device="cuda"))
 
 
 def to_tensor(array: Array) -> Tensor:
