@@ -1,4 +1,4 @@
-"""What the rules of claims decide of studies in which nothing is there to be found.
+"""(k) What the rules of claims decide of studies in which nothing is there to be found.
 
     python benchmarks/calibration.py --studies 100
     python benchmarks/calibration.py --studies 20 --kinds rows,low_rank
@@ -9,12 +9,18 @@ control is false. Rates up to 5 % are as they should be. A study that was judged
 """
 
 import argparse
+import itertools
 import json
+import tempfile
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import torch
+from harness import Table
 
 from offprincipal.checkpoints import Part
 from offprincipal.checkpoints.roles import Place
@@ -29,33 +35,50 @@ RL, SFT = (tuple(f"{kind}_{i}" for i in range(3)) for kind in ("rl", "sft"))
 STEPS = {**dict.fromkeys(RL, 0.003), **dict.fromkeys(SFT, 0.006)}
 SPREAD = 0.1  # log-sd of a run's length
 JUDGED = ("C1", "C2", "C3", "C4", "C5", "C6")
+KEPT = Path(tempfile.gettempdir()) / "offprincipal-calibration.jsonl"
+
+Case = tuple[str, str, int]  # weights, kind of update, seed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", type=int, default=100, help="of each kind (%(default)s)")
     parser.add_argument("--kinds", default=",".join(synthetic.KINDS), help="of updates (all)")
-    parser.add_argument("--out", type=Path, default=Path("/tmp/offprincipal-calibration.jsonl"), help="(%(default)s)")
+    parser.add_argument("--out", type=Path, default=KEPT, help="(%(default)s)")
     options = parser.parse_args()
-    done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
-    known = {(row["weights"], row["kind"], row["seed"]): row["decided"] for row in done}
-    print(
-        f"{'weights':8} {'update':12} " + " ".join(f"{id:>6}" for id in JUDGED) + "   false verdicts with the control"
+    print(calibration(options.studies, options.kinds.split(","), options.out))
+
+
+def calibration(studies: int, kinds: Sequence[str] = synthetic.KINDS, kept: Path = KEPT) -> Table:
+    """The share of studies in which each claim is decided with its control, by weights and kind of update."""
+    cases = list(itertools.product(synthetic.WEIGHTS, kinds))
+    decided: dict[tuple[str, str], Counter[str]] = {case: Counter() for case in cases}
+    for (weights, kind, _), found in judged([(*case, seed) for case in cases for seed in range(studies)], kept):
+        decided[weights, kind].update(found)
+    rows = tuple((*case, *(f"{counts[id] / studies:.3f}" for id in JUDGED)) for case, counts in decided.items())
+    note = (
+        f"False verdicts with the control, as shares of {studies} studies each: {MATRICES} matrices of {SHAPE[0]} × "
+        f"{SHAPE[1]}, {len(RL)} runs of either kind. By chance up to .05."
     )
-    with options.out.open("a") as kept:
-        for weights in synthetic.WEIGHTS:
-            for kind in options.kinds.split(","):
-                decided: Counter[str] = Counter()
-                for seed in range(options.studies):
-                    key = (weights, kind, seed)
-                    if key not in known:
-                        known[key] = false_verdicts(*key)
-                        row = {"weights": weights, "kind": kind, "seed": seed, "decided": known[key]}
-                        kept.write(json.dumps(row) + "\n")
-                        kept.flush()
-                    decided.update(known[key])
-                rates = " ".join(f"{decided[id] / options.studies:6.3f}" for id in JUDGED)
-                print(f"{weights:8} {kind:12} {rates}", flush=True)
+    return Table("(k) Claims judged of updates that know nothing", note, ("weights", "update", *JUDGED), rows)
+
+
+def judged(wanted: Sequence[Case], kept: Path) -> Iterator[tuple[Case, list[str]]]:
+    """Every study with the claims that are decided in it; a study is a process's, on one thread."""
+    known: dict[Case, list[str]] = {}
+    if kept.exists():
+        rows = map(json.loads, kept.read_text().splitlines())
+        known = {(row["weights"], row["kind"], row["seed"]): row["decided"] for row in rows}
+    yield from ((case, known[case]) for case in wanted if case in known)
+    with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,)) as pool, kept.open("a") as file:
+        waiting = {pool.submit(false_verdicts, *case): case for case in wanted if case not in known}
+        for future in as_completed(waiting):
+            case, found = waiting[future], future.result()
+            file.write(
+                json.dumps(dict(zip(("weights", "kind", "seed"), case, strict=True)) | {"decided": found}) + "\n"
+            )
+            file.flush()
+            yield case, found
 
 
 def false_verdicts(weights: str, kind: str, seed: int) -> list[str]:

@@ -5,7 +5,8 @@
 
 Machines differ and are noisy, so a result is a ratio; absolute figures stand beside it as context for one machine on
 one day. Writes benchmarks/RESULTS.md after each group of rows: all of it anew, or with `--only` those groups in place
-of what they were, each with the day and the machine. (a) to (g) measure `compare`, (h) to (j) training.
+of what they were, each with the day and the machine. (a) to (g) measure `compare`, (h) to (j) training, (k) the
+rules of claims.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from adapters import adapter_costs
+from calibration import calibration
 from change_scan import change_scan
 from decomposition import against_svd, second_tuned
 from gpu import end_to_end
@@ -41,7 +43,7 @@ HEADING = """# Benchmark
 (a) to (g): a ratio is the alternative's cost over ours, so above 1 ours needs less: the **median** of the rounds, with
 the least and the most in brackets. Both sides run in turn on the same files. The models are synthetic, with the shapes
 of Qwen2 and a power-law spectrum (`scripts/make_synthetic.py`). (h) to (j): a ratio is ours over the other's, so below
-1 ours needs less.
+1 ours needs less. (k) is no measurement of cost.
 """
 
 
@@ -51,7 +53,7 @@ class Plan:
 
     Args:
         sparse: side of the matrix, rounds. adapters: model, (batch, length, rounds) of each size, methods.
-        isospectral: rounds, steps, batch.
+        isospectral: rounds, steps, batch. calibration: studies of each kind.
     """
 
     scan: tuple[str, int | None]
@@ -63,6 +65,7 @@ class Plan:
     sparse: tuple[int, int]
     adapters: tuple[str, tuple[tuple[int, int, int], ...], tuple[str, ...]]
     isospectral: tuple[int, int, int]
+    calibration: int
 
 
 FULL = Plan(
@@ -80,6 +83,7 @@ FULL = Plan(
     sparse=(2048, 21),
     adapters=("embedded", ((240, 24, 7), (16, 24, 31)), ("lora", "off_principal", "pissa", "geora")),
     isospectral=(3, 4, 240),
+    calibration=100,
 )
 QUICK = Plan(
     scan=(TINY, None),
@@ -91,6 +95,7 @@ QUICK = Plan(
     sparse=(64, 1),
     adapters=("embedded", ((2, 4, 1),), ("off_principal",)),
     isospectral=(1, 1, 8),
+    calibration=1,
 )
 
 
@@ -144,6 +149,7 @@ def groups_of(plan: Plan, work: Path, rounds: int) -> dict[str, Callable[[], Tab
         "h": lambda: sparse_steps(*plan.sparse),
         "i": lambda: adapter_costs(*plan.adapters),
         "j": lambda: isospectral_steps(*plan.isospectral),
+        "k": lambda: calibration(plan.calibration, kept=work / f"calibration-{plan.calibration}.jsonl"),
     }
 
 

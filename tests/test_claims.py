@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_folders import write_model
+from checkpoint_folders import stored, write_model
 from hypothesis import given
 from hypothesis import strategies as st
 from matrices import gaussian
@@ -48,14 +48,19 @@ def principal_mask(tensor: Tensor) -> Tensor:
 
 
 def updated(weights: dict[str, Tensor], size: float, seed: int, on_principal: float = 1.0) -> dict[str, Tensor]:
-    """bfloat16 weights after a Gaussian update, scaled by a factor on principal coordinates."""
+    """float32 weights after a Gaussian update, scaled by a factor on principal coordinates."""
     found = {}
     for i, (name, tensor) in enumerate(weights.items()):
         update = size * gaussian(*tensor.shape, seed=seed + i)
         if tensor.ndim == 2:
             update = torch.where(principal_mask(tensor), on_principal * update, update)
-        found[name] = (tensor.double() + update).bfloat16()
+        found[name] = (tensor.double() + update).float()
     return found
+
+
+def write_run(folder: Path, masters: dict[str, Tensor], keep_masters: bool = True) -> Path:
+    """Weights stored in bfloat16, with their masters beside them."""
+    return write_model(folder, stored(masters), masters if keep_masters else None)
 
 
 RUNS = {"rl": 3, "sft": 3, "dpo": 3}
@@ -74,6 +79,7 @@ def study(
     rl_size: float = 2e-4,
     sft_size: float = 2e-4,
     weights: dict[str, Tensor] | None = None,
+    keep_masters: bool = True,
 ) -> dict[str, dict[str, str]]:
     """Claim -> verdicts, of three RLVR-like runs, three that learned from preferences, and three SFT-like ones."""
     weights = weights or heavy_tailed()
@@ -82,7 +88,7 @@ def study(
     for seed, (kind, i) in enumerate((kind, i) for kind, count in RUNS.items() for i in range(count)):
         size, preference = sizes[kind]
         tuned = updated(weights, size, 1000 * (seed + 1), preference)
-        runs[f"{kind}_{i}"] = write_model(tmp_path / f"{kind}_{i}", tuned)
+        runs[f"{kind}_{i}"] = write_run(tmp_path / f"{kind}_{i}", tuned, keep_masters)
     compare(base, runs).write(tmp_path / "comparison")
     evidence = evidence_of(tmp_path / "comparison")
     judged = {id: judge(id, evidence)[0] for id in SIGNATURES}
@@ -119,6 +125,11 @@ def test_updates_that_avoid_principal_weights_pass_the_control(tmp_path: Path) -
     assert verdicts["C13"]["controlled"] != "supported"  # it avoids them, but is no sparser than SFT for its length
 
 
+def test_without_masters_what_rows_and_columns_explain_is_unknown(tmp_path: Path) -> None:
+    verdicts = study(tmp_path, on_principal=0.3, keep_masters=False)
+    assert verdicts["C5"] == {"published": "supported", "controlled": "inconclusive"}
+
+
 def test_updates_that_seek_principal_weights_contradict_under_the_control(tmp_path: Path) -> None:
     assert study(tmp_path, on_principal=3.0)["C5"]["controlled"] == "contradicted"
 
@@ -149,7 +160,7 @@ def test_two_runs_of_a_kind_are_shown_and_not_judged(tmp_path: Path, monkeypatch
 
 def test_each_kind_of_sft_is_a_contrast_of_its_own(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", heavy_tailed())
-    runs = {name: write_model(tmp_path / name, updated(heavy_tailed(), 2e-4, i)) for i, name in enumerate("abcd")}
+    runs = {name: write_run(tmp_path / name, updated(heavy_tailed(), 2e-4, i)) for i, name in enumerate("abcd")}
     compare(base, runs).write(tmp_path / "comparison")
     evidence = Evidence.read(tmp_path / "comparison", ["a", "b"], {"own": ["c"], "teacher": ["d"]}, "comparison")
     assert [entry["contrast"] for entry in judge("C1", evidence)] == ["own", "teacher"]

@@ -296,4 +296,5 @@ def test_rules_without_an_interval_and_at_nothing() -> None:
     assert judge_at_most(1.1, 1.0, measure="m").verdict == "contradicted"
     for value, verdict in ((0.0, NONE), (1.0, "supported")):
         assert judge_positive(OverUnits(dict.fromkeys("abc", value)), measure="m").verdict == verdict
-    assert judge_positive(OverUnits({"a": 1.0, "b": 1.0}), measure="m").verdict == "inconclusive"
+    for few in ({"a": 1.0, "b": 1.0}, {"a": 0.1, "b": 4.0, "c": 0.2}):  # or too far apart: not known is not nothing
+        assert judge_positive(OverUnits(few), measure="m").verdict == "inconclusive"

@@ -75,9 +75,10 @@ def _overlap(name: str) -> Metric:
     def measure(pair: MatrixPair) -> tuple[Number, ...]:
         found = pair.overlaps[pair.base.settings.alpha].get(name)
         if found is None:
-            return (None,) * (5 + len(RUNGS))
+            return (None,) * (6 + len(RUNGS))
         rungs = (getattr(found, f"overlap_{rung}") for rung in RUNGS)
-        return found.overlap, *rungs, found.overlap_rounding_judged, found.log_odds, found.log_odds_se, found.z
+        beside = (found.overlap_rounding_judged, found.overlap_scaled_null)
+        return found.overlap, *rungs, *beside, found.log_odds, found.log_odds_se, found.z
 
     title = name.replace("_", "-")
     return Metric(
@@ -93,6 +94,11 @@ def _overlap(name: str) -> Metric:
                 f"{name}_overlap_rounding_judged", "share of the changed entries that rounding can tell", pool="changed"
             ),
             Column(
+                f"{name}_overlap_scaled_null",
+                "the same if rounding alone placed them, each row and column stepping as far as it does",
+                pool="changed",
+            ),
+            Column(
                 f"{name}_log_odds",
                 f"how much being in the {title} mask raises the log-odds of a change, beyond spacing, row and column",
                 pool="log_odds",
@@ -103,6 +109,15 @@ def _overlap(name: str) -> Metric:
         measure,
         decomposes=name in ("principal", "safe"),
     )
+
+
+def _unchanged_blindly(pair: MatrixPair) -> tuple[Number, ...]:
+    rounding, (scaled, *_) = pair.rounding_null, pair.scaled_changes
+    changes = (
+        rounding.changes(pair.class_entries) if rounding else None,
+        None if scaled is None else scaled.sum().item(),
+    )
+    return tuple(None if expected is None else 1 - expected / pair.numel for expected in changes)
 
 
 def _stripes(pair: MatrixPair) -> tuple[Number, ...]:
@@ -202,6 +217,21 @@ METRICS: tuple[Metric, ...] = (
         ),
         lambda pair: _share(pair.counts.hidden, pair),
         every_tensor=True,
+    ),
+    Metric(
+        "location",
+        "ours: the steps themselves, dealt out to weights of which they know nothing",
+        (
+            Column(
+                "unchanged_fraction_rounding_null",
+                "the same if its own steps were dealt out blindly",
+                pool="parameters",
+            ),
+            Column(
+                "unchanged_fraction_scaled_null", "the same of its own steps within rows and columns", pool="parameters"
+            ),
+        ),
+        _unchanged_blindly,
     ),
     *(_overlap(name) for name in MASKS),
     Metric(

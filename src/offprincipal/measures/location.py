@@ -29,6 +29,7 @@ class MaskOverlap:
     Args:
         density: share of all entries in the mask.
         overlap: share of the changed entries in it; overlap_…: the same under each null.
+        overlap_scaled_null: under the rounding null with every row's and column's own length of step.
         overlap_rounding_judged: share of the changed entries that the rounding null has a rate for.
         log_odds, log_odds_se, z: the score test against the margin null.
     """
@@ -38,6 +39,7 @@ class MaskOverlap:
     overlap_random: float | None = None
     overlap_rounding_null: float | None = None
     overlap_rounding_judged: float | None = None
+    overlap_scaled_null: float | None = None
     overlap_spacing_null: float | None = None
     overlap_margin_null: float | None = None
     log_odds: float | None = None
@@ -104,8 +106,10 @@ def overlaps(pair: "MatrixPair") -> dict[float, dict[str, MaskOverlap]]:
     for first, divided in enumerate(pair.base.mask_cells):
         densities = settings.densities[first * DENSITIES_AT_ONCE :]
         tests = pair.score_tests(divided.cells, divided.members)
-        for (place, name), in_mask, test in zip(divided.names, divided.entries, tests, strict=True):
-            found[densities[place]][name] = _overlap(pair, in_mask, test.count, test)
+        scaled = pair.scaled_changes[first]
+        of_masks = [None] * len(tests) if scaled is None else (scaled @ divided.members / scaled.sum()).tolist()
+        for (place, name), in_mask, test, share in zip(divided.names, divided.entries, tests, of_masks, strict=True):
+            found[densities[place]][name] = _overlap(pair, in_mask, test.count, test, share)
     return {alpha: {name: masks[name] for name in scan.MASKS if name in masks} for alpha, masks in found.items()}
 
 
@@ -114,10 +118,12 @@ def _random_overlap(pair: "MatrixPair", alpha: float, rng: np.random.Generator) 
     in_mask, observed = nulls.bernoulli_overlap(pair.class_entries, pair.class_changed, alpha, rng)
     null = nulls.overlap_null(pair.class_entries, pair.class_changed, in_mask)
     test = nulls.ScoreTest(observed, observed - null.expected, null.variance)
-    return _overlap(pair, in_mask, observed, test)
+    return _overlap(pair, in_mask, observed, test, alpha if pair.scaled_changes[0] is not None else None)
 
 
-def _overlap(pair: "MatrixPair", in_mask: Counts, observed: int, test: nulls.ScoreTest) -> MaskOverlap:
+def _overlap(
+    pair: "MatrixPair", in_mask: Counts, observed: int, test: nulls.ScoreTest, scaled: float | None
+) -> MaskOverlap:
     density, count = int(in_mask.sum()) / pair.numel, pair.changed_count
     if count == 0:
         return MaskOverlap(density)
@@ -130,6 +136,7 @@ def _overlap(pair: "MatrixPair", in_mask: Counts, observed: int, test: nulls.Sco
         density,
         rounding.overlap(pair.class_entries, in_mask) if rounding else None,
         rounding.judged if rounding else None,
+        scaled,
         spacing,
         test.expected / count,
         test.log_odds,

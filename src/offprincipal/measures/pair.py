@@ -133,6 +133,21 @@ class MatrixPair(TensorPair):
         return nulls.rounding_null(self.class_entries, self.class_changed, steps, known)
 
     @once
+    def scaled_changes(self) -> list[Floats | None]:
+        """Expected changes under the scaled rounding null in each cell of each of the base's `mask_cells`.
+
+        None off the bfloat16 grid, without masters, or where nothing would change.
+        """
+        masters = self.tuned if self.block.masters is None else self.block.masters
+        null = None
+        if self.counts.on_grid and self.changed_count and masters.dtype in _TELLS_STEPS:
+            null = nulls.scaled_null(self.base.codes, masters)
+        if null is None:
+            return [None] * len(self.base.mask_cells)
+        found = [null.expected_changes(self.base.codes, d.cells, len(d.classes)) for d in self.base.mask_cells]
+        return [changes if changes.sum() > 0 else None for changes in found]
+
+    @once
     def margins(self) -> nulls.MarginModel:
         """Changes by class, row and column, and nothing else."""
         classes, rows, columns = self.base.line_classes

@@ -2,9 +2,9 @@
 
 *Chance* knows how many entries changed. *Rounding* knows the steps, dealt out blindly and stored. *Spacing* knows how
 many entries of each spacing class changed. *Margins* also how many of each row and each column. What is measured beyond
-the last is left to the entries themselves. Beside the ladder stand the *isotropic null*, a Gaussian update of equal
-norm, and the *stored null*, such an update rounded as the tuned weights were; the drawn ones are in
-`offprincipal.geometry.gaussian`.
+the last is left to the entries themselves. Beside the ladder stand the *scaled rounding null*, whose steps know how far
+each row and column moves, the *isotropic null*, a Gaussian update of equal norm, and the *stored null*, such an update
+rounded as the tuned weights were; the drawn ones are in `offprincipal.geometry.gaussian`.
 """
 
 from offprincipal.geometry.nulls.chance import bernoulli_overlap, jaccard
@@ -18,6 +18,7 @@ from offprincipal.geometry.nulls.margins import (
     score_tests,
 )
 from offprincipal.geometry.nulls.rounding import RoundingNull, count_steps, rounding_intersection, rounding_null
+from offprincipal.geometry.nulls.scaled import ScaledNull, scaled_null
 from offprincipal.geometry.nulls.spacing import CountNull, intersection_null, overlap_null
 from offprincipal.geometry.nulls.stored import gaussian_scale, unchanged_isotropic, unchanged_isotropic_off_grid
 from offprincipal.geometry.nulls.stripes import dispersion, gini, line_null
@@ -26,6 +27,7 @@ __all__ = [
     "CountNull",
     "MarginModel",
     "RoundingNull",
+    "ScaledNull",
     "ScoreTest",
     "bernoulli_overlap",
     "class_slots",
@@ -42,6 +44,7 @@ __all__ = [
     "overlap_null",
     "rounding_intersection",
     "rounding_null",
+    "scaled_null",
     "score_tests",
     "unchanged_isotropic",
     "unchanged_isotropic_off_grid",

@@ -36,6 +36,17 @@ class RoundingNull:
     rates: Floats
     judged: float
 
+    def changes(self, entries: Array) -> float | None:
+        """Expected changed entries, Σ q_e N_e; None where too few are judged.
+
+        Args:
+            entries: (512,), entries of each class.
+
+        >>> RoundingNull(np.array([0.5, 1.0]), 1.0).changes(np.array([4, 2]))
+        4.0
+        """
+        return float(self.rates @ entries) if self.judged >= LEAST_JUDGED else None
+
     def overlap(self, entries: Array, in_mask: Array) -> float | None:
         """Expected share of the changed entries in a mask, Σ q_e M_e / Σ q_e N_e; None where too few are judged.
 
@@ -46,8 +57,8 @@ class RoundingNull:
         >>> null.overlap(np.array([4, 2]), np.array([4, 0]))
         0.5
         """
-        expected = float(self.rates @ entries)
-        return float(self.rates @ in_mask) / expected if self.judged >= LEAST_JUDGED and expected > 0 else None
+        expected = self.changes(entries)
+        return float(self.rates @ in_mask) / expected if expected else None
 
 
 def rounding_null(entries: Counts, changed: Counts, steps: Counts, known: bool) -> RoundingNull | None:

@@ -95,6 +95,18 @@ class Evidence:
         found = {run: pool_column(metric, self.matrices[run]).value for run in runs}
         return {run: value if math.isfinite(value) else None for run, value in found.items()}
 
+    def beside(
+        self, runs: Sequence[str], metric: str, null: str
+    ) -> tuple[dict[str, float | None], dict[str, float | None]]:
+        """Run -> a metric and its null, pooled over the linear matrices where both are known; None where none has."""
+        found: tuple[dict[str, float | None], dict[str, float | None]] = {}, {}
+        for run in runs:
+            known = [row for row in self.matrices[run] if row["linear"]]
+            known = [row for row in known if row.get(metric) is not None and row.get(null) is not None]
+            for name, values in zip((metric, null), found, strict=True):
+                values[run] = pool_column(name, known).value if known else None
+        return found
+
     def over_null(self, runs: Sequence[str], metrics: Sequence[str], null: str) -> dict[str, float | None]:
         """Run -> how many times its null a run is, matrix by matrix; None where that is defined nowhere.
 

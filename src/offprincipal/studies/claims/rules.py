@@ -72,6 +72,21 @@ def controlled_with(headline: Judgement, conditions: Sequence[Condition]) -> Jud
     return replace(found, verdict=none) if missed == {none} else found
 
 
+def decided_alike(headline: Judgement, stricter: Judgement) -> Judgement:
+    """A control, and one that knows more: decided only as both decide.
+
+    Returns:
+        The headline; where it is decided and the stricter one is not, or otherwise, the stricter one's effect, as
+        `no effect beyond the control` if that is what it is, else as `inconclusive`.
+    """
+    rule = f"{headline.rule}. Decided only if so is, by its own rule: {stricter.measure}"
+    if headline.verdict not in ("supported", "contradicted") or stricter.verdict == headline.verdict:
+        return replace(headline, rule=rule)
+    none: Verdict = "no effect beyond the control"
+    verdict: Verdict = none if stricter.verdict == none else "inconclusive"
+    return replace(stricter, verdict=verdict, rule=rule, sentence=headline.sentence)
+
+
 def _combined(headline: Judgement, conditions: Sequence[Condition]) -> Judgement:
     parts = [(headline.verdict, ("supported",)), *((c.judgement.verdict, c.wanted) for c in conditions)]
     verdict: Verdict = "supported"
@@ -92,9 +107,12 @@ def judge_positive(effect: Effect, *, measure: str, sentence: str = "") -> Judge
     found = effect.interval()
     if found.value is None:
         return nothing(measure, sentence)
-    rule = f"supported: interval above 0; with fewer than {LEAST_UNITS} {effect.what}, inconclusive"
+    rule = (
+        f"supported: interval above 0; no effect: nothing at all; else, and with fewer than {LEAST_UNITS} "
+        f"{effect.what}, inconclusive"
+    )
     verdict: Verdict = "inconclusive"
-    if found.low is not None and found.units >= LEAST_UNITS:
+    if found.low is not None and found.units >= LEAST_UNITS and (found.low > 0 or found.value == 0):
         verdict = "supported" if found.low > 0 else "no effect beyond the control"
     return Judgement(verdict, found.value, found.low, found.high, measure, rule, sentence, found.units)
 

@@ -9,6 +9,7 @@ from offprincipal.studies.claims.rules import (
     Judgement,
     by_run,
     controlled_with,
+    decided_alike,
     differences,
     judge_difference,
     judge_ratio,
@@ -22,41 +23,48 @@ from offprincipal.studies.claims.rules import (
 from offprincipal.studies.claims.units import over_runs_of_pairs
 
 Values = Mapping[str, float | None]
+_SCALED = "the run's own steps, dealt out blindly with the lengths of its rows and columns"
 
 
 @claim(
     "C1",
     "sparsity",
     "RLVR leaves far more bfloat16 weights bit-identical than SFT",
-    "update norm: what a Gaussian update of equal length leaves unchanged",
+    "update norm, and its own steps dealt out blindly: what either leaves unchanged",
     against_sft=True,
 )
 def sparsity(evidence: Evidence) -> tuple[Judgement, Judgement]:
     runs = (*evidence.rl, *evidence.against)
     share = evidence.of(runs, "unchanged_fraction")
     null = evidence.of(runs, "unchanged_fraction_isotropic_null")
-    beyond, over = differences(share, null), ratios(share, null)
-    return (
-        judge_difference(
-            evidence.contrasted(share),
-            measure="unchanged fraction, RLVR minus SFT",
-            relative=evidence.contrasted(_inverse(share), ratio=True),
-            sentence=(
-                f"RLVR left {percent(_mean(share, evidence.rl))} of the weights unchanged, SFT "
-                f"{percent(_mean(share, evidence.against))}. By run: {by_run(share, '{:.1%}')}."
-            ),
-        ),
-        judge_difference(
-            evidence.contrasted(beyond),
-            measure="unchanged fraction beyond that of a Gaussian update of equal length, RLVR minus SFT",
-            relative=evidence.contrasted(_inverse(over), ratio=True),
-            sentence=(
-                f"Gaussian updates of the same lengths would leave {percent(_mean(null, evidence.rl))} and "
-                f"{percent(_mean(null, evidence.against))} unchanged. By run, measured minus that: "
-                f"{by_run(beyond, '{:+.1%}')}."
-            ),
+    linear, dealt = evidence.beside(runs, "unchanged_fraction", "unchanged_fraction_scaled_null")
+    beyond, of_steps = differences(share, null), differences(linear, dealt)
+    published = judge_difference(
+        evidence.contrasted(share),
+        measure="unchanged fraction, RLVR minus SFT",
+        relative=evidence.contrasted(_inverse(share), ratio=True),
+        sentence=(
+            f"RLVR left {percent(_mean(share, evidence.rl))} of the weights unchanged, SFT "
+            f"{percent(_mean(share, evidence.against))}. By run: {by_run(share, '{:.1%}')}."
         ),
     )
+    controlled = judge_difference(
+        evidence.contrasted(beyond),
+        measure="unchanged fraction beyond that of a Gaussian update of equal length, RLVR minus SFT",
+        relative=evidence.contrasted(_inverse(ratios(share, null)), ratio=True),
+        sentence=(
+            f"Gaussian updates of the same lengths would leave {percent(_mean(null, evidence.rl))} and "
+            f"{percent(_mean(null, evidence.against))} unchanged. By run, measured minus that: "
+            f"{by_run(beyond, '{:+.1%}')}; minus what its own steps would leave, dealt out blindly: "
+            f"{by_run(of_steps, '{:+.2%}')}."
+        ),
+    )
+    stricter = judge_difference(
+        evidence.contrasted(of_steps),
+        measure=f"unchanged fraction beyond that of {_SCALED}, RLVR minus SFT",
+        relative=evidence.contrasted(_inverse(ratios(linear, dealt)), ratio=True),
+    )
+    return published, decided_alike(controlled, stricter)
 
 
 @claim(
@@ -131,7 +139,7 @@ def rotation(evidence: Evidence) -> tuple[Judgement, Judgement]:
     "C5",
     "off-principal",
     "RLVR's changed coordinates avoid principal weights, SFT's do not",
-    "rounding null: steps that ignore the weights, stored",
+    "rounding null: steps that ignore the weights, stored; also with the rows' and columns' own lengths",
     against_sft=True,
     anatomy="principal",
 )
@@ -143,7 +151,7 @@ def off_principal(evidence: Evidence) -> tuple[Judgement, Judgement]:
     "C6",
     "low-magnitude",
     "RLVR's changed coordinates prefer small weights, more than SFT's",
-    "rounding null: steps that ignore the weights, stored",
+    "rounding null: steps that ignore the weights, stored; also with the rows' and columns' own lengths",
     against_sft=True,
     anatomy="low_magnitude",
 )
@@ -152,28 +160,39 @@ def low_magnitude(evidence: Evidence) -> tuple[Judgement, Judgement]:
 
 
 def _judge_overlap(evidence: Evidence, mask: str, expected_sign: int) -> tuple[Judgement, Judgement]:
+    chance, rounding, scaled = (
+        _beyond(evidence, mask, expected_sign, null, what)
+        for null, what in (
+            ("random", "the mask's density"),
+            ("rounding_null", "that of the rounding null"),
+            ("scaled_null", f"that of {_SCALED}"),
+        )
+    )
+    return published_with(*chance), decided_alike(controlled_with(*rounding), scaled[0])
+
+
+def _beyond(
+    evidence: Evidence, mask: str, expected_sign: int, null: str, what: str
+) -> tuple[Judgement, list[Condition]]:
+    """How far a mask's share of the changes lies beyond a null, and whether it does so more than in SFT."""
     name, words, runs = f"{mask}_overlap", mask.replace("_", "-"), (*evidence.rl, *evidence.against)
-    overlap = evidence.of(runs, name)
-    found = []
-    for null, what in (("random", "the mask's density"), ("rounding_null", "that of the rounding null")):
-        expected = evidence.of(runs, f"{name}_{null}")
-        beyond, over = differences(overlap, expected), ratios(overlap, expected)
-        headline = judge_difference(
-            over_units({run: beyond[run] for run in evidence.rl}),
-            expected_sign,
-            measure=f"share of RLVR's changed weights in the {words} mask, minus {what}",
-            relative=over_units({run: over[run] for run in evidence.rl}, geometric=True),
-            sentence=(
-                f"Measured {by_run(overlap, '{:.1%}')}; minus {what} {by_run(beyond, '{:+.2%}')}, which is "
-                f"{percent(_mean(expected, evidence.rl))} for RLVR and {percent(_mean(expected, evidence.against))} "
-                "for SFT."
-            ),
-        )
-        more = judge_difference(
-            evidence.contrasted(beyond), expected_sign, measure=f"the same of RLVR minus SFT, each minus {what}"
-        )
-        found.append((headline, [Condition("it is more so than in SFT", more)]))
-    return published_with(*found[0]), controlled_with(*found[1])
+    overlap, expected = evidence.beside(runs, name, f"{name}_{null}")
+    beyond, over = differences(overlap, expected), ratios(overlap, expected)
+    headline = judge_difference(
+        over_units({run: beyond[run] for run in evidence.rl}),
+        expected_sign,
+        measure=f"share of RLVR's changed weights in the {words} mask, minus {what}",
+        relative=over_units({run: over[run] for run in evidence.rl}, geometric=True),
+        sentence=(
+            f"Measured {by_run(overlap, '{:.1%}')}; minus {what} {by_run(beyond, '{:+.2%}')}, which is "
+            f"{percent(_mean(expected, evidence.rl))} for RLVR and {percent(_mean(expected, evidence.against))} "
+            "for SFT."
+        ),
+    )
+    more = judge_difference(
+        evidence.contrasted(beyond), expected_sign, measure=f"the same of RLVR minus SFT, each minus {what}"
+    )
+    return headline, [Condition("it is more so than in SFT", more)]
 
 
 def _judge_against_stored(
