@@ -69,7 +69,7 @@ RUNS = {"rl": 3, "sft": 3, "dpo": 3}
 def evidence_of(folder: Path, beyond: bool = True) -> Evidence:
     names = {kind: [f"{kind}_{i}" for i in range(count)] for kind, count in RUNS.items()}
     matches = {"sft": dict(zip(names["rl"], names["sft"], strict=True))}
-    more = {"beyond": tuple(names["dpo"])} if beyond else {}
+    more = {"beyond": {"dpo": tuple(names["dpo"])}} if beyond else {}
     return Evidence.read(folder, names["rl"], {"sft": names["sft"]}, "comparison", matches=matches, **more)
 
 
@@ -145,7 +145,7 @@ def test_runs_that_changed_nothing_are_inconclusive_not_an_error(tmp_path: Path)
     base = write_model(tmp_path / "base", heavy_tailed())
     compare(base, {"rl": base, "sft": base}).write(tmp_path / "comparison")
     evidence = Evidence.read(tmp_path / "comparison", ["rl"], {"sft": ["sft"]}, "comparison")
-    for id in ("C2", "C3", "C4", "C5", "C6", "C13"):
+    for id in ("C2", "C3", "C4", "C5", "C6"):
         (found,) = judge(id, evidence)
         assert found["as_published"]["verdict"] == found["controlled"]["verdict"] == "inconclusive"
         assert found["as_published"]["effect"] is None
@@ -169,6 +169,25 @@ def test_each_kind_of_sft_is_a_contrast_of_its_own(tmp_path: Path) -> None:
     assert set(teacher["anatomy"]) == {"a", "b", "d"}
     rungs = teacher["anatomy"]["a"]
     assert rungs["random"] == pytest.approx(0.5) and 0 < rungs["measured"] < rungs["random"]
+
+
+def test_each_kind_beyond_rlvr_is_judged_by_itself_against_each_kind_of_sft(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", heavy_tailed())
+    runs = {name: write_run(tmp_path / name, updated(heavy_tailed(), 2e-4, i)) for i, name in enumerate("rabcde")}
+    compare(base, runs).write(tmp_path / "comparison")
+    matches = {"own": {"a": "d"}, "teacher": {"b": "e"}}
+    kinds = {"dpo": ("a",), "kto": ("b", "c")}
+    evidence = Evidence.read(
+        tmp_path / "comparison", ["r"], {"own": ["d"], "teacher": ["e"]}, "comparison", matches=matches, beyond=kinds
+    )
+    entries = judge("C13", evidence)
+    named = [(entry["of"], entry["contrast"]) for entry in entries]
+    assert named == [("dpo", "own"), ("dpo", "teacher"), ("kto", "own"), ("kto", "teacher")]
+    assert "Of b, c: " in entries[2]["controlled"]["sentence"] and set(entries[2]["anatomy"]) == {"b", "c", "d"}
+    of_dpo, *_ = evidence.contrasts(beyond=True)
+    matched = of_dpo.contrasted({"a": 0.5, "d": 0.2})
+    assert isinstance(matched, OverUnits) and matched.by_unit == {"a and d": pytest.approx(0.3)}
+    assert judge("C1", evidence)[0]["of"] is None
 
 
 # What is decided about nothing: runs that differ from each other, but not by kind.
@@ -225,12 +244,12 @@ def test_blind_updates_of_every_run_are_measured_like_the_runs_and_decide_nothin
             assert row["spectral_shift_stored_null"] == real["spectral_shift_stored_null"]
             assert row["principal_overlap"] != real["principal_overlap"]
     counts = negative_controls(evidence, list(CLAIMS), str(tmp_path / "base"), runs, 6, 0.5, 2)
-    assert {id for id, _ in counts} == {"C1", "C2", "C3", "C4", "C5", "C6", "C13"}
-    for (id, _), sides in counts.items():
+    assert {id for id, _, _ in counts} == {"C1", "C2", "C3", "C4", "C5", "C6"}
+    for (id, _, _), sides in counts.items():
         found = sides["controlled"]
         assert found["draws"] == 6
         assert found["supported"] + found["contradicted"] <= 2, id
-    assert counts["C5", "sft"]["as_published"]["supported"] >= 4  # rounding makes the published picture of anything
+    assert counts["C5", "", "sft"]["as_published"]["supported"] >= 4  # rounding makes the published picture of anything
     assert judge("C5", evidence)[0]["controlled"]["verdict"] == "supported"
 
 

@@ -50,6 +50,19 @@ def test_expansion_leaves_what_it_read_alone_and_copies_do_not_share_settings() 
     assert [stage["adapter"]["rank"] for stage in found.values()] == [1, 2]
 
 
+def test_names_in_mappings_to_lists_are_patterns_too() -> None:
+    stages = {
+        "a_1": {},
+        "a_2": {},
+        "b": {"sft": {"own": ["a_*"]}, "sources": {"gates": ["a_1"]}, "note": {"x": ["a_*"]}},
+    }
+    assert expand(stages)["b"] == {
+        "sft": {"own": ["a_1", "a_2"]},
+        "sources": {"gates": ["a_1"]},
+        "note": {"x": ["a_*"]},
+    }
+
+
 def test_stages_without_each_pass_untouched() -> None:
     stages = {"a": {"kind": "train", "runs": ["b"], "note": "{seed} *"}, "b": "no mapping"}
     assert expand(stages) == stages
@@ -86,14 +99,15 @@ def test_what_is_no_list_of_names_is_left_for_the_profile_to_refuse() -> None:
 def test_the_shipped_profile_pairs_every_control_with_ladders_of_its_own_rank_and_seed() -> None:
     profile = load_profile("peft")
     controls = {name: stage for name, stage in profile.stages.items() if stage.kind == "matched"}
-    assert len(controls) == 2 * 2 * 2
+    assert len(controls) == 2 * 2 * 2 * 3  # either method, either size, two ranks, three seeds
     for name, stage in controls.items():
         place = name.partition("_r")[2]
         rank, seed = place.split("_s")
         assert len(stage.like) >= 4 and len(stage.ladder) >= 4
         for run in (*stage.like, *stage.ladder):
             assert f"_r{rank}_" in run and run.endswith(f"_s{seed}")
-        assert {run.split("_")[0] for run in stage.like} == {"lora"}
-        assert {run.split("_")[0] for run in stage.ladder} == {"pissa"}
+        method = name.partition("_")[0]
+        assert {run.split("_")[0] for run in stage.ladder} == {method}
+        assert {run.split("_")[0] for run in stage.like} == {"lora", "pissa"} - {method}
     trained = {name for name, stage in profile.stages.items() if stage.kind in ("train", "matched")}
     assert set(profile.stages["outcomes"].runs) == set(profile.stages["weights"].runs) == trained

@@ -11,6 +11,7 @@ BySeed = Mapping[int, Row]
 
 FULL: Masked = ("full", None)
 PUBLISHED: Masked = ("safe", None)
+PROJECTIONS: Masked = ("random", 1.0)  # every entry of the projections; embeddings, head and norms are frozen
 
 
 def runs_by_mask(rows: Iterable[Row]) -> dict[Masked, dict[int, Row]]:
@@ -67,6 +68,6 @@ def mask_words(masked: Masked) -> str:
     mask, density = masked
     if masked == FULL:
         return mask
-    if density == 1:
+    if masked == PROJECTIONS:
         return "all projections"
     return f"{mask} (its own density)" if density is None else f"{mask} at {density:g}"

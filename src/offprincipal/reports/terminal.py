@@ -181,7 +181,7 @@ def claims_table(study: Mapping[str, Any]) -> Group:
         table.add_column(title)
     for claim in study["claims"]:
         table.add_row(
-            f"{claim['id']} {claim['title']}{_against(claim)}\n[dim]{escape(claim['statement'])}[/]",
+            f"{claim['id']} {claim['title']}{_contrast(claim)}\n[dim]{escape(claim['statement'])}[/]",
             _judgement(claim["as_published"]),
             _judgement(claim["controlled"]),
             escape(claim["controlled"]["control"]) + _blind(claim["controlled"].get("negative_control")),
@@ -189,8 +189,9 @@ def claims_table(study: Mapping[str, Any]) -> Group:
     return Group("the paper's claims: verdict, effect, 95 % interval over runs or matched pairs of runs", table)
 
 
-def _against(claim: Mapping[str, Any]) -> str:
-    return f", against {escape(claim['contrast'])}" if claim.get("contrast") else ""
+def _contrast(claim: Mapping[str, Any]) -> str:
+    of = f": {escape(claim['of'])}" if claim.get("of") else ""
+    return of + (f", against {escape(claim['contrast'])}" if claim.get("contrast") else "")
 
 
 def _blind(counts: Mapping[str, int] | None) -> str:

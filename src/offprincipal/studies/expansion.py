@@ -20,8 +20,7 @@ from typing import Any
 from offprincipal.errors import StudyError
 
 EACH = "each"
-_NAMED_IN = ("runs", "rl", "sft", "beyond", "like", "ladder")  # fields that name stages and take patterns
-_SOURCES = "sources"
+_NAMED_IN = ("runs", "rl", "sft", "beyond", "sources", "like", "ladder")  # fields that name stages and take patterns
 
 
 def expand(stages: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,7 +75,9 @@ def _set(stage: dict[str, Any], path: Sequence[str], value: Any, name: str) -> N
 
 
 def _filled(text: Any, words: Mapping[str, Any]) -> Any:
-    """A text, or texts of a list, with the values in place of their names in braces."""
+    """A text, or texts of lists and mappings, with the values in place of their names in braces."""
+    if isinstance(text, dict):
+        return {key: _filled(value, words) for key, value in text.items()}
     if isinstance(text, list):
         return [_filled(one, words) for one in text]
     if not isinstance(text, str):
@@ -93,14 +94,13 @@ def _with_names(stage: Any, names: Sequence[str]) -> Any:
     """A stage whose patterns are replaced by the names, of other stages, that they stand for."""
     if not isinstance(stage, dict):
         return stage
-    found = {key: _named(value, names) if key in _NAMED_IN else value for key, value in stage.items()}
-    if isinstance(found.get(_SOURCES), dict):
-        found[_SOURCES] = {source: _named(value, names) for source, value in found[_SOURCES].items()}
-    return found
+    return {key: _named(value, names) if key in _NAMED_IN else value for key, value in stage.items()}
 
 
 def _named(patterns: Any, names: Sequence[str]) -> Any:
-    """The names that patterns stand for, each once."""
+    """The names that patterns stand for, each once; of a mapping to lists, in each list."""
+    if isinstance(patterns, dict):
+        return {key: _named(value, names) for key, value in patterns.items()}
     if not (isinstance(patterns, list) and all(isinstance(pattern, str) for pattern in patterns)):
         return patterns  # which the check of the whole profile refuses
     found: dict[str, None] = {}

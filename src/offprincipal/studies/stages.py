@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from offprincipal.comparison import CompareSettings, MatrixSettings, compare
 from offprincipal.errors import StudyError
@@ -165,7 +165,7 @@ class ClaimsStage(StageKind):
         sft: SFT runs, by kind; a list is one kind.
         sources: of what the theory's claims need, of `SOURCES`, the stages that made it.
         gaussian: run -> the stage of the Gaussian update that stands beside it.
-        beyond: runs that learn from preferences or a teacher, of which C13 speaks.
+        beyond: runs that learn from preferences or a teacher, of which C13 speaks, by kind; a list is one kind.
         negative_control: blind updates of every run that the rules are tried on; 0: none.
     """
 
@@ -173,16 +173,17 @@ class ClaimsStage(StageKind):
     comparison: str
     rl: tuple[str, ...] = Field(min_length=1)
     sft: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    beyond: tuple[str, ...] = ()
+    beyond: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     claims: tuple[str, ...] = Field(min_length=1)
     sources: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     gaussian: dict[str, str] = Field(default_factory=dict)
     negative_control: int = Field(20, ge=0)
 
-    @field_validator("sft", mode="before")
+    @field_validator("sft", "beyond", mode="before")
     @classmethod
-    def _one_kind(cls, value: Any) -> Any:
-        return {"SFT": value} if isinstance(value, list | tuple) and value else value or {}
+    def _one_kind(cls, value: Any, field: ValidationInfo) -> Any:
+        kind = "SFT" if field.field_name == "sft" else "beyond RLVR"
+        return {kind: value} if isinstance(value, list | tuple) and value else value or {}
 
     def inputs(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((self.comparison, *self.trained)) | dict.fromkeys(chain(*self.sources.values())))
@@ -191,7 +192,7 @@ class ClaimsStage(StageKind):
     def trained(self) -> tuple[str, ...]:
         """The training stages that `study.json` speaks of."""
         watched = (self.sources.get(f"watched_{kind}", ()) for kind in ("rl", "sft"))
-        return tuple(dict.fromkeys((*self.rl, *self.beyond, *chain(*self.sft.values()), *chain(*watched))))
+        return tuple(dict.fromkeys((*self.rl, *chain(*self.beyond.values(), *self.sft.values(), *watched))))
 
     def check(self, base: str, training: Mapping[str, Any]) -> None:
         unknown = [claim for claim in self.claims if claim not in CLAIMS]
@@ -203,6 +204,8 @@ class ClaimsStage(StageKind):
         for claim in self.claims:
             if CLAIMS[claim].against_sft and not self.sft:
                 raise StudyError(f"claim {claim} compares RLVR with SFT: name the runs in 'sft'")
+            if CLAIMS[claim].beyond and not self.beyond:
+                raise StudyError(f"claim {claim} is about other ways to learn: name the runs in 'beyond'")
             for need in CLAIMS[claim].needs:
                 if not self.sources.get(need):
                     raise StudyError(f"claim {claim} needs the source '{need}': name the stages that make it")
@@ -240,20 +243,19 @@ class ClaimsStage(StageKind):
         base, threads = str(base_folder(space.base)), os.cpu_count() or 1
         found = negative_controls(evidence, self.claims, base, runs, self.negative_control, alpha, threads)
         for claim in claims:
-            for side, counts in found.get((claim["id"], claim["contrast"] or ""), {}).items():
+            for side, counts in found.get((claim["id"], claim["of"] or "", claim["contrast"] or ""), {}).items():
                 claim[side]["negative_control"] = counts
 
     def _matches(self, space: Workspace) -> dict[str, dict[str, str]]:
-        """Kind of SFT -> RLVR run -> the SFT run that shares its seed and its tasks."""
+        """Kind of SFT -> another run -> the SFT run that shares its seed and its tasks."""
 
         def shared(run: str) -> tuple[Any, ...]:
             settings = read_json(space.folder(run) / "run.json")["settings"]
             return settings["seed"], tuple(settings["tasks"])
 
-        ours = {shared(run): run for run in self.rl}
-        return {
-            kind: {ours[key]: run for run in runs if (key := shared(run)) in ours} for kind, runs in self.sft.items()
-        }
+        others = {run: shared(run) for run in (*self.rl, *chain(*self.beyond.values()))}
+        by_settings = {kind: {shared(run): run for run in runs} for kind, runs in self.sft.items()}
+        return {kind: {run: sft[key] for run, key in others.items() if key in sft} for kind, sft in by_settings.items()}
 
     def files(self, name: str, space: Workspace) -> list[Path]:
         return [space.out / "study.json"]

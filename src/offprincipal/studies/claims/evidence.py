@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,11 +35,12 @@ class Evidence:
 
     Args:
         sft: SFT runs by their kind; kinds are not mixed, since a teacher's traces and own answers are different data.
-        matches: kind of SFT -> RLVR run -> the SFT run that shares its seed and tasks.
+        matches: kind of SFT -> another run -> the SFT run that shares its seed and tasks.
         sources: what the theory's claims read beside the comparison: of `SOURCES`, each to the folders that hold it.
         gaussian: run -> the Gaussian update of equal length that stands beside it in the source `bounds`.
-        beyond: runs that learn from preferences or a teacher.
-        contrast: the kind of SFT that RLVR is held against; set by `contrasts`.
+        beyond: runs that learn from preferences or a teacher, by their kind.
+        contrast: the kind of SFT that RLVR is held against; kind: that of `beyond` which stands in RLVR's place, as
+            `rl`; set by `contrasts`.
     """
 
     matrices: Mapping[str, list[Row]]
@@ -49,8 +51,9 @@ class Evidence:
     matches: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     sources: Mapping[str, Sequence[Path]] = field(default_factory=dict)
     gaussian: Mapping[str, str] = field(default_factory=dict)
-    beyond: tuple[str, ...] = ()
+    beyond: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     contrast: str = ""
+    kind: str = ""
 
     @classmethod
     def read(
@@ -69,16 +72,18 @@ class Evidence:
         for row in read_table(comparison, "matrices"):
             runs.setdefault(row["run"], []).append(row)
         kinds = {kind: tuple(of_kind) for kind, of_kind in sft.items()}
-        named = (*rl, *(run for of_kind in kinds.values() for run in of_kind), *more.get("beyond", ()))
+        named = (*rl, *chain(*kinds.values(), *more.get("beyond", {}).values()))
         absent = [run for run in named if run not in runs]
         if absent:
             raise StudyError(f"{comparison} has no run '{absent[0]}': its runs are {', '.join(runs)}")
         return cls(runs, read_table(comparison, "pairs"), tuple(rl), kinds, folder, **more)
 
-    def contrasts(self) -> Iterator["Evidence"]:
-        """The same, one for each kind of SFT that RLVR is held against."""
-        for kind in self.sft:
-            yield replace(self, contrast=kind)
+    def contrasts(self, beyond: bool = False) -> Iterator["Evidence"]:
+        """The same, one for each kind of SFT that RLVR is held against, or that each kind of `beyond` is."""
+        subjects = self.beyond if beyond else {"": self.rl}
+        for kind, runs in subjects.items():
+            for sft in self.sft:
+                yield replace(self, rl=runs, kind=kind, contrast=sft)
 
     @property
     def against(self) -> tuple[str, ...]:

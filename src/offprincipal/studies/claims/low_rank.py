@@ -1,8 +1,10 @@
 """C12: does principal LoRA gain nothing and collapse first, judged from ladders of learning rates, ranks and seeds."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from statistics import fmean
 
 from offprincipal.outcomes.ladders import (
     SAME_SIZE,
@@ -37,7 +39,7 @@ _MATCHES = (("update_norm", "update norm"), ("kl_to_base", "KL to the base"))
     "C12",
     "PEFT",
     "Principal LoRA (PiSSA) gains nothing and collapses at higher learning rates, where plain LoRA is robust",
-    "step length: PiSSA at the rates that give it the update norm, and the KL, of LoRA at its highest stable rate",
+    "step length: LoRA and PiSSA at equal update norm, and at equal KL, of either at its highest stable rate",
     tables=(),
     needs=("outcomes",),
 )
@@ -53,13 +55,13 @@ def principal_lora(evidence: Evidence) -> tuple[Judgement, Judgement]:
 
 def _published(plain: Ladders, principal: Ladders, said: str) -> Judgement:
     pairs = sorted(plain.keys() & principal.keys())
-    ratios = {_words(pair): _stable_rate(plain[pair]) / _stable_rate(principal[pair]) for pair in pairs}
+    ratios = {pair: _stable_rate(plain[pair]) / _stable_rate(principal[pair]) for pair in pairs}
     gains = [best_accuracy(principal[pair]) - best_accuracy(plain[pair]) for pair in pairs]
     gains_nothing = judge_at_most(
-        sum(gains) / len(gains), SHARE_MARGIN, measure="best accuracy of PiSSA minus that of LoRA, mean over pairs"
+        fmean(gains), SHARE_MARGIN, measure="best accuracy of PiSSA minus that of LoRA, mean over pairs"
     )
     headline = judge_ratio(
-        OverUnits(ratios, geometric=True, what="pairs of runs"),
+        _over_seeds(ratios, geometric=True),
         measure="highest stable learning rate of LoRA over that of PiSSA",
         sentence=said,
     )
@@ -98,28 +100,40 @@ def _controlled(rows: Sequence[Row]) -> Judgement:
 
 
 def _at_equal(rows: Sequence[Row], by: str, words: str) -> Judgement:
-    """LoRA at its highest stable rate, minus PiSSA where it went as far."""
+    """LoRA minus PiSSA at equal step, at the highest stable rate of either, so that neither alone is the one chosen."""
     by_run = {row["run"]: row for row in rows}
-    matched = [
-        row
-        for row in rows
-        if row["method"] == PRINCIPAL
-        and row["matched_by"] == by
-        and by_run.get(row["matched_to"], {}).get("method") == PLAIN
-    ]
-    near = [row for row in matched if at_equal_size(row)]
-    lost = {
-        _words((row["rank"], row["seed"])): by_run[row["matched_to"]]["sampled_accuracy"] - row["sampled_accuracy"]
-        for row in near
-    }
-    listed = "; ".join(f"{pair} {value:+.3f}" for pair, value in lost.items()) or "none"
-    missed = len(matched) - len(near)
+    found: dict[Pair, dict[str, float]] = {}
+    missed = 0
+    for row in rows:
+        like = by_run.get(row["matched_to"])
+        if row["matched_by"] != by or like is None or {row["method"], like["method"]} != {PLAIN, PRINCIPAL}:
+            continue
+        if not at_equal_size(row):
+            missed += 1
+            continue
+        ahead = like["sampled_accuracy"] - row["sampled_accuracy"]
+        found.setdefault((row["rank"], row["seed"]), {})[like["method"]] = ahead if like["method"] == PLAIN else -ahead
+    both = {pair: sum(sides.values()) / 2 for pair, sides in found.items() if len(sides) == 2}
+    listed = "; ".join(
+        f"{_words(pair)} {sides.get(PLAIN, math.nan):+.3f} and {sides.get(PRINCIPAL, math.nan):+.3f}"
+        for pair, sides in sorted(found.items())
+    ).replace("+nan", "unknown")
     left_out = f"; {missed} left out, having missed it by more than {SAME_SIZE - 1:.0%}" if missed else ""
     return judge_difference(
-        OverUnits(lost, what="pairs of runs"),
-        measure=f"sampled accuracy of LoRA at its highest stable rate minus that of PiSSA at equal {words}",
-        sentence=f"LoRA minus PiSSA at equal {words}: {listed}{left_out}.",
+        _over_seeds(both),
+        measure=f"sampled accuracy of LoRA minus that of PiSSA at equal {words}, at either's highest stable rate",
+        sentence=f"LoRA minus PiSSA at the {words} of LoRA's highest stable rate, and of PiSSA's: {listed or 'none'}"
+        f"{left_out}.",
     )
+
+
+def _over_seeds(values: Mapping[Pair, float], geometric: bool = False) -> OverUnits:
+    """Seeds are the unit: ranks of one seed share prompts and base, and are pooled."""
+    of_seeds: dict[int, list[float]] = {}
+    for (_, seed), value in values.items():
+        of_seeds.setdefault(seed, []).append(math.log(value) if geometric else value)
+    means = {f"seed {seed}": fmean(of_seed) for seed, of_seed in sorted(of_seeds.items())}
+    return OverUnits({s: math.exp(x) if geometric else x for s, x in means.items()}, geometric, what="seeds")
 
 
 def _stable_rate(ladder: Sequence[Row]) -> float:

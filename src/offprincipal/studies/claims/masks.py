@@ -1,9 +1,11 @@
 """C11: does training under the safe mask alone follow full fine-tuning, judged from the KL curves of runs and seeds."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 
 from offprincipal.outcomes.curves import (
     FULL,
+    PROJECTIONS,
     PUBLISHED,
     BySeed,
     Masked,
@@ -56,14 +58,16 @@ def sparse_fine_tuning(evidence: Evidence) -> tuple[Judgement, Judgement]:
 def _published(
     runs: Mapping[Masked, BySeed], areas: Mapping[Masked, Mapping[int, float]], density: float, said: str
 ) -> Judgement:
-    safe, principal = areas.get(PUBLISHED, {}), areas["principal", density]
+    safe, principal, projections = areas.get(PUBLISHED, {}), areas["principal", density], areas.get(PROJECTIONS, {})
+    frozen = {seed: projections.get(seed, 0.0) for seed in safe}
     conditions = [
         Condition(
-            f"the safe curve is within {TRACKS:g} of the full one",
+            f"the safe curve is within {TRACKS:g} of the full one, beyond what freezing all but projections costs",
             judge_at_most(
-                sum(safe.values()) / len(safe) if safe else None,
+                fmean(safe[seed] - frozen[seed] for seed in safe) if safe else None,
                 TRACKS,
-                measure="area between the two over that under the full one, mean over seeds",
+                measure="area between the two over that under the full one, less that of all projections, mean over "
+                "seeds",
             ),
         ),
         Condition(

@@ -34,7 +34,7 @@ _LOCATION = tuple(metric for metric in metrics_of(("location", "spectrum")) if m
 
 def negative_controls(
     evidence: Evidence, ids: Sequence[str], base: str, runs: Mapping[str, str], draws: int, alpha: float, threads: int
-) -> dict[tuple[str, str], dict[str, Counts]]:
+) -> dict[tuple[str, str, str], dict[str, Counts]]:
     """How often each claim's rule decides something of blind updates.
 
     Args:
@@ -45,14 +45,15 @@ def negative_controls(
         alpha: density of the masks.
 
     Returns:
-        (claim, contrast) -> side, `as_published` or `controlled` -> `draws`, `supported`, `contradicted`.
+        (claim, kind beyond RLVR, contrast) -> side, `as_published` or `controlled` -> `draws`, `supported`,
+        `contradicted`.
     """
     judged = [id for id in ids if CLAIMS[id].tables]
-    found: dict[tuple[str, str], dict[str, Counts]] = {}
+    found: dict[tuple[str, str, str], dict[str, Counts]] = {}
     for blind in blind_evidence(evidence, base, runs, draws, alpha, threads) if judged and draws else []:
         for id in judged:
-            for one in blind.contrasts() if CLAIMS[id].against_sft else [blind]:
-                sides = found.setdefault((id, one.contrast), {side: _none() for side in _SIDES})
+            for one in CLAIMS[id].contrasts(blind):
+                sides = found.setdefault((id, one.kind, one.contrast), {side: _none() for side in _SIDES})
                 for side, judgement in zip(_SIDES, CLAIMS[id].judge(one), strict=True):
                     sides[side]["draws"] += 1
                     if judgement.verdict in ("supported", "contradicted"):

@@ -1,6 +1,6 @@
 """The claims by their ids, and one claim's entry in `study.json`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ class Claim:
     Args:
         tables: of the comparison, that it rests on; needs: the sources beyond the comparison, of `SOURCES`.
         against_sft: whether RLVR is held against SFT, one contrast a kind of SFT.
+        beyond: whether it speaks of what is not RLVR, one kind at a time.
         anatomy: the mask whose ladder of nulls stands beside the verdicts; `pairs` for that of the Jaccard.
     """
 
@@ -25,8 +26,13 @@ class Claim:
     tables: tuple[str, ...]
     needs: tuple[str, ...]
     against_sft: bool
+    beyond: bool
     anatomy: str | None
     judge: "Judge"
+
+    def contrasts(self, evidence: Evidence) -> Iterator[Evidence]:
+        """The evidence of each of its verdicts."""
+        return evidence.contrasts(self.beyond) if self.against_sft else iter([evidence])
 
 
 CLAIMS: dict[str, Claim] = {}
@@ -42,21 +48,22 @@ def claim(
     tables: tuple[str, ...] = ("matrices",),
     needs: tuple[str, ...] = (),
     against_sft: bool = False,
+    beyond: bool = False,
     anatomy: str | None = None,
 ) -> Callable[[Judge], Judge]:
     """Enter a claim into `CLAIMS`."""
 
     def enter(judge: Judge) -> Judge:
-        CLAIMS[id] = Claim(id, title, statement, control, tables, needs, against_sft, anatomy, judge)
+        CLAIMS[id] = Claim(id, title, statement, control, tables, needs, against_sft, beyond, anatomy, judge)
         return judge
 
     return enter
 
 
 def judge(id: str, evidence: Evidence) -> list[dict[str, Any]]:
-    """One claim's entries in `study.json`: one, or one for each kind of SFT that RLVR is held against."""
+    """One claim's entries in `study.json`: one, or one for each contrast."""
     found = CLAIMS[id]
-    return [_entry(found, one) for one in (evidence.contrasts() if found.against_sft else [evidence])]
+    return [_entry(found, one) for one in found.contrasts(evidence)]
 
 
 def _entry(found: Claim, evidence: Evidence) -> dict[str, Any]:
@@ -70,6 +77,7 @@ def _entry(found: Claim, evidence: Evidence) -> dict[str, Any]:
     return {
         "id": found.id,
         "contrast": evidence.contrast or None,
+        "of": evidence.kind or None,
         "title": found.title,
         "statement": found.statement,
         "as_published": as_published.as_dict(),

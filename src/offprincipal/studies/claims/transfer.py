@@ -9,7 +9,6 @@ from offprincipal.studies.claims.rules import (
     Condition,
     Judgement,
     controlled_with,
-    nothing,
     published_with,
 )
 
@@ -27,15 +26,12 @@ _PARTS = (
     "Preference learning and distillation leave the same signature: off-principal, sparse, and true to the spectrum",
     "as of C1 and C3 to C6: rounding for locations, update norm for the rest",
     against_sft=True,
+    beyond=True,
     anatomy="principal",
 )
 def beyond_rlvr(evidence: Evidence) -> tuple[Judgement, Judgement]:
-    if not evidence.beyond:
-        none = nothing("the signature", "No run learns from preferences or a teacher.")
-        return none, none
-    others = replace(evidence, rl=evidence.beyond, matches={})
-    parts = [(words, rule(others)) for words, rule in _PARTS]
-    published, controlled = signatures.off_principal(others)
+    parts = [(words, rule(evidence)) for words, rule in _PARTS]
+    published, controlled = signatures.off_principal(evidence)
     found = (
         published_with(published, [Condition(words, judged[0]) for words, judged in parts]),
         controlled_with(controlled, [Condition(words, judged[1]) for words, judged in parts]),
@@ -49,7 +45,7 @@ def _named(judgement: Judgement, evidence: Evidence) -> Judgement:
         judgement,
         measure=_of_these(judgement.measure),
         rule=_of_these(judgement.rule),
-        sentence=f"Of {', '.join(evidence.beyond)}: {_of_these(judgement.sentence)}",
+        sentence=f"Of {', '.join(evidence.rl)}: {_of_these(judgement.sentence)}",
     )
 
 
