@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from offprincipal import adapt
-from offprincipal.geometry.spectrum import decompose, principal_rank
+from offprincipal.geometry.principal import principal_rank
+from offprincipal.geometry.spectrum import decompose
 from offprincipal.geometry.subspace import principal_energies
 from offprincipal.models import open_language_model
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from offprincipal.comparison import compare
 from offprincipal.errors import StudyError
-from offprincipal.geometry.masks import principal_ranks
-from offprincipal.geometry.spectrum import decompose, principal_rank
+from offprincipal.geometry.principal import principal_rank, principal_ranks
+from offprincipal.geometry.spectrum import decompose
 from offprincipal.studies.claims import CLAIMS, Evidence, decide, judge
 from offprincipal.studies.claims.negative import blind_evidence, negative_controls
 from offprincipal.studies.claims.rules import judge_difference

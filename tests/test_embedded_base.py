@@ -15,10 +15,11 @@ from torch import Tensor
 from offprincipal.assets import embedded_base
 from offprincipal.comparison import CompareSettings
 from offprincipal.comparison.work import Work
-from offprincipal.geometry.masks import low_magnitude_ranks, principal_ranks
+from offprincipal.geometry.masks import low_magnitude_ranks
 from offprincipal.geometry.nulls import intersection_null, overlap_null
 from offprincipal.geometry.precision import changed, exponent_class
-from offprincipal.geometry.spectrum import decompose, principal_rank
+from offprincipal.geometry.principal import principal_rank, principal_ranks
+from offprincipal.geometry.spectrum import decompose
 from offprincipal.measures.spectral import to_tensor
 from offprincipal.tasks import mixture, open_task, split_of, symbolic_kinds
 from offprincipal.training import evaluate

@@ -21,13 +21,15 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trai
 from trl import GRPOConfig, GRPOTrainer
 
 import offprincipal
-from offprincipal.adapters import adapt, initialisations, off_principal
+from offprincipal.adapters import adapt, initialisations
 from offprincipal.adapters.adapt import METHODS
 from offprincipal.adapters.initialisations import INITIALISATIONS, OFFSET, Start, StartSettings
 from offprincipal.adapters.off_principal import ProjectedFactor, principal_subspaces
 from offprincipal.adapters.record import RECORD, WEIGHTS
 from offprincipal.errors import AdapterError
-from offprincipal.geometry.spectrum import decompose, principal_rank
+from offprincipal.geometry import principal
+from offprincipal.geometry.principal import principal_rank
+from offprincipal.geometry.spectrum import decompose
 from offprincipal.geometry.subspace import principal_energies
 from offprincipal.models import open_language_model
 from offprincipal.models.opening import hash_of
@@ -254,8 +256,7 @@ class TestInitialisations:
     def test_large_matrices_are_decomposed_alike(self, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
         W = matrix(*shape)
         exact = initialisations.top_triplets(W, 5), initialisations.bottom_triplets(W, 5), principal_subspaces(W, 5)
-        monkeypatch.setattr(initialisations, "EXACT_UP_TO", 8)
-        monkeypatch.setattr(off_principal, "EXACT_UP_TO", 8)
+        monkeypatch.setattr(principal, "EXACT_UP_TO", 8)
         large = initialisations.top_triplets(W, 5), initialisations.bottom_triplets(W, 5), principal_subspaces(W, 5)
         for i in (0, 1):
             torch.testing.assert_close(large[i].S, exact[i].S)

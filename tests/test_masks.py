@@ -7,15 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matrices import gaussian, orthogonal, seeds
 
-from offprincipal.geometry.masks import (
-    ALPHAS,
-    entry_ranks,
-    low_magnitude_ranks,
-    mask_size,
-    masks_at,
-    principal_ranks,
-    random_ranks,
-)
+from offprincipal.geometry.masks import ALPHAS, entry_ranks, low_magnitude_ranks, mask_size, masks_at, random_ranks
+from offprincipal.geometry.principal import principal_ranks
 from offprincipal.geometry.spectrum import decompose
 
 

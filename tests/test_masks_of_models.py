@@ -17,7 +17,8 @@ from offprincipal.adapters import KINDS, Masks, make_masks
 from offprincipal.adapters.choosing import first_of_either
 from offprincipal.errors import AdapterError, CheckpointError, FileError, NonFiniteTensor
 from offprincipal.geometry.masks import entry_ranks, low_magnitude_ranks, mask_size, masks_at
-from offprincipal.geometry.spectrum import decompose, principal_rank
+from offprincipal.geometry.principal import principal_rank
+from offprincipal.geometry.spectrum import decompose
 from offprincipal.models import open_language_model
 
 BY_WEIGHTS = [kind for kind in KINDS if kind != "from_run"]

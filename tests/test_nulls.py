@@ -12,7 +12,7 @@ from matrices import gaussian, orthogonal, seeds
 from torch import Tensor
 
 from offprincipal.geometry.gaussian import isotropic_update, moved_isotropically
-from offprincipal.geometry.masks import low_magnitude_ranks, principal_ranks
+from offprincipal.geometry.masks import low_magnitude_ranks
 from offprincipal.geometry.nulls import (
     bernoulli_overlap,
     dispersion,
@@ -25,6 +25,7 @@ from offprincipal.geometry.nulls import (
     unchanged_isotropic_off_grid,
 )
 from offprincipal.geometry.precision import changed, exponent_class
+from offprincipal.geometry.principal import principal_ranks
 from offprincipal.geometry.scan import count_codes
 from offprincipal.geometry.spectrum import Svd, decompose, spectral_shift
 from offprincipal.geometry.subspace import principal_angles

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from offprincipal.comparison import compare
 from offprincipal.geometry.gaussian import moved_isotropically
-from offprincipal.geometry.spectrum import decompose_by_gram, decompose_warm, principal_rank, spectral_shift
+from offprincipal.geometry.principal import principal_rank
+from offprincipal.geometry.spectrum import decompose_by_gram, decompose_warm, spectral_shift
 from offprincipal.studies.claims import Evidence, judge
 
 SHAPE = (320, 400)

@@ -11,7 +11,8 @@ from matrices import gaussian, orthogonal, seeds, sizes, updates
 from torch import Tensor
 
 from offprincipal.geometry.bounds import ky_fan_tightness, mirsky_tightness, wedin_tightness, weyl_tightness
-from offprincipal.geometry.spectrum import decompose, effective_rank, principal_rank, spectral_shift, stable_rank
+from offprincipal.geometry.principal import principal_rank
+from offprincipal.geometry.spectrum import decompose, effective_rank, spectral_shift, stable_rank
 from offprincipal.geometry.subspace import principal_angles, principal_energies
 from offprincipal.measures.pair import BaseMatrix
 from offprincipal.measures.settings import MatrixSettings

@@ -135,7 +135,7 @@ def test_what_is_brought_back_agrees_as_the_untouched_do(tmp_path: Path) -> None
 
 def precision(tmp_path: Path, size: float, pull: float) -> Evidence:
     """Three runs whose update is `pull` times as large off principal weights as on them."""
-    from offprincipal.geometry.masks import principal_ranks
+    from offprincipal.geometry.principal import principal_ranks
     from offprincipal.geometry.spectrum import decompose
 
     base, rows, off = open_checkpoint(write_model(tmp_path / "base", weights())), [], {}

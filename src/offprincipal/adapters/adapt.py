@@ -20,7 +20,7 @@ from offprincipal.adapters.factors import FrozenFactor, OffsetFactor
 from offprincipal.adapters.initialisations import INITIALISATIONS, OFFSET, Start, StartSettings
 from offprincipal.adapters.off_principal import ProjectedFactor, principal_subspaces
 from offprincipal.errors import AdapterError
-from offprincipal.geometry.spectrum import principal_rank
+from offprincipal.geometry.principal import principal_rank
 from offprincipal.models.opening import hash_of
 
 METHODS = ("lora", *INITIALISATIONS, "off_principal")

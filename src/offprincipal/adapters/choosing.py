@@ -40,16 +40,14 @@ from offprincipal.checkpoints import (
 from offprincipal.checkpoints.roles import LINEAR_ROLES
 from offprincipal.errors import AdapterError, NonFiniteTensor
 from offprincipal.geometry.draws import generator_of
+from offprincipal.geometry.principal import principal_rank, principal_scores, principal_triplets
 from offprincipal.geometry.scan import bf16_codes, largest_cuts, largest_levels, mask_size, values_of_codes
-from offprincipal.geometry.spectrum import decompose, decompose_randomized, principal_rank
 
 Kind = Literal["principal", "off_principal", "low_magnitude", "safe", "random", "from_run"]
 Scope = Literal["matrix", "global"]
 Scores = NDArray[np.float32]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 DEFAULT_DENSITY = 0.5
-_EXACT_UP_TO = 1024
-_TOLERANCE = 1e-3
 _LARGEST = np.uint32(0x7F7FFFFF)  # the bits of the largest finite float32
 _PROBES = 24
 
@@ -225,14 +223,14 @@ def _orders(
     """What gives a matrix its scores, flat, the first entries the largest; two for a union."""
 
     def off_principal(matrix: LinearMatrix) -> Scores:
-        return _reversed(_principal(matrix, rank_fraction, seed))
+        return _reversed(_principal(matrix, rank_fraction))
 
     def low_magnitude(matrix: LinearMatrix) -> Scores:
         return _reversed(np.abs(matrix.weights().reshape(-1)))
 
     match kind:
         case "principal":
-            return [lambda matrix: _principal(matrix, rank_fraction, seed)]
+            return [lambda matrix: _principal(matrix, rank_fraction)]
         case "off_principal":
             return [off_principal]
         case "low_magnitude":
@@ -273,15 +271,12 @@ def _chosen(
         yield chosen[stop - matrix.numel : stop].reshape(matrix.part.matrix_shape)
 
 
-def _principal(matrix: LinearMatrix, rank_fraction: float, seed: int) -> Scores:
+def _principal(matrix: LinearMatrix, rank_fraction: float) -> Scores:
     """|U_k S_k V_kᵀ|, flat."""
     W = torch.from_numpy(matrix.weights())
     k = principal_rank(W.shape, rank_fraction)
-    if min(W.shape) <= _EXACT_UP_TO:
-        svd = decompose(W).top(k)
-    else:
-        svd = decompose_randomized(W, k, _TOLERANCE, generator_of(seed, matrix.part.name, "subspace")).top(k)
-    scores: Scores = ((svd.U * svd.S) @ svd.Vh).abs().float().numpy().reshape(-1)
+    svd = principal_triplets(W.double(), k).top(k)
+    scores: Scores = principal_scores(svd.U, svd.S, svd.Vh).float().numpy().reshape(-1)
     return scores
 
 

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offprincipal.adapters.off_principal import EXACT_UP_TO
-from offprincipal.geometry import masks, spectrum
+from offprincipal.geometry import masks, principal, spectrum
 from offprincipal.geometry.spectrum import Svd
 
-_RESIDUAL = 1e-10  # of σ_1: how well triplets from the Gram matrix have to hold
+_RESIDUAL = 1e-10  # relative: how well triplets from the Gram matrix have to hold
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,9 @@ def geora(W: Tensor, settings: StartSettings) -> Start:
     `rank_fraction`. The factors get √Σ each, as in PiSSA, and the rest of the base is frozen.
     """
     assert settings.rank_fraction is not None and settings.density is not None
-    svd = top_triplets(W, spectrum.principal_rank(W.shape, settings.rank_fraction))
+    svd = top_triplets(W, principal.principal_rank(W.shape, settings.rank_fraction))
     ranks = {
-        "principal": masks.principal_ranks(svd.U, svd.S, svd.Vh),
+        "principal": principal.principal_ranks(svd.U, svd.S, svd.Vh),
         "low_magnitude": masks.low_magnitude_ranks(W),
     }
     safe = masks.masks_at(settings.density, ranks)["safe"]
@@ -122,16 +121,12 @@ OFFSET = ("pissa", "milora", "olora", "geora")  # those that start at a part of 
 
 
 def top_triplets(W: Tensor, rank: int) -> Svd:
-    """The first singular triplets, float64: LAPACK's, or from the Gram matrix, certified.
+    """The first singular triplets, float64: LAPACK's, or with a relative error bound of 1e-10 on singular values.
 
     >>> top_triplets(torch.diag(torch.tensor([1.0, 3.0, 2.0])), 2).S
     tensor([3., 2.], dtype=torch.float64)
     """
-    if min(W.shape) > EXACT_UP_TO:
-        svd = spectrum.decompose_by_gram(W.double(), rank)
-        if svd.residual <= _RESIDUAL * svd.S[0].item():
-            return _first(svd, rank)
-    return _first(spectrum.decompose(W), rank)
+    return _first(principal.principal_triplets(W.double(), rank, _RESIDUAL), rank)
 
 
 def bottom_triplets(W: Tensor, rank: int) -> Svd:
@@ -140,7 +135,7 @@ def bottom_triplets(W: Tensor, rank: int) -> Svd:
     >>> bottom_triplets(torch.diag(torch.tensor([1.0, 3.0, 2.0])), 2).S
     tensor([2., 1.], dtype=torch.float64)
     """
-    if min(W.shape) > EXACT_UP_TO:
+    if min(W.shape) > principal.EXACT_UP_TO:
         svd = _bottom_by_gram(W.double(), rank)
         if svd.residual <= _RESIDUAL * spectrum.largest_entry(W):
             return svd

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from offprincipal.adapters.factors import Factor
 from offprincipal.errors import AdapterError
-from offprincipal.geometry import spectrum
+from offprincipal.geometry.principal import PrincipalSubspace
 
-EXACT_UP_TO = 1024  # min(n, m) up to which LAPACK decomposes; above, the Gram matrix in float64
 _ANGLE = math.degrees(1e-6)  # certified error of the subspaces, which leaves an energy of 1e-12 in them
 
 
@@ -76,8 +75,7 @@ def principal_subspaces(W: Tensor, k: int) -> tuple[Tensor, Tensor]:
         W: (n, m), any float type, finite; k < min(n, m).
 
     Returns:
-        U (n, k), V (m, k), orthonormal columns: LAPACK's, or from the Gram matrix with a certificate that no direction
-        is off by more than 1e-6 radians.
+        U (n, k), V (m, k), orthonormal columns: LAPACK's, or with an error bound of 1e-6 radians.
 
     Raises:
         AdapterError: σ_k and σ_{k+1} are equal to rounding, so there is no such subspace.
@@ -86,18 +84,13 @@ def principal_subspaces(W: Tensor, k: int) -> tuple[Tensor, Tensor]:
     >>> V.abs().flatten()
     tensor([0., 1., 0.], dtype=torch.float64)
     """
-    if min(W.shape) <= EXACT_UP_TO:
-        svd = spectrum.decompose(W)
-    else:
-        svd = spectrum.decompose_by_gram(W.double(), k)
-        if (svd.angle_error_deg(k) or 0.0) > _ANGLE:
-            svd = spectrum.decompose(W)
-    if not spectrum.has_principal_subspace(svd, k, W.shape):
+    found = PrincipalSubspace.of(W, k, angle_deg=_ANGLE)
+    if found is None:
         raise AdapterError(
             f"singular values {k} and {k + 1} are equal to rounding, so no principal subspace of rank {k} is defined: "
             "choose another rank_fraction, or leave the matrix out of target_modules"
         )
-    return svd.U[:, :k].clone(), svd.Vh[:k].T.clone()
+    return found.U, found.V
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from offprincipal.checkpoints import Checkpoint, Part, TensorInfo, parameter_of, parts_of
 from offprincipal.geometry.draws import generator_of
-from offprincipal.geometry.masks import mask_size, principal_ranks
-from offprincipal.geometry.spectrum import decompose, decompose_randomized, principal_rank
+from offprincipal.geometry.masks import entry_ranks, mask_size
+from offprincipal.geometry.principal import PrincipalSubspace, principal_rank
 
 UpdateDirection = Literal["update_principal", "update_complement"]
 RandomDirection = Literal["random_principal", "random_complement", "random_on_mask", "random_off_mask"]
@@ -30,8 +30,6 @@ RANDOM_DIRECTIONS: tuple[RandomDirection, ...] = (
     "random_off_mask",
 )
 PAIRS = (UPDATE_DIRECTIONS, RANDOM_DIRECTIONS[:2], RANDOM_DIRECTIONS[2:])
-_EXACT_UP_TO = 1024
-_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -48,21 +46,19 @@ class PrincipalSpace:
     mask: Tensor
 
     @staticmethod
-    def of(W: Tensor, rank_fraction: float, alpha: float, generator: torch.Generator) -> "PrincipalSpace":
-        """That of a matrix (n, m).
+    def of(W: Tensor, rank_fraction: float, alpha: float) -> "PrincipalSpace | None":
+        """That of a matrix (n, m); None where it is not defined.
 
         >>> W = torch.diag(torch.tensor([4.0, 1.0]))
-        >>> PrincipalSpace.of(W, 0.5, 0.25, torch.Generator()).mask
+        >>> PrincipalSpace.of(W, 0.5, 0.25).mask
         tensor([[ True, False],
                 [False, False]])
         """
-        k = principal_rank(W.shape, rank_fraction)
-        if min(W.shape) <= _EXACT_UP_TO:
-            svd = decompose(W).top(k)
-        else:
-            svd = decompose_randomized(W, k, _TOLERANCE, generator).top(k)
-        mask = principal_ranks(svd.U, svd.S, svd.Vh) < mask_size(W.numel(), alpha)
-        return PrincipalSpace(svd.U.to(W.dtype), svd.Vh.T.to(W.dtype).contiguous(), mask)
+        found = PrincipalSubspace.of(W, principal_rank(W.shape, rank_fraction))
+        if found is None:
+            return None
+        mask = entry_ranks(found.scores()) < mask_size(W.numel(), alpha)
+        return PrincipalSpace(found.U.to(W.dtype), found.V.to(W.dtype), mask)
 
     def principal(self, D: Tensor) -> Tensor:
         """U Uᵀ D V Vᵀ; (n, m).
@@ -106,8 +102,17 @@ class LinearMatrix:
     def __init__(self, part: Part, parameter: str, weight: Tensor, rank_fraction: float, alpha: float, seed: int):
         self.part, self.parameter, self.seed = part, parameter, seed
         self._shape, self._device = weight.shape, weight.device
-        start = generator_of(seed, part.name, "subspace")
-        self.space = PrincipalSpace.of(self.read(weight), rank_fraction, alpha, start)
+        self._space = PrincipalSpace.of(self.read(weight), rank_fraction, alpha)
+
+    @property
+    def has_space(self) -> bool:
+        """Whether its principal subspace is defined."""
+        return self._space is not None
+
+    @property
+    def space(self) -> PrincipalSpace:
+        assert self._space is not None, self.part.name
+        return self._space
 
     def read(self, tensor: Tensor) -> Tensor:
         """This matrix, (out, in), from the whole parameter."""
@@ -150,7 +155,8 @@ def linear_matrices(
         model: the base as transformers opened it; base: the base as a checkpoint.
 
     Returns:
-        the matrices, and the names of those that the model holds under another name or shape, which are left out.
+        the matrices, and the names of those that are left out: the model has another name or shape for them, or they
+        have no principal subspace of that rank.
     """
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     found, left_out = [], []
@@ -158,8 +164,12 @@ def linear_matrices(
         name = parameter_of(info.name, parameters, model.base_model_prefix)
         if name is None or parameters[name].shape != info.shape:
             left_out.append(part.name)
+            continue
+        matrix = LinearMatrix(part, name, parameters[name], rank_fraction, alpha, seed)
+        if matrix.has_space:
+            found.append(matrix)
         else:
-            found.append(LinearMatrix(part, name, parameters[name], rank_fraction, alpha, seed))
+            left_out.append(part.name)
     return found, left_out
 
 

@@ -379,6 +379,6 @@ class _Study:
         if self.left_out:
             found.append(
                 f"{len(self.left_out)} matrices, {self.left_out[0]} among them, are held by transformers under another "
-                "name or shape: no curvature is measured in them"
+                "name or shape, or have no principal subspace of this rank: no curvature is measured in them"
             )
         return found

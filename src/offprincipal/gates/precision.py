@@ -17,15 +17,14 @@ from torch import Tensor
 from offprincipal.checkpoints import Checkpoint, Part, open_checkpoint, pair_tensors, parts_of
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
 from offprincipal.geometry.formats import FORMATS, MaskChange, StoredBase, StoredChange
-from offprincipal.geometry.masks import low_magnitude_ranks, masks_at, principal_ranks
+from offprincipal.geometry.masks import entry_ranks, low_magnitude_ranks, masks_at
 from offprincipal.geometry.nulls import CountNull
-from offprincipal.geometry.spectrum import decompose, decompose_by_gram, has_principal_subspace, principal_rank
+from offprincipal.geometry.principal import PrincipalSubspace, principal_rank
 from offprincipal.geometry.ulp import UlpHistogram, total, ulp_histogram
 from offprincipal.measures.pooling import Estimate, estimate_ratio
 
 STEP_LENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 SWEPT_MASKS = ("principal", "low_magnitude")
-_EXACT_UP_TO = 256
 
 Row = dict[str, Any]
 Null = Literal["nothing", "random", "precision"]
@@ -242,12 +241,10 @@ def _sweep_rows(part: Part, base: Tensor, masters: Tensor, settings: PrecisionSe
 
 def _masks(base: Tensor, settings: PrecisionSettings) -> dict[str, Tensor]:
     """The low-magnitude mask, and the principal one where the base has a principal subspace."""
-    k = principal_rank(base.shape, settings.rank_fraction)
-    svd = decompose(base.double()) if min(base.shape) <= _EXACT_UP_TO else decompose_by_gram(base.double(), k)
     ranks = {"low_magnitude": low_magnitude_ranks(base)}
-    if has_principal_subspace(svd, k, base.shape):
-        top = svd.top(k)
-        ranks["principal"] = principal_ranks(top.U, top.S, top.Vh)
+    space = PrincipalSubspace.of(base, principal_rank(base.shape, settings.rank_fraction))
+    if space is not None:
+        ranks["principal"] = entry_ranks(space.scores())
     found = masks_at(settings.alpha, ranks)
     return {name: found[name] for name in SWEPT_MASKS if name in found}
 

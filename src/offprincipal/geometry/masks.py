@@ -16,7 +16,6 @@ __all__ = [
     "low_magnitude_ranks",
     "mask_size",
     "masks_at",
-    "principal_ranks",
     "random_ranks",
 ]
 
@@ -38,25 +37,6 @@ def entry_ranks(scores: Tensor) -> Tensor:
     ranks = torch.empty_like(order)
     ranks[order] = torch.arange(order.numel(), device=order.device)
     return ranks.view(scores.shape)
-
-
-def principal_ranks(U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
-    """Ranks of the principal mask: the entries largest in magnitude after reduction to rank k come first.
-
-    Args:
-        U: (n, k), S: (k,), Vh: (k, m), the top-k singular triplets of the base.
-
-    Returns:
-        int64, (n, m).
-
-    Source: principal weights, LIFT (arXiv 2506.00772), as used by arXiv 2511.08567.
-
-    >>> U, S, Vh = torch.linalg.svd(torch.diag(torch.tensor([3.0, 1.0])))
-    >>> principal_ranks(U[:, :1], S[:1], Vh[:1]) < 1
-    tensor([[ True, False],
-            [False, False]])
-    """
-    return entry_ranks(((U * S) @ Vh).abs())
 
 
 def low_magnitude_ranks(W: Tensor) -> Tensor:

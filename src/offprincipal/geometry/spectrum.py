@@ -7,7 +7,6 @@ moved. All but the first carry certificates. Knows nothing of files, models or l
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from offprincipal.errors import NonFiniteTensor
 
-GRAM_UP_TO = 6144  # min(n, m) up to which the whole symmetric eigenproblem is solved rather than iterated
 _DEGREE = 8
 _AMPLIFICATION = 1e5  # of the largest direction over the unwanted ones in one round, which float32 survives
 _ROUNDS = 24
@@ -411,26 +409,6 @@ def angle_floor_deg(svd: Svd, k: int, shape: torch.Size) -> float:
     gap = (svd.S[k - 1] - svd.S[k]).item() if k < len(svd.S) else svd.S[k - 1].item()
     floor = rounding_floor(svd, shape)
     return math.degrees(math.asin(floor / gap)) if gap > floor else 90.0
-
-
-def has_principal_subspace(svd: Svd, k: int, shape: torch.Size) -> bool:
-    """Whether the top-k subspaces are defined: σ_k stands clear of zero and of σ_{k+1}.
-
-    >>> svd = decompose(torch.diag(torch.tensor([2.0, 1.0, 1.0])))
-    >>> has_principal_subspace(svd, 1, torch.Size([3, 3])), has_principal_subspace(svd, 2, torch.Size([3, 3]))
-    (True, False)
-    """
-    next_value = svd.S[k].item() if k < len(svd.S) else 0.0
-    return svd.S[k - 1].item() - next_value > rounding_floor(svd, shape)
-
-
-def principal_rank(shape: Sequence[int], rank_fraction: float) -> int:
-    """k = max(1, round(rank_fraction · min(n, m))), the rank of the principal subspace.
-
-    >>> principal_rank((64, 192), 0.125)
-    8
-    """
-    return max(1, round(rank_fraction * min(shape)))
 
 
 def spectral_shift(S_base: Tensor, S_tuned: Tensor) -> float | None:

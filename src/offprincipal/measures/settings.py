@@ -35,7 +35,7 @@ class MatrixSettings:
     null_draws: int = 4
     seed: int = 0
     solver: Solver = "auto"
-    exact_up_to: int = 256
+    exact_up_to: int = 256  # as geometry.principal has it, which needs torch
     tolerance: float = 1e-3
     device: Device = "cpu"
 

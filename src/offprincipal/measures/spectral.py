@@ -19,7 +19,7 @@ from torch import Tensor
 
 from offprincipal.checkpoints.checkpoint import BFLOAT16, Array
 from offprincipal.errors import ArgumentError
-from offprincipal.geometry import bounds, gaussian, scan, spectrum, subspace
+from offprincipal.geometry import bounds, gaussian, principal, scan, spectrum, subspace
 from offprincipal.geometry.scan import Levels
 from offprincipal.geometry.spectrum import Svd
 from offprincipal.measures.once import once
@@ -93,7 +93,7 @@ class BaseSpectrum:
         self.seed = seed
         self.cache = cache
         self.shape = torch.Size(weight.shape)
-        self.k = spectrum.principal_rank(self.shape, settings.rank_fraction)
+        self.k = principal.principal_rank(self.shape, settings.rank_fraction)
 
     @once
     def device(self) -> torch.device:
@@ -130,7 +130,7 @@ class BaseSpectrum:
 
     @once
     def has_principal_subspace(self) -> bool:
-        return spectrum.has_principal_subspace(self.svd, self.k, self.shape)
+        return principal.has_principal_subspace(self.svd, self.k, self.shape)
 
     def principal_levels(self, densities: Sequence[float]) -> Levels | None:
         """(n, m), how many of the principal masks at some of the settings' densities leave out each entry."""
@@ -148,7 +148,7 @@ class BaseSpectrum:
         if self.exact:
             return spectrum.decompose(W)
         if self.settings.solver == "randomized":
-            return self._cold(W, "randomized")
+            return self._cold(W)
         return spectrum.decompose_warm(W, self.svd, self.k, self.settings.tolerance, measure_error)
 
     def generator(self, purpose: str) -> torch.Generator:
@@ -165,23 +165,22 @@ class BaseSpectrum:
         return digest.hexdigest()[:40]
 
     def _decompose(self) -> BaseDecomposition:
-        svd = spectrum.decompose(self.values) if self.exact else self._cold(self.values, self.settings.solver)
-        masked = spectrum.has_principal_subspace(svd, self.k, self.shape)
+        svd = spectrum.decompose(self.values) if self.exact else self._cold(self.values)
+        masked = principal.has_principal_subspace(svd, self.k, self.shape)
         return BaseDecomposition(svd, self._principal_masks(svd) if masked else None)
 
-    def _cold(self, W: Tensor, solver: str) -> Svd:
-        """With no start to go by: iterated where that pays, else the symmetric eigenproblem."""
+    def _cold(self, W: Tensor) -> Svd:
+        """With no start to go by."""
         tolerance = self.settings.tolerance
-        if solver == "randomized" or min(W.shape) > spectrum.GRAM_UP_TO:
-            start = torch.Generator().manual_seed(0)  # equal matrices are decomposed alike, whatever their names
-            found = spectrum.decompose_randomized(W, self.k, tolerance, start)
+        if self.settings.solver == "randomized":
+            found = spectrum.decompose_randomized(W, self.k, tolerance, torch.Generator().manual_seed(0))
             if spectrum.within(found, self.k, tolerance):
                 return found
-        return spectrum.decompose_by_gram(W, self.k)
+        return principal.principal_triplets(W, self.k, tolerance, exact_up_to=0)
 
     def _principal_masks(self, svd: Svd) -> NDArray[np.uint64]:
         top = svd.top(self.k)
-        scores = ((top.U * top.S.to(top.U)) @ top.Vh).abs_().float().cpu().numpy()
+        scores = principal.principal_scores(top.U, top.S, top.Vh).float().cpu().numpy()
         sizes = np.array([scan.mask_size(self.weight.size, alpha) for alpha in self.settings.densities], np.int64)
         levels = scan.largest_levels(scores, *scan.largest_cuts(scores, sizes))
         return np.stack([scan.pack(levels <= a) for a in range(len(sizes))])

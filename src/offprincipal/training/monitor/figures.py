@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offprincipal.geometry import gaussian, nulls, precision, scan, spectrum, subspace
+from offprincipal.geometry import gaussian, nulls, precision, principal, scan, spectrum, subspace
 from offprincipal.geometry.spectrum import Svd
 
-TOLERANCE = 1e-3  # on singular values, relative, as in a comparison
 _IN_FLOAT64_UP_TO = 1024  # min(n, m) up to which a matrix is worked on in float64
 _REHEARSED_STEP = 1e-3
 _DRAWS = 4  # Gaussian updates behind a null
@@ -42,12 +41,12 @@ class BaseMatrix:
         precision.to_bf16(weight)  # refuses what is not finite
         self.name = name
         self.weight = weight
-        self.k = spectrum.principal_rank(weight.shape, rank_fraction)
+        self.k = principal.principal_rank(weight.shape, rank_fraction)
         small = min(weight.shape) <= _IN_FLOAT64_UP_TO or weight.dtype == torch.float64
         self.values = weight.to(torch.float64 if small else torch.float32)
-        self.svd = self._decompose()
+        self.svd = principal.principal_triplets(self.values, self.k, exact_up_to=0)  # whole: later looks start from it
         self.norm = _norm(self.values)
-        self.has_principal_subspace = spectrum.has_principal_subspace(self.svd, self.k, weight.shape)
+        self.has_principal_subspace = principal.has_principal_subspace(self.svd, self.k, weight.shape)
         stored = weight.float().cpu().numpy()
         codes = scan.bf16_codes(stored)
         self._entries = scan.count_codes(codes)
@@ -125,7 +124,7 @@ class BaseMatrix:
         if self.svd.basis is None:
             update = gaussian.isotropic_update(self.weight.shape, norm, self._generator(), self.values.dtype)
             tuned = self.values + update.to(self.values.device)
-            return [self._moved(spectrum.decompose_warm(tuned, self.svd, self.k, TOLERANCE, certify=False))]
+            return [self._moved(spectrum.decompose_warm(tuned, self.svd, self.k, principal.TOLERANCE, certify=False))]
         rng, sigma = np.random.default_rng(self._seed), norm / math.sqrt(self.weight.numel())
         found = []
         for _ in range(_DRAWS):
@@ -159,21 +158,12 @@ class BaseMatrix:
             row[f"principal_energy{side}_enrichment"] = None if energy is None else energy / isotropic
         return row
 
-    def _decompose(self) -> Svd:
-        """Whole where that pays, so that later looks can correct their start in the whole basis; else iterated."""
-        W, k = self.values, self.k
-        if min(W.shape) > spectrum.GRAM_UP_TO:
-            found = spectrum.decompose_randomized(W, k, TOLERANCE, torch.Generator().manual_seed(0))
-            if spectrum.within(found, k, TOLERANCE):
-                return found
-        return spectrum.decompose_by_gram(W, k)
-
     def _solve(self, W: Tensor) -> Svd:
         """From the base's triplets; where the first correction misses the tolerance, iterated from there."""
-        found = spectrum.decompose_warm(W, self.svd, self.k, TOLERANCE)
-        if spectrum.within(found, self.k, TOLERANCE):
+        found = spectrum.decompose_warm(W, self.svd, self.k, principal.TOLERANCE)
+        if spectrum.within(found, self.k, principal.TOLERANCE):
             return found
-        return spectrum.decompose_warm(W, replace(self.svd, basis=None), self.k, TOLERANCE)
+        return spectrum.decompose_warm(W, replace(self.svd, basis=None), self.k, principal.TOLERANCE)
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self._seed)
