@@ -148,21 +148,24 @@ def test_where_the_margins_decide_everything_nothing_is_said() -> None:
     assert test.expected == pytest.approx(test.count, abs=1)
 
 
+@pytest.mark.parametrize("log_odds", [0.1, 0.3])
 @pytest.mark.parametrize("kind", ["iid", "rows", "columns", "both"])
-def test_a_planted_preference_is_found_with_its_size_under_scales_of_rows_and_columns(kind: str) -> None:
-    """Entries of the mask change with odds raised by e^0.3, whatever their class, row or column."""
+def test_a_planted_preference_is_found_with_its_size_under_scales_of_rows_and_columns(
+    kind: str, log_odds: float
+) -> None:
+    """Entries of the mask change with odds raised by e^log_odds, whatever their class, row or column."""
     rng = np.random.default_rng(3)
-    base = synthetic.example_weights("scaled", (320, 400), rng)
+    base = synthetic.example_weights("scaled", (320, 400) if log_odds > 0.2 else (640, 800), rng)
     blind = fitted(base, synthetic.stored(base, synthetic.example_update(kind, base, 0.003, rng)))
     mask = principal(base)
     p = nulls.expected_rates(blind.model, blind.slots, blind.changed).astype(float)
-    odds = np.exp(0.3 * mask) * p / np.maximum(1 - p, 1e-12)
+    odds = np.exp(log_odds * mask) * p / np.maximum(1 - p, 1e-12)
     drawn = rng.random(base.shape) < np.where((p > 0) & (p < 1), odds / (1 + odds), p)
     planted = fitted(base, np.where(drawn, base * 2 + 1, base).astype(np.float32))
     (test,) = planted.test(mask)
     assert test.z is not None and test.log_odds is not None and test.log_odds_se is not None
     assert test.z > 5
-    assert test.log_odds == pytest.approx(0.3, abs=4 * test.log_odds_se + 0.02)  # the score test is of first order
+    assert test.log_odds == pytest.approx(log_odds, abs=4 * test.log_odds_se + 0.02)  # the score test is of first order
 
 
 def test_updates_that_know_nothing_are_found_to_know_nothing() -> None:

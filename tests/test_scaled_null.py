@@ -69,6 +69,28 @@ def test_signs_of_one_length_change_what_is_finer_than_twice_that() -> None:
     assert null.expected_changes(codes, cells, 8) == pytest.approx([1, 0.5, 0, 0, 1, 1, 0, 0])
 
 
+def test_of_steps_that_end_half_way_half_change() -> None:
+    """Every step is half a spacing of [1, 2): even mantissas stay, and odd ones move."""
+    base = np.float32(1) + np.arange(1, 127, dtype=np.float32).reshape(2, 63) / 128
+    masters = base + np.float32(2.0**-8)
+    codes = scan.bf16_codes(base)
+    null = nulls.scaled_null(codes, masters)
+    assert null is not None
+    changed = (scan.bf16_codes(masters) != codes).sum()
+    assert changed == 63
+    (expected,) = null.expected_changes(codes, np.zeros(base.shape, np.uint8), 1)
+    assert expected == pytest.approx(63)
+
+
+@pytest.mark.parametrize("shape", [(20_000, 4), (4, 20_000), (3000, 40)])
+def test_short_lines_are_not_taken_at_their_word(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    base = synthetic.example_weights("plain", shape, rng)
+    changed, expected, measured, null = shares(base, 0.0005 * rng.standard_normal(shape), low_magnitude(base))
+    assert expected == pytest.approx(changed, abs=0.006)
+    assert null == pytest.approx(measured, abs=0.008)
+
+
 def test_rows_that_do_not_step_do_not_change() -> None:
     rng = np.random.default_rng(0)
     base = synthetic.example_weights("plain", (60, 80), rng)

@@ -2,7 +2,9 @@
 
 A step is taken for r_i · c_j · z: the lengths of its row and of its column, and a rest that is dealt out blindly. So
 rows that move further, and happen to have larger weights, are no effect. Lengths are geometric means over the entries
-that moved; how many did is told row by row and column by column too. It needs steps as they were before storing, from
+that moved; how many did is told row by row and column by column too. Both are shrunk towards what all lines have in
+common, by as much as their entries' own spread explains of the lines' (empirical Bayes): lines that are alike stay
+so. It needs steps as they were before storing, from
 float32 masters. Knows nothing of files, models or layers.
 """
 
@@ -27,7 +29,8 @@ class ScaledNull:
     Args:
         rows, columns: (n,), (m,), log2 of r_i and c_j.
         moved_rows, moved_columns: (n,), (m,), share of the entries that took a step at all; the columns' over the mean.
-        tail: share of the steps z that are longer than each edge, log2 in bins of 1/256.
+        tail: share of the steps z beyond each edge, log2 in bins of 1/256 about whole powers of two: of steps that end
+            half-way between two weights half change, as ties to even have it.
     """
 
     rows: Floats
@@ -48,7 +51,7 @@ class ScaledNull:
         >>> from offprincipal.geometry.scan import bf16_codes
         >>> base = np.array([[1.0, 1.5], [256.0, 384.0]])
         >>> codes, cells = bf16_codes(base), np.array([[0, 0], [1, 1]], np.uint8)
-        >>> scaled_null(codes, base + 0.25).expected_changes(codes, cells, 2)
+        >>> scaled_null(codes, base + 0.25).expected_changes(codes, cells, 2)  # changes below 64 alone
         array([2., 0.])
         """
         found = np.zeros(count)
@@ -75,11 +78,24 @@ def scaled_null(codes: NDArray[np.uint16], masters: Array) -> ScaledNull | None:
     moved = int(counts[0].sum())
     if moved == 0:
         return None
+    spread = _square_rest(logs, rows, columns) / moved
+    shares = []
+    for line, count, length in zip((rows, columns), counts, codes.shape[::-1], strict=True):
+        there = count > 0
+        line[there] = _shrunk(line[there], spread / count[there])
+        share = moved / codes.size
+        shares.append(there * _shrunk(count / length, np.full(len(count), share * (1 - share) / length)))
     steps: Counts = np.zeros(2 * _REACH * _BINS_A_BINADE, np.int64)
     _count_rest(logs, rows, columns, steps)
     tail = np.append(np.cumsum(steps[::-1])[::-1], 0) / moved
-    shares = counts[0] / codes.shape[1], counts[1] * (codes.size / moved / codes.shape[0])
-    return ScaledNull(rows, columns, *shares, tail)
+    return ScaledNull(rows, columns, shares[0], shares[1] / share, tail)
+
+
+def _shrunk(values: Floats, variances: Floats) -> Floats:
+    """Values drawn towards their mean, by the share of their scatter that their own variances explain."""
+    scatter, mean = float(values.var()), float(values.mean())
+    kept = max(0.0, 1 - float(variances.mean()) / scatter) if scatter > 0 else 0.0
+    return mean + kept * (values - mean)
 
 
 @njit(nogil=True, cache=True)
@@ -113,12 +129,23 @@ def _sum_lines(logs, rows, columns, of_rows, of_columns, in_rows, in_columns):  
 
 
 @njit(nogil=True, cache=True)
+def _square_rest(logs, rows, columns):  # type: ignore[no-untyped-def] # pragma: no cover
+    n, m = logs.shape
+    total = 0.0
+    for i in range(n):
+        for j in range(m):
+            if logs[i, j] > _NOTHING:
+                total += (logs[i, j] - rows[i] - columns[j]) ** 2
+    return total
+
+
+@njit(nogil=True, cache=True)
 def _count_rest(logs, rows, columns, steps):  # type: ignore[no-untyped-def] # pragma: no cover
     n, m = logs.shape
     for i in range(n):
         for j in range(m):
             if logs[i, j] > _NOTHING:
-                place = int((logs[i, j] - rows[i] - columns[j] + _REACH) * _BINS_A_BINADE)
+                place = int((logs[i, j] - rows[i] - columns[j] + _REACH) * _BINS_A_BINADE + 0.5)
                 steps[min(max(place, 0), len(steps) - 1)] += 1
 
 
@@ -130,7 +157,7 @@ def _expect_by_cell(codes, cells, rows, columns, moved_rows, moved_columns, tail
         for j in range(m):
             exponent = max(int((codes[i, j] >> 7) & 0xFF), 1)
             power = (codes[i, j] & 0x7F) == 0 and exponent > 1  # half as far inwards
-            place = (exponent - 135 - rows[i] - columns[j] + _REACH) * _BINS_A_BINADE
+            place = (exponent - 135 - rows[i] - columns[j] + _REACH) * _BINS_A_BINADE + 0.5
             rate = 0.0
             for k in range(2 if power else 1):
                 x = min(max(place - k * _BINS_A_BINADE, 0.0), float(last))
