@@ -18,6 +18,9 @@ from offprincipal.adapters.sparse_adamw import entries_of, index_of
 from offprincipal.errors import AdapterError
 from offprincipal.models import open_language_model
 
+FUSES = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="no processor with AVX2"
+)
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
 
 
@@ -51,7 +54,7 @@ class MaskedAdamW:
     st.sampled_from([0.0, 0.1]),
     st.integers(0, 2**31),
 )
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [pytest.param(True, marks=FUSES), False])
 def test_every_bit_is_that_of_masked_dense_adamw(
     fused: bool, density: float, shape: tuple[int, int], betas: tuple[float, float], decay: float, seed: int
 ) -> None:
@@ -94,7 +97,7 @@ def test_threads_do_not_change_a_bit() -> None:
     assert not torch.equal(found[0], W)
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [pytest.param(True, marks=FUSES), False])
 @pytest.mark.parametrize("density", [0.02, 0.5])
 def test_half_precision_weights_are_their_rounded_masters(fused: bool, density: float) -> None:
     draw = torch.Generator().manual_seed(1)

@@ -113,10 +113,15 @@ def nats_of_teacher_traces(source: Path) -> float:
 
 
 def test_reward_moves_the_model_to_right_answers(taught_model: Path, tmp_path: Path) -> None:
-    run = settings(taught_model, "grpo", steps=12, batch=64, learning_rate=3e-3, save_every=12)
-    record = train(run, tmp_path / "run", quiet=True)
-    rewards = [entry["reward"] for entry in record["log"]]
-    assert sum(rewards[-4:]) > sum(rewards[:4])
+    """On one set of held-out prompts with one noise; over seeds and instruction sets it rose by .05 to .06."""
+    run = settings(taught_model, "grpo", steps=30, batch=128, learning_rate=3e-3, save_every=30)
+    train(run, tmp_path / "run", quiet=True)
+    assert held_out_accuracy(tmp_path / "run") > held_out_accuracy(taught_model) + 0.02
+
+
+def held_out_accuracy(source: Path) -> float:
+    found = evaluate(source, [TAUGHT_TASK], prompts=64, samples=8, max_new_tokens=3, device="cpu")["sampled_accuracy"]
+    return float(found)
 
 
 def test_micro_batches_change_memory_not_the_update(taught_model: Path, tmp_path: Path) -> None:

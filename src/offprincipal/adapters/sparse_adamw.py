@@ -206,8 +206,8 @@ def _step(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict
         fused = _compiles(parameter, grad)
     elif fused and not _compiles(parameter, grad):
         raise AdapterError(
-            f"fused=True takes contiguous float32 or bfloat16 on a CPU, not {parameter.dtype} on {parameter.device}: "
-            "leave it out"
+            f"fused=True takes contiguous float32 or bfloat16 on a CPU with AVX2, not {parameter.dtype} on "
+            f"{parameter.device}: leave it out"
         )
     if state["exp_avg"].numel() == 0:
         state["step"] += 1
@@ -218,8 +218,9 @@ def _step(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict
 
 
 def _compiles(parameter: Tensor, grad: Tensor) -> bool:
-    """Whether the compiled step can be taken."""
+    """Whether the compiled step can be taken: bit for bit torch's fused one where that multiplies and adds at once."""
     usable = parameter.device.type == "cpu" and parameter.dtype in (torch.float32, torch.bfloat16)
+    usable = usable and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     return usable and parameter.is_contiguous() and grad.dtype == parameter.dtype
 
 
