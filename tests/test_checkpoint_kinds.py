@@ -40,7 +40,7 @@ def tiny(kind: str = "llama", **settings: Any) -> torch.nn.Module:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     if kind == "gpt2":
-        config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=24, n_positions=8)
+        config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=24, n_positions=8, **settings)
         return transformers.GPT2LMHeadModel(config)
     config = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}[kind](
         hidden_size=24,
@@ -122,6 +122,8 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "modules to save": ("llama", {"modules_to_save": ["lm_head", "norm"]}),
     "tied": ("qwen3", {}),
     "Conv1D": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "Conv1D and a head": ("gpt2", {"target_modules": ["c_attn", "c_proj", "lm_head"]}),
+    "DoRA of Conv1D and a head": ("gpt2", {"target_modules": ["c_proj", "lm_head"], "use_dora": True}),
     "DoRA of Conv1D": ("gpt2", {"target_modules": ["c_attn", "attn.c_proj"], "fan_in_fan_out": True, "use_dora": True}),
 }
 
@@ -130,9 +132,9 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_an_adapter_is_what_peft_merges(tmp_path: Path, peft: Any, kind: str) -> None:
     name, settings = ADAPTERS[kind]
     more = {"attention_bias": True} if kind == "biases" else {"tie_word_embeddings": True} if kind == "tied" else {}
+    if kind.endswith("head"):
+        more = {"tie_word_embeddings": False}
     model = tiny(name, **more)
-    if name == "gpt2":
-        model.config.tie_word_embeddings = True
     wanted = adapt(peft, model, tmp_path, lora(peft, **settings))
     base = open_checkpoint(tmp_path / "base")
     tuned = open_checkpoint(tmp_path / "adapter", base)

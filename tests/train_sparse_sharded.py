@@ -42,7 +42,7 @@ def started(kind: torch.dtype) -> tuple[torch.nn.Module, dict[str, torch.Tensor]
 
 
 def optimized(model: torch.nn.Module, masks: dict[str, torch.Tensor]) -> SparseAdamW:
-    return SparseAdamW(model.named_parameters(), masks, lr=1e-2, weight_decay=0.1, fused=True)
+    return SparseAdamW(model.named_parameters(), masks, lr=1e-2, weight_decay=0.1)
 
 
 def train(model: Any, optimizer: Any, inputs: torch.Tensor) -> None:

@@ -26,6 +26,7 @@ from offprincipal.checkpoints.adapter_changes import (
 from offprincipal.checkpoints.adapter_settings import CONFIG, AdapterSettings, read_settings
 from offprincipal.checkpoints.checkpoint import FLOATS, Array, Checkpoint, TensorInfo
 from offprincipal.checkpoints.hostile import is_file
+from offprincipal.checkpoints.parts import stored_transposed
 from offprincipal.checkpoints.safetensors_file import SafetensorsFile
 from offprincipal.checkpoints.torch_files import TorchFile
 from offprincipal.errors import CheckpointError
@@ -303,8 +304,10 @@ class Adapter:
         _, factors = self._changes[name]
         embedding, (left, right) = self._names(factors)
         out, width = self._file.tensors[factors[left]].shape[0], self._file.tensors[factors[right]].shape[1]
-        square = out == width
-        return embedding or (bool(self.settings.fan_in_fan_out) if square else self.tensors[name].shape != (out, width))
+        if embedding or out != width:
+            return embedding or self.tensors[name].shape != (out, width)
+        by_type = stored_transposed(self.tensors[name], self.config)  # PEFT writes one `fan_in_fan_out` for all layers
+        return bool(self.settings.fan_in_fan_out) if by_type is None else by_type
 
     @contextmanager
     def _decomposing(self, name: str) -> Iterator[None]:

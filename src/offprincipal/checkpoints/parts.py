@@ -123,6 +123,16 @@ def parts_of(info: TensorInfo, config: Mapping[str, Any]) -> list[Part]:
     return [whole]
 
 
+def stored_transposed(info: TensorInfo, config: Mapping[str, Any]) -> bool | None:
+    """Whether a matrix is stored as (in, out), as GPT-2's Conv1D is; None where the model's type does not tell.
+
+    >>> info = TensorInfo("transformer.h.0.attn.c_proj.weight", (8, 8), "float32")
+    >>> stored_transposed(info, {"model_type": "gpt2"}), stored_transposed(info, {})
+    (True, None)
+    """
+    return _CONV1D.search(info.name) is not None if _Model.of(config).kind in _CONV1D_MODELS else None
+
+
 @dataclass(frozen=True)
 class _Model:
     """What a configuration says of the fused tensors; zeros where it says nothing usable."""
