@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from offprincipal.checkpoints import Checkpoint, open_checkpoint, pair_tensors, parts_of
+from offprincipal.checkpoints.checkpoint import FLOATS, INTEGERS
 from offprincipal.errors import CheckpointError
 
 CASES = 4000
@@ -210,7 +211,7 @@ def use(folder: Path, base: Checkpoint) -> str:
         checkpoint = open_checkpoint(folder, base)
         tensors, config = checkpoint.tensors, checkpoint.config
         for info in tensors.values():
-            if info.floating:
+            if info.dtype in FLOATS | INTEGERS:
                 entries = checkpoint.read(info.name)
                 assert entries.shape == (info.numel,)
                 assert str(entries.dtype) == info.dtype

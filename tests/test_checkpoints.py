@@ -11,13 +11,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint
 from checkpoint_folders import base_weights, write_model, write_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
 from offprincipal.assets import embedded_base
 from offprincipal.checkpoints import Checkpoint, open_checkpoint, pair_tensors, place_of
+from offprincipal.comparison import CompareSettings, compare
 from offprincipal.errors import CheckpointError
+from offprincipal.reports import words
 
 
 class Bomb:
@@ -189,7 +192,7 @@ def test_a_quantised_run_is_not_compared_as_if_it_were_numbers(tmp_path: Path) -
     base = open_checkpoint(write_model(tmp_path / "base", weights))
     name = "model.layers.0.mlp.down_proj.weight"
     quantised = open_checkpoint(write_model(tmp_path / "int8", weights | {name: weights[name].to(torch.int8)}))
-    with pytest.raises(CheckpointError, match=r"down_proj.weight as I8"):
+    with pytest.raises(CheckpointError, match=r"down_proj.weight as int8"):
         pair_tensors(base, quantised)
 
 
@@ -240,19 +243,66 @@ def test_no_other_tensor_may_have_grown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_a_head_that_only_one_side_ties_is_left_out_and_told(tmp_path: Path, turned: bool) -> None:
+def test_a_head_that_only_one_side_stores_is_compared_with_the_others_embedding(tmp_path: Path, turned: bool) -> None:
     weights = base_weights()
     embedding = weights["model.embed_tokens.weight"]
     tied = open_checkpoint(write_model(tmp_path / "tied", weights))
     for folder, head, says in (
-        ("same", embedding.clone(), "it is counted once"),
-        ("own", embedding + 1, "this head is not compared"),
-        ("wide", torch.ones(44, 24).bfloat16(), "this head is not compared"),
+        ("same", embedding.clone(), ["it is counted once"]),
+        ("own", embedding + 1, ["is a head of its own"]),
+        ("wide", torch.ones(44, 24).bfloat16(), ["is a head of its own", "the first 40 are compared"]),
     ):
         with_head = untied(tmp_path / folder, weights | {"lm_head.weight": head})
         pairing = pair_tensors(with_head, tied) if turned else pair_tensors(tied, with_head)
-        assert set(pairing.tensors) == set(weights)
-        assert [says in note and folder in note for note in pairing.notes] == [True]
+        own = {"lm_head.weight"} if folder != "same" else set()
+        assert set(pairing.tensors) == set(weights) | own == set(weights) | set(pairing.tied)
+        assert all(pairing.tensors[name].shape == (40, 24) for name in own)
+        assert [said in note and folder in note for said, note in zip(says, pairing.notes, strict=True)] == [
+            True
+        ] * len(says)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "dcp"])
+def test_a_stored_head_decides_whatever_the_configuration_says(tmp_path: Path, kind: str) -> None:
+    """`tie_word_embeddings` beside a head that was trained alone, as old versions wrote it; transformers reads it."""
+    weights = base_weights()
+    tuned = weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 0.5}
+    base = write_model(tmp_path / "base", weights)
+    run = write_model(tmp_path / "run", tuned)  # the configuration says tied
+    if kind != "safetensors":
+        (run / "model.safetensors").unlink()
+    if kind == "bin":
+        torch.save(tuned, run / "pytorch_model.bin")
+    elif kind == "dcp":
+        torch.distributed.checkpoint.save({"model": tuned}, checkpoint_id=str(run))
+    still = write_model(tmp_path / "still", weights)
+    result = compare(base, {"run": run, "still": still}, CompareSettings(metrics=("location", "spectrum")), cache=False)
+    rows = {(row["run"], row["tensor"]): row for row in result.matrices}
+    expected = torch.linalg.norm(tuned["lm_head.weight"].double() - weights["model.embed_tokens.weight"].double())
+    assert rows["run", "lm_head.weight"]["update_norm"] == pytest.approx(expected.item(), rel=1e-6)
+    assert rows["run", "lm_head.weight"]["role"] == "head"
+    assert (
+        rows["still", "lm_head.weight"]["update_norm"] == rows["run", "model.embed_tokens.weight"]["update_norm"] == 0
+    )
+    warnings = result.summary["runs"]["run"]["warnings"]
+    assert not any("equals the base" in warning for warning in warnings)
+    assert any("head of its own" in warning for warning in warnings)
+
+
+def test_nothing_is_called_identical_of_which_something_was_not_compared(tmp_path: Path) -> None:
+    """Packed weights are integers: two checkpoints may differ in all of them, and in nothing that is measured."""
+    packed = {f"model.layers.0.mlp.experts.{i}_blocks": torch.full((4, 8), i, dtype=torch.uint8) for i in range(2)}
+    base = write_model(tmp_path / "base", base_weights() | packed)
+    other = {name: tensor + 1 for name, tensor in packed.items()}
+    runs = {"same": packed, "other": other}
+    folders = {run: write_model(tmp_path / run, base_weights() | tensors) for run, tensors in runs.items()}
+    summary = compare(base, folders, CompareSettings(metrics=("location",)), cache=False).summary
+    said = words.run_paragraphs(summary)
+    assert "same is identical to the base" in said["same"] and "other is not the base: 2 tensors" in said["other"]
+    assert words.answers(summary)["Neither"].startswith("no weight that was measured changed")
+    warnings = {run: " ".join(entry["warnings"]) for run, entry in summary["runs"].items()}
+    assert "equals the base" in warnings["same"] and "equals the base" not in warnings["other"]
+    assert "2 of them differ from the base's, model.layers.0.mlp.experts.0_blocks among them" in warnings["other"]
 
 
 def test_a_head_is_not_taken_for_tied_where_there_is_no_embedding(tmp_path: Path) -> None:

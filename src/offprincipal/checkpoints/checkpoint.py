@@ -5,7 +5,7 @@ bits needs no torch.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_CHUNK = 1 << 24
 FLOATS = {
     str(dtype): dtype
     for dtype in (
@@ -25,6 +26,10 @@ FLOATS = {
         np.dtype(ml_dtypes.float8_e5m2),
         np.dtype(ml_dtypes.float8_e8m0fnu),
     )
+}
+
+INTEGERS = {
+    name: np.dtype(name) for name in ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 }
 
 
@@ -87,8 +92,27 @@ class Checkpoint(Protocol):
         ...
 
 
-def without_tied_head(infos: dict[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:
-    """The tensors without the head, where the configuration says that it is the embedding."""
-    if config.get("tie_word_embeddings") and any(name.endswith("embed_tokens.weight") for name in infos):
-        return {name: info for name, info in infos.items() if name != "lm_head.weight"}
-    return infos
+def without_copied_head(
+    infos: dict[str, TensorInfo], config: Mapping[str, Any], read: Callable[..., Array]
+) -> dict[str, TensorInfo]:
+    """The tensors without the head, where the configuration says that it is the embedding, and it is, bit for bit.
+
+    Args:
+        read: as a checkpoint's, of any of `infos`.
+    """
+    nested = config.get("text_config")
+    tied = any(c.get("tie_word_embeddings") is True for c in (config, nested if isinstance(nested, dict) else {}))
+    embedding = next((name for name in infos if name.endswith("embed_tokens.weight")), None)
+    head = next((name for name in infos if name.endswith("lm_head.weight")), None)
+    if not tied or embedding is None or head is None or not equal_tensors(infos, read, head, embedding):
+        return infos
+    return {name: info for name, info in infos.items() if name != head}
+
+
+def equal_tensors(infos: Mapping[str, TensorInfo], read: Callable[..., Array], one: str, two: str) -> bool:
+    """Whether two tensors of a checkpoint hold the same bits."""
+    info = infos[one]
+    if not info.floating or (info.shape, info.dtype) != (infos[two].shape, infos[two].dtype):
+        return False
+    ranges = ((start, min(start + _CHUNK, info.numel)) for start in range(0, info.numel, _CHUNK))
+    return all(np.array_equal(read(one, *span).view(np.uint8), read(two, *span).view(np.uint8)) for span in ranges)

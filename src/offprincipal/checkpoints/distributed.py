@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from offprincipal.checkpoints.checkpoint import FLOATS, Array, Checkpoint, TensorInfo, without_tied_head
+from offprincipal.checkpoints.checkpoint import FLOATS, Array, Checkpoint, TensorInfo, without_copied_head
 from offprincipal.checkpoints.distributed_index import METADATA, Chunk, StoredTensor, read_stored_tensors
 from offprincipal.checkpoints.hostile import is_file, read_json
 from offprincipal.checkpoints.torch_files import as_array, checked_tensor, dtype_name, load_tensors
@@ -96,11 +96,12 @@ class Distributed:
         self.source, self.config, self.notes = source, config, notes
         self.folders = (folder,)
         self._stored, self._heads = stored, heads or {}
-        self.tensors: dict[str, TensorInfo] = without_tied_head(_infos(stored), config)
+        self.tensors: dict[str, TensorInfo] = _infos(stored)
         for name, info in self.tensors.items():
             if info.floating and info.dtype not in FLOATS:
                 raise CheckpointError(f"{name} in {source} is stored as {info.dtype}, which is not read: use bfloat16")
         self._last = threading.local()  # each thread reads a tensor of its own
+        self.tensors = without_copied_head(self.tensors, config, self.read)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         info = self.tensors[name]

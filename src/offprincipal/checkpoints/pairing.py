@@ -4,17 +4,14 @@ And which parameter of an open model is which stored tensor.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
-from offprincipal.checkpoints.checkpoint import Checkpoint, TensorInfo
+from offprincipal.checkpoints.checkpoint import Checkpoint, TensorInfo, equal_tensors
 from offprincipal.checkpoints.roles import place_of
 from offprincipal.errors import CheckpointError
 
 _NAMED = 5
-_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -24,24 +21,34 @@ class Pairing:
     Args:
         tensors: the base's tensors that are compared; where a vocabulary has grown, with the rows that both have.
         notes: what a reader of the results should know of it.
+        tied: heads that one of the two does not store -> its embedding, which is read in the head's place.
     """
 
     tensors: Mapping[str, TensorInfo]
     notes: tuple[str, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
 
 
 def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> Pairing:
     """The tensors that two checkpoints have in common.
 
-    The rows of a grown or shrunk vocabulary are compared as far as both have them. A head that is tied to the embedding
-    in either, or that one does not store, is left out of both: the embedding stands for it.
+    The rows of a grown or shrunk vocabulary are compared as far as both have them. A head that neither stores is its
+    embedding; one that a single side stores is compared with the embedding that the other ties it to, unless it is its
+    own embedding bit for bit. What is stored decides, whatever the configuration says.
 
     Raises:
         CheckpointError: one has a tensor that the other has not, or shapes differ; the message names them.
     """
-    heads, notes = _tied_heads(base, tuned)
-    ours = {name: info for name, info in base.tensors.items() if name not in heads}
-    theirs = {name: info for name, info in tuned.tensors.items() if name not in heads}
+    copies, tied, notes = _tied_heads(base, tuned)
+    ours, theirs = (
+        {name: info for name, info in side.tensors.items() if name not in copies}
+        | {
+            name: replace(side.tensors[embedding], name=name)
+            for name, embedding in tied.items()
+            if name not in side.tensors
+        }
+        for side in (base, tuned)
+    )
     _require_same_names(base, ours, tuned, theirs)
     tensors = {name: _common(info, theirs[name]) for name, info in ours.items()}
     for name, info in ours.items():
@@ -50,7 +57,7 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> Pairing:
                 f"{name} has {info.shape[0]} rows in {base.source} and {theirs[name].shape[0]} in {tuned.source}: "
                 f"the first {tensors[name].shape[0]} are compared"
             )
-    return Pairing(tensors, tuple(notes))
+    return Pairing(tensors, tuple(notes), tied)
 
 
 def parameter_of(name: str, parameters: Mapping[str, Any], prefix: str) -> str | None:
@@ -63,39 +70,27 @@ def parameter_of(name: str, parameters: Mapping[str, Any], prefix: str) -> str |
     return next((spelling for spelling in spellings if spelling in parameters), None)
 
 
-def _tied_heads(base: Checkpoint, tuned: Checkpoint) -> tuple[set[str], list[str]]:
-    """The heads that are left out, and what is to be said of them."""
-    heads, notes = set(), []
+def _tied_heads(base: Checkpoint, tuned: Checkpoint) -> tuple[set[str], dict[str, str], list[str]]:
+    """Of heads that one alone stores: those that are left out, the embedding of the other for the rest, and notes."""
+    copies, tied, notes = set(), {}, []
     for name, info in {**tuned.tensors, **base.tensors}.items():
         if place_of(name).role != "head" or name.endswith("score.weight"):
             continue
-        lacking = [checkpoint for checkpoint in (base, tuned) if name not in checkpoint.tensors]
-        if any(_embedding(checkpoint, info) is None for checkpoint in lacking):
+        owner, other = (base, tuned) if name in base.tensors else (tuned, base)
+        embedding = _embedding(other, info)
+        if name in other.tensors or embedding is None:
             continue
-        if lacking or _ties(base) or _ties(tuned):
-            heads.add(name)
-            for owner, other in ((base, tuned), (tuned, base)):
-                if name in owner.tensors and not _ties(owner):
-                    notes.append(_of_own_head(owner, other, name))
-    return heads, notes
-
-
-def _of_own_head(owner: Checkpoint, other: Checkpoint, name: str) -> str:
-    """What is to be said where one checkpoint stores a head and the other ties it."""
-    embedding = _embedding(owner, owner.tensors[name])
-    if embedding is not None and _equal(owner, name, embedding):
-        return f"{name} in {owner.source} equals {embedding}, to which {other.source} ties it: it is counted once"
-    return (
-        f"{name} in {owner.source} is untied and differs from its embedding, to which {other.source} ties it: "
-        "this head is not compared"
-    )
-
-
-def _ties(checkpoint: Checkpoint) -> bool:
-    """Whether the configuration says that the head is the embedding."""
-    nested = checkpoint.config.get("text_config")
-    settings = (checkpoint.config, nested if isinstance(nested, dict) else {})
-    return any(setting.get("tie_word_embeddings") is True for setting in settings)
+        own = _embedding(owner, info)
+        if own is not None and equal_tensors(owner.tensors, owner.read, name, own):
+            copies.add(name)
+            notes.append(f"{name} in {owner.source} equals {own}, to which {other.source} ties it: it is counted once")
+        else:
+            tied[name] = embedding
+            notes.append(
+                f"{name} in {owner.source} is a head of its own; {other.source} ties it to {embedding}, with which it "
+                "is compared"
+            )
+    return copies, tied, notes
 
 
 def _embedding(checkpoint: Checkpoint, head: TensorInfo) -> str | None:
@@ -106,18 +101,6 @@ def _embedding(checkpoint: Checkpoint, head: TensorInfo) -> str | None:
         if place_of(name).role == "embedding" and info.shape[1:] == head.shape[1:] and "position" not in name
     )
     return next((name for name in found if not name.endswith("wpe.weight")), None)
-
-
-def _equal(checkpoint: Checkpoint, one: str, two: str) -> bool:
-    """Whether two tensors of a checkpoint hold the same bits."""
-    info = checkpoint.tensors[one]
-    if not info.floating or (info.shape, info.dtype) != (checkpoint.tensors[two].shape, checkpoint.tensors[two].dtype):
-        return False
-    ranges = ((start, min(start + _CHUNK, info.numel)) for start in range(0, info.numel, _CHUNK))
-    return all(
-        np.array_equal(checkpoint.read(one, *span).view(np.uint8), checkpoint.read(two, *span).view(np.uint8))
-        for span in ranges
-    )
 
 
 def _require_same_names(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from offprincipal.checkpoints.checkpoint import FLOATS, Array, TensorInfo
+from offprincipal.checkpoints.checkpoint import FLOATS, INTEGERS, Array, TensorInfo
 from offprincipal.errors import CheckpointError
 
 _DTYPES = {
@@ -24,7 +24,10 @@ _DTYPES = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
     "F8_E8M0": "float8_e8m0fnu",
+    "BOOL": "bool",
+    **{f"{kind}{bits}": f"{name}{bits}" for kind, name in (("U", "uint"), ("I", "int")) for bits in (8, 16, 32, 64)},
 }
+_STORED = FLOATS | INTEGERS
 _MOST_DIMENSIONS = 16
 
 
@@ -50,11 +53,13 @@ class SafetensorsFile:
             self._enter(name, header[name], 8 + length)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        """Entries `start` to `stop` of a floating-point tensor, flat, as stored."""
+        """Entries `start` to `stop` of a tensor, flat, as stored."""
         info = self.tensors[name]
-        if not info.floating:
-            raise CheckpointError(f"{name} in {self.path} holds {info.dtype}, no floating-point numbers: pass it over")
-        dtype = FLOATS[info.dtype]
+        if info.dtype not in _STORED:
+            raise CheckpointError(
+                f"{name} in {self.path} holds {info.dtype}, which is not read: convert it to bfloat16"
+            )
+        dtype = _STORED[info.dtype]
         stop = info.numel if stop is None else stop
         raw = np.empty((stop - start) * dtype.itemsize, np.uint8)
         try:
@@ -77,7 +82,7 @@ class SafetensorsFile:
             )
         info = TensorInfo(name, shape, _DTYPES.get(stored, stored))
         begin, end = entry["data_offsets"]
-        if info.floating and (end - begin) != math.prod(shape) * FLOATS[info.dtype].itemsize:
+        if info.dtype in _STORED and (end - begin) != math.prod(shape) * _STORED[info.dtype].itemsize:
             raise CheckpointError(f"{name} in {self.path} has another size than its shape says. Do not trust it")
         self.tensors[name], self._offsets[name] = info, data + begin
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from offprincipal.checkpoints.checkpoint import Array, TensorInfo, without_tied_head
+from offprincipal.checkpoints.checkpoint import Array, TensorInfo, without_copied_head
 from offprincipal.checkpoints.float8 import (
     Block,
     block_in,
@@ -51,7 +51,7 @@ class SafetensorsFolder:
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        infos = dict(without_tied_head(self._stored, self.config))
+        infos = dict(without_copied_head(self._stored, self.config, self._read_stored))
         if self._scales:
             for name in (*self._scales.values(), *scales_of_activations(infos)):
                 infos.pop(name, None)
@@ -71,8 +71,11 @@ class SafetensorsFolder:
         count = len(self._scales.keys() & self.tensors.keys())
         return [f"{count} tensors stored in float8 with scales were dequantised"] if count else []
 
+    def _read_stored(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        return self._files[name].read(name, start, stop)
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        entries = self._files[name].read(name, start, stop)
+        entries = self._read_stored(name, start, stop)
         if name not in self._scales:
             return entries
         scale = self._scales[name]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from offprincipal.checkpoints.checkpoint import FLOATS, Array, TensorInfo, without_tied_head
+from offprincipal.checkpoints.checkpoint import FLOATS, Array, TensorInfo, without_copied_head
 from offprincipal.checkpoints.hostile import is_file, read_json
 from offprincipal.checkpoints.shards import open_files
 from offprincipal.errors import CheckpointError
@@ -76,7 +76,7 @@ class TorchFolder:
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         infos = {name: file.tensors[name] for name, file in sorted(self._files.items())}
-        return without_tied_head(infos, self.config)
+        return without_copied_head(infos, self.config, self.read)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         return self._files[name].read(name, start, stop)

@@ -162,14 +162,17 @@ def _summary(work: Work, measured: list[TensorRows], matrices: list[Row], pairs:
     entries = {}
     for name, checkpoint in work.runs.items():
         rows = [row for row in matrices if row["run"] == name]
+        unmeasured, differing = work.unmeasured(name)
         entries[name] = {
             "source": checkpoint.source,
             "warnings": [
                 *work.notes[name],
-                *_warnings(work, name, rows),
+                *_unmeasured_warnings(unmeasured, differing),
+                *_warnings(work, name, rows, bool(differing)),
                 *_certificates(rows),
                 *_fallback_warnings(work, name, measured),
             ],
+            "differing_unmeasured": len(differing),
             "solvers": dict(sorted(Counter(row["solver"] for row in rows if row["solver"]).items())),
             "metrics": {metric: pooled.as_dict() for metric, pooled in pool_run(rows).items()},
             "anatomy": anatomy(rows),
@@ -223,15 +226,20 @@ def _fallback_warnings(work: Work, run: str, measured: list[TensorRows]) -> list
     return warnings
 
 
-def _warnings(work: Work, name: str, rows: list[Row]) -> list[str]:
+def _unmeasured_warnings(unmeasured: list[str], differing: list[str]) -> list[str]:
+    if not unmeasured:
+        return []
+    said = f"{len(unmeasured)} tensors hold no floating-point numbers and are not measured"
+    differ = f"; {len(differing)} of them differ from the base's, {differing[0]} among them" if differing else ""
+    return [f"{said}{differ or ', bit for bit those of the base'}"]
+
+
+def _warnings(work: Work, name: str, rows: list[Row], differing: bool) -> list[str]:
     base, run = work.base_checkpoint, work.runs[name]
     warnings = []
     unchanged = [row["unchanged_fraction"] for row in rows if row.get("unchanged_fraction") is not None]
-    if unchanged and min(unchanged) == 1:
+    if unchanged and min(unchanged) == 1 and not differing:
         warnings.append("no weight changed: this checkpoint equals the base once both are stored in bfloat16")
-    skipped = [info.name for info in base.tensors.values() if not info.floating]
-    if skipped:
-        warnings.append(f"{len(skipped)} tensors hold no floating-point numbers and were not compared")
     types = [", ".join(sorted({i.dtype for i in c.tensors.values() if i.floating})) for c in (base, run)]
     if types[0] != types[1]:
         warnings.append(f"the base is stored as {types[0]}, the run as {types[1]}: some of the update is rounding")

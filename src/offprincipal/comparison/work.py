@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
+
 from offprincipal.checkpoints import (
     Array,
     Checkpoint,
@@ -137,7 +139,28 @@ class Work:
     def read(self, checkpoint: Checkpoint, subject: Subject) -> Array:
         """A part as one checkpoint stores it."""
         part = subject.part
-        return part.of(checkpoint.read(part.tensor, part.start, part.stop))
+        return part.of(checkpoint.read(self._stored_as(checkpoint, part.tensor), part.start, part.stop))
+
+    def unmeasured(self, run: str) -> tuple[list[str], list[str]]:
+        """Tensors that hold no floating-point numbers, which nothing measures: all, and those whose bits differ.
+
+        Packed weights are among them, so that a checkpoint of which all that was measured is the base's may still be
+        another.
+        """
+        base, tuned = self.base_checkpoint, self.runs[run]
+        names = [name for name, info in base.tensors.items() if not info.floating and name in tuned.tensors]
+        return names, [name for name in names if not self._same_bits(base, tuned, name)]
+
+    @staticmethod
+    def _same_bits(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:
+        info, other = base.tensors[name], tuned.tensors[name]
+        if (info.shape, info.dtype) != (other.shape, other.dtype):
+            return False
+        spans = ((start, min(start + _BLOCK, info.numel)) for start in range(0, info.numel, _BLOCK))
+        try:
+            return all(np.array_equal(base.read(name, *span), tuned.read(name, *span)) for span in spans)
+        except CheckpointError:  # of a type that nothing reads: what is not known to be the same is not
+            return False
 
     def _blocks(self, subject: Subject, run: str) -> Iterator[Block]:
         part, masters = subject.part, self.masters.get(run)
@@ -146,7 +169,8 @@ class Work:
             yield _block([self.read(side, subject).reshape(1, -1) for side in sides])
             return
         for start in range(part.start, part.stop, _BLOCK):
-            read = [side.read(part.tensor, start, min(start + _BLOCK, part.stop)) for side in sides]
+            stop = min(start + _BLOCK, part.stop)
+            read = [side.read(self._stored_as(side, part.tensor), start, stop) for side in sides]
             whole = len(read[0]) // _LINE * _LINE
             if whole:
                 yield _block([entries[:whole].reshape(-1, _LINE) for entries in read])
@@ -164,8 +188,22 @@ class Work:
     def _common(self) -> dict[str, TensorInfo]:
         """The base's tensors that every run has, with the rows that all of them have."""
         paired = [pairing.tensors for pairing in self._pairings.values()]
-        names = [name for name in self.base_checkpoint.tensors if all(name in tensors for tensors in paired)]
-        return {name: min((tensors[name] for tensors in paired), key=lambda info: info.numel) for name in names}
+        names = {name: None for tensors in paired for name in tensors}
+        found = {name: [tensors[name] for tensors in paired if name in tensors] for name in names}
+        return {
+            name: min(infos, key=lambda info: info.numel)
+            for name, infos in found.items()
+            if len(infos) == len(paired) or name in self._tied
+        }
+
+    @cached_property
+    def _tied(self) -> dict[str, str]:
+        """Heads that some checkpoint stores and another does not -> the embedding that stands for it there."""
+        return {head: name for pairing in self._pairings.values() for head, name in pairing.tied.items()}
+
+    def _stored_as(self, checkpoint: Checkpoint, name: str) -> str:
+        """The tensor of a checkpoint that is read as one of that name."""
+        return name if name in checkpoint.tensors else self._tied[name]
 
     def _subject(self, part: Part) -> Subject:
         return Subject(part, part.is_matrix if self.settings.include_embeddings else part.is_linear)

@@ -99,6 +99,11 @@ class Tuned:
         parameters = dict(self._model.named_parameters())
         tensors: dict[str, Tensor] = {}
         for stored, info in self._pairing.tensors.items():
+            if stored in self._pairing.tied:
+                raise ModelError(
+                    f"{stored} is a head of its own in {self._base.source} or {self._stored.source}, and tied to the "
+                    "embedding in the other: no update of one model leads from the one to the other"
+                )
             name = parameter_of(stored, parameters, self._model.base_model_prefix)
             if not info.floating or (name is None and self._is_unmoved(stored)):
                 continue

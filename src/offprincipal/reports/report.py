@@ -87,7 +87,7 @@ def _content(comparison: Path, study: dict[str, Any] | None) -> dict[str, Any]:
         "colours": colours,
         "data": data,
         "answers": words.answers(summary),
-        "paragraphs": {name: words.run_paragraph(name, run["metrics"]) for name, run in summary["runs"].items()},
+        "paragraphs": words.run_paragraphs(summary),
         "pair_sentences": [words.pair_sentence(pair) for pair in summary["pairs"]],
         "tally": words.tally(study["claims"]) if study else "",
         "command": _command(summary),

@@ -33,15 +33,26 @@ def verdict_paragraph(summary: Mapping[str, Any]) -> list[str]:
     Returns:
         Plain text without markup; control characters in names are replaced, so that a terminal can show it.
     """
-    runs = [run_paragraph(name, run["metrics"]) for name, run in summary["runs"].items()]
-    return runs + [pair_sentence(pair) for pair in summary["pairs"]]
+    return list(run_paragraphs(summary).values()) + [pair_sentence(pair) for pair in summary["pairs"]]
 
 
-def run_paragraph(name: str, metrics: Metrics) -> str:
-    """What one run did to the weights: how much, how far, and where."""
+def run_paragraphs(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Run -> what it did to the weights."""
+    return {
+        name: run_paragraph(name, run["metrics"], run.get("differing_unmeasured", 0))
+        for name, run in summary["runs"].items()
+    }
+
+
+def run_paragraph(name: str, metrics: Metrics, differing: int = 0) -> str:
+    """What one run did to the weights: how much, how far, and where.
+
+    Args:
+        differing: tensors that differ from the base's and are not measured.
+    """
     value = _reader(metrics)
     if is_unchanged(metrics):
-        return _unchanged(name, value)
+        return _unchanged(name, value, differing)
     parts = [_amount(value), _distance(value), _turn(value), *(_place(mask, value) for mask in MASKS)]
     said = [part for part in parts if part] or ["none of the metrics that a sentence could be about was measured."]
     return f"{plain(name)}: " + " ".join(said)
@@ -70,7 +81,10 @@ def answers(summary: Mapping[str, Any]) -> dict[str, str]:
     """
     changed = [run["metrics"] for run in summary["runs"].values() if not is_unchanged(run["metrics"])]
     if not changed:
-        return {"Neither": "no weight changed in any run, so there is nothing to explain."}
+        measured = (
+            "that was measured " if any(run.get("differing_unmeasured") for run in summary["runs"].values()) else ""
+        )
+        return {"Neither": f"no weight {measured}changed in any run, so there is nothing to explain."}
     readers = [_reader(metrics) for metrics in changed]
     found = {
         "Precision": _precision_answer(readers),
@@ -124,7 +138,12 @@ def _reader(metrics: Metrics) -> _Reader:
     return lambda name: metrics.get(name, {}).get("value")
 
 
-def _unchanged(name: str, value: _Reader) -> str:
+def _unchanged(name: str, value: _Reader, differing: int) -> str:
+    if differing:
+        return (
+            f"{plain(name)} is not the base: {differing} tensors that hold no floating-point numbers, such as packed "
+            "weights, differ, and are not measured. What is measured is identical once both are stored in bfloat16."
+        )
     text = f"{plain(name)} is identical to the base: no weight changed once both are stored in bfloat16"
     stored, moved = value("unchanged_fraction_stored"), value("relative_update_norm")
     if stored is not None and stored < 1:
