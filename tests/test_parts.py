@@ -112,6 +112,73 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
 }
 
 
+ENCODER = {"vocab_size": 40, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS}
+ENCODER |= {"num_attention_heads": HEADS}
+T5 = {"d_model": HIDDEN, "d_ff": INNER, "d_kv": 8, "num_layers": LAYERS, "num_heads": HEADS, "vocab_size": 40}
+# Of other kinds than decoders: model, configuration, settings, linear matrices by role, and what is no linear matrix.
+OTHERS: dict[str, tuple[str, str, dict[str, Any], dict[str, int], set[str]]] = {
+    "t5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        T5 | {"feed_forward_proj": "gated-gelu"},
+        dict.fromkeys("qkvo", 3 * LAYERS) | dict.fromkeys(("gate", "up", "down"), 2 * LAYERS),
+        {"norm", "embedding"},
+    ),
+    "t5 ungated": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        T5 | {"feed_forward_proj": "relu", "tie_word_embeddings": False},
+        dict.fromkeys("qkvo", 3 * LAYERS) | dict.fromkeys(("up", "down"), 2 * LAYERS),
+        {"norm", "embedding", "head"},
+    ),
+    "bert": ("BertForMaskedLM", "BertConfig", ENCODER, UNGATED | {"other": 1}, {"norm", "bias", "embedding", "head"}),
+    "vit": (
+        "ViTModel",
+        "ViTConfig",
+        ENCODER | {"image_size": 8, "patch_size": 4},
+        UNGATED | {"other": 1},
+        {"norm", "bias", "embedding", "other"},
+    ),
+    "mamba": (
+        "MambaForCausalLM",
+        "MambaConfig",
+        {"vocab_size": 40, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "state_size": 4},
+        {"other": 4 * LAYERS},
+        {"norm", "bias", "embedding", "ssm", "other", "head"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_that_are_no_transformer_decoders_have_their_roles_too(name: str, tmp_path: Path) -> None:
+    model, config, settings, linear, others = OTHERS[name]
+    torch.manual_seed(0)
+    getattr(transformers, model)(getattr(transformers, config)(**settings)).save_pretrained(tmp_path)
+    parts = all_parts(open_checkpoint(tmp_path))
+    assert Counter(part.place.role for part in parts if part.is_linear) == linear
+    assert {part.place.role for part in parts if not part.is_linear} <= others
+    layered = [part.place.layer for part in parts if part.place.role in linear and part.place.role != "other"]
+    assert all(layer in range(LAYERS) for layer in layered)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.weight_scale",
+        "model.layers.0.mlp.down_proj.weight_scale_inv",
+        "model.layers.0.mlp.up_proj.scales",
+        "model.layers.0.mlp.up_proj.qzeros",
+        "model.layers.0.mlp.experts.gate_up_proj_scales",
+        "model.layers.0.self_attn.o_proj.weight.absmax",
+        "model.layers.0.self_attn.k_proj.k_scale",
+        "model.layers.0.self_attn.q_proj.SCB",
+    ],
+)
+def test_scales_of_quantised_weights_are_no_matrices(name: str) -> None:
+    (part,) = parts_of(TensorInfo(name, (8, 16), "float32"), {})
+    assert part.place.role == "scale" and not part.is_matrix
+
+
 def tiny(name: str) -> nn.Module:
     kind, settings, _ = ARCHITECTURES[name]
     torch.manual_seed(0)

@@ -3,18 +3,40 @@
 import re
 from dataclasses import dataclass
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.([0-9]{1,9})\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.([0-9]{1,9})\.")
 _EXPERT = re.compile(r"\.experts\.([0-9]{1,9})\.")
 _FEED_FORWARD = r"\b(?:feed_forward|mlp|shared_experts?|experts(?:\.[0-9]+)?)\."
+_T5 = r"\b(?:SelfAttention|EncDecAttention)\."
 _ROLES = (
-    ("q", r"\b(?:q_proj|q_attn|wq)\.weight$"),
-    ("k", r"\b(?:k_proj|wk)\.weight$"),
-    ("v", r"\b(?:v_proj|wv)\.weight$"),
-    ("o", r"\b(?:o_proj|wo)\.weight$|(?:attn|attention)\.(?:dense|out_proj|c_proj)\.weight$"),
-    ("gate", r"\bgate_proj\.weight$|\bexperts\.(?:gate_proj|w1)$|" + _FEED_FORWARD + r"w1\.weight$"),
+    # Scales of quantised weights and the state matrix of Mamba are numbers of their own, no weights of a linear layer.
+    (
+        "scale",
+        r"[._](?:weight_scale(?:_inv|_2)?|input_scale|[kv]_scale|scales|qzeros|g_idx|absmax|nested_absmax|quant_map"
+        r"|nested_quant_map|SCB|weight_format)$|_proj_scales$",
+    ),
+    ("ssm", r"\b(?:A_log|D)$"),
+    ("embedding", r"\brelative_attention_bias\.weight$|(?:^|\.)shared\.weight$"),
+    ("q", r"\b(?:q_proj|q_attn|wq|query)\.weight$|" + _T5 + r"q\.weight$"),
+    ("k", r"\b(?:k_proj|wk|key)\.weight$|" + _T5 + r"k\.weight$"),
+    ("v", r"\b(?:v_proj|wv|value)\.weight$|" + _T5 + r"v\.weight$"),
+    ("down", r"\bDenseReluDense\.wo\.weight$|(?<!attention\.)\boutput\.dense\.weight$"),
+    (
+        "o",
+        r"\b(?:o_proj|wo)\.weight$|(?:attn|attention)\.(?:dense|out_proj|c_proj|output\.dense)\.weight$|"
+        + _T5
+        + r"o\.weight$",
+    ),
+    (
+        "gate",
+        r"\bDenseReluDense\.wi_0\.weight$|\bgate_proj\.weight$|\bexperts\.(?:gate_proj|w1)$|"
+        + _FEED_FORWARD
+        + r"w1\.weight$",
+    ),
     (
         "up",
-        r"\b(?:up_proj|fc1|c_fc|dense_h_to_4h)\.weight$|\bexperts\.(?:up_proj|w3)$|" + _FEED_FORWARD + r"w3\.weight$",
+        r"\b(?:up_proj|fc1|c_fc|dense_h_to_4h|intermediate\.dense|DenseReluDense\.wi(?:_1)?)\.weight$|\bexperts\.(?:up_proj|w3)$|"
+        + _FEED_FORWARD
+        + r"w3\.weight$",
     ),
     (
         "down",
@@ -23,18 +45,18 @@ _ROLES = (
         + r"w2\.weight$",
     ),
     ("bias", r"[._]bias$"),
-    ("norm", r"(?:norm|layernorm)\w*\.weight$|\bln_\w+\.weight$"),
+    ("norm", r"(?:norm|layernorm|LayerNorm)\w*\.weight$|\bln_\w+\.weight$"),
     (
         "router",
         r"\b(?:mlp|block_sparse_moe|router|moe|feed_forward)\.gate\.weight$|"
         r"\b(?:router|router\.layer|shared_expert_gate)\.weight$",
     ),
     ("embedding", r"\b(?:embed_tokens|embed_in|embed_positions|wte|wpe|\w*embeddings?)\.weight$"),
-    ("head", r"\b(?:lm_head|embed_out|score)\.weight$|(?:^|model\.)output\.weight$"),
+    ("head", r"\b(?:lm_head|embed_out|score|predictions\.decoder)\.weight$|(?:^|model\.)output\.weight$"),
 )
 LINEAR_ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 TABLE_ROLES = ("embedding", "head", "router")
-VECTOR_ROLES = ("bias", "norm")
+VECTOR_ROLES = ("bias", "norm", "scale", "ssm")
 
 
 @dataclass(frozen=True)
