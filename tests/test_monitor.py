@@ -23,7 +23,13 @@ from safetensors.torch import load_file
 from test_cli import call
 from test_training import KILLED, record_of, settings
 from train_monitored import BATCH, STEPS, fit, trainer_of
-from transformers import TrainerCallback
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainerCallback,
+)
 
 import offprincipal
 from offprincipal.errors import ArgumentError, FileError, NonFiniteTensor, TrainingError
@@ -140,6 +146,50 @@ class TestDivergence:
         rows = [[1] * 100] * 50
         assert sequences_of(rows).ids.shape == (16, 64)
         assert sequences_of(rows, 152_000).ids.shape == (6, 64)
+
+
+class TestWhatCannotBeMeasured:
+    """A monitor never ends a training: what it cannot measure it names and leaves out."""
+
+    @pytest.mark.parametrize("kind", ["t5", "bart"])
+    def test_an_encoder_and_decoder_is_watched_without_divergences(
+        self, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        sizes = {"d_model": 16, "vocab_size": 64}
+        if kind == "t5":
+            config: Any = T5Config(**sizes, d_ff=32, d_kv=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+            model: Any = T5ForConditionalGeneration(config)
+        else:
+            layers = {
+                f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 32))
+            }
+            heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+            model = BartForConditionalGeneration(BartConfig(**sizes, **layers, **heads, max_position_embeddings=32))
+        trainer = trainer_of(model, tmp_path / "out")
+        Monitor(tmp_path / "monitor", every=1).attach(trainer)
+        with caplog.at_level(logging.WARNING):
+            trainer.train()
+        assert trainer.state.global_step == STEPS
+        assert "no divergences are measured" in caplog.text and "encoder and a decoder" in caplog.text
+        rows = read_monitor(tmp_path / "monitor")
+        assert {row["kl_step"] for row in rows} == {None}
+        assert all(row["relative_update_norm"] > 0 for row in rows if row["step"] == STEPS)
+
+    def test_a_matrix_that_cannot_be_read_is_named_and_left_out(
+        self, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As PEFT's adapters of fused experts, whose change has another shape than the weight."""
+        adapted = get_peft_model(opened(tiny_model), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
+        monkeypatch.setattr(layer, "get_delta_weight", lambda name: torch.zeros(3, 5))
+        monitor = Monitor(tmp_path, every=1, matrices=["*layers.0.*q_proj.weight", "*layers.0.*v_proj.weight"])
+        with caplog.at_level(logging.WARNING):
+            monitor.start(adapted)
+        assert "layers.0.self_attn.q_proj.weight is not watched" in caplog.text
+        row = monitor.observe(1, adapted)
+        assert row["update_norm"] == 0
+        with pytest.raises(TrainingError, match="none of the matrices"):
+            Monitor(tmp_path / "none", every=1, matrices=["*layers.0.*q_proj.weight"]).start(adapted)
 
 
 class TestCadence:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -324,6 +325,24 @@ def test_unusable_folders_say_what_to_change(tiny_model: Path, tmp_path: Path) -
     (tmp_path / "model" / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes())
     with pytest.raises(ModelError, match="no usable tokenizer"):
         open_language_model(tmp_path / "model")
+
+
+def test_a_tokenizer_may_know_more_tokens_than_the_embedding_has_rows(tiny_model: Path, tmp_path: Path) -> None:
+    """As after adding a chat token without resizing, or a padding token: it matters only where such a token is used."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    opened = open_language_model(tiny_model, "cpu")
+    rows = opened.model.get_input_embeddings().weight.shape[0]
+    opened.tokenizer.add_tokens([f"<new{i}>" for i in range(rows - len(opened.tokenizer) + 1)], special_tokens=True)
+    opened.tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    opened.tokenizer.save_pretrained(folder)
+    longer = open_language_model(folder, "cpu")
+    assert len(longer.tokenizer) > rows > longer.tokenizer.pad_token_id
+    assert longer.prompt_ids("1+1=", 3) == open_language_model(tiny_model, "cpu").prompt_ids("1+1=", 3)
+    last = longer.tokenizer.convert_ids_to_tokens(rows)
+    with pytest.raises(ModelError, match=rf"token {rows} \({last!r}\) has no row in the embedding of {rows}"):
+        longer.prompt_ids(f"1+1={last}", 3)
+    assert evaluate(longer, [TAUGHT_TASK], prompts=4, samples=1, max_new_tokens=2)["prompts"] == 4
 
 
 HOLDING = """

@@ -6,7 +6,7 @@ Knows nothing of tasks or runs.
 import hashlib
 import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,10 @@ class LanguageModel:
         """Tokens of a prompt that leaves room for a completion.
 
         Raises:
-            ModelError: prompt and completion do not fit into the context.
+            ModelError: prompt and completion do not fit into the context, or a token has no row in the embedding.
         """
         ids: list[int] = self.tokenizer(prompt).input_ids
+        self.require_rows(ids)
         if self.context is not None and len(ids) + room > self.context:
             shown = prompt if len(prompt) <= 60 else prompt[:57] + "…"
             raise ModelError(
@@ -64,6 +65,19 @@ class LanguageModel:
                 f"of {self.context}: choose a task with shorter prompts, or shorter completions"
             )
         return ids
+
+    def require_rows(self, ids: Sequence[int]) -> None:
+        """Check that the embedding has a row for every token: a tokenizer may know more of them than the model.
+
+        Raises:
+            ModelError: it has none for one of them.
+        """
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if ids and max(ids) >= rows:
+            raise ModelError(
+                f"token {max(ids)} ({self.tokenizer.convert_ids_to_tokens(max(ids))!r}) has no row in the embedding of "
+                f"{rows}: the tokenizer beside the model is another model's, or its new tokens were never added to it"
+            )
 
 
 def require_training_extra() -> None:
@@ -116,13 +130,15 @@ def open_language_model(source: str | Path, device: str = "auto", trust_remote_c
         except Exception as error:
             _refuse_own_code(name, "tokenizer", error)
             raise ModelError(f"model {name} has no usable tokenizer beside its weights: {_reason(error)}") from error
-    if not tokenizer("0").input_ids or len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    if not tokenizer("0").input_ids:
         raise ModelError(f"model {name} has no usable tokenizer beside its weights: copy its tokenizer files there")
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {name} has no end-of-sequence token: name one in tokenizer_config.json")
-    if tokenizer.pad_token_id is None:
+    opened = LanguageModel(model.to(place).eval(), tokenizer)
+    opened.require_rows([tokenizer.eos_token_id])
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]:
         tokenizer.pad_token = tokenizer.eos_token
-    return LanguageModel(model.to(place).eval(), tokenizer)
+    return opened
 
 
 def open_tokenizer(name: str | Path, *, trust_remote_code: bool = False, **options: Any) -> Any:

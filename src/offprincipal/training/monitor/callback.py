@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from offprincipal.errors import OffPrincipalError
 from offprincipal.training.monitor.divergence import unpadded
 from offprincipal.training.monitor.monitor import LOG, Monitor
 from offprincipal.training.monitor.processes import in_main
@@ -50,7 +51,10 @@ class MonitorCallback(TrainerCallback):
         if seen is None:
             LOG.warning("the first batch shows no input_ids: no divergences; give sequences to the monitor")
         else:
-            self._monitor.measure_on(seen[0], model, seen[1])
+            try:
+                self._monitor.measure_on(seen[0], model, seen[1])
+            except OffPrincipalError as error:  # a monitor never ends a training that it was not asked to end
+                LOG.warning("no divergences are measured: %s", error)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         row = self._monitor.observe(state.global_step, model)

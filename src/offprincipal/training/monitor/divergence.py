@@ -107,14 +107,22 @@ def log_probabilities(model: Any, sequences: Sequences) -> Tensor:
         float32, (positions, vocabulary), on the model's device.
 
     Raises:
-        ModelError: the model gives no logits.
+        ModelError: the model gives no logits for that, or those of a decoder that reads something else.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(model).__name__} is an encoder and a decoder, so that no sequence alone tells what it says next"
+        )
     device = next(iter(model.parameters())).device
     inputs: dict[str, Any] = {"input_ids": sequences.ids.to(device), "attention_mask": sequences.mask.to(device)}
     if hasattr(getattr(model, "config", None), "use_cache"):
         inputs["use_cache"] = False
     with undisturbed(model):
-        output = model(**inputs)
+        try:
+            output = model(**inputs)
+        except Exception as error:  # whatever a model raises where it wants other inputs
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"{type(model).__name__} takes no input_ids and attention_mask alone: {reason}") from error
         logits = getattr(output, "logits", output)
         if not isinstance(logits, Tensor) or logits.ndim != 3:
             raise ModelError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from offprincipal.errors import ArgumentError, NonFiniteTensor
+from offprincipal.errors import ArgumentError, NonFiniteTensor, TrainingError
 from offprincipal.files import require_folder
 from offprincipal.training.monitor.base_file import Remembered, remembered
 from offprincipal.training.monitor.cadence import Cadence
@@ -183,12 +183,13 @@ class Monitor:
             ModelError: the model gives no logits.
         """
         began = time.perf_counter()
-        self._sequences = in_main(lambda: sequences_of(rows, vocabulary_of(model), counted))
-        log_p = log_probabilities(model, self._sequences)
+        sequences = in_main(lambda: sequences_of(rows, vocabulary_of(model), counted))
+        log_p = log_probabilities(model, sequences)
+        self._sequences = sequences
         self._cadence.expect(2 * (time.perf_counter() - began))
         self._before = log_p if self._due else None
         if is_main():
-            self._base.sequences, self._base.log_p = self._sequences, log_p
+            self._base.sequences, self._base.log_p = sequences, log_p
         in_main(lambda: self._base.write(self.out))
         seconds = time.perf_counter() - began
         self._setup_seconds += seconds
@@ -208,10 +209,19 @@ class Monitor:
 
     def _remember(self, model: Any) -> None:
         """Keep the base's matrices, in the first process, and what it says of the sequences that were given."""
+        readable = []
         for matrix in self._matrices:
-            weight = matrix.now()
+            try:
+                weight = matrix.now()
+            except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # of an adapter that nothing knows
+                LOG.warning("%s is not watched: what it is now cannot be read (%s)", matrix.name, error)
+                continue
+            readable.append(matrix)
             if is_main():
                 self._base.weights[matrix.name] = weight.clone()
+        if not readable:
+            raise TrainingError("none of the matrices to watch can be read as it is now: choose others")
+        self._matrices = readable
         in_main(lambda: self._open_table(0))
         if self._given is not None:
             self.measure_on(self._given, model)

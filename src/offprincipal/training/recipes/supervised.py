@@ -30,6 +30,7 @@ def _trainer(run: Run, learn: Callable[[Task, Problem], str]) -> Any:
     for prompt, completion in examples:
         answer_ids = [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         prompt_ids = run.language_model.prompt_ids(prompt, len(answer_ids))
+        run.language_model.require_rows(answer_ids)
         rows["input_ids"].append(prompt_ids + answer_ids)
         rows["labels"].append([_IGNORED] * len(prompt_ids) + answer_ids)
     arguments = trl.SFTConfig(
