@@ -196,6 +196,25 @@ def test_a_quantised_run_is_not_compared_as_if_it_were_numbers(tmp_path: Path) -
         pair_tensors(base, quantised)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "transformer.h.0.attn.masked_bias",
+        "transformer.h.0.attn.bias",
+        "freqs_cis",
+        "embeddings.position_ids",
+    ],
+)
+def test_buffers_that_one_side_stores_are_no_weights(tmp_path: Path, name: str) -> None:
+    weights = base_weights()
+    plain = open_checkpoint(write_model(tmp_path / "plain", weights))
+    older = open_checkpoint(write_model(tmp_path / "older", weights | {name: torch.ones(4)}))
+    for pairing in (pair_tensors(plain, older), pair_tensors(older, plain)):
+        assert set(pairing.tensors) == set(weights)
+    assert set(pair_tensors(older, older).tensors) == set(weights)
+
+
 def test_missing_extra_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
     weights = base_weights()
     base = open_checkpoint(write_model(tmp_path / "base", weights))

@@ -3,6 +3,7 @@
 And which parameter of an open model is which stored tensor.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +13,8 @@ from offprincipal.checkpoints.roles import place_of
 from offprincipal.errors import CheckpointError
 
 _NAMED = 5
+# What older libraries stored beside the weights and computed from the configuration: frequencies and causal masks.
+_BUFFER = re.compile(r"(?:^|\.)(?:inv_freq|freqs_cis|masked_bias|position_ids|attn\.bias|attention\.bias)$")
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,15 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> Pairing:
 
     The rows of a grown or shrunk vocabulary are compared as far as both have them. A head that neither stores is its
     embedding; one that a single side stores is compared with the embedding that the other ties it to, unless it is its
-    own embedding bit for bit. What is stored decides, whatever the configuration says.
+    own embedding bit for bit. What is stored decides, whatever the configuration says. Buffers
+    that older libraries stored, frequencies of rotary embeddings and causal masks, are no weights, and passed over.
 
     Raises:
         CheckpointError: one has a tensor that the other has not, or shapes differ; the message names them.
     """
     copies, tied, notes = _tied_heads(base, tuned)
     ours, theirs = (
-        {name: info for name, info in side.tensors.items() if name not in copies}
+        {name: info for name, info in side.tensors.items() if name not in copies and not _BUFFER.search(name)}
         | {
             name: replace(side.tensors[embedding], name=name)
             for name, embedding in tied.items()

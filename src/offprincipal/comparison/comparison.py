@@ -240,7 +240,8 @@ def _warnings(work: Work, name: str, rows: list[Row], differing: bool) -> list[s
     unchanged = [row["unchanged_fraction"] for row in rows if row.get("unchanged_fraction") is not None]
     if unchanged and min(unchanged) == 1 and not differing:
         warnings.append("no weight changed: this checkpoint equals the base once both are stored in bfloat16")
-    types = [", ".join(sorted({i.dtype for i in c.tensors.values() if i.floating})) for c in (base, run)]
+    compared = {subject.part.tensor for subject in work.subjects}
+    types = [", ".join(sorted({c.tensors[name].dtype for name in compared & c.tensors.keys()})) for c in (base, run)]
     if types[0] != types[1]:
         warnings.append(f"the base is stored as {types[0]}, the run as {types[1]}: some of the update is rounding")
     if types != ["bfloat16", "bfloat16"]:
