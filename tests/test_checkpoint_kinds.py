@@ -497,6 +497,19 @@ class TestDistributed:
             pair_tensors(base, tuned)
             assert_same(tuned, model.state_dict(), atol=0)
 
+    @pytest.mark.parametrize("older", [False, True])
+    def test_members_of_enumerations_are_read_however_python_wrote_them(
+        self, tmp_path: Path, older: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Python 3.11.0 to 3.11.3 write `getattr(kind, name)`, others `kind(value)`."""
+        kind: Any = torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING
+        how = (lambda self, _: (getattr, (kind, self._name_))) if older else (lambda self, _: (kind, (self._value_,)))
+        monkeypatch.setattr(kind, "__reduce_ex__", how)
+        weights = {"a.weight": torch.arange(6.0).reshape(2, 3)}
+        torch.distributed.checkpoint.save(weights, checkpoint_id=str(tmp_path))
+        assert (b"getattr" in (tmp_path / ".metadata").read_bytes()) == older
+        assert_same(open_checkpoint(tmp_path), weights)
+
     def test_a_bare_state_dict_keeps_its_names(self, tmp_path: Path) -> None:
         model = tiny("qwen3", tie_word_embeddings=True)
         model.save_pretrained(tmp_path / "base")
@@ -602,6 +615,8 @@ class TestDistributed:
             metadata_of("bomb", pickle.dumps(Bomb(mark))): r"names pathlib\.Path\.touch|names builtins.getattr",
             metadata_of("system", pickle.dumps(os.system)): r"names posix\.system",
             metadata_of("import", b"cos\nsystem\n(S'true'\ntR."): r"names os\.system",
+            metadata_of("member", b"cbuiltins\ngetattr\n(cpathlib\nPath\nS'touch'\ntR."): r"names builtins\.getattr",
+            metadata_of("getattr", b"cbuiltins\ngetattr\n(S'x'\nS'__class__'\ntR."): r"names builtins\.getattr",
             metadata_of("module", b"cantigravity\nfly\n."): r"names antigravity\.fly",
             metadata_of("empty", b""): "truncated or corrupt",
             metadata_of("list", pickle.dumps([1])): "no metadata of a distributed checkpoint",
