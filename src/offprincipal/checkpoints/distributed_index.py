@@ -98,11 +98,12 @@ class _RestrictedUnpickler(pickle.Unpickler):
             return plain[module, name]
         raise self._refused(module, name)
 
-    def _member(self, kind: type[_Record], name: str) -> _Record:
+    def _member(self, kind: Any, name: Any) -> _Record:
         """A member of an enumeration, inert: Python 3.11.0 to 3.11.3 write one as `getattr(kind, name)`."""
-        if kind is not self._kinds.get(_ENUMERATION):
+        known = self._kinds.get(_ENUMERATION)
+        if known is None or kind is not known:
             raise self._refused("builtins", "getattr")
-        return kind(name)
+        return known(name)
 
     def _refused(self, module: str, name: str) -> CheckpointError:
         return CheckpointError(
