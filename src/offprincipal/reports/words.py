@@ -220,7 +220,7 @@ def _precision_answer(readers: Sequence[_Reader]) -> str:
     spans = [_span([r(f"principal_overlap{suffix}") for r in known], percent) for suffix in ("", *_TOLD[:3])]
     gaps = [gap for r in known for mask in MASKS if (gap := _gap(mask, r)) is not None]
     return (
-        f"principal weights hold {spans[0]} of the changed entries, where chance would put {spans[1]} "
+        f"principal weights hold {spans[0]} of the changed entries, where chance would put {spans[1]}, "
         f"bfloat16 rounding alone {spans[2]}, and equal spacings, rows and columns {spans[3]}; {_left_over(gaps)}."
     )
 
