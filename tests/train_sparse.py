@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from offprincipal.adapters import Masks, SparseAdamW, make_masks
 from offprincipal.adapters.masks import base_hash, full, packed
+from offprincipal.adapters.sparse_adamw import COMPILED_HERE
 
 STEPS = 6
 
@@ -36,12 +37,12 @@ def main(out: Path) -> None:
     masks = Masks.load(mine, model)
     made = make_masks(model, "safe", 0.3)
     assert all(torch.equal(made[name], whole[name]) for name in whole), "masks of the shards differ from the whole's"
-    optimizer = SparseAdamW(model.named_parameters(), masks, lr=1e-2, weight_decay=0.1)
+    optimizer = SparseAdamW(model.named_parameters(), masks, lr=1e-2, weight_decay=0.1, fused=COMPILED_HERE or None)
     inputs = torch.randn(STEPS, 1, 40)
     for i in range(STEPS):
         if i == STEPS // 2:
             state = optimizer.state_dict()
-            optimizer = SparseAdamW(model.named_parameters(), masks)
+            optimizer = SparseAdamW(model.named_parameters(), masks, fused=COMPILED_HERE or None)
             optimizer.load_state_dict(state)
         model(inputs[i]).square().sum().backward()
         optimizer.step()

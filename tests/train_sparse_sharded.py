@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from offprincipal.adapters import SparseAdamW
 from offprincipal.adapters.masks import full
+from offprincipal.adapters.sparse_adamw import COMPILED_HERE
 from offprincipal.errors import AdapterError
 
 STEPS = 3
@@ -42,7 +43,7 @@ def started(kind: torch.dtype) -> tuple[torch.nn.Module, dict[str, torch.Tensor]
 
 
 def optimized(model: torch.nn.Module, masks: dict[str, torch.Tensor]) -> SparseAdamW:
-    return SparseAdamW(model.named_parameters(), masks, lr=1e-2, weight_decay=0.1)
+    return SparseAdamW(model.named_parameters(), masks, lr=1e-2, weight_decay=0.1, fused=COMPILED_HERE or None)
 
 
 def train(model: Any, optimizer: Any, inputs: torch.Tensor) -> None:

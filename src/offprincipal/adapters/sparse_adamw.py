@@ -24,6 +24,8 @@ _OWN = ("exp_avg", "exp_avg_sq", "index", "master")  # of the types given here, 
 
 Named = Iterable[tuple[str, Tensor]]
 
+COMPILED_HERE = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")  # whether this processor has that step
+
 
 class SparseAdamW(Optimizer):
     """AdamW that trains, and keeps state for, the masked entries of parameters; all else stays as it is, bit for bit.
@@ -220,8 +222,7 @@ def _step(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict
 def _compiles(parameter: Tensor, grad: Tensor) -> bool:
     """Whether the compiled step can be taken: bit for bit torch's fused one where that multiplies and adds at once."""
     usable = parameter.device.type == "cpu" and parameter.dtype in (torch.float32, torch.bfloat16)
-    usable = usable and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    return usable and parameter.is_contiguous() and grad.dtype == parameter.dtype
+    return COMPILED_HERE and usable and parameter.is_contiguous() and grad.dtype == parameter.dtype
 
 
 def _step_compiled(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:

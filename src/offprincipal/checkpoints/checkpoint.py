@@ -111,8 +111,15 @@ def without_copied_head(
 
 def equal_tensors(infos: Mapping[str, TensorInfo], read: Callable[..., Array], one: str, two: str) -> bool:
     """Whether two tensors of a checkpoint hold the same bits."""
-    info = infos[one]
-    if not info.floating or (info.shape, info.dtype) != (infos[two].shape, infos[two].dtype):
+    return infos[one].floating and same_bits(infos[one], infos[two], read, read)
+
+
+def same_bits(one: TensorInfo, two: TensorInfo, read_one: Callable[..., Array], read_two: Callable[..., Array]) -> bool:
+    """Whether two tensors, each with how its checkpoint reads, are of one shape and type and hold the same bits."""
+    if (one.shape, one.dtype) != (two.shape, two.dtype):
         return False
-    ranges = ((start, min(start + _CHUNK, info.numel)) for start in range(0, info.numel, _CHUNK))
-    return all(np.array_equal(read(one, *span).view(np.uint8), read(two, *span).view(np.uint8)) for span in ranges)
+    ranges = ((start, min(start + _CHUNK, one.numel)) for start in range(0, one.numel, _CHUNK))
+    return all(
+        np.array_equal(read_one(one.name, *span).view(np.uint8), read_two(two.name, *span).view(np.uint8))
+        for span in ranges
+    )

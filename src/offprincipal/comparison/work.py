@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np
-
 from offprincipal.checkpoints import (
     Array,
     Checkpoint,
@@ -21,6 +19,7 @@ from offprincipal.checkpoints import (
     pair_tensors,
     parts_of,
 )
+from offprincipal.checkpoints.checkpoint import same_bits
 from offprincipal.comparison.cache import BaseCache
 from offprincipal.comparison.measure import Subject, TensorRows, measure_matrix, measure_tensor
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
@@ -153,12 +152,8 @@ class Work:
 
     @staticmethod
     def _same_bits(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:
-        info, other = base.tensors[name], tuned.tensors[name]
-        if (info.shape, info.dtype) != (other.shape, other.dtype):
-            return False
-        spans = ((start, min(start + _BLOCK, info.numel)) for start in range(0, info.numel, _BLOCK))
         try:
-            return all(np.array_equal(base.read(name, *span), tuned.read(name, *span)) for span in spans)
+            return same_bits(base.tensors[name], tuned.tensors[name], base.read, tuned.read)
         except CheckpointError:  # of a type that nothing reads: what is not known to be the same is not
             return False
 

@@ -122,14 +122,18 @@ class MatrixPair(TensorPair):
         """Mean and variance of the change counts under the spacing null, of the rows and of the columns."""
         return location.line_nulls(self, self.base.line_classes)
 
+    @property
+    def finest(self) -> Array:
+        """The tuned weights as precisely as they are known: the masters, where they were kept."""
+        return self.tuned if self.block.masters is None else self.block.masters
+
     @once
     def rounding_null(self) -> nulls.RoundingNull | None:
         """Steps that ignore the weights, and are then stored; None off the bfloat16 grid, or where nothing changed."""
-        masters = self.tuned if self.block.masters is None else self.block.masters
-        known = masters.dtype in _TELLS_STEPS
-        if not self.counts.on_grid or not self.changed_count or (not known and masters.dtype != BFLOAT16):
+        known = self.finest.dtype in _TELLS_STEPS
+        if not self.counts.on_grid or not self.changed_count or (not known and self.finest.dtype != BFLOAT16):
             return None
-        steps = nulls.count_steps(self.base.codes, masters if known else self.codes)
+        steps = nulls.count_steps(self.base.codes, self.finest if known else self.codes)
         return nulls.rounding_null(self.class_entries, self.class_changed, steps, known)
 
     @once
@@ -138,10 +142,9 @@ class MatrixPair(TensorPair):
 
         None off the bfloat16 grid, without masters, or where nothing would change.
         """
-        masters = self.tuned if self.block.masters is None else self.block.masters
         null = None
-        if self.counts.on_grid and self.changed_count and masters.dtype in _TELLS_STEPS:
-            null = nulls.scaled_null(self.base.codes, masters)
+        if self.counts.on_grid and self.changed_count and self.finest.dtype in _TELLS_STEPS:
+            null = nulls.scaled_null(self.base.codes, self.finest)
         if null is None:
             return [None] * len(self.base.mask_cells)
         found = [null.expected_changes(self.base.codes, d.cells, len(d.classes)) for d in self.base.mask_cells]

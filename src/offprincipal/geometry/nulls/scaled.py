@@ -3,9 +3,8 @@
 A step is taken for r_i · c_j · z: the lengths of its row and of its column, and a rest that is dealt out blindly. So
 rows that move further, and happen to have larger weights, are no effect. Lengths are geometric means over the entries
 that moved; how many did is told row by row and column by column too. Both are shrunk towards what all lines have in
-common, by as much as their entries' own spread explains of the lines' (empirical Bayes): lines that are alike stay
-so. It needs steps as they were before storing, from
-float32 masters. Knows nothing of files, models or layers.
+common, by as much as their entries' own spread explains of the lines' (empirical Bayes): lines that are alike stay so.
+It needs steps as they were before storing, from float32 masters. Knows nothing of files, models or layers.
 """
 
 from dataclasses import dataclass
@@ -78,12 +77,11 @@ def scaled_null(codes: NDArray[np.uint16], masters: Array) -> ScaledNull | None:
     moved = int(counts[0].sum())
     if moved == 0:
         return None
-    spread = _square_rest(logs, rows, columns) / moved
+    spread, share = _square_rest(logs, rows, columns) / moved, moved / codes.size
     shares = []
     for line, count, length in zip((rows, columns), counts, codes.shape[::-1], strict=True):
         there = count > 0
         line[there] = _shrunk(line[there], spread / count[there])
-        share = moved / codes.size
         shares.append(there * _shrunk(count / length, np.full(len(count), share * (1 - share) / length)))
     steps: Counts = np.zeros(2 * _REACH * _BINS_A_BINADE, np.int64)
     _count_rest(logs, rows, columns, steps)

@@ -59,12 +59,11 @@ def _published(
     runs: Mapping[Masked, BySeed], areas: Mapping[Masked, Mapping[int, float]], density: float, said: str
 ) -> Judgement:
     safe, principal, projections = areas.get(PUBLISHED, {}), areas["principal", density], areas.get(PROJECTIONS, {})
-    frozen = {seed: projections.get(seed, 0.0) for seed in safe}
     conditions = [
         Condition(
             f"the safe curve is within {TRACKS:g} of the full one, beyond what freezing all but projections costs",
             judge_at_most(
-                fmean(safe[seed] - frozen[seed] for seed in safe) if safe else None,
+                fmean(safe[seed] - projections.get(seed, 0.0) for seed in safe) if safe else None,
                 TRACKS,
                 measure="area between the two over that under the full one, less that of all projections, mean over "
                 "seeds",
