@@ -23,7 +23,10 @@ class MatrixSettings:
         seed: of the random mask and of the Gaussian updates.
         solver: `exact` is LAPACK in float64 for every matrix; `auto` is that up to min(n, m) = `exact_up_to`, and above
             it warm starts from a base that is decomposed once; `randomized` starts cold for every matrix above.
-        exact_up_to: where LAPACK is as fast as anything.
+        exact_up_to: where LAPACK is as fast as anything; float64_up_to: min(n, m) up to which the rest is worked on in
+            float64 too.
+        stored_null: whether to draw the Gaussian updates that are stored as the tuned weights are, which is most of the
+            work beside the measuring itself.
         tolerance: on the singular values, relative, that the certificate of an approximation has to meet; a matrix
             that misses it is solved exactly. 0 means exact everywhere.
         device: where matrices are decomposed; `auto` takes a CUDA device where there is one.
@@ -36,6 +39,8 @@ class MatrixSettings:
     seed: int = 0
     solver: Solver = "auto"
     exact_up_to: int = 256  # as geometry.principal has it, which needs torch
+    float64_up_to: int = 0
+    stored_null: bool = True
     tolerance: float = 1e-3
     device: Device = "cpu"
 

@@ -110,7 +110,8 @@ class BaseSpectrum:
     @once
     def dtype(self) -> torch.dtype:
         """What this matrix is worked on in."""
-        return torch.float64 if self.exact or self.weight.dtype.itemsize > 4 else torch.float32
+        wide = self.exact or min(self.shape) <= self.settings.float64_up_to or self.weight.dtype.itemsize > 4
+        return torch.float64 if wide else torch.float32
 
     @once
     def values(self) -> Tensor:
@@ -223,13 +224,20 @@ class PairSpectrum:
     def update_norm_2(self) -> float:
         return self.update_spectrum[0].item()
 
+    def _is_larger_than(self, size: float) -> bool:
+        """Whether the update's spectral norm is above a size, which its Frobenius norm tells of most."""
+        if self._norm > size * math.sqrt(min(self.base.shape)):
+            return True
+        return self._norm > size and self.update_norm_2 > size
+
     @once
     def svd(self) -> Svd:
         """Of the tuned matrix; the base's own where nothing moved; solved whole where an approximation will not do."""
         base = self.base
         if self._norm == 0:
             return base.svd
-        if base.exact or self.update_norm_2 >= _LEAST_STEP * base.svd.S[0].item():
+        sure = base.exact or (base.dtype == torch.float64 and base.settings.solver == "auto")
+        if sure or self._is_larger_than(_LEAST_STEP * base.svd.S[0].item()):
             found = base.solve(self.values)
             if spectrum.within(found, self.k, base.settings.tolerance):
                 return found
@@ -275,8 +283,8 @@ class PairSpectrum:
     def spectral_shift(self) -> tuple[Number, ...]:
         """Shift of the top k; of all; per relative update norm; under both nulls, each with its spread."""
         shift = self.shift
-        clear = self.update_norm_2 > _floor(self.base.svd, self.base.shape) + _floor(self.svd, self.base.shape)
-        known = shift is not None and self._norm > 0 and self._base_norm > 0 and clear
+        known = shift is not None and self._norm > 0 and self._base_norm > 0
+        known = known and self._is_larger_than(sum(_floor(svd, self.base.shape) for svd in (self.base.svd, self.svd)))
         isotropic, stored = ((mean.spectral_shift, spread.spectral_shift) for mean, spread in self._nulls)
         per_norm = shift * self._base_norm / self._norm if known and shift is not None else None
         return shift, self._full_shift(), per_norm, *isotropic, *stored
@@ -330,8 +338,10 @@ class PairSpectrum:
 
     @once
     def _nulls(self) -> tuple[tuple[Drawn, Drawn], tuple[Drawn, Drawn]]:
-        """Mean and spread under isotropic updates, and under stored ones."""
-        return _mean_and_spread(self._isotropic()), _mean_and_spread(self._stored())
+        """Mean and spread under isotropic updates, and under stored ones, where those are wanted."""
+        unknown = (NOTHING_DRAWN, NOTHING_DRAWN)
+        stored = _mean_and_spread(self._stored()) if self.base.settings.stored_null else unknown
+        return _mean_and_spread(self._isotropic()), stored
 
     def _isotropic(self) -> list[Drawn]:
         """Gaussian updates of the stored update's norm; their energies are known without drawing them."""

@@ -4,7 +4,6 @@ The whole table is written anew under a temporary name and renamed, so that a ki
 nothing of models or how figures come about.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,50 +14,12 @@ import pyarrow.parquet as pq
 
 from offprincipal.errors import FileError
 from offprincipal.files import write_atomically
+from offprincipal.measures.pooling import pool_run
+from offprincipal.training.monitor.figures import COLUMNS
 
 NAME = "monitor.parquet"
 Row = Mapping[str, Any]
 
-_ANGLES = {
-    f"principal_angle_{side}_{which}_deg{null}": (f"{words} {side} principal angle{after}", "degrees")
-    for null, after in (("", ""), ("_isotropic_null", " after a Gaussian update of equal norm"))
-    for side in ("left", "right")
-    for which, words in (("max", "largest"), ("mean", "mean"))
-}
-_ENERGIES = {
-    f"principal_energy{side}{suffix}": (f"{meaning} {words}", unit)
-    for side, words in (
-        ("", "both principal subspaces"),
-        ("_left", "the left one"),
-        ("_right", "the right one"),
-    )
-    for suffix, meaning, unit in (
-        ("", "share of the update's energy in", "1"),
-        ("_isotropic", "the same for an isotropic update, in", "1"),
-        ("_enrichment", "measured over isotropic energy, in", "times"),
-    )
-}
-_MEANS = {
-    "spectral_shift": ("shift of the top singular values over their norm", "1"),
-    "spectral_shift_per_norm": ("spectral shift per relative step length", "1"),
-    "spectral_shift_isotropic_null": ("spectral shift of a Gaussian update of equal norm", "1"),
-    **_ANGLES,
-    **_ENERGIES,
-}
-_SHARES = {
-    "unchanged_fraction": ("share of the entries whose bfloat16 value did not change", "1"),
-    "unchanged_fraction_isotropic_null": ("the same after a Gaussian update of equal length", "1"),
-    "hidden_fraction": ("share whose float32 weight moved but whose bfloat16 value did not", "1"),
-}
-_NORMS = {
-    "base_norm": ("Frobenius norm of the base", "weight"),
-    "update_norm": ("Frobenius norm of the update", "weight"),
-    "relative_update_norm": ("step length: Frobenius norm of the update over that of the base", "1"),
-}
-_CERTIFICATES = {
-    "singular_value_error": ("certificate: how far a top singular value may be off", "weight"),
-    "angle_error_deg": ("certificate: how far the principal angles may be off", "degrees"),
-}
 _OF_THE_RUN = {
     "kl_step": ("KL of the policy after this step from that before it, mean over tokens", "nats"),
     "kl_cumulative": ("KL of the policy from the base, mean over tokens", "nats"),
@@ -66,7 +27,7 @@ _OF_THE_RUN = {
     "monitor_share": ("the same over the training's own time", "1"),
     "setup_seconds": ("time spent decomposing bases before the first step, in this sitting; in no share", "seconds"),
 }
-METRICS = {**_OF_THE_RUN, **_NORMS, **_MEANS, **_CERTIFICATES, **_SHARES}
+METRICS = _OF_THE_RUN | {column.name: (column.meaning, column.unit) for column in COLUMNS}
 _INTEGERS = {
     "step": "optimizer steps done",
     "layer": "layer of the matrix",
@@ -75,7 +36,6 @@ _INTEGERS = {
     "cols": "columns of the matrix",
     "numel": "entries; of all watched matrices in a pooled row",
     "k": "rank of the principal subspace",
-    "spectral_shift_rank": "singular values compared",
     "kl_tokens": "tokens that divergence is a mean over",
 }
 _TEXTS = {
@@ -93,7 +53,7 @@ SCHEMA = pa.schema(
             for n in _KEYS
         ),
         *(pa.field(n, pa.float64(), metadata={"meaning": m, "unit": unit}) for n, (m, unit) in METRICS.items()),
-        *(pa.field(n, pa.int64(), metadata={"meaning": _INTEGERS[n]}) for n in ("spectral_shift_rank", "kl_tokens")),
+        *(pa.field(n, pa.int64(), metadata={"meaning": _INTEGERS[n]}) for n in ("kl_tokens",)),
         *(pa.field(n, pa.string(), metadata={"meaning": _TEXTS[n]}) for n in ("warned", "stopped")),
     ]
 )
@@ -141,27 +101,23 @@ def read_monitor(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def pooled(rows: Sequence[Row]) -> dict[str, Any]:
-    """One row over all matrices: norms by root of sums of squares, shares by entries, the rest as means by entries.
+    """One row over all matrices, each metric pooled as `compare` pools it.
 
     >>> two = [{"numel": 1, "update_norm": 3.0, "base_norm": 1.0}, {"numel": 3, "update_norm": 4.0, "base_norm": 0.0}]
     >>> found = pooled(two)
-    >>> found["numel"], found["update_norm"], found["relative_update_norm"], found["spectral_shift"]
-    (4, 5.0, 5.0, None)
+    >>> found["numel"], found["update_norm"], found["spectral_shift"]
+    (4, 5.0, None)
     """
-    found: dict[str, Any] = {"numel": sum(row["numel"] for row in rows)}
-    for name in ("update_norm", "base_norm"):
-        squares = [row[name] ** 2 for row in rows if row.get(name) is not None]
-        found[name] = math.sqrt(sum(squares)) if squares else None
-    update, base = found["update_norm"], found["base_norm"]
-    found["relative_update_norm"] = update / base if update is not None and base else None
-    for name in (*_SHARES, *_MEANS):
-        known = [(row[name], row["numel"]) for row in rows if row.get(name) is not None]
-        found[name] = sum(value * numel for value, numel in known) / sum(n for _, n in known) if known else None
-    return found
+    whole = [{column.name: row.get(column.name) for column in COLUMNS} | {"linear": True, **row} for row in rows]
+    found = {name: value.value for name, value in pool_run(whole).items()}
+    return {"numel": sum(row["numel"] for row in rows)} | found
 
 
 def _read(path: Path) -> Any:
     try:
-        return pq.read_table(path).cast(SCHEMA)
+        found = pq.read_table(path)
+        if not {"step", "tensor"} <= set(found.column_names):
+            raise ValueError(f"it has the columns {', '.join(found.column_names)[:200]}")
+        return pa.Table.from_pylist(found.to_pylist(), schema=SCHEMA)  # another version's has other columns
     except (OSError, pa.ArrowException, ValueError) as error:
         raise FileError(f"cannot read {path}: {error}. Give a folder that a monitor wrote, or an empty one") from error
