@@ -24,7 +24,7 @@ from harness import Table
 
 from offprincipal.checkpoints import Part
 from offprincipal.checkpoints.roles import Place
-from offprincipal.comparison.measure import Row, Subject, measure_matrix
+from offprincipal.comparison.measure import Row, measure_matrix
 from offprincipal.geometry import synthetic
 from offprincipal.measures.columns import GROUPS
 from offprincipal.measures.settings import MatrixSettings
@@ -100,7 +100,7 @@ def blind_study(weights: str, kind: str, seed: int) -> Evidence:
         steps = {run: synthetic.example_update(kind, base, length, rng) for run, length in lengths.items()}
         masters = {run: (base + step).astype(np.float32) for run, step in steps.items()}
         tuned = {run: values.astype(ml_dtypes.bfloat16) for run, values in masters.items()}
-        rows = measure_matrix(subject(i), base.astype(ml_dtypes.bfloat16), tuned, masters, GROUPS, settings)
+        rows = measure_matrix(part(i), base.astype(ml_dtypes.bfloat16), tuned, masters, GROUPS, settings)
         for row in rows.matrices:
             matrices[row["run"]].append(row)
         pairs += rows.pairs
@@ -108,10 +108,9 @@ def blind_study(weights: str, kind: str, seed: int) -> Evidence:
     return Evidence(matrices, pairs, RL, {"sft": SFT}, "calibration", matches=matches, contrast="sft")
 
 
-def subject(i: int) -> Subject:
+def part(i: int) -> Part:
     name = f"layers.{i}.q_proj.weight"
-    part = Part(name, name, Place("q", i), 0, SHAPE)
-    return Subject(part, linear=True)
+    return Part(name, name, Place("q", i), 0, SHAPE)
 
 
 if __name__ == "__main__":

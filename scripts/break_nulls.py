@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from offprincipal.checkpoints import Part
 from offprincipal.checkpoints.roles import Place
-from offprincipal.comparison.measure import Subject, measure_matrix
+from offprincipal.comparison.measure import measure_matrix
 from offprincipal.measures.columns import GROUPS
 from offprincipal.measures.settings import MatrixSettings
 
@@ -66,11 +66,11 @@ def attack(rng: np.random.Generator, small: bool) -> dict[str, float]:
     D *= 10.0 ** rng.uniform(-3, -1) * np.linalg.norm(W) / max(np.linalg.norm(D), 1e-300)
     masters = (W + D).astype(np.float32).astype(np.float64)
     tuned = bf16(masters)
-    subject = Subject(Part(NAME, NAME, Place("q", 0), 0, shape), linear=True)
+    part = Part(NAME, NAME, Place("q", 0), 0, shape)
     arrays = (x.astype(ml_dtypes.bfloat16) for x in (W, tuned))
     base, after = arrays
     settings = MatrixSettings(alphas=(0.5,), null_draws=8)
-    rows = measure_matrix(subject, base, {"r": after}, {"r": masters.astype(np.float32)}, GROUPS, settings)
+    rows = measure_matrix(part, base, {"r": after}, {"r": masters.astype(np.float32)}, GROUPS, settings)
     (row,) = rows.matrices
     changed = tuned != W
     found: dict[str, float] = {"changed entries": float(row["changed_count"] - changed.sum())}

@@ -31,7 +31,7 @@ SIZE = 1e-4  # of a weight-blind update, near what a short GRPO run does
 @cache
 def matrices() -> dict[str, Tensor]:
     work = Work(str(embedded_base()), {"same": str(embedded_base())}, CompareSettings())
-    linear = [subject.part for subject in work.subjects if subject.linear]
+    linear = [part for part in work.parts if work.is_linear(part)]
     read = work.base_checkpoint.read
     return {part.name: to_tensor(part.of(read(part.tensor, part.start, part.stop))) for part in linear}
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from offprincipal.checkpoints import Checkpoint, Part, TensorInfo, open_checkpoint, parts_of, place_of
+from offprincipal.checkpoints.matrices import linear_parts, matrices_of
 
 LAYERS, EXPERTS, HEADS, KV_HEADS, HIDDEN, HEAD_DIM, INNER = 2, 3, 4, 2, 16, 4, 24
 LLAMA = {
@@ -213,6 +214,13 @@ def test_parts_tile_every_tensor_and_have_the_roles_of_the_architecture(name: st
         assert [piece.shape for piece in pieces] == [part.matrix_shape for part in parts]
         assert all(piece.flags.c_contiguous for piece in pieces)
         assert np.array_equal(np.sort(np.concatenate([piece.ravel() for piece in pieces])), entries), info.name
+        whole = torch.from_numpy(entries).reshape(info.shape)
+        rebuilt = torch.full_like(whole, -1)
+        for part, piece in zip(parts, pieces, strict=True):
+            cut = part.cut(whole)
+            assert cut.is_contiguous() and np.array_equal(cut.numpy(), piece), part
+            part.put(rebuilt, cut)
+        assert torch.equal(rebuilt, whole), info.name
     parts = all_parts(checkpoint)
     assert len({part.name for part in parts}) == len(parts)
     assert Counter(part.place.role for part in parts) == ARCHITECTURES[name][2]
@@ -453,6 +461,31 @@ def test_no_configuration_breaks_the_tiling(
     entries = np.arange(int(np.prod(shape)))
     pieces = [part.of(entries[part.start : part.stop]).ravel() for part in parts]
     assert np.array_equal(np.sort(np.concatenate(pieces)), entries)
+    rebuilt = np.full_like(entries, -1)
+    for part, piece in zip(parts, pieces, strict=True):
+        part.put(rebuilt, piece.reshape(part.matrix_shape))
+    assert np.array_equal(rebuilt, entries)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phi3", "gpt2", "neox"])
+def test_the_matrices_of_an_open_model_are_those_of_its_checkpoint(name: str, tmp_path: Path) -> None:
+    """Compiled, or wrapped in whatever a trainer wraps it in, they keep their names and still read its parameters."""
+    model, checkpoint = saved(name, tmp_path)
+    wrapped: nn.Module = nn.ModuleDict({"module": nn.ModuleDict({"_orig_mod": model})})
+    wrapped.config = model.config  # type: ignore[assignment]
+    stored = {part.name: the_parts(checkpoint, info.name)[part.place.role] for info, part in _named(checkpoint)}
+    for opened in (model, wrapped):
+        found = {matrix.name: matrix for matrix in matrices_of(opened) if matrix.part.is_linear}
+        parameters = dict(opened.named_parameters())
+        for part_name, matrix in found.items():
+            assert parameters[matrix.parameter_name] is matrix.parameter
+            if part_name in stored:  # transformers holds some under another name than it stores them
+                assert torch.equal(matrix.weight(), stored[part_name]), part_name
+        assert len(stored.keys() & found.keys()) >= 6 * LAYERS
+
+
+def _named(checkpoint: Checkpoint) -> list[tuple[TensorInfo, Part]]:
+    return [(info, part) for info, part in linear_parts(checkpoint) if part.place.expert is None]
 
 
 def test_a_stack_of_absurdly_many_experts_is_one_part() -> None:

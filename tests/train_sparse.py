@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from offprincipal.adapters import Masks, SparseAdamW, make_masks
-from offprincipal.adapters.masks import base_hash, full, packed
+from offprincipal.adapters.masks import base_hash, packed
 from offprincipal.adapters.sparse_adamw import COMPILED_HERE
 
 STEPS = 6
@@ -47,7 +47,7 @@ def main(out: Path) -> None:
         model(inputs[i]).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    weights = {name: full(parameter) for name, parameter in model.named_parameters()}
+    weights = {name: whole(parameter) for name, parameter in model.named_parameters()}
     if dist.get_rank() == 0:
         torch.save({"weights": weights, "base": base, "masks": tensors}, out / "weights.pt")
     dist.barrier()

@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from offprincipal.adapters import SparseAdamW
-from offprincipal.adapters.masks import full
 from offprincipal.adapters.sparse_adamw import COMPILED_HERE
+from offprincipal.checkpoints.matrices import whole
 from offprincipal.errors import AdapterError
 
 STEPS = 3
@@ -67,7 +67,7 @@ def sharded(model: torch.nn.Module, optimizer: SparseAdamW) -> tuple[Any, Any]:
 
 
 def weights_of(model: Any) -> dict[str, torch.Tensor]:
-    return {name: full(parameter) for name, parameter in model.named_parameters()}
+    return {name: whole(parameter) for name, parameter in model.named_parameters()}
 
 
 def run(mode: str, out: Path, kind: torch.dtype) -> None:
@@ -79,9 +79,9 @@ def run(mode: str, out: Path, kind: torch.dtype) -> None:
         train(model, optimizer, inputs[:STEPS])
         state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, sparse)}
         dcp.save(state, checkpoint_id=out / name)
-        whole = get_optimizer_state_dict(model, sparse, options=StateDictOptions(full_state_dict=True))
+        state = get_optimizer_state_dict(model, sparse, options=StateDictOptions(full_state_dict=True))
         if dist.get_rank() == 0:
-            torch.save(whole, out / f"{name}-whole.pt")
+            torch.save(state, out / f"{name}-whole.pt")
     else:
         state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, sparse)}
         dcp.load(state, checkpoint_id=out / name)

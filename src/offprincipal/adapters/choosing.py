@@ -16,27 +16,23 @@ of all matrices together where the scope is `global`. The orders:
 Source: principal weights, LIFT (arXiv 2506.00772); the safe mask, arXiv 2511.08567.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offprincipal.adapters.masks import Masks, base_hash, full, packed
+from offprincipal.adapters.masks import Masks, base_hash, packed
 from offprincipal.checkpoints import (
     Checkpoint,
-    Part,
-    TensorInfo,
     open_checkpoint,
     pair_tensors,
     parameter_of,
-    parts_of,
     place_of,
 )
+from offprincipal.checkpoints.matrices import ModelMatrix, matrices_of
 from offprincipal.checkpoints.roles import LINEAR_ROLES
 from offprincipal.errors import AdapterError, NonFiniteTensor
 from offprincipal.geometry.draws import generator_of
@@ -96,7 +92,8 @@ def make_masks(
     masks: dict[str, torch.Tensor] = {}
     for group in groups:
         for matrix, chosen in zip(group, _chosen(group, orders, kind, density), strict=True):
-            matrix.put(masks, chosen)
+            mask = masks.setdefault(matrix.parameter_name, torch.zeros(matrix.parameter.shape, dtype=torch.bool))
+            matrix.part.put(mask, torch.from_numpy(chosen))
     masks = {name: mask for name, mask in masks.items() if bool(mask.any())}
     if not masks:
         raise AdapterError(f"density {density} of {kind} leaves no entry of any matrix: choose a larger one")
@@ -104,54 +101,21 @@ def make_masks(
     return packed(masks, base_hash(model, masks), about)
 
 
-@dataclass(frozen=True)
-class LinearMatrix:
-    """One linear matrix of a model: where it lies in a parameter."""
-
-    part: Part
-    parameter: torch.Tensor
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.part.matrix_shape)
-
-    def weights(self) -> Scores:
-        """(n, m).
-
-        Raises:
-            NonFiniteTensor: one of them is NaN or infinite.
-        """
-        flat = full(self.parameter).reshape(-1)[self.part.start : self.part.stop]
-        W = self.part.of(flat.to("cpu", torch.float32).numpy())
-        if not np.isfinite(W).all():
-            raise NonFiniteTensor(f"{self.part.name} holds NaN or infinity. Look at how the base was trained")
-        return np.asarray(W, np.float32)
-
-    def put(self, masks: dict[str, torch.Tensor], chosen: NDArray[np.bool_]) -> None:
-        """Enter the mask of this matrix, (n, m), into the mask of its parameter."""
-        part = self.part
-        mask = masks.setdefault(part.tensor, torch.zeros(self.parameter.shape, dtype=torch.bool))
-        entries = part.of(np.arange(part.start, part.stop))
-        mask.view(-1)[torch.from_numpy(entries.reshape(-1))] = torch.from_numpy(chosen.reshape(-1))
-
-
-def linear_matrices(model: torch.nn.Module, target_modules: Sequence[str] | None = None) -> Iterator[LinearMatrix]:
+def linear_matrices(model: torch.nn.Module, target_modules: Sequence[str] | None = None) -> Iterator[ModelMatrix]:
     """The attention and MLP projections of a model, fused ones and experts one by one.
 
     Raises:
         AdapterError: there are none, or their weights are quantised.
     """
-    config: Mapping[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
     found = False
-    for name, parameter in model.named_parameters():
-        if not _is_target(name, target_modules):
+    for matrix in matrices_of(model):
+        if not _is_target(matrix.parameter_name, target_modules):
             continue
-        if place_of(name).role in LINEAR_ROLES:
-            require_trainable_type(name, parameter)
-        for part in parts_of(TensorInfo(name, tuple(parameter.shape), str(parameter.dtype)), config):
-            if part.is_linear and parameter.is_floating_point():
-                found = True
-                yield LinearMatrix(part, parameter)
+        if place_of(matrix.part.tensor).role in LINEAR_ROLES:
+            require_trainable_type(matrix.parameter_name, matrix.parameter)
+        if matrix.part.is_linear and matrix.parameter.is_floating_point():
+            found = True
+            yield matrix
     if not found:
         asked = "" if target_modules is None else f" named {', '.join(target_modules)}"
         raise AdapterError(f"{type(model).__name__} has no linear matrix{asked}: name modules of its attention or MLP")
@@ -214,7 +178,7 @@ def first_of_either(one: Scores, two: Scores, size: int) -> NDArray[np.bool_]:
     return inner
 
 
-Order = Callable[[LinearMatrix], Scores]
+Order = Callable[[ModelMatrix], Scores]
 
 
 def _orders(
@@ -222,11 +186,11 @@ def _orders(
 ) -> list[Order]:
     """What gives a matrix its scores, flat, the first entries the largest; two for a union."""
 
-    def off_principal(matrix: LinearMatrix) -> Scores:
+    def off_principal(matrix: ModelMatrix) -> Scores:
         return _reversed(_principal(matrix, rank_fraction))
 
-    def low_magnitude(matrix: LinearMatrix) -> Scores:
-        return _reversed(np.abs(matrix.weights().reshape(-1)))
+    def low_magnitude(matrix: ModelMatrix) -> Scores:
+        return _reversed(np.abs(_weights(matrix).reshape(-1)))
 
     match kind:
         case "principal":
@@ -245,11 +209,11 @@ def _orders(
 
 
 def _chosen(
-    group: Sequence[LinearMatrix], orders: Sequence[Order], kind: Kind, density: float | None
+    group: Sequence[ModelMatrix], orders: Sequence[Order], kind: Kind, density: float | None
 ) -> Iterator[NDArray[np.bool_]]:
     """The masks of some matrices that are chosen from together, each (n, m)."""
     scores = [np.concatenate([order(matrix) for matrix in group]) for order in orders]
-    numel = sum(matrix.numel for matrix in group)
+    numel = sum(matrix.part.numel for matrix in group)
     if kind == "safe" and density is None:
         half = mask_size(numel, DEFAULT_DENSITY)
         chosen = first_entries(scores[0], half) | first_entries(scores[1], numel - half)
@@ -266,14 +230,26 @@ def _chosen(
                 "asks for: choose a smaller density, leave it out to take all of them, or choose the scope global"
             )
         chosen = first_entries(scores[0], size) if size else np.zeros(numel, np.bool_)
-    stops = np.cumsum([matrix.numel for matrix in group])
+    stops = np.cumsum([matrix.part.numel for matrix in group])
     for matrix, stop in zip(group, stops, strict=True):
-        yield chosen[stop - matrix.numel : stop].reshape(matrix.part.matrix_shape)
+        yield chosen[stop - matrix.part.numel : stop].reshape(matrix.part.matrix_shape)
 
 
-def _principal(matrix: LinearMatrix, rank_fraction: float) -> Scores:
+def _weights(matrix: ModelMatrix) -> Scores:
+    """(n, m).
+
+    Raises:
+        NonFiniteTensor: one of them is NaN or infinite.
+    """
+    W = np.asarray(matrix.weight().to("cpu", torch.float32).numpy())
+    if not np.isfinite(W).all():
+        raise NonFiniteTensor(f"{matrix.name} holds NaN or infinity. Look at how the base was trained")
+    return W
+
+
+def _principal(matrix: ModelMatrix, rank_fraction: float) -> Scores:
     """|U_k S_k V_kᵀ|, flat."""
-    W = torch.from_numpy(matrix.weights())
+    W = torch.from_numpy(_weights(matrix))
     k = principal_rank(W.shape, rank_fraction)
     svd = principal_triplets(W.double(), k).top(k)
     scores: Scores = principal_scores(svd.U, svd.S, svd.Vh).float().numpy().reshape(-1)
@@ -285,10 +261,10 @@ def _reversed(scores: Scores) -> Scores:
     return (_LARGEST - np.ascontiguousarray(scores).view(np.uint32)).view(np.float32)
 
 
-def _drawn(matrix: LinearMatrix, seed: int) -> Scores:
+def _drawn(matrix: ModelMatrix, seed: int) -> Scores:
     """Scores that are no one's: every finite float32 is as likely."""
-    generator = generator_of(seed, matrix.part.name, "random")
-    bits = torch.randint(1, int(_LARGEST), (matrix.numel,), generator=generator, dtype=torch.int32)
+    generator = generator_of(seed, matrix.name, "random")
+    bits = torch.randint(1, int(_LARGEST), (matrix.part.numel,), generator=generator, dtype=torch.int32)
     return bits.numpy().view(np.float32)
 
 
@@ -300,7 +276,7 @@ class _Run:
         self._tuned: Checkpoint = open_checkpoint(run[1], self._base)
         self._tensors, self._prefix = pair_tensors(self._base, self._tuned).tensors, prefix
 
-    def changes(self, matrix: LinearMatrix) -> Scores:
+    def changes(self, matrix: ModelMatrix) -> Scores:
         """|bf16(W1) − bf16(W0)|, flat, positive where they differ."""
         part = matrix.part
         name = parameter_of(part.tensor, self._tensors, self._prefix)

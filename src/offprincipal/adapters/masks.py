@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from offprincipal.checkpoints.matrices import whole
 from offprincipal.errors import AdapterError, FileError
 from offprincipal.files import write_atomically
 from offprincipal.geometry.scan import pack, unpack
@@ -142,7 +143,7 @@ def base_hash(model: torch.nn.Module, names: Iterable[str]) -> str:
     Raises:
         AdapterError: the model lacks one of them.
     """
-    return hash_of({name: full(parameter) for name, parameter in parameters_of(model, names).items()})
+    return hash_of({name: whole(parameter) for name, parameter in parameters_of(model, names).items()})
 
 
 def parameters_of(model: torch.nn.Module, names: Iterable[str]) -> dict[str, torch.nn.Parameter]:
@@ -160,13 +161,6 @@ def parameters_of(model: torch.nn.Module, names: Iterable[str]) -> dict[str, tor
             f"{absent[0]}: give masks made from this model, before it is wrapped or renamed"
         )
     return {name: parameters[name] for name in wanted}
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded, detached; a collective call where it is."""
-    whole = getattr(tensor.detach(), "full_tensor", tensor.detach)()
-    assert isinstance(whole, Tensor)
-    return whole
 
 
 def _read(path: Path) -> Masks:

@@ -110,17 +110,15 @@ def shira_rank(density: float, shapes: Sequence[tuple[int, ...]]) -> int:
 
 def _linear_layers(model: torch.nn.Module, target_modules: Sequence[str] | None) -> dict[str, torch.nn.Linear]:
     """Module name -> layer, of the linear matrices of a model."""
-    modules = dict(model.named_modules())
     found = {}
     for matrix in linear_matrices(model, target_modules):
-        name = matrix.part.tensor.removesuffix(".weight")
-        layer = modules.get(name)
+        layer = matrix.module
         if not isinstance(layer, torch.nn.Linear) or matrix.part.matrix_shape != tuple(layer.weight.shape):
             raise AdapterError(
-                f"SHiRA covers plain torch.nn.Linear layers, and {matrix.part.name} is part of another kind: leave it "
+                f"SHiRA covers plain torch.nn.Linear layers, and {matrix.name} is part of another kind: leave it "
                 "out of target_modules, or train under the mask with SparseAdamW"
             )
-        found[name] = layer
+        found[matrix.parameter_name.removesuffix(".weight")] = layer
     return found
 
 

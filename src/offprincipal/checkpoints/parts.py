@@ -8,12 +8,17 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from offprincipal.checkpoints.checkpoint import Array, TensorInfo
 from offprincipal.checkpoints.roles import TABLE_ROLES, VECTOR_ROLES, Place, place_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Entries = TypeVar("Entries", Array, "Tensor")
 
 _FUSED = re.compile(r"\b(qkv_proj|query_key_value|c_attn|gate_up_proj)\.weight$")
 _STACKED = re.compile(r"\bexperts\.\w+$|\bblock_sparse_moe\.(?:input|output)_linear\.weight$")
@@ -84,14 +89,55 @@ class Part:
         """Whether it is a linear matrix: no embedding, head or router either."""
         return self.is_matrix and self.place.role not in TABLE_ROLES
 
-    def of(self, entries: Array) -> Array:
-        """The part, shaped and contiguous, from the flat entries `start` to `stop`."""
-        array = entries.reshape(self.shape)
-        if self.columns is not None:
-            array = array[:, self.columns[0] : self.columns[1]]
+    @property
+    def numel(self) -> int:
+        """How many entries it has."""
+        return math.prod(self.matrix_shape)
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """What names it in every table."""
+        shape = self.matrix_shape
+        rows = shape[0] if shape else 1
+        return {
+            "tensor": self.name,
+            "layer": self.place.layer,
+            "role": self.place.role,
+            "expert": self.place.expert,
+            "rows": rows,
+            "cols": self.numel // rows if rows else 0,
+            "numel": self.numel,
+        }
+
+    def of(self, entries: Entries) -> Entries:
+        """The part, shaped and contiguous, from the flat entries `start` to `stop`, of numpy or torch."""
+        array = self._laid_out(entries)
         if self.folded is not None:
             array = array.reshape(self.folded)
-        return np.ascontiguousarray(array.T if self.transposed else array)
+        if self.transposed:
+            array = array.T
+        return np.ascontiguousarray(array) if isinstance(array, np.ndarray) else array.contiguous()
+
+    def cut(self, tensor: Entries) -> Entries:
+        """The part, shaped and contiguous, from the whole stored tensor."""
+        return self.of(tensor.reshape(-1)[self.start : self.stop])
+
+    def put(self, tensor: Entries, values: Entries) -> None:
+        """Write values of the part's shape to their place in the whole stored tensor, which is contiguous.
+
+        >>> part = Part("w", "w", place_of("w"), 0, (2, 3), columns=(1, 2), transposed=True)
+        >>> whole = np.zeros((2, 3))
+        >>> part.put(whole, np.array([[1.0, 2.0]]))
+        >>> whole.tolist()
+        [[0.0, 1.0, 0.0], [0.0, 2.0, 0.0]]
+        """
+        place = self._laid_out(tensor.reshape(-1)[self.start : self.stop])
+        place[...] = (values.T if self.transposed else values).reshape(place.shape)
+
+    def _laid_out(self, entries: Entries) -> Entries:
+        """Those of the flat entries `start` to `stop` that belong to it: a view."""
+        array = entries.reshape(self.shape)
+        return array if self.columns is None else array[:, self.columns[0] : self.columns[1]]
 
 
 def parts_of(info: TensorInfo, config: Mapping[str, Any]) -> list[Part]:

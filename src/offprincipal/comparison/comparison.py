@@ -11,10 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from offprincipal.checkpoints import Part
 from offprincipal.comparison.cache import cache_folder
 from offprincipal.comparison.execution import run_in_threads, run_on_ray
 from offprincipal.comparison.journal import Journal
-from offprincipal.comparison.measure import Row, Subject, TensorRows
+from offprincipal.comparison.measure import Row, TensorRows
 from offprincipal.comparison.tables import TABLES, write_tables
 from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError
@@ -83,22 +84,22 @@ def compare(
         from offprincipal.measures.spectral import chosen_device
 
         chosen_device(work.settings.matrix.device)
-    total = sum(subject.numel for subject in work.subjects)
+    total = sum(part.numel for part in work.parts)
     with _journal(work, out) as (journal, measured):
-        waiting = [subject for subject in work.subjects if subject.name not in measured]
-        done = total - sum(subject.numel for subject in waiting)
-        found: Iterable[tuple[Subject, TensorRows]] = ()
+        waiting = [part for part in work.parts if part.name not in measured]
+        done = total - sum(part.numel for part in waiting)
+        found: Iterable[tuple[Part, TensorRows]] = ()
         if waiting:
             cores = threads or os.cpu_count() or 1
             found = run_on_ray(work, waiting, ray) if ray else run_in_threads(work, waiting, cores)
-        for subject, rows in found:
-            measured[subject.name] = rows
+        for part, rows in found:
+            measured[part.name] = rows
             if journal:
-                journal.add(subject.name, rows)
-            done += subject.numel
+                journal.add(part.name, rows)
+            done += part.numel
             if progress:
-                progress(done, total, subject.name)
-        result = _comparison(work, [measured[subject.name] for subject in work.subjects])
+                progress(done, total, part.name)
+        result = _comparison(work, [measured[part.name] for part in work.parts])
         if out is not None:
             result.write(out)
     if journal:
@@ -219,8 +220,8 @@ _FALLBACKS = {
 def _fallback_warnings(work: Work, run: str, measured: list[TensorRows]) -> list[str]:
     warnings = []
     for reason, words in _FALLBACKS.items():
-        pairs = zip(work.subjects, measured, strict=True)
-        names = [subject.name for subject, rows in pairs if rows.fallbacks.get(run) == reason]
+        pairs = zip(work.parts, measured, strict=True)
+        names = [part.name for part, rows in pairs if rows.fallbacks.get(run) == reason]
         if names:
             warnings.append(f"{len(names)} matrices {words}, {names[0]} among them")
     return warnings
@@ -240,7 +241,7 @@ def _warnings(work: Work, name: str, rows: list[Row], differing: bool) -> list[s
     unchanged = [row["unchanged_fraction"] for row in rows if row.get("unchanged_fraction") is not None]
     if unchanged and min(unchanged) == 1 and not differing:
         warnings.append("no weight changed: this checkpoint equals the base once both are stored in bfloat16")
-    compared = {subject.part.tensor for subject in work.subjects}
+    compared = {part.tensor for part in work.parts}
     types = [", ".join(sorted({c.tensors[name].dtype for name in compared & c.tensors.keys()})) for c in (base, run)]
     if types[0] != types[1]:
         warnings.append(f"the base is stored as {types[0]}, the run as {types[1]}: some of the update is rounding")
@@ -252,7 +253,7 @@ def _warnings(work: Work, name: str, rows: list[Row], differing: bool) -> list[s
     others = [row["tensor"] for row in rows if row["linear"] and row["role"] == "other"]
     if others:
         warnings.append(f"{len(others)} matrices of unknown role count as linear ones, {others[0]} among them")
-    wide = sum(subject.numel for subject in work.subjects if len(subject.shape) > 2)
+    wide = sum(part.numel for part in work.parts if len(part.matrix_shape) > 2)
     if wide:
         warnings.append(
             f"{wide:,} parameters sit in tensors of more than two dimensions: only their location is measured"

@@ -13,17 +13,18 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from offprincipal.comparison.measure import Subject, TensorRows
+from offprincipal.checkpoints import Part
+from offprincipal.comparison.measure import TensorRows
 from offprincipal.comparison.work import Work
 from offprincipal.errors import ArgumentError, OffPrincipalError
 
 _GIVE_BACK_AFTER = 16  # tensors
 
 
-def run_in_threads(work: Work, subjects: Sequence[Subject], threads: int) -> Iterator[tuple[Subject, TensorRows]]:
-    """Subjects with their rows, as they are done; the first error ends it."""
+def run_in_threads(work: Work, parts: Sequence[Part], threads: int) -> Iterator[tuple[Part, TensorRows]]:
+    """Parts with their rows, as they are done; the first error ends it."""
     with one_core_each(work), ThreadPoolExecutor(threads) as pool:
-        futures = {pool.submit(work.measure, subject): subject for subject in subjects}
+        futures = {pool.submit(work.measure, part): part for part in parts}
         try:
             for done, future in enumerate(as_completed(futures), start=1):
                 yield futures.pop(future), future.result()
@@ -34,8 +35,8 @@ def run_in_threads(work: Work, subjects: Sequence[Subject], threads: int) -> Ite
             raise
 
 
-def run_on_ray(work: Work, subjects: Sequence[Subject], address: str) -> Iterator[tuple[Subject, TensorRows]]:
-    """Subjects with their rows, as the workers of a Ray cluster are done with them; Ray retries lost workers.
+def run_on_ray(work: Work, parts: Sequence[Part], address: str) -> Iterator[tuple[Part, TensorRows]]:
+    """Parts with their rows, as the workers of a Ray cluster are done with them; Ray retries lost workers.
 
     Args:
         address: of a running cluster, or `local` for one on this machine. Its workers must see the same files.
@@ -58,7 +59,7 @@ def run_on_ray(work: Work, subjects: Sequence[Subject], address: str) -> Iterato
     try:
         measure = ray.remote(max_retries=3)(_measure_on_worker)
         shared = ray.put((work.base, dict(work.tuned), work.settings, work.cache))
-        waiting = {measure.remote(shared, subject): subject for subject in subjects}
+        waiting = {measure.remote(shared, part): part for part in parts}
         while waiting:
             done, _ = ray.wait(list(waiting))
             for reference in done:
@@ -68,11 +69,11 @@ def run_on_ray(work: Work, subjects: Sequence[Subject], address: str) -> Iterato
             ray.shutdown()
 
 
-def _measure_on_worker(parts: tuple[Any, ...], subject: Subject) -> TensorRows:
-    base, tuned, settings, cache = parts
+def _measure_on_worker(made_of: tuple[Any, ...], part: Part) -> TensorRows:
+    base, tuned, settings, cache = made_of
     work = _opened(base, tuple(tuned.items()), settings, cache)
     with one_core_each(work):
-        return work.measure(subject)
+        return work.measure(part)
 
 
 @lru_cache(maxsize=1)

@@ -4,7 +4,6 @@ Knows nothing of files; a tensor comes with its name and place.
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from offprincipal.checkpoints import Array, Part
-from offprincipal.errors import CheckpointError
+from offprincipal.checkpoints.masters import require_own_masters
 from offprincipal.measures import location
 from offprincipal.measures.changes import Block, TensorPair
 from offprincipal.measures.columns import Group, metrics_of
@@ -24,43 +23,6 @@ if TYPE_CHECKING:
     from offprincipal.comparison.cache import BaseCache
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A part of a tensor that is to be measured: its keys in every table.
-
-    Args:
-        linear: whether it is a linear matrix, whose geometry is measured and pooled.
-    """
-
-    part: Part
-    linear: bool
-
-    @property
-    def name(self) -> str:
-        return self.part.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.part.matrix_shape
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def keys(self) -> Row:
-        rows = self.shape[0] if self.shape else 1
-        return {
-            "tensor": self.name,
-            "layer": self.part.place.layer,
-            "role": self.part.place.role,
-            "expert": self.part.place.expert,
-            "rows": rows,
-            "cols": self.numel // rows if rows else 0,
-            "numel": self.numel,
-        }
 
 
 @dataclass(frozen=True)
@@ -80,7 +42,7 @@ class TensorRows:
 
 
 def measure_matrix(
-    subject: Subject,
+    part: Part,
     base: Array,
     tuned: Mapping[str, Array],
     masters: Mapping[str, Array],
@@ -95,14 +57,14 @@ def measure_matrix(
         cache: where decompositions of bases are kept.
     """
     decompose = set(groups) != {"location"}
-    base_matrix = BaseMatrix(subject.name, base, settings, decompose, cache)
+    base_matrix = BaseMatrix(part.name, base, settings, decompose, cache)
     pairs = {run: MatrixPair(base_matrix, tensor, masters.get(run)) for run, tensor in tuned.items()}
     for run, pair in pairs.items():
-        require_own_masters(subject.name, run, pair.block)
+        _require_own_masters(part.name, run, pair.block)
         pair.scan  # noqa: B018  # finds what is not finite before anything else is done
     found = TensorRows()
     for run, pair in pairs.items():
-        keys = {"run": run, **subject.keys}
+        keys = {"run": run, **part.keys}
         found.matrices.append(keys | _matrix_row(pair, groups))
         if "location" in groups:
             found.masks.extend(keys | row for row in _mask_rows(pair))
@@ -116,15 +78,15 @@ def measure_matrix(
             found.fallbacks[run] = "tolerance"
     if "spectrum" in groups:
         values = base_matrix.spectral.svd.S.cpu().numpy()
-        found.curves.append(_curve({"run": None, **subject.keys}, "singular_values_base", values))
+        found.curves.append(_curve({"run": None, **part.keys}, "singular_values_base", values))
     if "location" in groups and len(pairs) > 1:
-        found.pairs.extend(subject.keys | location.pair_row(a, b, pairs) for a, b in itertools.combinations(pairs, 2))
-        found.curves.extend(_consensus_curves(pairs, {"run": None, **subject.keys}))
+        found.pairs.extend(part.keys | location.pair_row(a, b, pairs) for a, b in itertools.combinations(pairs, 2))
+        found.curves.extend(_consensus_curves(pairs, {"run": None, **part.keys}))
     return found
 
 
 def measure_tensor(
-    subject: Subject, blocks: Mapping[str, Callable[[], Iterable[Block]]], groups: tuple[Group, ...]
+    part: Part, blocks: Mapping[str, Callable[[], Iterable[Block]]], groups: tuple[Group, ...]
 ) -> TensorRows:
     """All rows of a tensor that is no linear matrix, read block by block.
 
@@ -133,33 +95,25 @@ def measure_tensor(
     """
     found = TensorRows()
     for run, read in blocks.items():
-        pair = TensorPair(partial(_with_own_masters, subject.name, run, read))
+        pair = TensorPair(partial(_with_own_masters, part.name, run, read))
         dtypes = dict(zip(("dtype_base", "dtype_tuned"), pair.counts.dtypes, strict=True))
         row: Row = dtypes | {"linear": False, "k": None, "alpha": None, "solver": None}
         for metric in metrics_of(groups):
             values = metric.measure(pair) if metric.every_tensor else (None,) * len(metric.columns)
             row |= {column.name: value for column, value in zip(metric.columns, values, strict=True)}
-        found.matrices.append({"run": run, **subject.keys} | row)
+        found.matrices.append({"run": run, **part.keys} | row)
     return found
 
 
 def _with_own_masters(name: str, run: str, read: Callable[[], Iterable[Block]]) -> Iterator[Block]:
     for block in read():
-        require_own_masters(name, run, block)
+        _require_own_masters(name, run, block)
         yield block
 
 
-def require_own_masters(name: str, run: str, block: Block) -> None:
-    """Check that masters round to the weights that they are the masters of.
-
-    Raises:
-        CheckpointError: they are of another checkpoint.
-    """
-    if block.masters is not None and not np.array_equal(block.masters.astype(block.tuned.dtype), block.tuned):
-        raise CheckpointError(
-            f"{name}: the masters of '{run}' do not round to its stored weights, so they are of another "
-            "checkpoint: remove its masters folder, or save both again"
-        )
+def _require_own_masters(name: str, run: str, block: Block) -> None:
+    if block.masters is not None:
+        require_own_masters(name, run, block.tuned, block.masters)
 
 
 def _matrix_row(pair: MatrixPair, groups: tuple[Group, ...]) -> Row:

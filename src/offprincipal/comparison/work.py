@@ -21,7 +21,7 @@ from offprincipal.checkpoints import (
 )
 from offprincipal.checkpoints.checkpoint import same_bits
 from offprincipal.comparison.cache import BaseCache
-from offprincipal.comparison.measure import Subject, TensorRows, measure_matrix, measure_tensor
+from offprincipal.comparison.measure import TensorRows, measure_matrix, measure_tensor
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
 from offprincipal.measures.changes import Block
 from offprincipal.measures.columns import GROUPS, Group
@@ -89,41 +89,45 @@ class Work:
         return {name: [*own, *run.notes, *self._pairings[name].notes] for name, run in self.runs.items()}
 
     @cached_property
-    def subjects(self) -> list[Subject]:
-        """Every floating-point part that all checkpoints have, and which of them are linear matrices."""
-        subjects = [
-            self._subject(part)
+    def parts(self) -> list[Part]:
+        """Every floating-point part that all checkpoints have."""
+        parts = [
+            part
             for info in self._common.values()
             if info.floating
             for part in parts_of(info, self.base_checkpoint.config)
         ]
-        if not subjects:
+        if not parts:
             raise CheckpointError(
                 f"{self.base_checkpoint.source} holds no floating-point tensor: there is nothing to compare"
             )
-        return subjects
+        return parts
 
-    def measure(self, subject: Subject) -> TensorRows:
+    def is_linear(self, part: Part) -> bool:
+        """Whether a part is measured and pooled as a linear matrix."""
+        return part.is_matrix if self.settings.include_embeddings else part.is_linear
+
+    def measure(self, part: Part) -> TensorRows:
         """All rows of one part.
 
         Raises:
             CheckpointError: it cannot be read, holds NaN or infinity, or masters are another checkpoint's.
         """
         try:
-            if not subject.linear:
-                blocks = {run: partial(self._blocks, subject, run) for run in self.runs}
-                return measure_tensor(subject, blocks, self.settings.metrics)
-            return self._measure_matrix(subject)
+            if not self.is_linear(part):
+                blocks = {run: partial(self._blocks, part, run) for run in self.runs}
+                return measure_tensor(part, blocks, self.settings.metrics)
+            return self._measure_matrix(part)
         except NonFiniteTensor as error:
-            raise CheckpointError(f"{subject.name}: {error}. Look at how it was trained or converted") from error
+            raise CheckpointError(f"{part.name}: {error}. Look at how it was trained or converted") from error
 
-    def _measure_matrix(self, subject: Subject) -> TensorRows:
-        read = {run: self.read(checkpoint, subject) for run, checkpoint in self.runs.items()}
-        masters = {run: self.read(checkpoint, subject) for run, checkpoint in self.masters.items()}
-        weight = self.read(self.base_checkpoint, subject)
+    def _measure_matrix(self, part: Part) -> TensorRows:
+        read = {run: self.read(checkpoint, part) for run, checkpoint in self.runs.items()}
+        masters = {run: self.read(checkpoint, part) for run, checkpoint in self.masters.items()}
+        weight = self.read(self.base_checkpoint, part)
         matrix = self.settings.matrix
         cache = BaseCache(self.cache) if self.cache else None
-        measure = partial(measure_matrix, subject, weight, read, masters, self.settings.metrics)
+        measure = partial(measure_matrix, part, weight, read, masters, self.settings.metrics)
         if matrix.device == "cpu":
             return measure(matrix, cache)
         import torch
@@ -135,10 +139,9 @@ class Work:
             found = measure(replace(matrix, device="cpu"), cache)
             return replace(found, fallbacks=dict.fromkeys(self.runs, "memory"))
 
-    def read(self, checkpoint: Checkpoint, subject: Subject) -> Array:
+    def read(self, checkpoint: Checkpoint, part: Part) -> Array:
         """A part as one checkpoint stores it."""
-        part = subject.part
-        return part.of(checkpoint.read(self._stored_as(checkpoint, part.tensor), part.start, part.stop))
+        return part.of(checkpoint.read(self.stored_as(checkpoint, part.tensor), part.start, part.stop))
 
     def unmeasured(self, run: str) -> tuple[list[str], list[str]]:
         """Tensors that hold no floating-point numbers, which nothing measures: all, and those whose bits differ.
@@ -157,15 +160,15 @@ class Work:
         except CheckpointError:  # of a type that nothing reads: what is not known to be the same is not
             return False
 
-    def _blocks(self, subject: Subject, run: str) -> Iterator[Block]:
-        part, masters = subject.part, self.masters.get(run)
+    def _blocks(self, part: Part, run: str) -> Iterator[Block]:
+        masters = self.masters.get(run)
         sides = [self.base_checkpoint, self.runs[run], *([masters] if masters else [])]
-        if subject.numel != part.stop - part.start or not subject.numel:  # interleaved with others, or empty
-            yield _block([self.read(side, subject).reshape(1, -1) for side in sides])
+        if part.numel != part.stop - part.start or not part.numel:  # interleaved with others, or empty
+            yield _block([self.read(side, part).reshape(1, -1) for side in sides])
             return
         for start in range(part.start, part.stop, _BLOCK):
             stop = min(start + _BLOCK, part.stop)
-            read = [side.read(self._stored_as(side, part.tensor), start, stop) for side in sides]
+            read = [side.read(self.stored_as(side, part.tensor), start, stop) for side in sides]
             whole = len(read[0]) // _LINE * _LINE
             if whole:
                 yield _block([entries[:whole].reshape(-1, _LINE) for entries in read])
@@ -196,12 +199,9 @@ class Work:
         """Heads that some checkpoint stores and another does not -> the embedding that stands for it there."""
         return {head: name for pairing in self._pairings.values() for head, name in pairing.tied.items()}
 
-    def _stored_as(self, checkpoint: Checkpoint, name: str) -> str:
+    def stored_as(self, checkpoint: Checkpoint, name: str) -> str:
         """The tensor of a checkpoint that is read as one of that name."""
         return name if name in checkpoint.tensors else self._tied[name]
-
-    def _subject(self, part: Part) -> Subject:
-        return Subject(part, part.is_matrix if self.settings.include_embeddings else part.is_linear)
 
 
 def _block(sides: list[Array]) -> Block:

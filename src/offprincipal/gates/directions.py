@@ -8,14 +8,13 @@ matrices and where they lie in a model's tensors; knows nothing of how a directi
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from offprincipal.checkpoints import Checkpoint, Part, TensorInfo, parameter_of, parts_of
+from offprincipal.checkpoints import Checkpoint, Part, parameter_of
+from offprincipal.checkpoints.matrices import linear_parts
 from offprincipal.geometry.draws import generator_of
 from offprincipal.geometry.masks import entry_ranks, mask_size
 from offprincipal.geometry.principal import PrincipalSubspace, principal_rank
@@ -91,38 +90,26 @@ class PrincipalSpace:
         return G / norm if norm > 0 else G
 
 
+@dataclass(frozen=True)
 class LinearMatrix:
-    """One linear matrix of a model: where it lies in its parameter, and its principal subspace.
+    """One linear matrix of a base, and its principal subspace.
 
     Args:
         part: where it lies in the stored tensor.
-        parameter: the model's name of that tensor; weight: the base's, whole.
+        parameter: the model's name of that tensor; shape: of the whole of it.
     """
 
-    def __init__(self, part: Part, parameter: str, weight: Tensor, rank_fraction: float, alpha: float, seed: int):
-        self.part, self.parameter, self.seed = part, parameter, seed
-        self._shape, self._device = weight.shape, weight.device
-        self._space = PrincipalSpace.of(self.read(weight), rank_fraction, alpha)
-
-    @property
-    def has_space(self) -> bool:
-        """Whether its principal subspace is defined."""
-        return self._space is not None
-
-    @property
-    def space(self) -> PrincipalSpace:
-        assert self._space is not None, self.part.name
-        return self._space
-
-    def read(self, tensor: Tensor) -> Tensor:
-        """This matrix, (out, in), from the whole parameter."""
-        return tensor if self._index is None else tensor.reshape(-1)[self._index]
+    part: Part
+    parameter: str
+    shape: torch.Size
+    space: PrincipalSpace
+    seed: int
 
     def update_part(self, update: Mapping[str, Tensor], direction: UpdateDirection) -> Tensor:
         """A part of the update of this matrix; zero where it did not move."""
         if self.parameter not in update:
             return self.space.U.new_zeros(self.part.matrix_shape)
-        return self.space.part(self.read(update[self.parameter]), direction)
+        return self.space.part(self.part.cut(update[self.parameter]), direction)
 
     def random(self, direction: RandomDirection, draw: int) -> Tensor:
         """The random direction of a draw, of unit norm: the same for all runs."""
@@ -130,20 +117,9 @@ class LinearMatrix:
 
     def add_to(self, tensors: dict[str, Tensor], D: Tensor) -> None:
         """Put a direction of this matrix into directions by parameter name."""
-        if self._index is None:
-            tensors[self.parameter] = D
-            return
         if self.parameter not in tensors:
-            tensors[self.parameter] = D.new_zeros(self._shape)
-        tensors[self.parameter].reshape(-1)[self._index] = D
-
-    @cached_property
-    def _index(self) -> Tensor | None:
-        """Where the entries of the matrix lie in the flat parameter; None where it is all of it, as it is."""
-        if self.part.matrix_shape == tuple(self._shape) and not self.part.transposed:
-            return None
-        flat = self.part.of(np.arange(self.part.start, self.part.stop))
-        return torch.from_numpy(flat).to(self._device)
+            tensors[self.parameter] = D.new_zeros(self.shape)
+        self.part.put(tensors[self.parameter], D)
 
 
 def linear_matrices(
@@ -160,16 +136,15 @@ def linear_matrices(
     """
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     found, left_out = [], []
-    for info, part in _linear_parts(base):
+    for info, part in linear_parts(base):
         name = parameter_of(info.name, parameters, model.base_model_prefix)
-        if name is None or parameters[name].shape != info.shape:
+        space = None
+        if name is not None and parameters[name].shape == info.shape:
+            space = PrincipalSpace.of(part.cut(parameters[name]), rank_fraction, alpha)
+        if name is None or space is None:
             left_out.append(part.name)
-            continue
-        matrix = LinearMatrix(part, name, parameters[name], rank_fraction, alpha, seed)
-        if matrix.has_space:
-            found.append(matrix)
         else:
-            left_out.append(part.name)
+            found.append(LinearMatrix(part, name, parameters[name].shape, space, seed))
     return found, left_out
 
 
@@ -206,13 +181,6 @@ def random_direction(
         if update is None:
             matrix.add_to(tensors, matrix.random(direction, draw))
         elif matrix.parameter in update:
-            norm = torch.linalg.vector_norm(matrix.read(update[matrix.parameter]))
+            norm = torch.linalg.vector_norm(matrix.part.cut(update[matrix.parameter]))
             matrix.add_to(tensors, norm * matrix.random(direction, draw))
     return tensors
-
-
-def _linear_parts(base: Checkpoint) -> Iterable[tuple[TensorInfo, Part]]:
-    for info in base.tensors.values():
-        for part in parts_of(info, base.config) if info.floating else ():
-            if part.is_linear:
-                yield info, part

@@ -4,17 +4,18 @@ Reads a base and the float32 masters of a tuned checkpoint a matrix at a time; t
 `offprincipal.geometry.ulp` and `offprincipal.geometry.formats`. Runs no model.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from offprincipal.checkpoints import Checkpoint, Part, open_checkpoint, pair_tensors, parts_of
+from offprincipal.checkpoints import Checkpoint, Part, open_checkpoint
+from offprincipal.checkpoints.masters import masters_of
+from offprincipal.checkpoints.matrices import common_matrices
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
 from offprincipal.geometry.formats import FORMATS, MaskChange, StoredBase, StoredChange
 from offprincipal.geometry.masks import entry_ranks, low_magnitude_ranks, masks_at
@@ -99,15 +100,6 @@ def precision_gate(
     }
 
 
-def masters_of(tuned: Checkpoint) -> Checkpoint | None:
-    """The float32 masters of a checkpoint: beside it, or itself where it is stored in float32; None if neither."""
-    beside = tuned.masters()
-    if beside is not None:
-        return beside
-    kinds = {info.dtype for info in tuned.tensors.values() if info.floating}
-    return tuned if kinds == {"float32"} else None
-
-
 def measure_precision(base: Checkpoint, masters: Checkpoint, settings: PrecisionSettings) -> PrecisionRows:
     """Every linear matrix of one tuned checkpoint, one at a time.
 
@@ -116,7 +108,8 @@ def measure_precision(base: Checkpoint, masters: Checkpoint, settings: Precision
     """
     histograms: dict[str, UlpHistogram] = {}
     sweep: list[Row] = []
-    for part, (weight, master) in common_matrices([base, masters]):
+    for part, arrays in common_matrices([base, masters]):
+        weight, master = map(torch.from_numpy, arrays)
         try:
             histograms[part.name] = ulp_histogram(weight, master)
             sweep.extend(_sweep_rows(part, weight, master, settings))
@@ -125,26 +118,6 @@ def measure_precision(base: Checkpoint, masters: Checkpoint, settings: Precision
     if not sweep:
         raise CheckpointError(f"{base.source} holds no linear matrix: there is nothing to measure")
     return PrecisionRows(histograms, sweep)
-
-
-def common_matrices(checkpoints: Sequence[Checkpoint]) -> Iterator[tuple[Part, list[Tensor]]]:
-    """The linear matrices that checkpoints have in common: each part, and its values in float32, (n, m) each.
-
-    Args:
-        checkpoints: the base first; fused tensors come in parts, and one matrix at a time is held.
-
-    Raises:
-        CheckpointError: the checkpoints do not belong together, or one cannot be read.
-    """
-    base, *others = checkpoints
-    pairings = [pair_tensors(base, other).tensors for other in others]
-    for name, info in base.tensors.items():
-        if not info.floating or any(name not in tensors for tensors in pairings):
-            continue
-        for part in parts_of(info, base.config):
-            if part.is_linear:
-                read = [part.of(checkpoint.read(part.tensor, part.start, part.stop)) for checkpoint in checkpoints]
-                yield part, [torch.from_numpy(array.astype(np.float32)) for array in read]
 
 
 def pool_sweep(rows: Sequence[Row]) -> list[Row]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from offprincipal.checkpoints import Checkpoint, open_checkpoint, pair_tensors, parameter_of
 from offprincipal.checkpoints.hostile import is_file
+from offprincipal.checkpoints.masters import require_own_masters
 from offprincipal.errors import CheckpointError, ModelError
 from offprincipal.models import LanguageModel, open_tokenizer
 from offprincipal.models.quiet import quiet_libraries
@@ -132,13 +133,10 @@ class Tuned:
         return np.array_equal(ours, theirs)
 
     def _values(self, name: str, masters: Checkpoint | None) -> Tensor:
-        stored = self._stored.read(name)
-        values = stored if masters is None else masters.read(name)
-        if masters is not None and not np.array_equal(values.astype(stored.dtype), stored):
-            raise CheckpointError(
-                f"{name}: the masters of {self._stored.source} do not round to its stored weights, so they are of "
-                "another checkpoint: remove its masters folder, or choose --weights stored"
-            )
+        values = self._stored.read(name)
+        if masters is not None:
+            stored, values = values, masters.read(name)
+            require_own_masters(name, self._stored.source, stored, values)
         wide = values.astype(np.float64 if values.dtype == np.float64 else np.float32)
         if not np.isfinite(wide).all():
             raise CheckpointError(f"{name} of {self._stored.source} holds NaN or infinity. Look at how it was trained")

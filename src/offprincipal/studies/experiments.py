@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from offprincipal.checkpoints import Checkpoint, open_checkpoint, pair_tensors
+from offprincipal.checkpoints.masters import masters_of
+from offprincipal.checkpoints.matrices import common_matrices
 from offprincipal.errors import StudyError
 from offprincipal.files import require_folder, write_atomically, write_json
 from offprincipal.gates.precision import (
     PrecisionSettings,
-    common_matrices,
     hidden_share,
-    masters_of,
     measure_precision,
     pool_sweep,
 )
@@ -207,7 +207,8 @@ def agreement_rows(as_trained: Sequence[Checkpoint], undone: Sequence[Checkpoint
     rows = []
     touched: dict[str, bool] = {}
     for view, checkpoints in ((AS_TRAINED, as_trained), (UNDONE, undone)):
-        for part, (base_a, run_a, base_b, run_b) in common_matrices(checkpoints):
+        for part, arrays in common_matrices(checkpoints):
+            base_a, run_a, base_b, run_b = map(torch.from_numpy, arrays)
             if view == AS_TRAINED:
                 touched[part.name] = not torch.equal(base_a, base_b)
             keys = {"view": view, "tensor": part.name, "layer": part.place.layer, "role": part.place.role}

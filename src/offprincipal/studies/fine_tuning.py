@@ -8,15 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
-import torch
 from pydantic import Field
 
 from offprincipal.checkpoints import open_checkpoint
+from offprincipal.checkpoints.masters import masters_of
+from offprincipal.checkpoints.matrices import common_matrices
 from offprincipal.comparison.tables import read_summary, read_table
 from offprincipal.errors import StudyError
 from offprincipal.files import read_json, require_folder, write_json
-from offprincipal.gates.precision import common_matrices, masters_of
 from offprincipal.outcomes.ladders import Rung, highest_stable, rate_for
 from offprincipal.studies.claims.evidence import SOURCES
 from offprincipal.studies.experiments import Row, write_rows
@@ -208,7 +209,7 @@ def size_of(by: Size, folder: Path, base: Path) -> float:
     start = open_checkpoint(base)
     tuned = open_checkpoint(folder, start)
     squares = [
-        torch.linalg.vector_norm(one.double() - zero.double()).item() ** 2
+        float(np.linalg.norm(one.astype(np.float64) - zero.astype(np.float64))) ** 2
         for _, (zero, one) in common_matrices([start, masters_of(tuned) or tuned])
     ]
     return math.sqrt(sum(squares))

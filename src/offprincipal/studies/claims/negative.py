@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from offprincipal.checkpoints import Array
+from offprincipal.checkpoints import Array, Part
+from offprincipal.checkpoints.checkpoint import FLOATS
 from offprincipal.comparison.execution import one_core_each
-from offprincipal.comparison.measure import Subject
 from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.geometry.synthetic import BLIND, blind_update
 from offprincipal.measures import location
@@ -69,42 +69,42 @@ def blind_evidence(
     work = Work(base, runs, CompareSettings(matrix=settings))
     real = {(row["run"], row["tensor"]): row for rows in evidence.matrices.values() for row in rows}
 
-    def measured(subject: Subject) -> list[tuple[list[Row], list[Row]]]:
-        if subject.linear:
-            return _matrix(work, subject, real, draws, list(combinations(evidence.rl, 2)))
-        return _tensor(work, subject, real, draws)
+    def measured(part: Part) -> list[tuple[list[Row], list[Row]]]:
+        if work.is_linear(part):
+            return _matrix(work, part, real, draws, list(combinations(evidence.rl, 2)))
+        return _tensor(work, part, real, draws)
 
     with one_core_each(work), ThreadPoolExecutor(threads) as pool:
-        by_subject = list(pool.map(measured, work.subjects))
+        by_part = list(pool.map(measured, work.parts))
     found = []
     for draw in range(draws):
         matrices: dict[str, list[Row]] = {run: [] for run in runs}
-        for rows, _ in (subject[draw] for subject in by_subject):
+        for rows, _ in (part[draw] for part in by_part):
             for row in rows:
                 matrices[row["run"]].append(row)
-        pairs = [row for subject in by_subject for row in subject[draw][1]]
+        pairs = [row for part in by_part for row in part[draw][1]]
         found.append(replace(evidence, matrices=matrices, pairs=pairs))
     return found
 
 
 def _matrix(
     work: Work,
-    subject: Subject,
+    part: Part,
     real: Mapping[tuple[str, str], Row],
     draws: int,
     couples: Sequence[tuple[str, str]],
 ) -> list[tuple[list[Row], list[Row]]]:
     """Rows of every run and of the pairs that claims read, draw by draw."""
-    base = BaseMatrix(subject.name, work.read(work.base_checkpoint, subject), work.settings.matrix)
+    base = BaseMatrix(part.name, work.read(work.base_checkpoint, part), work.settings.matrix)
     weight = base.weight.astype(np.float64)
-    updates = _updates(work, subject, weight)
+    updates = _updates(work, part, weight)
     found = []
     for draw in range(draws):
         pairs = {
-            run: MatrixPair(base, *_stored(work, run, subject, weight, update, draw)) for run, update in updates.items()
+            run: MatrixPair(base, *_stored(work, run, part, weight, update, draw)) for run, update in updates.items()
         }
-        rows = [real[run, subject.name] | _measured(pair) for run, pair in pairs.items()]
-        found.append((rows, [subject.keys | location.pair_row(a, b, pairs) for a, b in couples]))
+        rows = [real[run, part.name] | _measured(pair) for run, pair in pairs.items()]
+        found.append((rows, [part.keys | location.pair_row(a, b, pairs) for a, b in couples]))
     return found
 
 
@@ -118,20 +118,20 @@ def _measured(pair: MatrixPair) -> Row:
 
 
 def _tensor(
-    work: Work, subject: Subject, real: Mapping[tuple[str, str], Row], draws: int
+    work: Work, part: Part, real: Mapping[tuple[str, str], Row], draws: int
 ) -> list[tuple[list[Row], list[Row]]]:
     """Of a tensor that is no linear matrix, what changed is all that claims read."""
-    base = work.read(work.base_checkpoint, subject).reshape(len(subject.shape) and subject.shape[0], -1)
+    base = work.read(work.base_checkpoint, part).reshape(len(part.matrix_shape) and part.matrix_shape[0], -1)
     weight = base.astype(np.float64)
-    updates = _updates(work, subject, weight)
+    updates = _updates(work, part, weight)
     found = []
     for draw in range(draws):
         rows = []
         for run, update in updates.items():
-            block = Block(base, *_stored(work, run, subject, weight, update, draw))
+            block = Block(base, *_stored(work, run, part, weight, update, draw))
             pair = TensorPair(_once(block))
             row: Row = {"unchanged_fraction": 1 - pair.changed_count / pair.numel if pair.numel else None}
-            rows.append(real[run, subject.name] | row | {"changed_count": pair.changed_count})
+            rows.append(real[run, part.name] | row | {"changed_count": pair.changed_count})
         found.append((rows, list[Row]()))
     return found
 
@@ -140,22 +140,23 @@ def _once(block: Block) -> Callable[[], list[Block]]:
     return lambda: [block]
 
 
-def _updates(work: Work, subject: Subject, weight: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+def _updates(work: Work, part: Part, weight: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
     """Run -> its update, from masters where they were kept."""
     found = {}
     for run, checkpoint in work.runs.items():
-        values = work.read(work.masters.get(run, checkpoint), subject).reshape(weight.shape)
+        values = work.read(work.masters.get(run, checkpoint), part).reshape(weight.shape)
         found[run] = values.astype(np.float64) - weight
     return found
 
 
 def _stored(
-    work: Work, run: str, subject: Subject, weight: np.ndarray[Any, Any], update: np.ndarray[Any, Any], draw: int
+    work: Work, run: str, part: Part, weight: np.ndarray[Any, Any], update: np.ndarray[Any, Any], draw: int
 ) -> tuple[Array, Array | None]:
     """A blind update of a run: as the run is stored, and its masters where it kept them."""
-    rng = np.random.default_rng([draw, zlib.crc32(subject.name.encode()), zlib.crc32(run.encode())])
+    rng = np.random.default_rng([draw, zlib.crc32(part.name.encode()), zlib.crc32(run.encode())])
     masters = (weight + blind_update(BLIND[draw % len(BLIND)], update, rng)).astype(np.float32)
-    kind = work.read(work.runs[run], subject).dtype
+    checkpoint = work.runs[run]
+    kind = FLOATS[checkpoint.tensors[work.stored_as(checkpoint, part.tensor)].dtype]
     return masters.astype(kind), masters if run in work.masters else None
 
 

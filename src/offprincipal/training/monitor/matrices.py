@@ -4,7 +4,6 @@ A matrix is watched as it acts: an adapter's change is added to its frozen base,
 is split. Knows nothing of metrics.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,41 +11,27 @@ from typing import Any
 
 from torch import Tensor
 
-from offprincipal.checkpoints.checkpoint import TensorInfo
-from offprincipal.checkpoints.parts import Part, parts_of
+from offprincipal.checkpoints.matrices import ModelMatrix, matrices_of, whole
 from offprincipal.checkpoints.roles import LINEAR_ROLES
 from offprincipal.errors import ArgumentError, TrainingError
 
-_WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\.")
-_OUTER = re.compile(r"^(?:module\.)?(?:base_model\.model\.)?")
-
 
 @dataclass(frozen=True)
-class WatchedMatrix:
+class WatchedMatrix(ModelMatrix):
     """One matrix of a model that is being trained.
 
     Args:
-        part: its name, role, layer, expert, and where it lies in the parameter that holds it.
-        module: what owns that parameter; parameter: its name there.
         adapter: the PEFT layer around the module; None where there is none.
     """
 
-    part: Part
-    module: Any
-    parameter: str
     adapter: Any = None
-
-    @property
-    def name(self) -> str:
-        return self.part.name
 
     def now(self) -> Tensor:
         """(n, m), as it acts now, in the type that it is trained in; every process of a sharded model calls it."""
-        weight = _whole(getattr(self.module, self.parameter))
-        if self.adapter is not None:
-            changes = [_whole(self.adapter.get_delta_weight(name)) for name in _active(self.adapter)]
-            weight = sum((change.float() for change in changes), weight.float())
-        return _cut(self.part, weight)
+        if self.adapter is None:
+            return self.weight()
+        changes = [whole(self.adapter.get_delta_weight(name)).float() for name in _active(self.adapter)]
+        return self.part.cut(sum(changes, whole(self.parameter).float()))
 
 
 def watched_matrices(model: Any, patterns: Sequence[str] | None = None) -> list[WatchedMatrix]:
@@ -89,18 +74,12 @@ def watched_matrices(model: Any, patterns: Sequence[str] | None = None) -> list[
 
 
 def _matrices(model: Any) -> Iterator[WatchedMatrix]:
-    """Every matrix, fused and stacked ones part by part."""
-    config: Any = getattr(model, "config", None)
-    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    """Every matrix, each with the adapter around it."""
     modules = dict(model.named_modules())
-    for path, module in modules.items():
-        adapter = modules.get(path.removesuffix(".base_layer")) if path.endswith(".base_layer") else None
-        for parameter, weight in module.named_parameters(recurse=False):
-            name = _OUTER.sub("", _WRAPPERS.sub("", f"{path}.{parameter}" if path else parameter))
-            info = TensorInfo(name, tuple(weight.shape), str(weight.dtype).removeprefix("torch."))
-            for part in parts_of(info, settings):
-                if part.is_matrix:
-                    yield WatchedMatrix(part, module, parameter, adapter)
+    for found in matrices_of(model):
+        owner, wrapped, _ = found.parameter_name.rpartition(".base_layer.")
+        adapter = modules[owner] if wrapped else None
+        yield WatchedMatrix(found.part, found.parameter_name, found.module, found.attribute, adapter)
 
 
 def _spread(linear: Sequence[WatchedMatrix]) -> list[WatchedMatrix]:
@@ -116,7 +95,7 @@ def _spread(linear: Sequence[WatchedMatrix]) -> list[WatchedMatrix]:
 
 
 def _require_readable(matrix: WatchedMatrix) -> None:
-    weight, adapter = getattr(matrix.module, matrix.parameter), matrix.adapter
+    weight, adapter = matrix.parameter, matrix.adapter
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise TrainingError(
             f"{matrix.name} is stored as {weight.dtype}: quantized weights are not watched; train from float weights, "
@@ -137,21 +116,3 @@ def _active(adapter: Any) -> list[str]:
     if getattr(adapter, "disable_adapters", False):
         return []
     return [name for name in adapter.active_adapters if name in adapter.lora_A]
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """A weight outside of autograd, gathered where it is sharded."""
-    weight = weight.detach()
-    gather = getattr(weight, "full_tensor", None)
-    found: Tensor = weight if gather is None else gather()
-    return found
-
-
-def _cut(part: Part, weight: Tensor) -> Tensor:
-    """What a part's `of` cuts from stored entries, of a tensor."""
-    matrix = weight.reshape(-1)[part.start : part.stop].reshape(part.shape)
-    if part.columns is not None:
-        matrix = matrix[:, part.columns[0] : part.columns[1]]
-    if part.folded is not None:
-        matrix = matrix.reshape(part.folded)
-    return (matrix.T if part.transposed else matrix).contiguous()

@@ -238,7 +238,7 @@ class Monitor:
 
     def _decompose(self) -> None:
         for matrix in self._matrices:
-            weight = self._base.weights[matrix.name].to(getattr(matrix.module, matrix.parameter).device)
+            weight = self._base.weights[matrix.name].to(matrix.parameter.device)
             self._base.weights[matrix.name] = weight
             try:
                 self._bases[matrix.name] = BaseMatrix(matrix.name, weight, self._rank_fraction)
@@ -265,7 +265,7 @@ class Monitor:
         for matrix in self._matrices:
             weight = matrix.now()
             if is_main():
-                rows.append(_keys(step, matrix, weight) | self._bases[matrix.name].figures(weight))
+                rows.append({"step": step} | matrix.part.keys | self._bases[matrix.name].figures(weight))
         row = in_main(lambda: self._record(step, rows, self._divergences(after), began))
         self.stopped = row["stopped"]
         return row, after
@@ -301,17 +301,3 @@ class Monitor:
 
 def _texts(given: str | Sequence[str]) -> list[str]:
     return [given] if isinstance(given, str) else list(given)
-
-
-def _keys(step: int, matrix: WatchedMatrix, weight: Tensor) -> dict[str, Any]:
-    place, (rows, cols) = matrix.part.place, weight.shape
-    return {
-        "step": step,
-        "tensor": matrix.name,
-        "role": place.role,
-        "layer": place.layer,
-        "expert": place.expert,
-        "rows": rows,
-        "cols": cols,
-        "numel": rows * cols,
-    }
