@@ -3,10 +3,12 @@
 import gc
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -14,10 +16,12 @@ import torch
 from checkpoint_folders import base_weights, moved, stored, write_model, write_shards
 from matrices import gaussian
 
+from offprincipal.checkpoints import Part
+from offprincipal.checkpoints.roles import Place
 from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare, parse_condition, read_table
-from offprincipal.comparison.measure import Row
+from offprincipal.comparison.measure import Row, measure_matrix
 from offprincipal.errors import ArgumentError, CheckpointError
-from offprincipal.measures.columns import METRICS
+from offprincipal.measures.columns import GROUPS, METRICS
 from offprincipal.measures.pair import BaseMatrix, MatrixPair
 from offprincipal.measures.pooling import estimate_ratio, pool_column
 
@@ -382,3 +386,18 @@ def test_a_measured_matrix_is_let_go_at_once(folders: dict[str, Path]) -> None:
         gc.enable()
     assert alive == []
     assert all(row["values"].flags.owndata for row in found.curves)  # a view would pin all that it was cut from
+
+
+def test_what_is_left_out_to_save_time_changes_nothing_else() -> None:
+    rng = np.random.default_rng(5)
+    W = rng.standard_normal((40, 64)) * 0.02
+    base, tuned = (x.astype(ml_dtypes.bfloat16) for x in (W, W + 1e-4 * rng.standard_normal(W.shape)))
+    part = Part("q", "q", Place("q", 0), 0, W.shape)
+    rows = [
+        measure_matrix(part, base, {"r": tuned}, {}, GROUPS, settings).matrices[0]
+        for settings in (MatrixSettings(), MatrixSettings(mask_tests=False, stored_null=False))
+    ]
+    differing = {name for name, value in rows[0].items() if value != rows[1][name]}
+    tested = {f"{mask}_{what}" for mask in ("principal", "low_magnitude", "safe") for what in ("z", "log_odds")}
+    assert tested < differing and {rows[1][name] for name in differing} == {None}
+    assert all("_stored_null" in name or re.search("_z$|_log_odds|_margin_null", name) for name in differing)

@@ -5,7 +5,7 @@ in, and which of the nested low-magnitude ones. Entries by cell and class, and c
 Knows nothing of files or decompositions: principal masks are given.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -105,11 +105,18 @@ def overlaps(pair: "MatrixPair") -> dict[float, dict[str, MaskOverlap]]:
         found[alpha] = {"random": _random_overlap(pair, alpha, rng)}
     for first, divided in enumerate(pair.base.mask_cells):
         densities = settings.densities[first * DENSITIES_AT_ONCE :]
-        tests = pair.score_tests(divided.cells, divided.members)
+        tests: Sequence[nulls.ScoreTest | None] = [None] * len(divided.names)
+        if settings.mask_tests:
+            found_tests = pair.score_tests(divided.cells, divided.members)
+            tests, hits = found_tests, [test.count for test in found_tests]
+        else:
+            in_cells = np.bincount(divided.cells[pair.changed], minlength=len(divided.members))
+            hits = (in_cells @ divided.members).tolist()
         scaled = pair.scaled_changes[first]
-        of_masks = [None] * len(tests) if scaled is None else (scaled @ divided.members / scaled.sum()).tolist()
-        for (place, name), in_mask, test, share in zip(divided.names, divided.entries, tests, of_masks, strict=True):
-            found[densities[place]][name] = _overlap(pair, in_mask, test.count, test, share)
+        shares = [None] * len(tests) if scaled is None else (scaled @ divided.members / scaled.sum()).tolist()
+        masks = zip(divided.names, divided.entries, hits, tests, shares, strict=True)
+        for (place, name), in_mask, observed, test, share in masks:
+            found[densities[place]][name] = _overlap(pair, in_mask, observed, test, share)
     return {alpha: {name: masks[name] for name in scan.MASKS if name in masks} for alpha, masks in found.items()}
 
 
@@ -122,7 +129,7 @@ def _random_overlap(pair: "MatrixPair", alpha: float, rng: np.random.Generator) 
 
 
 def _overlap(
-    pair: "MatrixPair", in_mask: Counts, observed: int, test: nulls.ScoreTest, scaled: float | None
+    pair: "MatrixPair", in_mask: Counts, observed: int, test: nulls.ScoreTest | None, scaled: float | None
 ) -> MaskOverlap:
     density, count = int(in_mask.sum()) / pair.numel, pair.changed_count
     if count == 0:
@@ -138,10 +145,7 @@ def _overlap(
         rounding.judged if rounding else None,
         scaled,
         spacing,
-        test.expected / count,
-        test.log_odds,
-        test.log_odds_se,
-        test.z,
+        *(() if test is None else (test.expected / count, test.log_odds, test.log_odds_se, test.z)),
     )
 
 

@@ -25,6 +25,7 @@ class MatrixSettings:
             it warm starts from a base that is decomposed once; `randomized` starts cold for every matrix above.
         exact_up_to: where LAPACK is as fast as anything; float64_up_to: min(n, m) up to which the rest is worked on in
             float64 too.
+        mask_tests: whether masks are held against the margin null.
         stored_null: whether to draw the Gaussian updates that are stored as the tuned weights are, which is most of the
             work beside the measuring itself.
         tolerance: on the singular values, relative, that the certificate of an approximation has to meet; a matrix
@@ -40,6 +41,7 @@ class MatrixSettings:
     solver: Solver = "auto"
     exact_up_to: int = 256  # as geometry.principal has it, which needs torch
     float64_up_to: int = 0
+    mask_tests: bool = True
     stored_null: bool = True
     tolerance: float = 1e-3
     device: Device = "cpu"

@@ -147,7 +147,7 @@ def judge_difference(
     """
     side, also = "above" if expected_sign > 0 else "below", ""
     if relative is not None:
-        also = f", or the ratio beyond {RATIO_MARGIN:g} or 1/{RATIO_MARGIN:g},"
+        also = f", or the ratio beyond {RATIO_MARGIN:g} or 1/{RATIO_MARGIN:g}"
     rule = (
         f"supported: interval wholly {side} 0 and the effect at least {SHARE_MARGIN:g} in size{also}; contradicted: "
         f"the same on the other side; no effect: an interval wholly within ±{SHARE_MARGIN:g}"
