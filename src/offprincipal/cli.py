@@ -118,6 +118,9 @@ def compare(
     include_embeddings: Annotated[
         bool, typer.Option("--include-embeddings", help="Measure embeddings and heads too.")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse tensors that the base or a run alone has; else they are listed.")
+    ] = False,
     solver: Annotated[
         str, typer.Option(help="auto, exact (LAPACK for every matrix) or randomized; matrices up to 256 are exact.")
     ] = "auto",
@@ -144,12 +147,12 @@ def compare(
     from offprincipal.comparison import CompareSettings, MatrixSettings, parse_condition
     from offprincipal.comparison import compare as compare_checkpoints
     from offprincipal.reports.terminal import comparison_table
-    from offprincipal.reports.words import verdict_paragraph
+    from offprincipal.reports.words import verdict_paragraph, warnings_of
 
     groups: Any = tuple(part.strip() for part in metrics.split(","))
     chosen: Any = {"solver": solver, "tolerance": tolerance, "device": device}
     matrix = MatrixSettings(rank_fraction, alpha, null_draws=null_draws, seed=seed, **chosen)
-    settings = CompareSettings(groups, matrix, include_embeddings)
+    settings = CompareSettings(groups, matrix, include_embeddings, strict)
     conditions = [parse_condition(text, settings.metrics) for text in fail_if or []]
     runs = _named_runs(tuned)
     options: Any = {"out": out, "threads": threads, "ray": ray, "cache": cache}
@@ -164,6 +167,8 @@ def compare(
     else:
         console = Console()
         console.print(comparison_table(found.summary))
+        for warning in warnings_of(found.summary):
+            console.print(f"note: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
         for sentence in verdict_paragraph(found.summary):
             console.print(sentence, highlight=False, markup=False)
         console.print(f"tables{' and report' if report else ''}: {out}", soft_wrap=True, highlight=False)

@@ -1,8 +1,10 @@
 """Master weights: the tuned weights in float32, as they were before they were stored."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from offprincipal.checkpoints.checkpoint import Array, Checkpoint
+from offprincipal.checkpoints.checkpoint import Array, Checkpoint, TensorInfo
 from offprincipal.errors import CheckpointError
 
 
@@ -13,6 +15,23 @@ def masters_of(tuned: Checkpoint) -> Checkpoint | None:
         return beside
     kinds = {info.dtype for info in tuned.tensors.values() if info.floating}
     return tuned if kinds == {"float32"} else None
+
+
+def require_all_masters(tuned: Checkpoint, masters: Checkpoint, wanted: Mapping[str, TensorInfo]) -> None:
+    """Check that there is a master of every tensor that is compared.
+
+    Args:
+        wanted: the base's names of those; heads that `tuned` has under the name of an embedding are passed over.
+
+    Raises:
+        CheckpointError: one is missing, or has another shape.
+    """
+    for name, info in tuned.tensors.items():
+        if name in wanted and (name not in masters.tensors or masters.tensors[name].shape != info.shape):
+            raise CheckpointError(
+                f"the masters of {tuned.source} have no {name} of the shape that it stores: save both again, or remove "
+                "its masters folder"
+            )
 
 
 def require_own_masters(name: str, whose: str, stored: Array, masters: Array) -> None:

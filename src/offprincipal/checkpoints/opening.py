@@ -5,6 +5,7 @@ from pathlib import Path
 
 from offprincipal.assets import EMBEDDED, embedded_base
 from offprincipal.checkpoints import adapter, distributed, hub, safetensors_folder, torch_files
+from offprincipal.checkpoints.alignment import aligned
 from offprincipal.checkpoints.checkpoint import Checkpoint
 from offprincipal.checkpoints.hostile import is_file
 from offprincipal.errors import CheckpointError
@@ -32,8 +33,8 @@ def open_checkpoint(source: str | Path, base: Checkpoint | None = None) -> Check
         source: a local folder; a model on the Hugging Face Hub, 'org/name' or 'org/name@revision'; or `embedded`, the
             base that is shipped. A folder holds safetensors or `pytorch_model.bin` (one file or shards), a PEFT
             adapter, or a checkpoint of torch.distributed.
-        base: the model that it was trained from, on which an adapter sits and whose names a distributed checkpoint is
-            given; without it an adapter sits on the base that it names.
+        base: the model that it was trained from, on which an adapter sits, and whose names and layout the tensors are
+            given as far as they can be told; without it an adapter sits on the base that it names.
 
     Raises:
         CheckpointError: it is no such checkpoint; the message says what is wrong, where, and what to do.
@@ -41,7 +42,8 @@ def open_checkpoint(source: str | Path, base: Checkpoint | None = None) -> Check
     folder = _folder_of(source)
     for is_at, opened in _KINDS:
         if is_at(folder):
-            return opened(folder, str(source), base)
+            found = opened(folder, str(source), base)
+            return found if base is None else aligned(found, base)
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise CheckpointError(

@@ -1,10 +1,10 @@
-"""Which tensors of two checkpoints are compared: the same names and shapes, but for vocabularies and tied heads.
+"""Which tensors of two checkpoints are compared: what both have, under one name, but for vocabularies and tied heads.
 
 And which parameter of an open model is which stored tensor.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,15 +25,22 @@ class Pairing:
         tensors: the base's tensors that are compared; where a vocabulary has grown, with the rows that both have.
         notes: what a reader of the results should know of it.
         tied: heads that one of the two does not store -> its embedding, which is read in the head's place.
+        only_in_base, only_in_tuned: names of tensors that one of them alone has, which nothing is compared with.
     """
 
     tensors: Mapping[str, TensorInfo]
     notes: tuple[str, ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
+    only_in_base: tuple[str, ...] = ()
+    only_in_tuned: tuple[str, ...] = ()
 
 
-def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> Pairing:
-    """The tensors that two checkpoints have in common.
+def pair_tensors(base: Checkpoint, tuned: Checkpoint, strict: bool = False) -> Pairing:
+    """The tensors that two checkpoints have in common, and those that one alone has.
+
+    Args:
+        tuned: opened with the base, so that it has the base's names and layout where they could be told.
+        strict: whether a tensor that one alone has is an error.
 
     The rows of a grown or shrunk vocabulary are compared as far as both have them. A head that neither stores is its
     embedding; one that a single side stores is compared with the embedding that the other ties it to, unless it is its
@@ -41,7 +48,8 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> Pairing:
     that older libraries stored, frequencies of rotary embeddings and causal masks, are no weights, and passed over.
 
     Raises:
-        CheckpointError: one has a tensor that the other has not, or shapes differ; the message names them.
+        CheckpointError: shapes differ, less than half of their parameters are in common, or, if strict, one has a
+            tensor that the other has not; the message names them.
     """
     copies, tied, notes = _tied_heads(base, tuned)
     ours, theirs = (
@@ -53,15 +61,30 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> Pairing:
         }
         for side in (base, tuned)
     )
-    _require_same_names(base, ours, tuned, theirs)
-    tensors = {name: _common(info, theirs[name]) for name, info in ours.items()}
-    for name, info in ours.items():
+    shared = {name: info for name, info in ours.items() if name in theirs}
+    alone = _alone(ours, theirs)
+    for names, has, lacks in ((alone[0], base, tuned), (alone[1], tuned, base)):
+        if names and strict:
+            raise CheckpointError(
+                f"{lacks.source} lacks {_listed(names)}, which {has.source} has: compare a base with checkpoints that "
+                "were trained from it, or leave --strict out"
+            )
+    _require_common(base, ours, tuned, theirs)
+    _require_alike(base, shared, tuned, theirs)
+    tensors = {name: _common(info, theirs[name]) for name, info in shared.items()}
+    for name, info in shared.items():
         if info.shape != theirs[name].shape:
             notes.append(
                 f"{name} has {info.shape[0]} rows in {base.source} and {theirs[name].shape[0]} in {tuned.source}: "
                 f"the first {tensors[name].shape[0]} are compared"
             )
-    return Pairing(tensors, tuple(notes), tied)
+    for names, infos, side, other in ((alone[0], ours, base, tuned), (alone[1], theirs, tuned, base)):
+        if names:
+            share = _share(names, infos)
+            notes.append(
+                f"{side.source} alone has {_listed(names)}: {share} of its parameters are not in {other.source}"
+            )
+    return Pairing(tensors, tuple(notes), tied, *map(tuple, alone))
 
 
 def parameter_of(name: str, parameters: Mapping[str, Any], prefix: str) -> str | None:
@@ -107,17 +130,26 @@ def _embedding(checkpoint: Checkpoint, head: TensorInfo) -> str | None:
     return next((name for name in found if not name.endswith("wpe.weight")), None)
 
 
-def _require_same_names(
+def _require_common(
     base: Checkpoint, ours: Mapping[str, TensorInfo], tuned: Checkpoint, theirs: Mapping[str, TensorInfo]
 ) -> None:
-    missing = [name for name in ours if name not in theirs]
-    extra = [name for name in theirs if name not in ours]
-    for names, has, lacks in ((missing, base, tuned), (extra, tuned, base)):
-        if names:
-            raise CheckpointError(
-                f"{lacks.source} lacks {_listed(names)}, which {has.source} has: "
-                "compare a base with checkpoints that were trained from it"
-            )
+    """Raises CheckpointError where less than half of all parameters are in both: that is no pair."""
+    common = sum(info.numel for name, info in ours.items() if name in theirs)
+    whole = sum(info.numel for side in (ours, theirs) for info in side.values()) - common
+    if 2 * common >= whole:
+        return
+    alone = _alone(ours, theirs)
+    raise CheckpointError(
+        f"{base.source} and {tuned.source} are no pair: {common / whole:.0%} of their parameters are in both. The base "
+        f"alone has {_listed(alone[0])}; the other alone has {_listed(alone[1])}. Compare a base with checkpoints that "
+        "were trained from it"
+    )
+
+
+def _require_alike(
+    base: Checkpoint, ours: Mapping[str, TensorInfo], tuned: Checkpoint, theirs: Mapping[str, TensorInfo]
+) -> None:
+    """Raises CheckpointError where tensors of one name cannot be compared."""
     recast = [name for name, info in ours.items() if info.floating != theirs[name].floating]
     if recast:
         raise CheckpointError(
@@ -149,11 +181,22 @@ def _differ_in_vocabulary(ours: TensorInfo, theirs: TensorInfo) -> bool:
     return place_of(ours.name).role in ("embedding", "head") or ours.name.endswith(("lm_head.bias", "embed_out.bias"))
 
 
+def _alone(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[list[str]]:
+    """The names that one side has and the other has not."""
+    return [[name for name in side if name not in other] for side, other in ((ours, theirs), (theirs, ours))]
+
+
+def _share(names: Sequence[str], infos: Mapping[str, TensorInfo]) -> str:
+    return f"{sum(infos[name].numel for name in names) / max(sum(info.numel for info in infos.values()), 1):.2%}"
+
+
 def _shape(info: TensorInfo) -> str:
     return " × ".join(map(str, info.shape)) or "a scalar"
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
+    if not names:
+        return "nothing"
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     noun = "tensor" if len(names) == 1 else f"{len(names)} tensors:"
     return f"{noun} {', '.join(names[:_NAMED])}{more}"

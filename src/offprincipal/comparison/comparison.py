@@ -169,11 +169,12 @@ def _summary(work: Work, measured: list[TensorRows], matrices: list[Row], pairs:
             "warnings": [
                 *work.notes[name],
                 *_unmeasured_warnings(unmeasured, differing),
-                *_warnings(work, name, rows, bool(differing)),
+                *_warnings(work, name, rows, not (differing or work.only_in_base or work.only_in_run(name))),
                 *_certificates(rows),
                 *_fallback_warnings(work, name, measured),
             ],
             "differing_unmeasured": len(differing),
+            "only_in_run": work.only_in_run(name),
             "solvers": dict(sorted(Counter(row["solver"] for row in rows if row["solver"]).items())),
             "metrics": {metric: pooled.as_dict() for metric, pooled in pool_run(rows).items()},
             "anatomy": anatomy(rows),
@@ -187,6 +188,7 @@ def _summary(work: Work, measured: list[TensorRows], matrices: list[Row], pairs:
             key: list(value) if isinstance(value, tuple) else value for key, value in flat.items() if key != "matrix"
         },
         "versions": _versions(),
+        "only_in_base": work.only_in_base,
         "runs": entries,
         "pairs": [
             {"run_a": a, "run_b": b} | pool_pair([row for row in pairs if (row["run_a"], row["run_b"]) == (a, b)])
@@ -235,20 +237,23 @@ def _unmeasured_warnings(unmeasured: list[str], differing: list[str]) -> list[st
     return [f"{said}{differ or ', bit for bit those of the base'}"]
 
 
-def _warnings(work: Work, name: str, rows: list[Row], differing: bool) -> list[str]:
+def _warnings(work: Work, name: str, rows: list[Row], whole: bool) -> list[str]:
     base, run = work.base_checkpoint, work.runs[name]
     warnings = []
     unchanged = [row["unchanged_fraction"] for row in rows if row.get("unchanged_fraction") is not None]
-    if unchanged and min(unchanged) == 1 and not differing:
+    if unchanged and min(unchanged) == 1 and whole:
         warnings.append("no weight changed: this checkpoint equals the base once both are stored in bfloat16")
     compared = {part.tensor for part in work.parts}
     types = [", ".join(sorted({c.tensors[name].dtype for name in compared & c.tensors.keys()})) for c in (base, run)]
     if types[0] != types[1]:
-        warnings.append(f"the base is stored as {types[0]}, the run as {types[1]}: some of the update is rounding")
-    if types != ["bfloat16", "bfloat16"]:
         warnings.append(
-            f"stored as {types[1]}; `changed` is decided after rounding both sides to bfloat16, and the precision null "
-            "of two runs is undefined where the base is not in bfloat16"
+            f"the base is stored as {types[0]}, the run as {types[1]}: some of the update is rounding, and what "
+            "changed is decided after rounding both sides to bfloat16"
+        )
+    elif types[0] != "bfloat16":
+        warnings.append(
+            f"both sides are stored as {types[0]}: what changed is decided after rounding them to bfloat16, and nulls "
+            "of rounding are undefined in matrices that are no bfloat16 numbers"
         )
     others = [row["tensor"] for row in rows if row["linear"] and row["role"] == "other"]
     if others:

@@ -6,6 +6,8 @@ from typing import Any
 from offprincipal.conditions import Threshold, parse_threshold
 from offprincipal.measures.columns import GROUPS, Group, metrics_of
 
+_LEFT_OUT = ("only_in_base", "only_in_run", "differing_unmeasured")  # numbers of tensors that were not compared
+
 
 @dataclass(frozen=True)
 class Condition(Threshold):
@@ -13,17 +15,24 @@ class Condition(Threshold):
 
     def undefined_in(self, summary: dict[str, Any]) -> list[str]:
         """The runs whose value is undefined, so that the condition could not be checked."""
-        runs = summary["runs"].items()
-        return [run for run, entry in runs if entry["metrics"].get(self.metric, {}).get("value") is None]
+        return [run for run in summary["runs"] if self._value(summary, run) is None]
 
     def held_by(self, summary: dict[str, Any]) -> list[str]:
         """One phrase for each run in which the condition holds; an undefined metric holds no condition."""
         found = []
-        for run, entry in summary["runs"].items():
-            value = entry["metrics"].get(self.metric, {}).get("value")
+        for run in summary["runs"]:
+            value = self._value(summary, run)
             if self.held_by_value(value):
                 found.append(f"{run}: {self.metric} is {value:.6g}, {self.operator} {self.threshold:g}")
         return found
+
+    def _value(self, summary: dict[str, Any], run: str) -> float | None:
+        entry = summary["runs"][run]
+        if self.metric in _LEFT_OUT:
+            found = (summary if self.metric == "only_in_base" else entry)[self.metric]
+            return len(found) if isinstance(found, list) else float(found)
+        value: float | None = entry["metrics"].get(self.metric, {}).get("value")
+        return value
 
 
 def parse_condition(text: str, groups: tuple[Group, ...] = GROUPS) -> Condition:
@@ -33,10 +42,11 @@ def parse_condition(text: str, groups: tuple[Group, ...] = GROUPS) -> Condition:
         groups: the metric groups that are measured.
 
     Raises:
-        ArgumentError: it is not of the form `METRIC > NUMBER`, or names no pooled metric of these groups.
+        ArgumentError: it is not of the form `METRIC > NUMBER`, or names no pooled metric of these groups, nor a number
+            of tensors that were left out: `only_in_base`, `only_in_run`, `differing_unmeasured`.
 
     >>> str(parse_condition("principal_angle_left_max_deg > 10"))
     'principal_angle_left_max_deg > 10'
     """
     pooled = [column.name for metric in metrics_of(groups) for column in metric.columns if column.pool != "none"]
-    return Condition(**vars(parse_threshold(text, pooled)))
+    return Condition(**vars(parse_threshold(text, [*pooled, *_LEFT_OUT])))

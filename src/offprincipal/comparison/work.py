@@ -20,6 +20,7 @@ from offprincipal.checkpoints import (
     parts_of,
 )
 from offprincipal.checkpoints.checkpoint import same_bits
+from offprincipal.checkpoints.masters import require_all_masters
 from offprincipal.comparison.cache import BaseCache
 from offprincipal.comparison.measure import TensorRows, measure_matrix, measure_tensor
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
@@ -39,11 +40,13 @@ class CompareSettings:
         metrics: groups to measure; `location` alone decomposes nothing, so it leaves out the principal and safe masks.
         matrix: what decides the numbers of one matrix.
         include_embeddings: measure and pool embeddings and heads as linear matrices too.
+        strict: a tensor that the base or a run alone has is an error.
     """
 
     metrics: tuple[Group, ...] = GROUPS
     matrix: MatrixSettings = field(default_factory=MatrixSettings)
     include_embeddings: bool = False
+    strict: bool = False
 
     def __post_init__(self) -> None:
         unknown = [group for group in self.metrics if group not in GROUPS]
@@ -178,9 +181,20 @@ class Work:
     @cached_property
     def _pairings(self) -> dict[str, Pairing]:
         base = self.base_checkpoint
-        for found in self.masters.values():
-            pair_tensors(base, found)
-        return {name: pair_tensors(base, run) for name, run in self.runs.items()}
+        found = {name: pair_tensors(base, run, self.settings.strict) for name, run in self.runs.items()}
+        for name, masters in self.masters.items():
+            require_all_masters(self.runs[name], masters, found[name].tensors)
+        return found
+
+    @property
+    def only_in_base(self) -> list[str]:
+        """Tensors of the base that some run has not, so that they are compared in none."""
+        alone = {name for pairing in self._pairings.values() for name in pairing.only_in_base}
+        return [name for name in self.base_checkpoint.tensors if name in alone]
+
+    def only_in_run(self, run: str) -> list[str]:
+        """Tensors of a run that the base has not."""
+        return list(self._pairings[run].only_in_tuned)
 
     @cached_property
     def _common(self) -> dict[str, TensorInfo]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from offprincipal.checkpoints import Checkpoint, open_checkpoint, pair_tensors, parameter_of
 from offprincipal.checkpoints.hostile import is_file
-from offprincipal.checkpoints.masters import require_own_masters
+from offprincipal.checkpoints.masters import require_all_masters, require_own_masters
 from offprincipal.errors import CheckpointError, ModelError
 from offprincipal.models import LanguageModel, open_tokenizer
 from offprincipal.models.quiet import quiet_libraries
@@ -71,7 +71,8 @@ class Tuned:
             raise CheckpointError(f"{self._stored.source} keeps no float32 masters: choose --weights stored, or auto")
         self._pairing = pair_tensors(base, self._stored)
         if self._masters is not None:
-            pair_tensors(base, self._masters)
+            require_all_masters(self._stored, self._masters, self._pairing.tensors)
+        self._require_whole()
         self._require_same_vocabulary()
 
     @property
@@ -117,6 +118,17 @@ class Tuned:
             if bool(moved.any()):
                 tensors[name] = moved
         return Update(tensors, "stored" if masters is None else "masters", (*self._stored.notes, *self._pairing.notes))
+
+    def _require_whole(self) -> None:
+        """Raises CheckpointError where the tuned checkpoint lacks a parameter of the model."""
+        parameters = dict(self._model.named_parameters())
+        prefix = self._model.base_model_prefix
+        lost = [name for name in self._pairing.only_in_base if parameter_of(name, parameters, prefix) is not None]
+        if lost:
+            raise CheckpointError(
+                f"{self._stored.source} lacks {len(lost)} parameters of the model, {lost[0]} among them: what it does "
+                "there is not known. Give a checkpoint of the whole model"
+            )
 
     def _require_same_vocabulary(self) -> None:
         for name in self._pairing.tensors:

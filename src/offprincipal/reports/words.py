@@ -39,20 +39,25 @@ def verdict_paragraph(summary: Mapping[str, Any]) -> list[str]:
 def run_paragraphs(summary: Mapping[str, Any]) -> dict[str, str]:
     """Run -> what it did to the weights."""
     return {
-        name: run_paragraph(name, run["metrics"], run.get("differing_unmeasured", 0))
+        name: run_paragraph(
+            name,
+            run["metrics"],
+            run.get("differing_unmeasured", 0),
+            len(run.get("only_in_run", ())) + len(summary.get("only_in_base", ())),
+        )
         for name, run in summary["runs"].items()
     }
 
 
-def run_paragraph(name: str, metrics: Metrics, differing: int = 0) -> str:
+def run_paragraph(name: str, metrics: Metrics, differing: int = 0, alone: int = 0) -> str:
     """What one run did to the weights: how much, how far, and where.
 
     Args:
-        differing: tensors that differ from the base's and are not measured.
+        differing: tensors that differ from the base's and are not measured; alone: those that one of the two alone has.
     """
     value = _reader(metrics)
     if is_unchanged(metrics):
-        return _unchanged(name, value, differing)
+        return _unchanged(name, value, differing, alone)
     parts = [_amount(value), _distance(value), _turn(value), *(_place(mask, value) for mask in MASKS)]
     said = [part for part in parts if part] or ["none of the metrics that a sentence could be about was measured."]
     return f"{plain(name)}: " + " ".join(said)
@@ -81,9 +86,10 @@ def answers(summary: Mapping[str, Any]) -> dict[str, str]:
     """
     changed = [run["metrics"] for run in summary["runs"].values() if not is_unchanged(run["metrics"])]
     if not changed:
-        measured = (
-            "that was measured " if any(run.get("differing_unmeasured") for run in summary["runs"].values()) else ""
+        left_out = summary.get("only_in_base") or any(
+            run.get("differing_unmeasured") or run.get("only_in_run") for run in summary["runs"].values()
         )
+        measured = "that was measured " if left_out else ""
         return {"Neither": f"no weight {measured}changed in any run, so there is nothing to explain."}
     readers = [_reader(metrics) for metrics in changed]
     found = {
@@ -92,6 +98,18 @@ def answers(summary: Mapping[str, Any]) -> dict[str, str]:
         "Geometry": _energy_answer(readers),
     }
     return {heading: sentence for heading, sentence in found.items() if sentence}
+
+
+def warnings_of(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader has to know of how the runs were read and measured: each once, with the runs that it is about."""
+    about: dict[str, list[str]] = {}
+    for name, run in summary["runs"].items():
+        for warning in run["warnings"]:
+            about.setdefault(warning, []).append(name)
+    return [
+        plain(warning if len(names) == len(summary["runs"]) else f"{', '.join(names)}: {warning}")
+        for warning, names in about.items()
+    ]
 
 
 def is_unchanged(metrics: Metrics) -> bool:
@@ -138,7 +156,12 @@ def _reader(metrics: Metrics) -> _Reader:
     return lambda name: metrics.get(name, {}).get("value")
 
 
-def _unchanged(name: str, value: _Reader, differing: int) -> str:
+def _unchanged(name: str, value: _Reader, differing: int, alone: int) -> str:
+    if alone and not differing:
+        return (
+            f"{plain(name)} is not the base: {alone} tensors are in one of the two alone. What both have is identical "
+            "once both are stored in bfloat16."
+        )
     if differing:
         return (
             f"{plain(name)} is not the base: {differing} tensors that hold no floating-point numbers, such as packed "
