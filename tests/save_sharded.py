@@ -1,5 +1,6 @@
 """One rank of two that save sharded tensors and an FSDP2 module: `python save_sharded.py FOLDER`."""
 
+import os
 import sys
 
 import torch
@@ -35,3 +36,5 @@ def save(folder: str) -> None:
 
 if __name__ == "__main__":
     save(sys.argv[1])
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may abort an interpreter that ends by itself on a busy machine

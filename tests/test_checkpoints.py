@@ -78,7 +78,7 @@ def bad_folders(tmp_path: Path) -> dict[str, tuple[Path, str]]:
 
     file = tmp_path / "file"
     file.write_text("no folder")
-    found["file"] = (file, "is a file")
+    found["file"] = (file, "is no file of weights")
     empty = tmp_path / "empty"
     empty.mkdir()
     found["empty"] = (empty, "is no model")
@@ -112,7 +112,7 @@ def bad_folders(tmp_path: Path) -> dict[str, tuple[Path, str]]:
     state = tmp_path / "state"
     state.mkdir()
     torch.save(weights, state / "state.pt")
-    found["only a pickle"] = (state, "holds only pickles")
+    found["only a pickle"] = (state, "holds only files of torch.save")
 
     adapter = tmp_path / "adapter"
     adapter.mkdir()

@@ -4,6 +4,7 @@ The program shards by FSDP2: `python train_monitored.py MODEL OUT`. In the plain
 batch, so that the mean over processes is the gradient of one; under a Trainer they share a batch.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,3 +103,5 @@ def main(source: str, out: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may abort an interpreter that ends by itself on a busy machine

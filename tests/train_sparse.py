@@ -4,6 +4,7 @@ Every process has the same gradient, so that the mean over processes is that of 
 loaded into a fresh one, each process its own shard's state.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -29,14 +30,14 @@ def main(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     mine = out / f"masks-{dist.get_rank()}.safetensors"
     masks.save(mine)
-    whole = make_masks(model, "safe", 0.3)
+    unsharded = make_masks(model, "safe", 0.3)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     masks = Masks.load(mine, model)
     made = make_masks(model, "safe", 0.3)
-    assert all(torch.equal(made[name], whole[name]) for name in whole), "masks of the shards differ from the whole's"
+    assert all(torch.equal(made[name], unsharded[name]) for name in unsharded), "masks of the shards differ from the whole's"
     optimizer = SparseAdamW(model.named_parameters(), masks, lr=1e-2, weight_decay=0.1, fused=COMPILED_HERE or None)
     inputs = torch.randn(STEPS, 1, 40)
     for i in range(STEPS):
@@ -56,3 +57,5 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may abort an interpreter that ends by itself on a busy machine

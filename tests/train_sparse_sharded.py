@@ -7,6 +7,7 @@ Every process has the same gradient, so that the mean over processes is that of 
 saving it goes on to the end, so that its weights are those of a run that was never interrupted.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,5 @@ if __name__ == "__main__":
         run(sys.argv[1], Path(sys.argv[2]), kind)
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may abort an interpreter that ends by itself on a busy machine

@@ -5,30 +5,25 @@ from pathlib import Path
 from typing import Any
 
 from offprincipal.checkpoints import adapter, safetensors_folder, torch_files
+from offprincipal.checkpoints.shards import INDEX, shards_of
 from offprincipal.errors import CheckpointError
 
 _ID = re.compile(
-    r"(?P<repo>[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95})(?:@(?P<revision>(?!.*\.\.)[\w./-]{1,200}))?", re.ASCII
+    r"(?P<repo>(?:[A-Za-z0-9_][\w.-]{0,95}/)?[A-Za-z0-9_][\w.-]{0,95})(?:@(?P<revision>(?!.*\.\.)[\w./-]{1,200}))?",
+    re.ASCII,
 )
-_SAFE = [
-    "config.json",
-    "adapter_config.json",
-    "model.safetensors",
-    "model-*.safetensors",
-    "model.safetensors.index.json",
-    "adapter_model.safetensors",
-]
-_PICKLED = ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json", "adapter_model.bin"]
+_SMALL = ["config.json", "adapter_config.json", "*.safetensors.index.json", "adapter_model.safetensors"]
+_PICKLED = ["pytorch_model.bin.index.json", "pytorch_model.bin", "adapter_model.bin"]
 _SECONDS = 10
 
 
 def is_id(source: str) -> bool:
-    """Whether a source reads as one: 'org/name' or 'org/name@revision'."""
+    """Whether a source reads as one: 'org/name', 'org/name@revision', or 'name' alone, as the first models have it."""
     return _ID.fullmatch(source) is not None
 
 
 def download(source: str) -> Path:
-    """The local folder of a model's snapshot; pickles are fetched only where there are no safetensors.
+    """The local folder of a model's snapshot: what its index names; pickles only where there are no safetensors.
 
     The library's own settings hold: HF_HUB_OFFLINE, HF_HOME, HF_TOKEN, HF_ENDPOINT.
 
@@ -38,12 +33,25 @@ def download(source: str) -> Path:
     match = _ID.fullmatch(source)
     if match is None:
         raise CheckpointError(f"{source} is no Hub id: it reads org/name, or org/name@revision")
-    folder = _snapshot(source, match["repo"], match["revision"], _SAFE)
-    if not (safetensors_folder.SafetensorsFolder.is_at(folder) or (folder / adapter.WEIGHTS).is_file()):
-        folder = _snapshot(source, match["repo"], match["revision"], _SAFE + _PICKLED)
-        if not (torch_files.TorchFolder.is_at(folder) or (folder / adapter.PICKLED).is_file()):
-            raise CheckpointError(f"{source} on the Hub holds no weights that are read: give another model or revision")
-    return folder
+
+    def fetched(patterns: list[str]) -> Path:
+        return _snapshot(source, match["repo"], match["revision"], patterns)
+
+    wanted = [*_SMALL, safetensors_folder.WEIGHTS]
+    for more in ([], [f"*{safetensors_folder.SUFFIX}"], _PICKLED):  # the next only where there is nothing yet
+        wanted += more
+        folder = fetched(wanted)
+        files = safetensors_folder.files_in(folder) or torch_files.files_in(folder)
+        if len(files) == 1 and files[0].name.endswith(INDEX):
+            return fetched([*wanted, *sorted({_literally(name) for name in shards_of(files[0])})])
+        if files or any((folder / name).is_file() for name in (adapter.WEIGHTS, adapter.PICKLED)):
+            return folder
+    raise CheckpointError(f"{source} on the Hub holds no weights that are read: give another model or revision")
+
+
+def _literally(name: str) -> str:
+    """A pattern that matches a name alone."""
+    return re.sub(r"([*?\[])", r"[\1]", name)
 
 
 def _snapshot(source: str, repo: str, revision: str | None, patterns: list[str]) -> Path:

@@ -1,6 +1,7 @@
 """From a source, as the user names it, to the checkpoint that it is. A new kind of checkpoint is entered here."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from offprincipal.assets import EMBEDDED, embedded_base
@@ -8,21 +9,32 @@ from offprincipal.checkpoints import adapter, distributed, hub, safetensors_fold
 from offprincipal.checkpoints.alignment import aligned
 from offprincipal.checkpoints.checkpoint import Checkpoint
 from offprincipal.checkpoints.hostile import is_file
+from offprincipal.checkpoints.safetensors_folder import SafetensorsFolder
+from offprincipal.checkpoints.shards import INDEX, is_numbered
+from offprincipal.checkpoints.torch_files import TorchFolder
 from offprincipal.errors import CheckpointError
 
-_PICKLES = ("*.pt", "*.pth", "*.ckpt", "*.pkl")
+_DEEPEST, _MOST_FOLDERS = 3, 2000  # of the folders inside of a run's root that are looked into
+_SHOWN = 8
 _Opener = Callable[[Path, str, Checkpoint | None], Checkpoint]
 _KINDS: tuple[tuple[Callable[[Path], bool], _Opener], ...] = (
     (
-        safetensors_folder.SafetensorsFolder.is_at,
-        lambda folder, source, base: safetensors_folder.SafetensorsFolder(folder, source),
+        lambda folder: any(is_file(folder / name) for name in safetensors_folder.USUAL),
+        lambda folder, source, base: SafetensorsFolder(folder, source),
     ),
     (
         adapter.is_adapter,
         lambda folder, source, base: adapter.open_adapter(folder, source, base, _open_model),
     ),
-    (torch_files.TorchFolder.is_at, lambda folder, source, base: torch_files.TorchFolder(folder, source)),
+    (
+        lambda folder: bool(torch_files.files_in(folder)),
+        lambda folder, source, base: TorchFolder(folder, source),
+    ),
     (distributed.is_distributed, distributed.open_distributed),
+    (
+        lambda folder: bool(safetensors_folder.files_in(folder)),
+        lambda folder, source, base: SafetensorsFolder(folder, source),
+    ),
 )
 
 
@@ -30,52 +42,130 @@ def open_checkpoint(source: str | Path, base: Checkpoint | None = None) -> Check
     """Open a model: nothing but headers is read.
 
     Args:
-        source: a local folder; a model on the Hugging Face Hub, 'org/name' or 'org/name@revision'; or `embedded`, the
-            base that is shipped. A folder holds safetensors or `pytorch_model.bin` (one file or shards), a PEFT
-            adapter, or a checkpoint of torch.distributed.
+        source: a local folder or file; a model on the Hugging Face Hub, 'org/name' or 'org/name@revision'; or
+            `embedded`, the base that is shipped. A folder holds safetensors or `pytorch_model.bin` (one file or
+            shards), a PEFT adapter, or a checkpoint of torch.distributed, or is the root of a run with one such inside.
         base: the model that it was trained from, on which an adapter sits, and whose names and layout the tensors are
             given as far as they can be told; without it an adapter sits on the base that it names.
 
     Raises:
         CheckpointError: it is no such checkpoint; the message says what is wrong, where, and what to do.
     """
-    folder = _folder_of(source)
-    for is_at, opened in _KINDS:
-        if is_at(folder):
-            found = opened(folder, str(source), base)
-            return found if base is None else aligned(found, base)
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    path = _path_of(source)
+    found = _open_file(path, str(source)) if is_file(path) else _open_folder(path, str(source), base)
+    return found if base is None else aligned(found, base)
+
+
+def _open_folder(folder: Path, source: str, base: Checkpoint | None) -> Checkpoint:
+    opened = _opener(folder)
+    if opened is not None:
+        return opened(folder, source, base)
+    inside = [(path, opener) for path in _folders_in(folder) if (opener := _opener_inside(path)) is not None]
+    if len(inside) == 1:
+        ((path, opener),) = inside
+        return opener(path, str(path), base)
+    if inside:
+        more = f" and {len(inside) - _SHOWN} more" if len(inside) > _SHOWN else ""
+        names = ", ".join(str(path.relative_to(folder)) for path, _ in inside[:_SHOWN])
+        raise CheckpointError(f"{folder} holds {len(inside)} models, {names}{more}: name the one that is meant")
+    raise CheckpointError(f"{folder} is no model{_what_it_holds(folder)}")
+
+
+def _opener(folder: Path) -> _Opener | None:
+    return next((opened for is_at, opened in _KINDS if is_at(folder)), None)
+
+
+def _opener_inside(folder: Path) -> _Opener | None:
+    try:
+        return _opener(folder)
+    except CheckpointError:  # what cannot be told of one folder is no reason to refuse another
+        return None
+
+
+def _folders_in(folder: Path) -> Iterator[Path]:
+    """The folders inside of one, level by level, the first ones; links are not followed, and masters are no model."""
+    level, seen = [folder], 0
+    for _ in range(_DEEPEST):
+        below: list[Path] = []
+        for parent in level:
+            try:
+                entries = sorted((entry for entry in os.scandir(parent)), key=lambda entry: _in_order(entry.name))
+            except OSError:
+                continue
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False) and entry.name != safetensors_folder.MASTERS:
+                    seen += 1
+                    if seen > _MOST_FOLDERS:
+                        return
+                    below.append(Path(entry.path))
+        yield from below
+        level = [path for path in below if _opener_inside(path) is None]
+
+
+def _in_order(name: str) -> tuple[int, str]:
+    """Steps by their number: checkpoint-5 before checkpoint-20."""
+    digits = "".join(character for character in name if character in "0123456789")
+    return int(digits[:18] or 0), name
+
+
+def _open_file(path: Path, source: str) -> Checkpoint:
+    """A single file of weights; an index or a numbered shard stands for the whole model."""
+    folder, name = path.parent, path.name
+    if name.endswith(safetensors_folder.SUFFIX):
+        return SafetensorsFolder(folder, source, None if is_numbered(name) else [path])
+    if name.endswith(safetensors_folder.SUFFIX + INDEX):
+        return SafetensorsFolder(folder, source, [path])
+    if name.endswith((*torch_files.SUFFIXES, *(suffix + INDEX for suffix in torch_files.SUFFIXES))):
+        return TorchFolder(folder, source, [path])
+    raise CheckpointError(f"{path} is no file of weights{_what_it_is(name)}")
+
+
+def _what_it_is(name: str) -> str:
+    if name.endswith(".gguf"):
+        return ": GGUF is not read. Give the model that it was converted from"
+    return ": give a .safetensors file, or the folder that holds config.json and the weights"
+
+
+def _what_it_holds(folder: Path) -> str:
+    """What to say of a folder that holds no model."""
+    names = sorted(path.name for path in folder.glob("*") if is_file(path))
+    for name in names:
+        if name.endswith(".gguf"):
+            return f": it holds {name}, and {_what_it_is(name)[2:]}"
+    pickles = [name for name in names if name.endswith((*torch_files.SUFFIXES, ".pkl"))]
     if pickles:
-        raise CheckpointError(
-            f"{folder} holds only pickles ({pickles[0]}), which can run code when opened and are not read: "
-            "convert it with save_pretrained(…, safe_serialization=True)"
+        return (
+            f": it holds only files of torch.save that are not called as a model's ({pickles[0]}): name the one that "
+            "is meant, or convert it with save_pretrained(…, safe_serialization=True)"
         )
-    raise CheckpointError(
-        f"{folder} is no model: it has neither {safetensors_folder.WEIGHTS} nor {safetensors_folder.INDEX}, nor "
-        f"{torch_files.WEIGHTS}, an adapter, or a distributed checkpoint"
+    return (
+        f": it has neither {safetensors_folder.WEIGHTS} nor {safetensors_folder.INDEX}, nor {torch_files.WEIGHTS}, an "
+        "adapter, or a distributed checkpoint, and no folder inside of it has"
     )
 
 
 def _open_model(source: str) -> Checkpoint:
     """Open what an adapter names as its base."""
-    folder = _folder_of(source)
-    if adapter.is_adapter(folder) and not safetensors_folder.SafetensorsFolder.is_at(folder):
-        raise CheckpointError(f"{folder} is an adapter too: merge it into its own base first")
-    return open_checkpoint(folder)
+    path = _path_of(source)
+    if (
+        path.is_dir()
+        and adapter.is_adapter(path)
+        and not any(is_file(path / name) for name in safetensors_folder.USUAL)
+    ):
+        raise CheckpointError(f"{path} is an adapter too: merge it into its own base first")
+    return open_checkpoint(path)
 
 
-def _folder_of(source: str | Path) -> Path:
-    """The local folder of a source; that of an id is downloaded."""
+def _path_of(source: str | Path) -> Path:
+    """The local folder or file of a source; that of an id is downloaded."""
     if str(source) == EMBEDDED:
         return embedded_base()
-    folder = Path(source)
-    if _is_folder(folder):
-        return folder
-    if is_file(folder):
-        raise CheckpointError(f"{folder} is a file: give the folder that holds config.json and the weights")
+    path = Path(source)
+    if _is_folder(path) or is_file(path):
+        return path
     if isinstance(source, str) and hub.is_id(source):
         return hub.download(source)
-    raise CheckpointError(f"{folder} does not exist: give the folder of a Hugging Face model, or its id on the Hub")
+    raise CheckpointError(f"{path} does not exist: give the folder of a Hugging Face model, or its id on the Hub")
 
 
 def _is_folder(path: Path) -> bool:

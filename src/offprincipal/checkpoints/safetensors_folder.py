@@ -1,8 +1,9 @@
-"""A Hugging Face folder with safetensors: `model.safetensors`, or shards with `model.safetensors.index.json`.
+"""A folder with safetensors: `model.safetensors`, shards with an index or numbered, or one file by any other name.
 
 Everything in the folder is hostile input: no pickle is opened, no path leaves the folder, every read can fail.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,35 +20,44 @@ from offprincipal.checkpoints.float8 import (
 )
 from offprincipal.checkpoints.hostile import is_file, read_json
 from offprincipal.checkpoints.safetensors_file import SafetensorsFile
-from offprincipal.checkpoints.shards import open_files
+from offprincipal.checkpoints.shards import files_of, open_files
 from offprincipal.errors import CheckpointError
 
+SUFFIX = ".safetensors"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+USUAL = (WEIGHTS, INDEX)
 MASTERS = "masters"
 _COMPARABLE = {"float64", "float32", "float16", "bfloat16"}
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files that a model in a folder is read from; [] where it holds none.
+
+    Raises:
+        CheckpointError: shards are missing, or there are several files to choose from.
+    """
+    return files_of(folder, SUFFIX, USUAL)
 
 
 class SafetensorsFolder:
     """A `Checkpoint` over one folder.
 
+    Args:
+        files: what is read of it, as `files_of` finds them; None finds them.
+
     Raises:
         CheckpointError: a file is truncated, corrupt, a pickle or missing, or the index is bad.
     """
 
-    def __init__(self, folder: Path, source: str | None = None) -> None:
+    def __init__(self, folder: Path, source: str | None = None, files: Sequence[Path] | None = None) -> None:
         self.folder = folder
         self.folders = (folder,)
         self.source = source or str(folder)
         self.config: dict[str, Any] = read_json(path) if is_file(path := folder / "config.json") else {}
-        self._files = open_files(folder, WEIGHTS, INDEX, SafetensorsFile)
+        self._files = open_files(files or files_in(folder), SafetensorsFile)
         self._stored = {name: file.tensors[name] for name, file in sorted(self._files.items())}
         self._scales = scales_beside(self._stored)
-
-    @staticmethod
-    def is_at(folder: Path) -> bool:
-        """Whether a folder holds one."""
-        return is_file(folder / WEIGHTS) or is_file(folder / INDEX)
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -84,7 +94,7 @@ class SafetensorsFolder:
 
     def masters(self) -> "SafetensorsFolder | None":
         folder = self.folder / MASTERS
-        return SafetensorsFolder(folder) if SafetensorsFolder.is_at(folder) else None
+        return SafetensorsFolder(folder) if files_in(folder) else None
 
     def _block(self, name: str) -> Block:
         """Rows and columns of a float8 weight that share a scale."""

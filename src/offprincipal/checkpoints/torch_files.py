@@ -1,4 +1,4 @@
-"""Files of `torch.save`: `pytorch_model.bin`, or shards with `pytorch_model.bin.index.json`.
+"""Files of `torch.save`: `pytorch_model.bin`, shards with `pytorch_model.bin.index.json`, or one file by another name.
 
 They are pickles. torch's own restricted unpickler reads them (`weights_only=True`), which refuses whatever could run
 code; nothing here ever turns that off. torch is imported only when such a file is opened.
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 WEIGHTS = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
+SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_FULL = "pytorch_model_fsdp.bin"  # accelerate's full state dict
+_INNER = ("model", "module", "state_dict", "model_state_dict", "state", "actor")
+_DEEPEST = 3
 _MOST_DIMENSIONS = 16
 _GLOBAL = re.compile(r"GLOBAL ([\w.]{1,80})")
 
@@ -37,7 +41,7 @@ class TorchFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        content = load_tensors(path, path)
+        content = _state_dict(load_tensors(path, path))
         if not isinstance(content, dict) or not content:
             raise CheckpointError(f"{path} is no dictionary of tensors, as a state dict is: save the model again")
         self._tensors: dict[str, Tensor] = {}
@@ -53,25 +57,28 @@ class TorchFile:
         return as_array(self._tensors[name].reshape(-1)[start:stop])
 
 
+def files_in(folder: Path) -> list[Path]:
+    """The files that a model in a folder is read from; [] where it holds none."""
+    return next(([folder / name] for name in (WEIGHTS, INDEX, _FULL) if is_file(folder / name)), [])
+
+
 class TorchFolder:
-    """A `Checkpoint` over a Hugging Face folder that has no safetensors.
+    """A `Checkpoint` over a folder that has no safetensors.
+
+    Args:
+        files: what is read of it; None finds them.
 
     Raises:
         CheckpointError: a file is truncated, corrupt or missing, holds code, or the index is bad.
     """
 
-    def __init__(self, folder: Path, source: str | None = None) -> None:
+    def __init__(self, folder: Path, source: str | None = None, files: Sequence[Path] | None = None) -> None:
         self.folder = folder
         self.folders = (folder,)
         self.source = source or str(folder)
         self.config: dict[str, Any] = read_json(path) if is_file(path := folder / "config.json") else {}
         self.notes: Sequence[str] = ()
-        self._files = open_files(folder, WEIGHTS, INDEX, TorchFile)
-
-    @staticmethod
-    def is_at(folder: Path) -> bool:
-        """Whether a folder holds one."""
-        return is_file(folder / WEIGHTS) or is_file(folder / INDEX)
+        self._files = open_files(files or files_in(folder), TorchFile)
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -83,6 +90,16 @@ class TorchFolder:
 
     def masters(self) -> None:
         return None
+
+
+def _state_dict(content: Any) -> Any:
+    """The state dict inside of what a trainer stored beside other things."""
+    for _ in range(_DEEPEST):
+        inner = next((content[key] for key in _INNER if isinstance(content, dict) and key in content), None)
+        if not isinstance(inner, dict):
+            break
+        content = inner
+    return content
 
 
 def load_tensors(file: Path | io.BytesIO, where: object) -> Any:

@@ -1,0 +1,246 @@
+"""What people name: single files, odd names, shards without an index, roots of runs, and the Hub's own shards."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_folders import base_weights, write_model, write_shards
+from safetensors.torch import save_file
+
+from offprincipal.checkpoints import Checkpoint, open_checkpoint
+from offprincipal.errors import CheckpointError
+
+WEIGHTS = base_weights()
+ODD_SHARDS = ("model.safetensors-{:05}-of-{:05}.safetensors", "model_{:05}-of-{:05}.safetensors")
+
+
+def assert_whole(checkpoint: Checkpoint) -> None:
+    assert set(checkpoint.tensors) == set(WEIGHTS)
+    for name, tensor in WEIGHTS.items():
+        assert checkpoint.read(name).tobytes() == tensor.view(torch.int16).numpy().tobytes(), name
+
+
+def shards(folder: Path, form: str, index: bool = False, count: int = 3) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = sorted(WEIGHTS)
+    files = {form.format(i + 1, count): names[i::count] for i in range(count)}
+    for file, own in files.items():
+        save_file({name: WEIGHTS[name] for name in own}, folder / file)
+    if index:
+        weight_map = {name: file for file, own in files.items() for name in own}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["merged.safetensors", "consolidated.safetensors", "model.fp32.safetensors"])
+def test_one_file_by_any_name_is_a_model(name: str, tmp_path: Path) -> None:
+    save_file(WEIGHTS, tmp_path / name)
+    save_file({"state": torch.ones(2)}, tmp_path / "optimizer.safetensors")
+    assert_whole(open_checkpoint(tmp_path))
+    assert_whole(open_checkpoint(tmp_path / name))
+
+
+@pytest.mark.parametrize("form", [*ODD_SHARDS, "consolidated-{:05}-of-{:05}.safetensors", "merged{}_of_{}.safetensors"])
+def test_shards_without_an_index_are_one_model(form: str, tmp_path: Path) -> None:
+    shards(tmp_path, form)
+    assert_whole(open_checkpoint(tmp_path))
+    assert_whole(open_checkpoint(tmp_path / form.format(2, 3)))
+    (tmp_path / form.format(2, 3)).unlink()
+    with pytest.raises(CheckpointError, match="holds 2 of the 3 shards"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_index_names_a_model_whatever_its_shards_are_called(tmp_path: Path) -> None:
+    for i, form in enumerate(ODD_SHARDS):
+        folder = shards(tmp_path / str(i), form, index=True)
+        assert_whole(open_checkpoint(folder))
+        assert_whole(open_checkpoint(folder / "model.safetensors.index.json"))
+
+
+def test_several_files_of_weights_are_not_guessed_among(tmp_path: Path) -> None:
+    for name in ("ema", "last"):
+        save_file(WEIGHTS, tmp_path / f"{name}.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"2 files of weights and no index, ema\.safetensors, last\.safetensors: name"
+    ):
+        open_checkpoint(tmp_path)
+    assert_whole(open_checkpoint(tmp_path / "ema.safetensors"))
+
+
+def test_shards_that_hold_one_tensor_twice_are_no_model(tmp_path: Path) -> None:
+    for i in (1, 2):
+        save_file(WEIGHTS, tmp_path / f"model-0000{i}-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match="not shards of one model"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "last.ckpt", "consolidated.00.pth", "pytorch_model_fsdp.bin"])
+def test_one_file_of_torch_is_a_model(name: str, tmp_path: Path) -> None:
+    for content in (WEIGHTS, {"model": WEIGHTS, "step": 3}, {"state": {"state_dict": WEIGHTS}, "optimizer": {}}):
+        torch.save(content, tmp_path / name)
+        assert_whole(open_checkpoint(tmp_path / name))
+    if name == "pytorch_model_fsdp.bin":
+        assert_whole(open_checkpoint(tmp_path))
+    else:
+        with pytest.raises(CheckpointError, match=rf"files of torch.save .*{name}.*name the one that is meant"):
+            open_checkpoint(tmp_path)
+
+
+def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "model-Q4.gguf").write_bytes(b"GGUF")
+    (tmp_path / "notes.txt").write_text("no")
+    for source in (tmp_path, tmp_path / "model-Q4.gguf"):
+        with pytest.raises(CheckpointError, match="GGUF is not read"):
+            open_checkpoint(source)
+    with pytest.raises(CheckpointError, match=r"notes\.txt is no file of weights"):
+        open_checkpoint(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("inside", ["checkpoint-5", "global_step_10/actor/huggingface", "a/b"])
+def test_the_one_model_inside_of_a_run_is_taken(inside: str, tmp_path: Path) -> None:
+    write_model(tmp_path / "run" / inside, WEIGHTS)
+    (tmp_path / "run" / "runs" / "logs").mkdir(parents=True)
+    found = open_checkpoint(tmp_path / "run")
+    assert_whole(found)
+    assert found.source == str(tmp_path / "run" / inside)
+
+
+def test_of_several_models_inside_the_candidates_are_listed_by_their_steps(tmp_path: Path) -> None:
+    for step in (100, 20, 5):
+        write_model(tmp_path / f"checkpoint-{step}", WEIGHTS)
+    with pytest.raises(CheckpointError, match="3 models, checkpoint-5, checkpoint-20, checkpoint-100: name the one"):
+        open_checkpoint(tmp_path)
+
+
+def test_links_lead_nowhere_and_masters_are_no_model(tmp_path: Path) -> None:
+    write_model(tmp_path / "elsewhere", WEIGHTS)
+    root = tmp_path / "root"
+    (root / "masters").mkdir(parents=True)
+    save_file(WEIGHTS, root / "masters" / "model.safetensors")
+    (root / "link").symlink_to(tmp_path / "elsewhere")
+    (root / "round").symlink_to(root)
+    with pytest.raises(CheckpointError, match="root is no model: it has neither"):
+        open_checkpoint(root)
+
+
+def test_a_folder_that_cannot_be_told_is_no_reason_to_refuse_its_neighbour(tmp_path: Path) -> None:
+    write_model(tmp_path / "checkpoint-1", WEIGHTS)
+    (tmp_path / "states").mkdir()
+    for name in ("one", "two"):
+        save_file({"x": torch.ones(1)}, tmp_path / "states" / f"{name}.safetensors")
+    assert_whole(open_checkpoint(tmp_path))
+
+
+class TestHub:
+    """A server on the loopback stands for the Hub."""
+
+    @pytest.fixture
+    def hub(self, tmp_path: Path) -> Iterator[tuple[Path, list[str], dict[str, str]]]:
+        """The folder of its models, what was fetched, and the environment that leads there."""
+        root, asked = tmp_path / "hub", list[str]()
+        root.mkdir()
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def respond(self, body: bool) -> None:
+                parts = self.path.split("?")[0].strip("/").split("/")
+                api = parts[:2] == ["api", "models"]
+                owner = int(len(parts) > 2 + 2 * api and not (root / parts[2 * api]).is_dir())
+                repo = root / parts[2 * api + owner]
+                rest = parts[2 * api + owner + 1 :]
+                data, status, extra = b"", 404, {}
+                if api and repo.is_dir():
+                    files = sorted(path.name for path in repo.iterdir())
+                    found = {"id": repo.name, "sha": "a" * 40, "siblings": [{"rfilename": name} for name in files]}
+                    tree = [
+                        {"type": "file", "path": n, "size": (repo / n).stat().st_size, "oid": "b" * 40} for n in files
+                    ]
+                    data, status = json.dumps(tree if "tree" in rest else found).encode(), 200
+                    extra = {"Content-Type": "application/json"}
+                elif rest[:1] == ["resolve"] and (repo / rest[-1]).is_file():
+                    data, status = (repo / rest[-1]).read_bytes(), 200
+                    extra = {"ETag": f'"{rest[-1]}"', "X-Repo-Commit": "a" * 40}
+                    asked.extend([rest[-1]] if body else [])
+                else:
+                    extra = {"X-Error-Code": "EntryNotFound"}
+                self.send_response(status)
+                for key, value in {**extra, "Content-Length": str(len(data))}.items():
+                    self.send_header(key, value)
+                self.end_headers()
+                if body:
+                    self.wfile.write(data)
+
+            def do_GET(self) -> None:
+                self.respond(True)
+
+            def do_HEAD(self) -> None:
+                self.respond(False)
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
+        yield root, asked, environment
+        server.shutdown()
+
+    @staticmethod
+    def opened(source: str, environment: dict[str, str]) -> str:
+        """What another process finds there."""
+        program = (
+            "import sys\nfrom offprincipal.checkpoints import open_checkpoint\n"
+            "from offprincipal.errors import CheckpointError\n"
+            "try:\n    print(len(open_checkpoint(sys.argv[1]).tensors))\n"
+            "except CheckpointError as error:\n    print(error)\n"
+        )
+        command = [sys.executable, "-c", program, source]
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    @pytest.mark.parametrize("source", ["org/model", "model"])
+    @pytest.mark.parametrize("form", [*ODD_SHARDS, "model-{:05}-of-{:05}.safetensors"])
+    def test_what_the_index_names_is_fetched_and_nothing_else(
+        self, source: str, form: str, hub: tuple[Path, list[str], dict[str, str]], tmp_path: Path
+    ) -> None:
+        root, asked, environment = hub
+        folder = shards(root / "model", form, index=True)
+        save_file(WEIGHTS, folder / "consolidated.safetensors")
+        torch.save(WEIGHTS, folder / "pytorch_model.bin")
+        (folder / "README.md").write_text("no")
+        assert self.opened(source, environment) == str(len(WEIGHTS))
+        wanted = [form.format(i, 3) for i in (1, 2, 3)]
+        assert sorted(asked) == sorted([*wanted, "model.safetensors.index.json"])
+        asked.clear()
+        assert self.opened(source, environment | {"HF_HUB_OFFLINE": "1"}) == str(len(WEIGHTS)) and not asked
+
+    def test_weights_by_another_name_are_fetched_where_there_are_no_others(
+        self, hub: tuple[Path, list[str], dict[str, str]]
+    ) -> None:
+        root, asked, environment = hub
+        (root / "model").mkdir()
+        save_file(WEIGHTS, root / "model" / "consolidated.safetensors")
+        assert self.opened("org/model", environment) == str(len(WEIGHTS))
+        assert asked == ["consolidated.safetensors"]
+
+    def test_an_index_that_leads_out_of_its_folder_fetches_nothing(
+        self, hub: tuple[Path, list[str], dict[str, str]]
+    ) -> None:
+        root, asked, environment = hub
+        folder = write_shards(root / "model", WEIGHTS)
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret.safetensors"}}')
+        assert "not a file inside its folder" in self.opened("org/model", environment)
+        assert not [name for name in asked if name.endswith(".safetensors")]
