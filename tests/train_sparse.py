@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from offprincipal.adapters import Masks, SparseAdamW, make_masks
 from offprincipal.adapters.masks import base_hash, packed
 from offprincipal.adapters.sparse_adamw import COMPILED_HERE
+from offprincipal.checkpoints.matrices import whole
 
 STEPS = 6
 
