@@ -38,7 +38,8 @@ def main(out: Path) -> None:
     fully_shard(model, mesh=mesh)
     masks = Masks.load(mine, model)
     made = make_masks(model, "safe", 0.3)
-    assert all(torch.equal(made[name], unsharded[name]) for name in unsharded), "masks of the shards differ from the whole's"
+    alike = all(torch.equal(made[name], unsharded[name]) for name in unsharded)
+    assert alike, "masks of the shards differ from the whole's"
     optimizer = SparseAdamW(model.named_parameters(), masks, lr=1e-2, weight_decay=0.1, fused=COMPILED_HERE or None)
     inputs = torch.randn(STEPS, 1, 40)
     for i in range(STEPS):

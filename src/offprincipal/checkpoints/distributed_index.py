@@ -7,12 +7,12 @@ nothing, not even torch, and calls nothing that the file chooses.
 import math
 import pickle
 from collections import OrderedDict, defaultdict
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from offprincipal.checkpoints.checkpoint import FLOATS, TensorInfo
+from offprincipal.checkpoints.chunked import Chunk, StoredTensor
 from offprincipal.checkpoints.hostile import is_file
 from offprincipal.checkpoints.shards import is_inside
 from offprincipal.errors import CheckpointError
@@ -41,25 +41,6 @@ _DTYPES = (
     *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "complex64", "complex128"),
     *("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
 )
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A box of a tensor, and the bytes that hold it."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    path: Path
-    start: int
-    length: int
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor and its chunks, which fill it."""
-
-    info: TensorInfo
-    chunks: tuple[Chunk, ...]
 
 
 class _Record:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from offprincipal.assets import EMBEDDED, embedded_base
-from offprincipal.checkpoints import adapter, distributed, hub, safetensors_folder, torch_files
+from offprincipal.checkpoints import adapter, distributed, fsdp_shards, hub, safetensors_folder, torch_files
 from offprincipal.checkpoints.alignment import aligned
 from offprincipal.checkpoints.checkpoint import Checkpoint
 from offprincipal.checkpoints.hostile import is_file
@@ -31,6 +31,7 @@ _KINDS: tuple[tuple[Callable[[Path], bool], _Opener], ...] = (
         lambda folder, source, base: TorchFolder(folder, source),
     ),
     (distributed.is_distributed, distributed.open_distributed),
+    (fsdp_shards.is_at, fsdp_shards.open_fsdp_shards),
     (
         lambda folder: bool(safetensors_folder.files_in(folder)),
         lambda folder, source, base: SafetensorsFolder(folder, source),

@@ -129,6 +129,7 @@ def _stripes(pair: MatrixPair) -> tuple[Number, ...]:
 _NULLS = (
     ("_isotropic_null", " after a Gaussian update of equal norm"),
     ("_stored_null", " after a Gaussian update of equal length, stored alike"),
+    ("_shuffled_null", " after its own steps, shuffled over the matrix and stored alike"),
 )
 _SPREAD = "standard deviation of that over draws"
 _ANGLES = {"max": "largest", "mean": "mean", "rms": "root-mean-square"}

@@ -171,7 +171,9 @@ class MatrixPair(TensorPair):
         """What needs torch: the decompositions of both sides, and the nulls that follow from them."""
         from offprincipal.measures.spectral import PairSpectrum
 
-        return PairSpectrum(self.base.spectral, self.tuned, self.update_norm, self.base_norm, self.gaussian_scale)
+        known = self.finest if self.finest.dtype in _TELLS_STEPS else None
+        lengths = (self.update_norm, self.base_norm, self.gaussian_scale)
+        return PairSpectrum(self.base.spectral, self.tuned, *lengths, known)
 
 
 def _seed(seed: int, name: str, purpose: str) -> int:

@@ -26,8 +26,8 @@ class MatrixSettings:
         exact_up_to: where LAPACK is as fast as anything; float64_up_to: min(n, m) up to which the rest is worked on in
             float64 too.
         mask_tests: whether masks are held against the margin null.
-        stored_null: whether to draw the Gaussian updates that are stored as the tuned weights are, which is most of the
-            work beside the measuring itself.
+        stored_null: whether to draw the updates that are stored as the tuned weights are, Gaussian ones and shuffled
+            ones, which is most of the work beside the measuring itself.
         tolerance: on the singular values, relative, that the certificate of an approximation has to meet; a matrix
             that misses it is solved exactly. 0 means exact everywhere.
         device: where matrices are decomposed; `auto` takes a CUDA device where there is one.

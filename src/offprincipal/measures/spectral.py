@@ -195,14 +195,21 @@ class PairSpectrum:
         tuned: (n, m), in its stored type.
         update_norm, base_norm: Frobenius norms of the update and of the base.
         gaussian_scale: σ of the Gaussian update of equal length before storing.
+        before_storing: (n, m), the tuned weights as they were before they were stored; None where that is not known.
     """
 
     def __init__(
-        self, base: BaseSpectrum, tuned: Array, update_norm: float, base_norm: float, gaussian_scale: float
+        self,
+        base: BaseSpectrum,
+        tuned: Array,
+        update_norm: float,
+        base_norm: float,
+        gaussian_scale: float,
+        before_storing: Array | None = None,
     ) -> None:
         self.base = base
         self.k = base.k
-        self._tuned = tuned
+        self._tuned, self._before_storing = tuned, before_storing
         self._norm, self._base_norm, self._scale = update_norm, base_norm, gaussian_scale
 
     @property
@@ -281,13 +288,13 @@ class PairSpectrum:
         )
 
     def spectral_shift(self) -> tuple[Number, ...]:
-        """Shift of the top k; of all; per relative update norm; under both nulls, each with its spread."""
+        """Shift of the top k; of all; per relative update norm; under every null, each with its spread."""
         shift = self.shift
         known = shift is not None and self._norm > 0 and self._base_norm > 0
         known = known and self._is_larger_than(sum(_floor(svd, self.base.shape) for svd in (self.base.svd, self.svd)))
-        isotropic, stored = ((mean.spectral_shift, spread.spectral_shift) for mean, spread in self._nulls)
+        nulls = (value for mean, spread in self._nulls for value in (mean.spectral_shift, spread.spectral_shift))
         per_norm = shift * self._base_norm / self._norm if known and shift is not None else None
-        return shift, self._full_shift(), per_norm, *isotropic, *stored
+        return shift, self._full_shift(), per_norm, *nulls
 
     def singular_value_errors(self) -> tuple[Number, ...]:
         """The error bound of the tuned singular values, and that over the k-th of them; None for LAPACK's."""
@@ -299,14 +306,14 @@ class PairSpectrum:
         return spectrum.stable_rank(self.update_spectrum), spectrum.effective_rank(self.update_spectrum)
 
     def all_angles(self) -> tuple[Number, ...]:
-        """As `ANGLES` has them: measured, and under both nulls, each with its spread."""
+        """As `ANGLES` has them: measured, and under every null, each with its spread."""
         return *self.angle_summary(), *(value for null in self._nulls for drawn in null for value in drawn.angles)
 
     def all_energies(self) -> tuple[Number, ...]:
         """For both subspaces, the left and the right one: measured, isotropic, enrichment, stored null, its spread."""
         (n, m), k = self.base.shape, self.k
         isotropic = (k * k / (n * m), k / n, k / m)
-        _, (mean, spread) = self._nulls
+        _, (mean, spread), _ = self._nulls
         columns = zip(self.energies, isotropic, mean.energies, spread.energies, strict=True)
         return tuple(
             value
@@ -337,11 +344,11 @@ class PairSpectrum:
         )
 
     @once
-    def _nulls(self) -> tuple[tuple[Drawn, Drawn], tuple[Drawn, Drawn]]:
-        """Mean and spread under isotropic updates, and under stored ones, where those are wanted."""
-        unknown = (NOTHING_DRAWN, NOTHING_DRAWN)
-        stored = _mean_and_spread(self._stored()) if self.base.settings.stored_null else unknown
-        return _mean_and_spread(self._isotropic()), stored
+    def _nulls(self) -> tuple[tuple[Drawn, Drawn], ...]:
+        """Mean and spread under isotropic updates; under stored ones, Gaussian and shuffled, where those are wanted."""
+        wanted = self.base.settings.stored_null
+        stored, shuffled = (self._stored(), self._shuffled()) if wanted else ([], [])
+        return _mean_and_spread(self._isotropic()), _mean_and_spread(stored), _mean_and_spread(shuffled)
 
     def _isotropic(self) -> list[Drawn]:
         """Gaussian updates of the stored update's norm; their energies are known without drawing them."""
@@ -368,6 +375,22 @@ class PairSpectrum:
         for _ in range(self._draws):
             update = gaussian.isotropic_update(base.shape, length, generator, base.dtype).to(base.device)
             found.append(self._drawn(gaussian.stored_update(base.values, update, dtype)))
+        return found
+
+    def _shuffled(self) -> list[Drawn]:
+        """The run's own steps, dealt out to entries of which they know nothing, and stored as the tuned weights are."""
+        base = self.base
+        if self._before_storing is None:
+            return []
+        if self._norm == 0:
+            return [self._still]
+        generator, dtype = base.generator("shuffled"), to_tensor(self._tuned[:1, :1]).dtype
+        steps = (to_tensor(self._before_storing).to(base.dtype) - base.values.cpu()).reshape(-1)
+        found = []
+        for _ in range(self._draws):
+            order = torch.randperm(len(steps), generator=generator, dtype=torch.int32)
+            update = steps[order].reshape(base.shape).to(base.device)
+            found.append(self._drawn(gaussian.stored_update(base.values, update, dtype), energies=False))
         return found
 
     @property
@@ -483,7 +506,9 @@ def _summarized(sides: Sequence[Tensor]) -> tuple[float, ...]:
 
 
 def _mean_and_spread(draws: Sequence[Drawn]) -> tuple[Drawn, Drawn]:
-    """Means over draws, and their standard deviations."""
+    """Means over draws, and their standard deviations; None of no draws."""
+    if not draws:
+        return NOTHING_DRAWN, NOTHING_DRAWN
     table = [[draw.spectral_shift, *draw.angles, *draw.energies] for draw in draws]
     known = [[value for value in column if value is not None] for column in zip(*table, strict=True)]
     whole = [len(column) == len(draws) for column in known]

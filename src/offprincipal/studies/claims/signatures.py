@@ -116,7 +116,7 @@ def _agreement(evidence: Evidence) -> str:
     "C3",
     "spectrum",
     "RLVR keeps the singular values, SFT shifts them",
-    "update norm and storage: the shift that a Gaussian update of equal length makes, stored alike",
+    "update norm and storage: the shift that a Gaussian update of equal length makes, and its own steps shuffled",
     against_sft=True,
 )
 def spectrum(evidence: Evidence) -> tuple[Judgement, Judgement]:
@@ -127,7 +127,7 @@ def spectrum(evidence: Evidence) -> tuple[Judgement, Judgement]:
     "C4",
     "rotation",
     "RLVR hardly rotates the principal singular subspaces, SFT does",
-    "update norm and storage: the rotation that a Gaussian update of equal length makes, stored alike",
+    "update norm and storage: the rotation that a Gaussian update of equal length makes, and its own steps shuffled",
     against_sft=True,
 )
 def rotation(evidence: Evidence) -> tuple[Judgement, Judgement]:
@@ -198,21 +198,28 @@ def _beyond(
 def _judge_against_stored(
     evidence: Evidence, metrics: list[str], words: str, unit: str = ""
 ) -> tuple[Judgement, Judgement]:
-    """SFT over RLVR, as measured, and each over what a Gaussian update of its own length does."""
+    """SFT over RLVR, as measured, and each over what a Gaussian update of its own length, and its own steps do."""
     runs = (*evidence.rl, *evidence.against)
     size = _means([evidence.of(runs, metric) for metric in metrics])
     step, beyond = evidence.of(runs, "relative_update_norm"), evidence.over_null(runs, metrics, "_stored_null")
+    shuffled = evidence.over_null(runs, metrics, "_shuffled_null")
+    controlled = judge_ratio(
+        evidence.contrasted(beyond, ratio=True),
+        measure=f"{words} over that of a Gaussian update of equal length, matrix by matrix: SFT over RLVR",
+        sentence=f"By run, over that of a Gaussian update of equal length: {by_run(beyond, '{:.2f}')}; over that of "
+        f"its own steps, shuffled: {by_run(shuffled, '{:.2f}')}.",
+    )
+    stricter = judge_ratio(
+        evidence.contrasted(shuffled, ratio=True),
+        measure=f"{words} over that of the run's own steps, shuffled over the matrix and stored alike: SFT over RLVR",
+    )
     return (
         judge_ratio(
             evidence.contrasted(size, ratio=True),
             measure=f"{words}, SFT over RLVR",
             sentence=f"By run, {unit or 'as a share'}: {by_run(size)}; relative update norms {by_run(step, '{:.2g}')}.",
         ),
-        judge_ratio(
-            evidence.contrasted(beyond, ratio=True),
-            measure=f"{words} over that of a Gaussian update of equal length, matrix by matrix: SFT over RLVR",
-            sentence=f"By run, over that of a Gaussian update of equal length: {by_run(beyond, '{:.2f}')}.",
-        ),
+        decided_alike(controlled, stricter),
     )
 
 

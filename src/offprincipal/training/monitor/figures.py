@@ -35,7 +35,7 @@ _SINGLE = frozenset(
     }
 )
 _OF_SUBSPACES = ("principal_angle_", "principal_energy")
-_LEFT_OUT = ("_stored_null", "_sd")
+_LEFT_OUT = ("_stored_null", "_shuffled_null", "_sd")
 COLUMNS = tuple(column for metric in METRICS for column in metric.columns if _is_watched(column))
 _WATCHED = frozenset(column.name for column in COLUMNS)
 _METRICS = tuple(metric for metric in METRICS if any(column.name in _WATCHED for column in metric.columns))

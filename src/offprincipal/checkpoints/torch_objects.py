@@ -1,0 +1,202 @@
+"""Files of `torch.save` that hold more than tensors, as trainers write them, read without running anything in them.
+
+Every object in the pickle becomes an inert record of what was stored for it: nothing is imported, not even torch, and
+nothing that the file names is called; a name from outside of what trainers write is refused. Tensors become the place
+of their bytes.
+"""
+
+import math
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict, defaultdict
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from offprincipal.checkpoints.checkpoint import FLOATS, INTEGERS
+from offprincipal.errors import CheckpointError
+
+_MOST_PICKLE = 1 << 28
+_MOST_DIMENSIONS = 16
+_TYPES = FLOATS | INTEGERS
+_STORAGES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+}
+# Packages whose objects trainers store beside weights, and plain ones of Python that cannot run anything.
+_PACKAGES = ("torch", "numpy", "deepspeed", "megatron", "transformers", "accelerate", "argparse", "enum", "pathlib")
+_PLAIN = {("builtins", "set"), ("builtins", "frozenset"), ("builtins", "complex"), ("_codecs", "encode")}
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """A plain tensor, and where its bytes lie.
+
+    Args:
+        start: of its first entry, in bytes from the file's beginning.
+    """
+
+    path: Path
+    start: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Its size in bytes."""
+        return int(math.prod(self.shape) * _TYPES[self.dtype].itemsize)
+
+
+class Record:
+    """What stands for an object of the pickle: what it was made of, and the state that was stored for it.
+
+    Attributes:
+        kind: the name of its class.
+    """
+
+    kind = ""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        self.arguments: tuple[Any, ...] = arguments
+        self.state: Any = named or None
+        self.items: list[Any] = []
+
+    def __setstate__(self, state: Any) -> None:
+        pair = isinstance(state, tuple) and len(state) == 2 and all(s is None or type(s) is dict for s in state)
+        self.state = {**(state[0] or {}), **(state[1] or {})} if pair else state  # attributes, and those in slots
+
+    def append(self, item: Any) -> None:
+        """Of a class that is a list: kept, like everything."""
+        self.items.append(item)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items.append((key, value))
+
+
+@dataclass(frozen=True)
+class _Storage:
+    path: Path
+    start: int
+    size: int
+    dtype: str
+
+
+def read_objects(path: Path) -> Any:
+    """What a file holds: dictionaries, lists and numbers as they are, tensors as `StoredPart`, all else as `Record`.
+
+    Raises:
+        CheckpointError: it is truncated or corrupt, in the format of torch before 1.6, or names what no trainer stores.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            (name,) = (entry for entry in archive.namelist() if entry.endswith("/data.pkl"))
+            if archive.getinfo(name).file_size > _MOST_PICKLE:
+                raise CheckpointError(f"{path} holds a pickle of more than {_MOST_PICKLE >> 20} MiB. Do not trust it")
+            with archive.open(name) as pickled:
+                return _Unpickler(pickled, path, file, archive, name.removesuffix("data.pkl")).load()
+    except CheckpointError:
+        raise
+    except Exception as error:  # a corrupt archive or pickle can raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise CheckpointError(f"{path} is truncated or corrupt ({reason}): copy or save it again") from error
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, pickled: Any, path: Path, file: Any, archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(pickled)
+        self._path, self._file, self._archive, self._root = path, file, archive, root
+
+    def find_class(self, module: str, name: str) -> Any:
+        known: dict[tuple[str, str], Any] = {
+            ("collections", "OrderedDict"): OrderedDict,
+            ("collections", "defaultdict"): partial(defaultdict, None),
+            ("torch", "Size"): _shape,
+            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
+            ("torch._utils", "_rebuild_tensor_v3"): self._tensor,
+            ("torch._utils", "_rebuild_parameter"): _first,
+            ("torch._utils", "_rebuild_parameter_with_state"): _first,
+            ("torch._utils", "_rebuild_wrapper_subclass"): _wrapped,
+            ("torch._tensor", "_rebuild_from_type_v2"): _rebuilt,
+        }
+        if (module, name) in known:
+            return known[module, name]
+        if module == "torch" and name in _TYPES:
+            return name
+        if module in ("torch", "torch.storage") and name in _STORAGES:
+            return _STORAGES[name]
+        if (module, name) in _PLAIN or module.split(".")[0] in _PACKAGES:
+            return type(name, (Record,), {"kind": name})
+        raise CheckpointError(
+            f"{self._path} names {module[:60]}.{name[:60]}, which no trainer stores beside weights and which could run "
+            "code; it was not run. Do not trust it"
+        )
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, _, numel = pid
+        if kind != "storage" or not isinstance(key, str) or "/" in key:
+            raise ValueError("a storage that torch does not write")
+        entry = self._archive.getinfo(f"{self._root}data/{key}")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("a compressed storage")
+        self._file.seek(entry.header_offset)
+        names = struct.unpack("<26xHH", self._file.read(30))
+        start = entry.header_offset + 30 + sum(names)
+        size = entry.file_size if isinstance(dtype, Record) or dtype not in _TYPES else numel * _TYPES[dtype].itemsize
+        if size > entry.file_size or start + size > self._path.stat().st_size:
+            raise ValueError("a storage that ends after the file")
+        return _Storage(self._path, start, size, dtype if isinstance(dtype, str) else "uint8")
+
+    def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Any:
+        """A plain tensor; a record where its entries do not lie one after another."""
+        dtype = rest[3] if len(rest) > 3 and isinstance(rest[3], str) else storage.dtype
+        sizes, steps = _shape(shape), _shape(stride)
+        expected, step = [], 1
+        for size in reversed(sizes):
+            expected.append(step)
+            step *= max(size, 1)
+        plain = all(size < 2 or one == two for size, one, two in zip(sizes, steps, reversed(expected), strict=True))
+        if not plain and step:
+            return Record("a tensor that is not contiguous")
+        if len(sizes) > _MOST_DIMENSIONS:
+            raise ValueError(f"a tensor of {len(sizes)} dimensions")
+        (first,) = _shape((offset,))
+        part = StoredPart(storage.path, storage.start + first * _TYPES[dtype].itemsize, dtype, sizes)
+        if part.start + part.length > storage.start + storage.size:
+            raise ValueError("a tensor that is larger than its storage")
+        return part
+
+
+def _shape(values: Any = ()) -> tuple[int, ...]:
+    """What torch.Size is: some whole numbers."""
+    numbers = tuple(values)
+    if not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
+        raise TypeError(f"{numbers!r:.60} in place of a shape")
+    return numbers
+
+
+def _first(value: Any, *_: Any) -> Any:
+    return value
+
+
+def _wrapped(kind: Any, *arguments: Any) -> Record:
+    """A tensor of a class of its own, such as DTensor."""
+    made: Record = kind(*arguments)
+    return made
+
+
+def _rebuilt(build: Any, kind: Any, arguments: Any, state: Any) -> Any:
+    """A tensor with attributes: those of a plain one are left out."""
+    made = build(*arguments)
+    if isinstance(made, Record):
+        made.__setstate__(state)
+    return made
