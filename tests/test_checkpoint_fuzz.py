@@ -1,5 +1,6 @@
 """Thousands of damaged and hostile checkpoints: each is read or refused by name, at once and in little memory."""
 
+import io
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,13 +19,15 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import write_ranks
 from safetensors.torch import save_file
+from torch.distributed.tensor import Shard
 
 from offprincipal.checkpoints import Checkpoint, open_checkpoint, pair_tensors, parts_of
 from offprincipal.checkpoints.checkpoint import FLOATS, INTEGERS
 from offprincipal.errors import CheckpointError
 
-CASES = 4000
+CASES = 6000
 SECONDS = 2.0
 MEMORY = 1 << 29
 QKV, DOWN = "model.layers.0.self_attn.qkv_proj.weight", "model.layers.0.mlp.experts.down_proj"
@@ -97,11 +101,18 @@ def write_adapter(folder: Path) -> None:
     save_file(factors, folder / "adapter_model.safetensors")
 
 
+def write_ranked(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    spread = {name: [Shard(0)] if tensor.dim() > 1 else None for name, tensor in WEIGHTS.items()}
+    write_ranks(folder, WEIGHTS, (2,), spread)
+
+
 KINDS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "plain": (write_plain, ("model.safetensors", "model.safetensors", "config.json")),
     "shards": (write_shards, ("model.safetensors.index.json", "model-0.safetensors", "config.json")),
     "float8": (write_float8, ("model.safetensors", "config.json")),
     "adapter": (write_adapter, ("adapter_config.json", "adapter_config.json", "adapter_model.safetensors")),
+    "ranks": (write_ranked, tuple(f"model_world_size_2_rank_{rank}.pt" for rank in (0, 0, 1))),
 }
 
 
@@ -171,6 +182,8 @@ def twisted(tree: Any, chance: random.Random) -> str:
 
 def mutated(path: Path, chance: random.Random) -> bytes:
     content = path.read_bytes()
+    if path.suffix == ".pt":
+        return damaged(content, len(content), chance) if chance.random() < 0.3 else with_another_pickle(content, chance)
     if path.suffix == ".json":
         return (
             damaged(content, len(content), chance)
@@ -184,6 +197,16 @@ def mutated(path: Path, chance: random.Random) -> bytes:
     header += b" " * (-len(header) % 8)
     length = len(header) if chance.random() < 0.9 else chance.choice((0, 2**40, 2**63, len(header) + 8, len(content)))
     return length.to_bytes(8, "little") + header + content[end:]
+
+
+def with_another_pickle(content: bytes, chance: random.Random) -> bytes:
+    """A file of torch.save whose archive is sound and whose pickle is not."""
+    changed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(changed, "w") as rewritten:
+        for name in archive.namelist():
+            data = archive.read(name)
+            rewritten.writestr(name, damaged(data, len(data), chance) if name.endswith("data.pkl") else data)
+    return changed.getvalue()
 
 
 @contextmanager

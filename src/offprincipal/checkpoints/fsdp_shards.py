@@ -7,19 +7,17 @@ same in every rank. `huggingface/` beside them holds the configuration.
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from offprincipal.checkpoints.checkpoint import FLOATS, INTEGERS, Array, Checkpoint, TensorInfo
+from offprincipal.checkpoints.checkpoint import Array, Checkpoint, TensorInfo
 from offprincipal.checkpoints.chunked import Chunk, Chunked, StoredTensor
 from offprincipal.checkpoints.hostile import is_file, read_json
 from offprincipal.checkpoints.torch_objects import Record, StoredPart, read_objects
 from offprincipal.errors import CheckpointError
 
 _FILE = re.compile(r"model_world_size_([0-9]{1,6})_rank_([0-9]{1,6})\.pt")
-_TYPES = FLOATS | INTEGERS
 
 
 def is_at(folder: Path) -> bool:
@@ -39,14 +37,20 @@ def open_fsdp_shards(folder: Path, source: str, base: Checkpoint | None = None) 
     return FsdpShards(source, folder, {name: _stored(name, ranks, folder) for name in ranks[0]}, config)
 
 
+@dataclass(frozen=True)
+class _RankChunk(Chunk):
+    part: StoredPart
+
+
 class FsdpShards(Chunked):
     """A `Checkpoint` over one folder: every chunk is some bytes of a rank's file."""
 
     def _load(self, name: str, chunk: Chunk) -> Array:
+        assert isinstance(chunk, _RankChunk)
         content = self._bytes(name, chunk)
         if len(content) != chunk.length:
             raise CheckpointError(f"{chunk.path} ends before {name} does: copy or save it again")
-        return np.frombuffer(content, _TYPES[self.tensors[name].dtype])
+        return chunk.part.entries(content)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -71,8 +75,11 @@ def _tensors_in(path: Path) -> dict[str, Any]:
 
 def _stored(name: str, ranks: Sequence[Mapping[str, Any]], folder: Path) -> StoredTensor:
     parts = [rank.get(name) for rank in ranks]
-    if isinstance(parts[0], StoredPart):  # the same in every rank
-        part = parts[0]
+    plain = [part for part in parts if isinstance(part, StoredPart)]
+    if len(plain) == len(parts):  # the same in every rank
+        part = plain[0]
+        if any((other.shape, other.dtype) != (part.shape, part.dtype) for other in plain):
+            raise CheckpointError(f"{name[:80]} in {folder} is of another shape in another rank: save it again")
         return StoredTensor(TensorInfo(name, part.shape, part.dtype), (_chunk((0,) * len(part.shape), part),))
     try:
         shape = _whole_shape(parts[0])
@@ -97,7 +104,7 @@ def _stored(name: str, ranks: Sequence[Mapping[str, Any]], folder: Path) -> Stor
 
 
 def _chunk(offsets: tuple[int, ...], part: StoredPart) -> Chunk:
-    return Chunk(offsets, part.shape, part.path, part.start, part.length)
+    return _RankChunk(offsets, part.shape, part.path, part.start, part.length, part)
 
 
 def _whole_shape(part: Any) -> tuple[int, ...]:

@@ -5,7 +5,6 @@ nothing that the file names is called; a name from outside of what trainers writ
 of their bytes.
 """
 
-import math
 import pickle
 import struct
 import zipfile
@@ -15,7 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from offprincipal.checkpoints.checkpoint import FLOATS, INTEGERS
+import numpy as np
+
+from offprincipal.checkpoints.checkpoint import FLOATS, INTEGERS, Array
 from offprincipal.errors import CheckpointError
 
 _MOST_PICKLE = 1 << 28
@@ -34,8 +35,13 @@ _STORAGES = {
     "BoolStorage": "bool",
 }
 # Packages whose objects trainers store beside weights, and plain ones of Python that cannot run anything.
-_PACKAGES = ("torch", "numpy", "deepspeed", "megatron", "transformers", "accelerate", "argparse", "enum", "pathlib")
-_PLAIN = {("builtins", "set"), ("builtins", "frozenset"), ("builtins", "complex"), ("_codecs", "encode")}
+_PACKAGES = ("torch", "numpy", "deepspeed", "megatron", "transformers", "accelerate")
+_PLAIN = {
+    *((module, name) for module in ("builtins", "__builtin__") for name in ("set", "frozenset", "complex")),
+    *(("pathlib", name) for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
+    ("argparse", "Namespace"),
+    ("_codecs", "encode"),
+}
 
 
 @dataclass(frozen=True)
@@ -44,17 +50,28 @@ class StoredPart:
 
     Args:
         start: of its first entry, in bytes from the file's beginning.
+        strides: entries from one to the next along each dimension; its bytes are those from the first to the last.
     """
 
     path: Path
     start: int
     dtype: str
     shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
     @property
     def length(self) -> int:
-        """Its size in bytes."""
-        return int(math.prod(self.shape) * _TYPES[self.dtype].itemsize)
+        """The bytes that it spans."""
+        if 0 in self.shape:
+            return 0
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.strides, strict=True))
+        return int((last + 1) * _TYPES[self.dtype].itemsize)
+
+    def entries(self, content: bytes) -> Array:
+        """Its entries, flat in row-major order, from its bytes."""
+        array = np.frombuffer(content, _TYPES[self.dtype])
+        steps = tuple(step * array.itemsize for step in self.strides)
+        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(array, self.shape, steps)).reshape(-1)
 
 
 class Record:
@@ -66,10 +83,14 @@ class Record:
 
     kind = ""
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        self.arguments: tuple[Any, ...] = arguments
-        self.state: Any = named or None
-        self.items: list[Any] = []
+    arguments: tuple[Any, ...]
+    state: Any
+    items: list[Any]
+
+    def __new__(cls, *arguments: Any, **named: Any) -> "Record":  # pickles make objects with and without __init__
+        made = super().__new__(cls)
+        made.arguments, made.state, made.items = arguments, named or None, []
+        return made
 
     def __setstate__(self, state: Any) -> None:
         pair = isinstance(state, tuple) and len(state) == 2 and all(s is None or type(s) is dict for s in state)
@@ -157,20 +178,15 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(self._path, start, size, dtype if isinstance(dtype, str) else "uint8")
 
     def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Any:
-        """A plain tensor; a record where its entries do not lie one after another."""
+        """A plain tensor."""
         dtype = rest[3] if len(rest) > 3 and isinstance(rest[3], str) else storage.dtype
         sizes, steps = _shape(shape), _shape(stride)
-        expected, step = [], 1
-        for size in reversed(sizes):
-            expected.append(step)
-            step *= max(size, 1)
-        plain = all(size < 2 or one == two for size, one, two in zip(sizes, steps, reversed(expected), strict=True))
-        if not plain and step:
-            return Record("a tensor that is not contiguous")
-        if len(sizes) > _MOST_DIMENSIONS:
-            raise ValueError(f"a tensor of {len(sizes)} dimensions")
+        if len(sizes) > _MOST_DIMENSIONS or len(steps) != len(sizes):
+            raise ValueError(f"a tensor of {len(sizes)} dimensions and {len(steps)} strides")
+        if any(size > 1 and step == 0 for size, step in zip(sizes, steps, strict=True)):
+            raise ValueError("a tensor that repeats its entries")
         (first,) = _shape((offset,))
-        part = StoredPart(storage.path, storage.start + first * _TYPES[dtype].itemsize, dtype, sizes)
+        part = StoredPart(storage.path, storage.start + first * _TYPES[dtype].itemsize, dtype, sizes, steps)
         if part.start + part.length > storage.start + storage.size:
             raise ValueError("a tensor that is larger than its storage")
         return part
