@@ -45,5 +45,5 @@ def require_own_masters(name: str, whose: str, stored: Array, masters: Array) ->
     if not np.array_equal(masters.astype(stored.dtype), stored):
         raise CheckpointError(
             f"{name}: the masters of '{whose}' do not round to its stored weights, so they are of another "
-            "checkpoint: remove its masters folder, or save both again"
+            "checkpoint: move them away (its folder masters/, or a trainer's own states), or save both again"
         )

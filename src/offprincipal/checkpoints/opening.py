@@ -5,7 +5,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from offprincipal.assets import EMBEDDED, embedded_base
-from offprincipal.checkpoints import adapter, distributed, fsdp_shards, hub, safetensors_folder, torch_files
+from offprincipal.checkpoints import (
+    adapter,
+    distributed,
+    fsdp_shards,
+    hub,
+    safetensors_folder,
+    torch_files,
+    zero_shards,
+)
 from offprincipal.checkpoints.alignment import aligned
 from offprincipal.checkpoints.checkpoint import Checkpoint
 from offprincipal.checkpoints.hostile import is_file
@@ -32,6 +40,7 @@ _KINDS: tuple[tuple[Callable[[Path], bool], _Opener], ...] = (
     ),
     (distributed.is_distributed, distributed.open_distributed),
     (fsdp_shards.is_at, fsdp_shards.open_fsdp_shards),
+    (lambda folder: zero_shards.folder_at(folder) is not None, zero_shards.open_zero_shards),
     (
         lambda folder: bool(safetensors_folder.files_in(folder)),
         lambda folder, source, base: SafetensorsFolder(folder, source),

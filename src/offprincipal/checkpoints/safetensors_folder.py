@@ -9,7 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from offprincipal.checkpoints.checkpoint import Array, TensorInfo, without_copied_head
+from offprincipal.checkpoints import fsdp_shards, zero_shards
+from offprincipal.checkpoints.alignment import aligned
+from offprincipal.checkpoints.checkpoint import Array, Checkpoint, TensorInfo, without_copied_head
 from offprincipal.checkpoints.float8 import (
     Block,
     block_in,
@@ -38,6 +40,17 @@ def files_in(folder: Path) -> list[Path]:
         CheckpointError: shards are missing, or there are several files to choose from.
     """
     return files_of(folder, SUFFIX, USUAL)
+
+
+def _trainers_own(folder: Path) -> Checkpoint | None:
+    """The float32 weights that a trainer kept beside a model that it wrote: DeepSpeed's states, or verl's shards."""
+    if zero_shards.folder_at(folder) is not None:
+        return zero_shards.open_zero_shards(folder, str(folder))
+    above = folder.parent
+    if folder.name == "huggingface" and fsdp_shards.is_at(above):
+        found = fsdp_shards.open_fsdp_shards(above, str(above))
+        return found if {info.dtype for info in found.tensors.values() if info.floating} == {"float32"} else None
+    return None
 
 
 class SafetensorsFolder:
@@ -92,9 +105,12 @@ class SafetensorsFolder:
         scales = self._files[scale].read(scale).reshape(self._stored[scale].shape)
         return dequantise(entries, start, self._stored[name].shape, scales, self._block(name))
 
-    def masters(self) -> "SafetensorsFolder | None":
+    def masters(self) -> Checkpoint | None:
         folder = self.folder / MASTERS
-        return SafetensorsFolder(folder) if files_in(folder) else None
+        if files_in(folder):
+            return SafetensorsFolder(folder)
+        found = _trainers_own(self.folder)
+        return None if found is None else aligned(found, self)
 
     def _block(self, name: str) -> Block:
         """Rows and columns of a float8 weight that share a scale."""
