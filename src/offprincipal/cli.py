@@ -1,6 +1,6 @@
 """The command line. Arguments in, calls to the library, exit codes out; no logic of its own.
 
-Exit codes: 0 done; 1 a defect of ours; 2 bad input or arguments; 3 a `--fail-if` condition held; 130 interrupted.
+Exit codes: 0 done; 1 a defect of ours; 2 bad input or arguments; 3 a `--fail-if` condition held, or a contract did not; 130 interrupted.
 """
 
 import json
@@ -137,6 +137,17 @@ def compare(
         list[str] | None,
         typer.Option("--fail-if", metavar="CONDITION", help="Exit 3 if it holds: 'principal_angle_left_max_deg > 10'."),
     ] = None,
+    expect: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--expect",
+            metavar="PATTERN: WHAT",
+            help="Exit 3 unless every tensor so named is `unchanged`, `changed`, or as a METRIC > NUMBER says.",
+        ),
+    ] = None,
+    contract: Annotated[
+        Path | None, typer.Option(help="A YAML file of such expectations, `model.visual.*: unchanged` a line.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json instead of tables.")] = False,
     report: Annotated[bool, typer.Option(help="Write report.html too.")] = True,
 ) -> None:
@@ -146,13 +157,15 @@ def compare(
     """
     from offprincipal.comparison import CompareSettings, MatrixSettings, parse_condition
     from offprincipal.comparison import compare as compare_checkpoints
+    from offprincipal.comparison.contract import broken_phrases, read_contract
     from offprincipal.reports.terminal import comparison_table
-    from offprincipal.reports.words import verdict_paragraph, warnings_of
+    from offprincipal.reports.words import contract_lines, verdict_paragraph, warnings_of
 
     groups: Any = tuple(part.strip() for part in metrics.split(","))
     chosen: Any = {"solver": solver, "tolerance": tolerance, "device": device}
     matrix = MatrixSettings(rank_fraction, alpha, null_draws=null_draws, seed=seed, **chosen)
-    settings = CompareSettings(groups, matrix, include_embeddings, strict)
+    expected = [*(expect or []), *(read_contract(contract) if contract else [])]
+    settings = CompareSettings(groups, matrix, include_embeddings, strict, tuple(expected))
     conditions = [parse_condition(text, settings.metrics) for text in fail_if or []]
     runs = _named_runs(tuned)
     options: Any = {"out": out, "threads": threads, "ray": ray, "cache": cache}
@@ -167,12 +180,14 @@ def compare(
     else:
         console = Console()
         console.print(comparison_table(found.summary))
+        for kept in contract_lines(found.summary):
+            console.print(kept, highlight=False, markup=False, soft_wrap=True)
         for warning in warnings_of(found.summary):
             console.print(f"note: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
         for sentence in verdict_paragraph(found.summary):
             console.print(sentence, highlight=False, markup=False)
         console.print(f"tables{' and report' if report else ''}: {out}", soft_wrap=True, highlight=False)
-    _fail_if(conditions, found.summary)
+    _fail_if(conditions, found.summary, broken_phrases(found.summary))
 
 
 @app.command()
@@ -462,8 +477,8 @@ def _exists(path: str) -> bool:
         return False
 
 
-def _fail_if(conditions: "list[Condition]", summary: dict[str, Any]) -> None:
-    held = [phrase for condition in conditions for phrase in condition.held_by(summary)]
+def _fail_if(conditions: "list[Condition]", summary: dict[str, Any], broken: list[str]) -> None:
+    held = broken + [phrase for condition in conditions for phrase in condition.held_by(summary)]
     for condition in conditions:
         for run in condition.undefined_in(summary):
             errors.print(f"not checked: {condition.metric} of {_escaped(run)} is undefined", highlight=False)

@@ -4,10 +4,11 @@ A `Work` is made anew from sources and settings wherever tensors are measured: i
 on other machines.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from offprincipal.checkpoints import (
     Array,
@@ -22,6 +23,7 @@ from offprincipal.checkpoints import (
 from offprincipal.checkpoints.checkpoint import same_bits
 from offprincipal.checkpoints.masters import require_all_masters
 from offprincipal.comparison.cache import BaseCache
+from offprincipal.comparison.contract import Expectation, parse_expectations, require_matches
 from offprincipal.comparison.measure import TensorRows, measure_matrix, measure_tensor
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
 from offprincipal.measures.changes import Block
@@ -41,18 +43,26 @@ class CompareSettings:
         matrix: what decides the numbers of one matrix.
         include_embeddings: measure and pool embeddings and heads as linear matrices too.
         strict: a tensor that the base or a run alone has is an error.
+        expect: what training may have done to which tensors; `comparison.contract` says how it is written.
     """
 
     metrics: tuple[Group, ...] = GROUPS
     matrix: MatrixSettings = field(default_factory=MatrixSettings)
     include_embeddings: bool = False
     strict: bool = False
+    expect: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         unknown = [group for group in self.metrics if group not in GROUPS]
         if unknown or not self.metrics:
             raise ArgumentError(f"no metric group {unknown or 'given'}: choose of {', '.join(GROUPS)}")
         object.__setattr__(self, "metrics", tuple(g for g in GROUPS if g in self.metrics))
+        parse_expectations(self.expect, self.metrics)  # refuses what is none
+
+    @property
+    def contract(self) -> list[Expectation]:
+        """What is expected, parsed."""
+        return parse_expectations(self.expect, self.metrics)
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,9 @@ class Work:
             raise CheckpointError(
                 f"{self.base_checkpoint.source} holds no floating-point tensor: there is nothing to compare"
             )
+        packed = [name for run in self.runs for name in self.unmeasured(run)[0]] if self.settings.expect else []
+        alone = [*self.only_in_base, *(name for run in self.runs for name in self.only_in_run(run))]
+        require_matches(self.settings.contract, [*(part.name for part in parts), *packed, *alone])
         return parts
 
     def is_linear(self, part: Part) -> bool:
@@ -145,6 +158,22 @@ class Work:
     def read(self, checkpoint: Checkpoint, part: Part) -> Array:
         """A part as one checkpoint stores it."""
         return part.of(checkpoint.read(self.stored_as(checkpoint, part.tensor), part.start, part.stop))
+
+    def kept(self, run: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The contract, held against a run.
+
+        Args:
+            rows: of `matrices.parquet`, that run's.
+        """
+        if not self.settings.expect:
+            return []
+        alone = dict.fromkeys(self._pairings[run].only_in_base, "in the base alone")
+        alone |= dict.fromkeys(self.only_in_run(run), "in the run alone")
+        compared = {part.tensor for part in self.parts}
+        alone |= {name: "not in every run" for name in self.only_in_base if name not in alone and name not in compared}
+        names, differing = self.unmeasured(run)
+        packed = {name: name not in differing for name in names}
+        return [expectation.judge(rows, alone, packed) for expectation in self.settings.contract]
 
     def unmeasured(self, run: str) -> tuple[list[str], list[str]]:
         """Tensors that hold no floating-point numbers, which nothing measures: all, and those whose bits differ.

@@ -100,6 +100,18 @@ def answers(summary: Mapping[str, Any]) -> dict[str, str]:
     return {heading: sentence for heading, sentence in found.items() if sentence}
 
 
+def contract_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Each expectation of a contract, how many tensors it names, and whether a run kept it."""
+    return [
+        plain(
+            f"{'kept' if each['held'] else 'BROKEN'} by {name}: {each['pattern']}: {each['expected']} "
+            f"({len(each['broken'])} of {each['tensors']} tensors break it)"
+        )
+        for name, run in summary["runs"].items()
+        for each in run.get("contract", ())
+    ]
+
+
 def warnings_of(summary: Mapping[str, Any]) -> list[str]:
     """What a reader has to know of how the runs were read and measured: each once, with the runs that it is about."""
     about: dict[str, list[str]] = {}
