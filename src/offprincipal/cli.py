@@ -4,7 +4,9 @@ Exit codes: 0 done; 1 a defect of ours; 2 bad input or arguments; 3 a `--fail-if
 contract did not; 130 interrupted.
 """
 
+import io
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +35,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard what was t
 
 def main() -> None:
     """Run the command line; an `OffPrincipalError` becomes its message and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a console of another encoding shows what it has no letter for as ?
+        if isinstance(stream, io.TextIOWrapper) and "utf" not in stream.encoding.lower():
+            stream.reconfigure(errors="replace")
     try:
         app()
     except OffPrincipalError as error:
@@ -453,11 +458,12 @@ def _named_runs(tuned: list[str]) -> Any:
     runs: dict[str, str] = {}
     for text in tuned:
         name, equals, source = text.partition("=")
-        given = {name: source} if equals and name and not _exists(text) else name_runs([text])
-        for run, named in given.items():
+        named = equals and name and not _is_path(name) and not _exists(text)
+        given = {name: source} if named else name_runs([text])
+        for run, path in given.items():
             if run in runs:
                 raise ArgumentError(f"two runs are named '{run}': tell them apart with NAME=PATH")
-            runs[run] = named
+            runs[run] = path
     return runs
 
 
@@ -469,6 +475,11 @@ def _resumable() -> Iterator[None]:
     except KeyboardInterrupt as error:
         errors.print("\ninterrupted: the same command continues where it stopped", highlight=False)
         raise typer.Exit(130) from error
+
+
+def _is_path(name: str) -> bool:
+    """Whether what stands before a `=` is the beginning of a path that holds one, and no name."""
+    return any(separator in name for separator in ("/", os.sep, os.altsep) if separator)
 
 
 def _exists(path: str) -> bool:

@@ -39,7 +39,8 @@ def exclusively(out: Path) -> Iterator[None]:
         FileError: another process holds it, and did not let go within five seconds.
     """
     name = hashlib.blake2b(str(out.resolve()).encode(errors="surrogateescape"), digest_size=12).hexdigest()
-    lock = FileLock(Path(tempfile.gettempdir()) / f"offprincipal-{getpass.getuser()}-{name}.lock", timeout=_PATIENCE)
+    who = os.getuid() if hasattr(os, "getuid") else getpass.getuser()  # a user in a container may have no name
+    lock = FileLock(Path(tempfile.gettempdir()) / f"offprincipal-{who}-{name}.lock", timeout=_PATIENCE)
     try:
         lock.acquire()
     except Timeout as error:

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import extending, njit, types
+from numba import extending, types
 from numba.core import cgutils
 from numpy.typing import NDArray
+
+from offprincipal.geometry.compiled import compiled
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -227,7 +229,7 @@ def _all_lanes(builder: Any, value: Any, vector: Any) -> Any:  # pragma: no cove
     return builder.shuffle_vector(lane, ir.Constant(vector, ir.Undefined), zeros)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _advance(g, w, own, m, v, slot, count, c, param, grad, ahead, stride):  # type: ignore[no-untyped-def] # pragma: no cover
     """Move `count` entries whose moments begin at `slot`; of `w`, those from `own` on.
 
@@ -246,7 +248,7 @@ def _advance(g, w, own, m, v, slot, count, c, param, grad, ahead, stride):  # ty
         _advance_lanes(g, w, m, v, (i, own + i, slot + i), count - i, settings)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _round(wide, slot, count, narrow):  # type: ignore[no-untyped-def] # pragma: no cover
     """The bits of float32 numbers, from `slot` on, rounded to bfloat16, ties to even."""
     for i in range(count):
@@ -255,7 +257,7 @@ def _round(wide, slot, count, narrow):  # type: ignore[no-untyped-def] # pragma:
         narrow[i] = np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _step_at(places, origin, slot, param, grad, master, m, v, c, buffers):  # type: ignore[no-untyped-def] # pragma: no cover
     """Move the entries at some places after `origin`, whose moments begin at `slot`, one by one."""
     bits, w, narrow = buffers
@@ -283,14 +285,14 @@ def _step_at(places, origin, slot, param, grad, master, m, v, c, buffers):  # ty
         slot += count
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _buffers():  # type: ignore[no-untyped-def] # pragma: no cover
     """Gradients, weights and rounded weights of a block, with room for lanes that are written past it."""
     size = _BLOCK + _LANES
     return np.empty(size, np.uint32), np.empty(size, np.float32), np.empty(size, np.uint16)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _step_by_offsets(index, first, last, slot, param, grad, master, m, v, c):  # type: ignore[no-untyped-def] # pragma: no cover
     stops, offsets = index
     buffers = _buffers()
@@ -301,7 +303,7 @@ def _step_by_offsets(index, first, last, slot, param, grad, master, m, v, c):  #
         slot = stop
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _step_by_bits(words, first, last, slot, param, grad, master, m, v, c):  # type: ignore[no-untyped-def] # pragma: no cover
     buffers = _buffers()
     bits, w, narrow = buffers

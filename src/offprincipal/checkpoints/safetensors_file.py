@@ -4,9 +4,9 @@ The safetensors library checks the header; entries are then read at their offset
 and one checkpoint can be larger than memory. Nothing here can run a pickle.
 """
 
+import io
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,9 @@ class SafetensorsFile:
         stop = info.numel if stop is None else stop
         raw = np.empty((stop - start) * dtype.itemsize, np.uint8)
         try:
-            descriptor = os.open(self.path, os.O_RDONLY)
-            try:
-                _fill(descriptor, raw.data, self._offsets[name] + start * dtype.itemsize)
-            finally:
-                os.close(descriptor)
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self._offsets[name] + start * dtype.itemsize)
+                _fill(file, raw.data)
         except OSError as error:
             raise CheckpointError(
                 f"cannot read {name} from {self.path}: {error.strerror or error}. Download or save the file again"
@@ -106,12 +104,12 @@ def require_safetensors(path: Path) -> None:
         raise CheckpointError(f"cannot open {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _fill(descriptor: int, buffer: memoryview, offset: int) -> None:
-    """Read a buffer's length from an offset; a read can come back short, and an end of file is an error."""
+def _fill(file: io.FileIO, buffer: memoryview) -> None:
+    """Read a buffer's length; a read can come back short, and an end of file is an error."""
     done = 0
     while done < len(buffer):
-        got = os.preadv(descriptor, [buffer[done:]], offset + done)
-        if got == 0:
+        got = file.readinto(buffer[done:])
+        if not got:
             raise OSError("the file ends before the tensor does")
         done += got
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,11 +19,13 @@ from offprincipal.comparison.journal import Journal
 from offprincipal.comparison.measure import Row, TensorRows
 from offprincipal.comparison.tables import TABLES, write_tables
 from offprincipal.comparison.work import CompareSettings, Work
-from offprincipal.errors import ArgumentError
+from offprincipal.errors import ArgumentError, FileError
 from offprincipal.files import exclusively, require_folder
 from offprincipal.measures.pooling import anatomy, pool_pair, pool_run
 
 Progress = Callable[[int, int, str], None]
+
+LOG = logging.getLogger("offprincipal")
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def compare(
         raise ArgumentError(f"threads is {threads}: give at least 1")
     if isinstance(tuned, str | Path):
         tuned = [tuned]
-    kept = cache_folder() if cache is True else Path(cache) if cache else None
+    kept = _users_cache() if cache is True else Path(cache) if cache else None
     work = Work(str(base), name_runs(tuned), settings or CompareSettings(), kept)
     if work.settings.matrix.device != "cpu" and ray is None:
         from offprincipal.measures.spectral import chosen_device
@@ -105,6 +108,14 @@ def compare(
     if journal:
         journal.discard()
     return result
+
+
+def _users_cache() -> Path | None:
+    try:
+        return cache_folder()
+    except FileError as error:
+        LOG.warning("decomposed bases are not kept: %s", error)
+        return None
 
 
 def name_runs(tuned: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[str, str]:

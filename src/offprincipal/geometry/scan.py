@@ -11,10 +11,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from offprincipal.errors import NonFiniteTensor
+from offprincipal.geometry.compiled import compiled
 
 MASKS = ("principal", "low_magnitude", "safe", "random")
 ALPHAS = (0.05, 0.1, 0.2, 0.3, 0.5)
@@ -404,7 +404,7 @@ def _levels(heights: Array, keys: Array) -> Levels:
     return levels
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _scan(base, tuned, table, rows, columns):  # type: ignore[no-untyped-def] # pragma: no cover
     """Add to `table` by 2·code + changed, to `rows` and to `columns`; return the largest code of `tuned`."""
     n, m = base.shape
@@ -439,7 +439,7 @@ def _scan(base, tuned, table, rows, columns):  # type: ignore[no-untyped-def] # 
     return largest
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _range(codes):  # type: ignore[no-untyped-def] # pragma: no cover
     """The least magnitude code that is not zero, and the largest."""
     below, most = np.uint16(0x7FFE), np.uint16(0)
@@ -450,7 +450,7 @@ def _range(codes):  # type: ignore[no-untyped-def] # pragma: no cover
     return min(np.uint16(below + np.uint16(1)), max(most, np.uint16(1))), most
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _classes_of_lines(codes, lowest, rows, columns):  # type: ignore[no-untyped-def] # pragma: no cover
     """Eight tables for a row, taken in turn, so that a class met again at once is not waited for."""
     n, m = codes.shape
@@ -487,7 +487,7 @@ def _classes_of_lines(codes, lowest, rows, columns):  # type: ignore[no-untyped-
                 columns[c, first + j] += by_column[c * wide + j]
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _add_levels(heights, keys, levels):  # type: ignore[no-untyped-def] # pragma: no cover
     width = 4096
     for first in range(0, len(heights), width):
@@ -498,7 +498,7 @@ def _add_levels(heights, keys, levels):  # type: ignore[no-untyped-def] # pragma
                 found[j] = np.uint8(found[j] + np.uint8(block[j] <= key))
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _admit_first(heights, keys, ties, levels):  # type: ignore[no-untyped-def] # pragma: no cover
     """Let the first `ties` entries that equal each key into its mask."""
     for a in range(len(keys)):
@@ -510,20 +510,20 @@ def _admit_first(heights, keys, ties, levels):  # type: ignore[no-untyped-def] #
             j += 1
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _count_levels(codes, one, two, counts):  # type: ignore[no-untyped-def] # pragma: no cover
     for j in range(len(codes)):
         code = codes[j] & np.uint16(0x7FFF)
         counts[one[j], two[j], 2 * (code >> 7) + ((code & 127) == 0)] += 1
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _count_high_halves(words, counts):  # type: ignore[no-untyped-def] # pragma: no cover
     for j in range(len(words)):
         counts[words[j] >> np.uint32(16)] += 1
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _count_low_halves(words, slot_of, none, counts):  # type: ignore[no-untyped-def] # pragma: no cover
     """Count the low halves of those words whose high half has a slot."""
     for j in range(len(words)):
@@ -532,14 +532,14 @@ def _count_low_halves(words, slot_of, none, counts):  # type: ignore[no-untyped-
             counts[slot, words[j] & np.uint32(0xFFFF)] += 1
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _mark(base, tuned, marks):  # type: ignore[no-untyped-def] # pragma: no cover
     sign = np.uint16(0x7FFF)
     for j in range(len(base)):
         marks[j] = (base[j] != tuned[j]) & (((base[j] | tuned[j]) & sign) != 0)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _count_chosen(codes, chosen, table):  # type: ignore[no-untyped-def] # pragma: no cover
     counts = np.zeros(1 << 16, np.uint32)
     for j in range(len(codes)):
@@ -548,7 +548,7 @@ def _count_chosen(codes, chosen, table):  # type: ignore[no-untyped-def] # pragm
         table[code] += counts[code]
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _code_difference_square(base, tuned):  # type: ignore[no-untyped-def] # pragma: no cover
     n, m = base.shape
     left, right = np.empty(m, np.uint32), np.empty(m, np.uint32)
@@ -566,7 +566,7 @@ def _code_difference_square(base, tuned):  # type: ignore[no-untyped-def] # prag
     return total
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _difference_square(base, tuned):  # type: ignore[no-untyped-def] # pragma: no cover
     n, m = base.shape
     total = 0.0

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from offprincipal.geometry.compiled import compiled
 from offprincipal.geometry.scan import Array, Counts, Floats
 
 Singles = NDArray[np.float32]
@@ -432,14 +432,14 @@ def _odds(log_odds: Sequence[Floats]) -> Odds:
     return rows, columns, classes
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _look_up(codes, table, slots):  # type: ignore[no-untyped-def] # pragma: no cover
     for i in range(codes.shape[0]):
         for j in range(codes.shape[1]):
             slots[i, j] = table[codes[i, j] & 0x7FFF]
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _fit_lines(counts, others, changed, free, place):  # type: ignore[no-untyped-def] # pragma: no cover
     """Newton's method, line by line, for Σ_e counts_ie σ(others_e + place_i) = changed_i."""
     for i in range(len(counts)):
@@ -458,7 +458,7 @@ def _fit_lines(counts, others, changed, free, place):  # type: ignore[no-untyped
                 break
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _count_free(slots, changed, rows, columns, classes, by_row, by_column, of_rows, of_columns, of_classes):  # type: ignore[no-untyped-def] # pragma: no cover # fmt: skip
     """Entries by class in every row and column, and changed entries, where row, column and class are all free."""
     n, m = slots.shape
@@ -476,7 +476,7 @@ def _count_free(slots, changed, rows, columns, classes, by_row, by_column, of_ro
                     of_classes[slot] += 1.0
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _expect(slots, rows, columns, classes, by_row, by_column, by_class):  # type: ignore[no-untyped-def] # pragma: no cover
     """Add up p by row, column and class; eight tables of classes in turn, so that none is waited for."""
     n, m = slots.shape
@@ -507,7 +507,7 @@ def _expect(slots, rows, columns, classes, by_row, by_column, by_class):  # type
             sums[:] = 0
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _weigh(slot, row, columns, classes, w):  # type: ignore[no-untyped-def] # pragma: no cover
     """p(1 − p) of some entries of one row."""
     one = np.float32(1)
@@ -518,7 +518,7 @@ def _weigh(slot, row, columns, classes, w):  # type: ignore[no-untyped-def] # pr
         w[j] = q * (one - q)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _inform(slots, rows, columns, classes, by_row, by_column):  # type: ignore[no-untyped-def] # pragma: no cover
     """Add up p(1 − p) by class within every row and every column."""
     n, m = slots.shape
@@ -539,7 +539,7 @@ def _inform(slots, rows, columns, classes, by_row, by_column):  # type: ignore[n
         lanes[:] = 0
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _sum_masks(slots, changed, cells, rows, columns, classes, words, by_row, by_column, by_class, excess, hits):  # type: ignore[no-untyped-def] # pragma: no cover # fmt: skip
     """Add up p(1 − p) of q masks by row and column, by cell and class, changed − p and changed by cell.
 
@@ -577,7 +577,7 @@ def _sum_masks(slots, changed, cells, rows, columns, classes, words, by_row, by_
                 hits[j & 7, cell[j]] += changed[i, first + j]
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _cross(slots, rows, columns, classes, of_rows, of_columns, by_row, by_column):  # type: ignore[no-untyped-def] # pragma: no cover # fmt: skip
     """W γ and Wᵀ β of W = p(1 − p), for q directions at once: β (n, q), γ (q, m)."""
     n, m = slots.shape
@@ -596,7 +596,7 @@ def _cross(slots, rows, columns, classes, of_rows, of_columns, by_row, by_column
                 by_row[i, a] += total
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _in_common(slots, changed, changed_b, rows, columns, classes, rows_b, columns_b, classes_b):  # type: ignore[no-untyped-def] # pragma: no cover # fmt: skip
     one, found = np.float32(1), np.float64(0)
     for i in range(slots.shape[0]):

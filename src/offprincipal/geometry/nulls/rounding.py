@@ -11,9 +11,9 @@ Knows nothing of files, models or layers.
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from offprincipal.geometry.compiled import compiled
 from offprincipal.geometry.scan import CLASSES, Array, Counts, Floats, values_of_codes
 
 RULER_BINADES = 3  # so far below, and more, the grid is fine enough to show where in its cell a step ends
@@ -171,7 +171,7 @@ def _rates(steps: Counts, of_ties: Floats) -> Floats:
     return changing / np.maximum(upwards[:, 0], 1)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _count_steps(codes, tuned, table):  # type: ignore[no-untyped-def] # pragma: no cover
     n, m = codes.shape
     width = 2048

@@ -10,9 +10,9 @@ It needs steps as they were before storing, from float32 masters. Knows nothing 
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from offprincipal.geometry.compiled import compiled
 from offprincipal.geometry.scan import Array, Counts, Floats
 
 _SWEEPS = 4  # of alternating means; without zero steps the first is exact
@@ -96,7 +96,7 @@ def _shrunk(values: Floats, variances: Floats) -> Floats:
     return mean + kept * (values - mean)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _log_steps(codes, tuned, logs):  # type: ignore[no-untyped-def] # pragma: no cover
     n, m = codes.shape
     bits = np.empty(1, np.uint32)
@@ -108,7 +108,7 @@ def _log_steps(codes, tuned, logs):  # type: ignore[no-untyped-def] # pragma: no
             logs[i, j] = np.float32(np.log2(step)) if step > 0 else _NOTHING
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _sum_lines(logs, rows, columns, of_rows, of_columns, in_rows, in_columns):  # type: ignore[no-untyped-def] # pragma: no cover # fmt: skip
     """What is left of the logarithms, summed by row and by column, and how many there are."""
     n, m = logs.shape
@@ -126,7 +126,7 @@ def _sum_lines(logs, rows, columns, of_rows, of_columns, in_rows, in_columns):  
         in_rows[i] = count
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _square_rest(logs, rows, columns):  # type: ignore[no-untyped-def] # pragma: no cover
     n, m = logs.shape
     total = 0.0
@@ -137,7 +137,7 @@ def _square_rest(logs, rows, columns):  # type: ignore[no-untyped-def] # pragma:
     return total
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _count_rest(logs, rows, columns, steps):  # type: ignore[no-untyped-def] # pragma: no cover
     n, m = logs.shape
     for i in range(n):
@@ -147,7 +147,7 @@ def _count_rest(logs, rows, columns, steps):  # type: ignore[no-untyped-def] # p
                 steps[min(max(place, 0), len(steps) - 1)] += 1
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _expect_by_cell(codes, cells, rows, columns, moved_rows, moved_columns, tail, found):  # type: ignore[no-untyped-def] # pragma: no cover # fmt: skip
     n, m = codes.shape
     last = len(tail) - 2

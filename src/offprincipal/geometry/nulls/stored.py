@@ -7,9 +7,9 @@ Knows nothing of files, models or layers.
 import math
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from offprincipal.geometry.compiled import compiled
 from offprincipal.geometry.scan import CODES, Array, Counts, values_of_codes
 
 _SHEPPARD_FROM = 4  # σ of so many spacings and more, where rounding adds ulp²/12 to within 1e-30
@@ -83,7 +83,7 @@ def gaussian_scale(entries: Counts, stored_norm: float) -> float:
     return float(_solve_scale(entries[occur].astype(np.float64), ulp, stored_norm))
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _stay(codes, offsets, sigma):  # type: ignore[no-untyped-def] # pragma: no cover
     """P(a Gaussian step leaves each value in its rounding cell); the cell is half as deep inwards at a power of two."""
     found = np.empty(len(codes))
@@ -96,7 +96,7 @@ def _stay(codes, offsets, sigma):  # type: ignore[no-untyped-def] # pragma: no c
     return found
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _stored_square(entries, ulp, sigma):  # type: ignore[no-untyped-def] # pragma: no cover
     total = 0.0
     for e in range(len(entries)):
@@ -113,7 +113,7 @@ def _stored_square(entries, ulp, sigma):  # type: ignore[no-untyped-def] # pragm
     return total
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _solve_scale(entries, ulp, norm):  # type: ignore[no-untyped-def] # pragma: no cover
     """Bisection for the magnitude, then the secant, on logarithms, kept inside its bracket."""
     target = 2 * math.log(norm)

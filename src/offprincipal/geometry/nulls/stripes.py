@@ -4,8 +4,8 @@ Knows nothing of files, models or layers.
 """
 
 import numpy as np
-from numba import njit
 
+from offprincipal.geometry.compiled import compiled
 from offprincipal.geometry.scan import Array, Floats
 
 
@@ -71,7 +71,7 @@ def gini(rates: Array) -> float | None:
     return float((2 * np.arange(1, n + 1) - n - 1) @ ordered) / (n * total)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _add_line_moments(in_class, rate, spread, entries, expected, variance):  # type: ignore[no-untyped-def] # pragma: no cover
     for e in range(len(rate)):
         for i in range(len(expected)):
