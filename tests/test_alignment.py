@@ -1,6 +1,7 @@
 """Pairs under two names or in two layouts: what is told alike is compared under the base's name, the rest is listed."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -321,3 +322,34 @@ def test_no_count_is_taken_for_a_metric() -> None:
     assert str(parse_condition("only_in_run > 0")) == "only_in_run > 0"
     with pytest.raises(ArgumentError, match="no metric 'only_in_both'"):
         parse_condition("only_in_both > 0")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda key: f"_orig_mod.{key}",
+        lambda key: f"module.{key}",
+        lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
+        lambda key: key.replace("base_model.model.model.", "base_model.model.model.language_model."),
+        lambda key: key.removeprefix("base_model.model."),
+    ],
+)
+def test_keys_of_adapters_are_told_by_what_they_adapt(change: Callable[[str], str], tmp_path: Path) -> None:
+    """As torch.compile, DDP, and a vision-language model's own modules name them."""
+    base = open_checkpoint(write_model(tmp_path / "base", base_weights()))
+    module, generator = "base_model.model.model.layers.0.self_attn.q_proj", torch.Generator().manual_seed(0)
+    factors = {
+        f"{module}.lora_A.weight": torch.randn(2, 24, generator=generator),
+        f"{module}.lora_B.weight": torch.randn(32, 2, generator=generator),
+    }
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    found = []
+    for name, rename in (("good", str), ("other", change)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+        save_file(
+            {rename(key): tensor for key, tensor in factors.items()}, tmp_path / name / "adapter_model.safetensors"
+        )
+        found.append(open_checkpoint(tmp_path / name, base))
+    assert_alike(found[0], found[1], set(base.tensors))
+    assert not np.array_equal(found[1].read(f"{module.removeprefix('base_model.model.')}.weight")[:8], np.zeros(8))

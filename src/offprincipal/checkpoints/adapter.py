@@ -7,7 +7,7 @@ and the sum is never stored: its entries are float32, not rounded. PEFT itself i
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from offprincipal.checkpoints.adapter_changes import (
     with_start,
 )
 from offprincipal.checkpoints.adapter_settings import CONFIG, AdapterSettings, read_settings
+from offprincipal.checkpoints.alignment import key_of
 from offprincipal.checkpoints.checkpoint import FLOATS, Array, Checkpoint, TensorInfo
 from offprincipal.checkpoints.hostile import is_file
 from offprincipal.checkpoints.parts import stored_transposed
@@ -189,13 +190,23 @@ class Adapter:
         self._saved[self._in_base(name, key)] = key
 
     def _in_base(self, name: str, key: str) -> str:
-        """What the base calls a tensor; task models and bare ones differ by a 'model.' in front."""
-        for candidate in (name, name.removeprefix("model."), f"model.{name}"):
-            if candidate in self.base.tensors:
-                return candidate
+        """What the base calls a tensor: that, or the only one that is the same through wrappers and other layouts."""
+        if name in self.base.tensors:
+            return name
+        alike = self._by_key.get(key_of(name), ())
+        if len(alike) == 1:
+            return alike[0]
         raise CheckpointError(
             f"{self.folder} adapts {name} ({key}), which {self.base.source} has not: give the base it was trained on"
         )
+
+    @cached_property
+    def _by_key(self) -> dict[str, list[str]]:
+        """The base's tensors by what they are."""
+        found: dict[str, list[str]] = {}
+        for name in self.base.tensors:
+            found.setdefault(key_of(name), []).append(name)
+        return found
 
     def _info(self, name: str) -> TensorInfo:
         key = self._saved.get(name)
