@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -679,3 +680,26 @@ def test_what_to_measure_on_is_said_once(tiny_model: Path, tuned: Path, given_se
         measure_gates(tiny_model, {"run": tuned}, task="add", attention="nonesuch", device="cpu")
     with pytest.raises(ModelError, match="choose attn_implementation='eager'"):
         measure_gates(tiny_model, {"run": tuned}, sequences=given_sequences, attention="sdpa", device="cpu")
+
+
+def test_token_ids_need_no_tokenizer(
+    tiny_model: Path, tuned: Path, given_sequences: Path, tmp_path: Path, base: LanguageModel
+) -> None:
+    """Neither beside the base nor beside the run; text does."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_model / name, bare)
+    texts = [json.loads(line) for line in given_sequences.read_text().splitlines()]
+    ids = [one.get("input_ids") or base.tokenizer(one["text"]).input_ids for one in texts]
+    listed, text = tmp_path / "ids.jsonl", tmp_path / "text.jsonl"
+    listed.write_text("".join(json.dumps({"input_ids": each}) + "\n" for each in ids))
+    text.write_text('{"text": "2+2"}\n')
+    options: dict[str, Any] = {"per_layer": False, "draws": 1, "device": "cpu"}
+    with_one = measure_gates(tiny_model, {"run": tuned}, sequences=listed, **options).runs["run"]
+    without = measure_gates(bare, {"run": tuned}, sequences=listed, **options).runs["run"]
+    assert with_one["kl_cumulative"] == without["kl_cumulative"] and with_one["curvature"] == without["curvature"]
+    with pytest.raises(ModelError, match=r"line 1 of .* is text, and the model has no usable tokenizer"):
+        measure_gates(bare, {"run": tuned}, sequences=text, **options)
+    with pytest.raises(ModelError, match="no usable tokenizer"):
+        measure_gates(bare, {"run": tuned}, task="add", **options)

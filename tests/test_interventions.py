@@ -1,6 +1,7 @@
 """Interventions: the function stays, the weights do not; and what was done can be undone after training."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -544,3 +545,15 @@ def test_bad_input_ends_with_exit_code_2(
     captured = capsys.readouterr()
     assert says in captured.err and "Traceback" not in captured.err
     assert not list(tmp_path.iterdir())
+
+
+def test_no_tokenizer_is_needed(base: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(base / name, bare)
+    for source, out in ((base, "with"), (bare, "without")):
+        intervene(source, tmp_path / out, rotate=[0])
+    weights = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("with", "without")]
+    assert weights[0] == weights[1] and not list((tmp_path / "without").glob("tokenizer*"))
+    undo(tmp_path / "without", tmp_path / "without", tmp_path / "back")

@@ -172,7 +172,7 @@ def measure_gates(
     asked = read_prompts(prompts) if prompts is not None else None
     if names:
         asked = task_prompts(names, settings.batches * settings.prompts_per_batch, settings.seed)
-    language_model = open_for_derivatives(base, settings)
+    language_model = open_for_derivatives(base, settings, tokenizer=asked is not None)
     checkpoint = open_checkpoint(model_name(base))
     opened = {run: Tuned(language_model, checkpoint, source, settings.weights) for run, source in tuned.items()}
     with computing_in(settings.dtype):
@@ -202,13 +202,16 @@ def measure_gates(
     )
 
 
-def open_for_derivatives(base: str | Path, settings: GateSettings) -> LanguageModel:
+def open_for_derivatives(base: str | Path, settings: GateSettings, tokenizer: bool = True) -> LanguageModel:
     """The base in the asked precision, with an attention that has a forward-mode derivative.
+
+    Args:
+        tokenizer: whether there has to be one.
 
     Raises:
         ModelError: it cannot be opened, or has no such attention.
     """
-    language_model = open_language_model(base, settings.device, settings.trust_remote_code)
+    language_model = open_language_model(base, settings.device, settings.trust_remote_code, tokenizer=tokenizer)
     model = language_model.model.to(getattr(torch, settings.dtype))
     try:
         model.set_attn_implementation(settings.attention)

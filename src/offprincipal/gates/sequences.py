@@ -86,6 +86,8 @@ def read_sequences(path: str | Path, language_model: LanguageModel) -> Sequences
             if not isinstance(ids, list) or not all(type(i) is int for i in ids):
                 raise FileError(f'{where}: input_ids is no list of integers. Write {{"input_ids": [1, 2, 3]}}')
         else:
+            if language_model.tokenizer is None:
+                raise ModelError(f"{where} is text, and the model has no usable tokenizer: give input_ids")
             with quiet_libraries():
                 ids = language_model.tokenizer(_field(file, number, content, "text")).input_ids
         if len(ids) < 2:

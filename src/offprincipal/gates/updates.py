@@ -180,7 +180,7 @@ def moved_by(model: Any, update: Mapping[str, Tensor], fraction: float = 1.0) ->
 def _require_same_tokenizer(language_model: LanguageModel, tuned: Checkpoint) -> None:
     """Raises ModelError where tokenizer files beside the tuned weights read text otherwise than the base's do."""
     folder = tuned.folders[0]
-    if not any(is_file(folder / name) for name in _TOKENIZER_FILES):
+    if language_model.tokenizer is None or not any(is_file(folder / name) for name in _TOKENIZER_FILES):
         return
     with quiet_libraries():
         try:

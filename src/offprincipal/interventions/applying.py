@@ -108,7 +108,7 @@ def _written(part: Path, opened: Opened, request: Request, dtype: str) -> Record
     write_model(part, opened.language_model, rounded(after, dtype), dtype)
     del after
 
-    stored = open_language_model(part, "cpu").model.state_dict()
+    stored = open_language_model(part, "cpu", tokenizer=False).model.state_dict()
     sampled = sampled_tokens(model, opened.length, request.seed)
     exact = logits(model, opened.weights, sampled)
     proof = {

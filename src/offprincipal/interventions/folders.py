@@ -61,7 +61,7 @@ def write_model(folder: Path, opened: LanguageModel, weights: Weights, dtype: st
         if opened.model.generation_config is not None:
             # save_pretrained refuses what many published models hold, such as a temperature without do_sample
             opened.model.generation_config.to_json_file(folder / "generation_config.json")
-        if tokenizer:
+        if tokenizer and opened.tokenizer is not None:
             opened.tokenizer.save_pretrained(folder)
     path = folder / "config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -60,7 +60,7 @@ def open_model(source: str | Path) -> Opened:
     name = model_name(source)
     checkpoint = open_checkpoint(name)
     kind = require_kind(checkpoint.config, str(source))
-    language_model = open_language_model(name, "cpu")
+    language_model = open_language_model(name, "cpu", tokenizer=False)
     state = language_model.model.state_dict()
     if language_model.model.config.tie_word_embeddings:
         state.pop(HEAD, None)

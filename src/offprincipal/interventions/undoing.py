@@ -162,7 +162,7 @@ def _made_anew(record: Record, base: Opened, folder: Path) -> _Made:
 def _beside(record: Record, folder: Path, exact: Weights) -> Weights:
     """The intervened weights as they stand beside their record, if they are those that it asks for but for rounding."""
     if (folder / "config.json").is_file():
-        weights: Weights = open_language_model(folder, "cpu").model.state_dict()
+        weights: Weights = open_language_model(folder, "cpu", tokenizer=False).model.state_dict()
         step = torch.finfo(getattr(torch, record.dtype))
         close = (
             name in weights

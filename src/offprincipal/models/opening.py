@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ class LanguageModel:
 
     Args:
         model: a transformers model, float32.
-        tokenizer: its tokenizer, which has an end-of-sequence and a padding token.
+        tokenizer: its tokenizer, which has an end-of-sequence and a padding token; None where none was asked for and
+            there is none.
     """
 
     model: Any
@@ -101,13 +102,16 @@ def resolve_device(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def open_language_model(source: str | Path, device: str = "auto", trust_remote_code: bool = False) -> LanguageModel:
+def open_language_model(
+    source: str | Path, device: str = "auto", trust_remote_code: bool = False, *, tokenizer: bool = True
+) -> LanguageModel:
     """A model and its tokenizer, whatever their stored precision, in float32.
 
     Args:
         source: a folder, a Hugging Face id, or `embedded`.
         device: `auto`, `cpu` or `cuda`.
         trust_remote_code: whether Python that comes with the checkpoint may be executed where it asks for that.
+        tokenizer: whether there has to be one; without, what is read are token ids, and a missing one is None.
 
     Raises:
         ModelError: there is no such model, it is no causal language model, its tokenizer is missing or unusable, or it
@@ -125,6 +129,18 @@ def open_language_model(source: str | Path, device: str = "auto", trust_remote_c
         except Exception as error:  # unknown ids, bad folders, foreign architectures and lost connections all differ
             _refuse_own_code(name, "model", error)
             raise ModelError(f"{name} is no causal language model to transformers: {_reason(error)}") from error
+    opened = LanguageModel(model.to(place).eval(), None)
+    try:
+        return _with_tokenizer(opened, name, trust_remote_code)
+    except ModelError:
+        if tokenizer:
+            raise
+        return opened
+
+
+def _with_tokenizer(opened: LanguageModel, name: str, trust_remote_code: bool) -> LanguageModel:
+    """The model with the tokenizer beside it, if that can be used."""
+    with quiet_libraries():
         try:
             tokenizer = open_tokenizer(name, padding_side="left", trust_remote_code=trust_remote_code)
         except Exception as error:
@@ -134,11 +150,11 @@ def open_language_model(source: str | Path, device: str = "auto", trust_remote_c
         raise ModelError(f"model {name} has no usable tokenizer beside its weights: copy its tokenizer files there")
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {name} has no end-of-sequence token: name one in tokenizer_config.json")
-    opened = LanguageModel(model.to(place).eval(), tokenizer)
-    opened.require_rows([tokenizer.eos_token_id])
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]:
+    found = replace(opened, tokenizer=tokenizer)
+    found.require_rows([tokenizer.eos_token_id])
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= len(opened.model.get_input_embeddings().weight):
         tokenizer.pad_token = tokenizer.eos_token
-    return opened
+    return found
 
 
 def open_tokenizer(name: str | Path, *, trust_remote_code: bool = False, **options: Any) -> Any:
