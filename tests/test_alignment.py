@@ -353,3 +353,33 @@ def test_keys_of_adapters_are_told_by_what_they_adapt(change: Callable[[str], st
         found.append(open_checkpoint(tmp_path / name, base))
     assert_alike(found[0], found[1], set(base.tensors))
     assert not np.array_equal(found[1].read(f"{module.removeprefix('base_model.model.')}.weight")[:8], np.zeros(8))
+
+
+@pytest.mark.parametrize(
+    ("packed", "method", "said"),
+    [
+        (("experts.down_proj_blocks", "experts.down_proj_scales"), None, "mxfp4"),
+        (("down_proj.qweight", "down_proj.qzeros", "down_proj.scales", "down_proj.g_idx"), None, "GPTQ or AWQ"),
+        (("down_proj.qweight", "down_proj.scales"), "awq", "awq"),
+        (("down_proj.weight_packed", "down_proj.weight_scale", "down_proj.weight_shape"), None, "compressed-tensors"),
+        (("down_proj.weight", "down_proj.weight.absmax", "down_proj.weight.quant_map"), None, "bitsandbytes, 4 bits"),
+        (("down_proj.weight", "down_proj.SCB"), None, "bitsandbytes, 8 bits"),
+    ],
+)
+@pytest.mark.parametrize("of_base", [False, True])
+def test_a_quantised_side_is_refused_by_what_it_is(
+    packed: tuple[str, ...], method: str | None, said: str, of_base: bool, tmp_path: Path
+) -> None:
+    weights = base_weights()
+    quantised = {name: tensor for name, tensor in weights.items() if "mlp.down_proj" not in name}
+    for layer in (0, 1):
+        quantised |= {f"model.layers.{layer}.mlp.{name}": torch.zeros(8, dtype=torch.uint8) for name in packed}
+    sides = [write_model(tmp_path / "plain", weights), write_model(tmp_path / "quantised", quantised)]
+    if method is not None:
+        config = json.loads((sides[1] / "config.json").read_text()) | {"quantization_config": {"quant_method": method}}
+        (sides[1] / "config.json").write_text(json.dumps(config))
+    base = open_checkpoint(sides[of_base])
+    with pytest.raises(CheckpointError, match=rf"quantised is quantised \({said}\): its packed weights, such as "):
+        pair_tensors(base, open_checkpoint(sides[not of_base], base))
+    same = open_checkpoint(sides[1])
+    assert pair_tensors(same, open_checkpoint(sides[1], same), strict=True).tensors

@@ -15,6 +15,15 @@ from offprincipal.errors import CheckpointError
 _NAMED = 5
 # What older libraries stored beside the weights and computed from the configuration: frequencies and causal masks.
 _BUFFER = re.compile(r"(?:^|\.)(?:inv_freq|freqs_cis|masked_bias|position_ids|attn\.bias|attention\.bias)$")
+# How packed weights are called, and by whom.
+_PACKINGS = {
+    r"_proj_(?:blocks|scales)$": "mxfp4",
+    r"\.(?:qweight|qzeros|g_idx)$": "GPTQ or AWQ",
+    r"\.weight_packed$": "compressed-tensors",
+    r"\.weight\.(?:absmax|nested_absmax|quant_map|quant_state\.\w+)$": "bitsandbytes, 4 bits",
+    r"\.(?:SCB|weight_format)$": "bitsandbytes, 8 bits",
+}
+_PACKED = re.compile("|".join(_PACKINGS))
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,8 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint, strict: bool = False) -> P
                 f"{lacks.source} lacks {_listed(names)}, which {has.source} has: compare a base with checkpoints that "
                 "were trained from it, or leave --strict out"
             )
+    for names, side in ((alone[0], base), (alone[1], tuned)):
+        _require_unpacked(side, names)
     _require_common(base, ours, tuned, theirs)
     _require_alike(base, shared, tuned, theirs)
     tensors = {name: _common(info, theirs[name]) for name, info in shared.items()}
@@ -128,6 +139,20 @@ def _embedding(checkpoint: Checkpoint, head: TensorInfo) -> str | None:
         if place_of(name).role == "embedding" and info.shape[1:] == head.shape[1:] and "position" not in name
     )
     return next((name for name in found if not name.endswith("wpe.weight")), None)
+
+
+def _require_unpacked(checkpoint: Checkpoint, alone: Sequence[str]) -> None:
+    """Raises CheckpointError where a side alone has packed weights: the other has the same ones unpacked."""
+    packed = [name for name in alone if _PACKED.search(name)]
+    if not packed:
+        return
+    settings = checkpoint.config.get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    how = method if isinstance(method, str) else next(m for p, m in _PACKINGS.items() if re.search(p, packed[0]))
+    raise CheckpointError(
+        f"{checkpoint.source} is quantised ({how[:40]}): its packed weights, such as {packed[0]}, are not read, and "
+        "the other side has none. Give it dequantised, or compare two that are quantised alike"
+    )
 
 
 def _require_common(
