@@ -244,3 +244,17 @@ class TestHub:
         (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret.safetensors"}}')
         assert "not a file inside its folder" in self.opened("org/model", environment)
         assert not [name for name in asked if name.endswith(".safetensors")]
+
+
+def test_a_folder_with_a_model_and_an_adapter_is_both(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "both", WEIGHTS)
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    factors = {f"{module}.lora_A.weight": torch.ones(2, 24), f"{module}.lora_B.weight": torch.ones(32, 2)}
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    assert_whole(open_checkpoint(folder))  # a configuration alone is none
+    save_file(factors, folder / "adapter_model.safetensors")
+    found = open_checkpoint(folder)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    wanted = WEIGHTS[name].float() + 2
+    assert torch.equal(torch.from_numpy(found.read(name)).reshape(32, 24), wanted)
+    assert "a model and an adapter" in found.notes[-1]

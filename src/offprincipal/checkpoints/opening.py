@@ -28,7 +28,7 @@ _Opener = Callable[[Path, str, Checkpoint | None], Checkpoint]
 _KINDS: tuple[tuple[Callable[[Path], bool], _Opener], ...] = (
     (
         lambda folder: any(is_file(folder / name) for name in safetensors_folder.USUAL),
-        lambda folder, source, base: SafetensorsFolder(folder, source),
+        lambda folder, source, base: _open_model_folder(folder, source),
     ),
     (
         adapter.is_adapter,
@@ -79,6 +79,19 @@ def _open_folder(folder: Path, source: str, base: Checkpoint | None) -> Checkpoi
         names = ", ".join(str(path.relative_to(folder)) for path, _ in inside[:_SHOWN])
         raise CheckpointError(f"{folder} holds {len(inside)} models, {names}{more}: name the one that is meant")
     raise CheckpointError(f"{folder} is no model{_what_it_holds(folder)}")
+
+
+def _open_model_folder(folder: Path, source: str) -> Checkpoint:
+    """The model in a folder; with the adapter beside it, where there is one."""
+    model = SafetensorsFolder(folder, source)
+    if not adapter.is_adapter(folder) or not any(is_file(folder / name) for name in (adapter.WEIGHTS, adapter.PICKLED)):
+        return model
+    both = adapter.open_adapter(folder, source, model, _open_model)
+    both.notes.append(
+        f"{source} holds a model and an adapter, and is read as the two together: if the adapter is merged already, "
+        "move it away"
+    )
+    return both
 
 
 def _opener(folder: Path) -> _Opener | None:
