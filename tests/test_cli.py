@@ -112,3 +112,11 @@ def test_an_old_report_survives_a_comparison_that_fails(
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert call(monkeypatch, "compare", pair[0], str(tmp_path), "--out", str(tmp_path)) == 2
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_no_help_loses_what_stands_in_brackets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rich takes a word in brackets for markup."""
+    assert call(monkeypatch, "gates", "--help") == 0
+    assert "pip install 'offprincipal[train]'" in " ".join(capsys.readouterr().out.split())

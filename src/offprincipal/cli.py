@@ -239,9 +239,9 @@ def gates(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print gates.json instead of tables.")] = False,
 ) -> None:
-    """Measure the gates: divergence against the Fisher form, the curvature of directions, what storing hides.
+    r"""Measure the gates: divergence against the Fisher form, the curvature of directions, what storing hides.
 
-    Writes gates.json. Needs the models to run: pip install 'offprincipal[train]'.
+    Writes gates.json. Needs the models to run: pip install 'offprincipal\[train]'.
     """
     _require_training()
     from offprincipal.files import require_folder
