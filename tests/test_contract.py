@@ -1,6 +1,9 @@
 """Contracts: what a run may have done to which tensors, and what is said where it did something else."""
 
+import html
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +140,17 @@ def test_the_command_fails_by_name(
     assert broken_phrases(summary) and "Contract, held against" in (out / "report.html").read_text()
     assert call(monkeypatch, *command, "--expect", "nothing.*: changed") == 2
     assert "names no tensor" in capsys.readouterr().err
+
+
+def test_the_report_says_what_makes_it_again(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["--metrics", "location,spectrum", "--alpha", "0.3", "--include-embeddings", "--seed", "7"]
+    asked += ["--expect", "model.norm: unchanged", "--expect", "model.layers.1.*: unchanged_fraction > 0.9"]
+    out = tmp_path / "first"
+    assert call(monkeypatch, "compare", str(folders["base"]), str(folders["run"]), "--out", str(out), *asked) == 0
+    page = html.unescape((out / "report.html").read_text())
+    (line,) = re.findall(r"<pre><code>(offprincipal compare .*)</code></pre>", page)
+    assert call(monkeypatch, *shlex.split(line)[1:], "--out", str(tmp_path / "again")) == 0
+    first, again = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("first", "again"))
+    assert first["arguments"] == again["arguments"] and first["runs"] == again["runs"]

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import shlex
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from offprincipal.comparison import read_summary
+from offprincipal.comparison import CompareSettings, MatrixSettings, read_summary
 from offprincipal.errors import FileError
 from offprincipal.files import read_json, write_atomically
 from offprincipal.reports import figures, numbers, words
@@ -27,6 +28,10 @@ from offprincipal.reports.theory import theory_figures
 
 COLOURS = ("#3b6fb6", "#d9772b", "#3f9a6c", "#a855a0", "#b8932c", "#c24d52", "#4aa3b8", "#7a6f5d", "#6d62c4", "#8a9a3b")
 CHECKPOINT_KEYS = ("greedy_accuracy", "sampled_accuracy", "pass_at_k", "token_entropy", "kl_to_base")
+_OPTIONS = (
+    *("metrics", "rank_fraction", "alpha", "null_draws", "seed", "include_embeddings", "strict"),
+    *("solver", "tolerance", "device", "expect"),
+)
 _SWEEP_COLUMNS = ("run", "mask", "alpha", "overlap", "overlap_random", "overlap_rounding_null", "changed_count")
 
 
@@ -128,8 +133,19 @@ def _trained(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _command(summary: Mapping[str, Any]) -> str:
+    """What makes the comparison again: every option that is not as it usually is."""
     runs = [f"{name}={run['source']}" for name, run in summary["runs"].items()]
-    return shlex.join(["offprincipal", "compare", summary["base"], *runs])
+    usual = asdict(CompareSettings()) | asdict(MatrixSettings())
+    options: list[str] = []
+    for name in _OPTIONS:
+        value, flag = summary["arguments"].get(name), f"--{name.replace('_', '-')}"
+        if value is None or value == (list(usual[name]) if isinstance(usual[name], tuple) else usual[name]):
+            continue
+        if name == "expect":
+            options += [word for text in value for word in (flag, text)]
+        else:
+            options += [flag] if value is True else [flag, ",".join(value) if isinstance(value, list) else str(value)]
+    return shlex.join(["offprincipal", "compare", summary["base"], *runs, *options])
 
 
 def _render(content: Mapping[str, Any]) -> str:
