@@ -209,10 +209,10 @@ def _without_prefix(tuned: Checkpoint, sources: Mapping[str, _Source], base: Che
     renamed = [(name, source.renamed) for name, source in sources.items() if source.renamed]
     prefixes = Counter(str(stored).removesuffix(name) for name, stored in renamed if str(stored).endswith(name))
     prefix, count = prefixes.most_common(1)[0] if prefixes else ("", 0)
-    found = {}
+    found, taken = {}, base.tensors.keys() | tuned.tensors.keys()
     for name, info in _infos(tuned, sources).items() if 2 * count > len(renamed) else ():
         short = name.removeprefix(prefix)
-        if name not in base.tensors and short not in ("", name) and short not in {**base.tensors, **tuned.tensors}:
+        if name not in base.tensors and short not in ("", name) and short not in taken:
             part = Part(name, name, place_of(name), 0, info.shape)
             found[short] = _Source(TensorInfo(short, info.shape, info.dtype), ((part, part),))
     return found

@@ -1,6 +1,7 @@
 """Tensors that lie in pieces: boxes of them, each somewhere in a file, put together a range of rows at a time."""
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ class StoredTensor:
     chunks: tuple[Chunk, ...]
 
 
-class Chunked:
+class Chunked(ABC):
     """A `Checkpoint` over the files of one folder; a kind of it says how a chunk's bytes are read.
 
     Args:
@@ -98,18 +99,9 @@ class Chunked:
             kept[chunk] = self._load(name, chunk)
         return kept[chunk]
 
+    @abstractmethod
     def _load(self, name: str, chunk: Chunk) -> Array:
         """A chunk's entries, flat."""
-        raise NotImplementedError
-
-    @staticmethod
-    def _bytes(name: str, chunk: Chunk) -> bytes:
-        try:
-            with chunk.path.open("rb") as file:
-                file.seek(chunk.start)
-                return file.read(chunk.length)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {name} from {chunk.path}: {error.strerror or error}") from error
 
 
 def _infos(stored: Mapping[str, StoredTensor]) -> dict[str, TensorInfo]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from offprincipal.checkpoints.checkpoint import Array, Checkpoint
 from offprincipal.checkpoints.chunked import Chunk, Chunked, StoredTensor
 from offprincipal.checkpoints.distributed_index import METADATA, read_stored_tensors
-from offprincipal.checkpoints.hostile import is_file, read_json
+from offprincipal.checkpoints.hostile import is_file, read_bytes, read_config
 from offprincipal.checkpoints.torch_files import as_array, checked_tensor, dtype_name, load_tensors
 from offprincipal.errors import CheckpointError
 
@@ -32,10 +32,7 @@ def open_distributed(folder: Path, source: str, base: Checkpoint | None = None) 
         CheckpointError: it is corrupt or incomplete, would run code, or holds no model.
     """
     at = folder if is_file(folder / METADATA) else _inside(folder)[0]
-    config = next(
-        (read_json(path) for path in (at / "config.json", folder / "config.json") if is_file(path)),
-        dict(base.config) if base else {},
-    )
+    config = read_config(at, folder, otherwise=base.config if base else None)
     stored = {name: tensor for name, tensor in read_stored_tensors(at).items() if not _NOT_THE_MODEL.match(name)}
     if not stored:
         raise CheckpointError(f"{at} holds no model's tensors: give the folder that has them, not the optimizer's")
@@ -47,7 +44,9 @@ class Distributed(Chunked):
 
     def _load(self, name: str, chunk: Chunk) -> Array:
         where = f"{name} in {chunk.path}"
-        tensor = checked_tensor(load_tensors(io.BytesIO(self._bytes(name, chunk)), where), where)
+        tensor = checked_tensor(
+            load_tensors(io.BytesIO(read_bytes(chunk.path, chunk.start, chunk.length, name)), where), where
+        )
         if tuple(tensor.shape) != chunk.sizes or dtype_name(tensor.dtype) != self.tensors[name].dtype:
             raise CheckpointError(f"{where} is not of the shape and type that {METADATA} gives: save it again")
         return as_array(tensor.reshape(-1))

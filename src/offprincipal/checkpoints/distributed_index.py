@@ -13,7 +13,7 @@ from typing import Any
 
 from offprincipal.checkpoints.checkpoint import FLOATS, TensorInfo
 from offprincipal.checkpoints.chunked import Chunk, StoredTensor
-from offprincipal.checkpoints.hostile import is_file
+from offprincipal.checkpoints.hostile import is_file, shape_of
 from offprincipal.checkpoints.shards import is_inside
 from offprincipal.errors import CheckpointError
 
@@ -69,7 +69,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
         if module == "torch" and name in _DTYPES:
             return name
         plain: dict[tuple[str, str], Any] = {
-            ("torch", "Size"): _size,
+            ("torch", "Size"): shape_of,
             ("torch.serialization", "_get_layout"): _layout,
             ("collections", "OrderedDict"): OrderedDict,
             ("collections", "defaultdict"): partial(defaultdict, None),
@@ -135,13 +135,13 @@ def _tensors_of(content: Any, folder: Path) -> dict[str, StoredTensor]:
 def _tensor_of(name: str, stored: Any, places: dict[Any, Any], folder: Path) -> StoredTensor:
     properties = _state(stored["properties"], "TensorProperties")
     dtype = _text(properties["dtype"] if isinstance(properties, dict) else properties[0])
-    shape = _size(stored["size"])
+    shape = shape_of(stored["size"])
     if len(shape) > _MOST_DIMENSIONS:
         raise CheckpointError(f"{name} in {folder} has {len(shape)} dimensions: it is no weight. Do not trust it")
     chunks = []
     for record in stored["chunks"]:
         box = _state(record, "ChunkStorageMetadata")
-        offsets, sizes = _size(box["offsets"]), _size(box["sizes"])
+        offsets, sizes = shape_of(box["offsets"]), shape_of(box["sizes"])
         if not len(offsets) == len(sizes) == len(shape) or any(
             start + size > whole for start, size, whole in zip(offsets, sizes, shape, strict=True)
         ):
@@ -171,7 +171,7 @@ def _chunk_of(
     path = folder / shard
     if not is_file(path):
         raise CheckpointError(f"{path} is missing, though {METADATA} places {name} there: a rank's file was not copied")
-    start, length = _size((start, length))
+    start, length = shape_of((start, length))
     if start + length > path.stat().st_size:
         raise CheckpointError(f"{path} is truncated: it ends before {name} does. Copy or save it again")
     return Chunk(offsets, sizes, path, start, length)
@@ -187,14 +187,6 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{type(value).__name__} in place of a name")
     return value
-
-
-def _size(values: Any = ()) -> tuple[int, ...]:
-    """What torch.Size is: some whole numbers."""
-    numbers = tuple(values)
-    if not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
-        raise TypeError(f"{numbers!r:.60} in place of a shape")
-    return numbers
 
 
 def _layout(name: Any) -> str:

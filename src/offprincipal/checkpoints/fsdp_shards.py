@@ -13,7 +13,7 @@ from typing import Any
 
 from offprincipal.checkpoints.checkpoint import Array, Checkpoint, TensorInfo
 from offprincipal.checkpoints.chunked import Chunk, Chunked, StoredTensor
-from offprincipal.checkpoints.hostile import is_file, read_json
+from offprincipal.checkpoints.hostile import is_file, read_bytes, read_config
 from offprincipal.checkpoints.torch_objects import Record, StoredPart, read_objects
 from offprincipal.errors import CheckpointError
 
@@ -31,8 +31,7 @@ def open_fsdp_shards(folder: Path, source: str, base: Checkpoint | None = None) 
     Raises:
         CheckpointError: a rank's file is missing, corrupt or would run code, or the parts do not make up a whole.
     """
-    configs = (folder / "huggingface" / "config.json", folder / "config.json")
-    config = next((read_json(path) for path in configs if is_file(path)), dict(base.config) if base else {})
+    config = read_config(folder / "huggingface", folder, otherwise=base.config if base else None)
     ranks = [_tensors_in(path) for path in _files(folder)]
     return FsdpShards(source, folder, {name: _stored(name, ranks, folder) for name in ranks[0]}, config)
 
@@ -47,10 +46,7 @@ class FsdpShards(Chunked):
 
     def _load(self, name: str, chunk: Chunk) -> Array:
         assert isinstance(chunk, _RankChunk)
-        content = self._bytes(name, chunk)
-        if len(content) != chunk.length:
-            raise CheckpointError(f"{chunk.path} ends before {name} does: copy or save it again")
-        return chunk.part.entries(content)
+        return chunk.part.entries(read_bytes(chunk.path, chunk.start, chunk.length, name))
 
 
 def _files(folder: Path) -> list[Path]:

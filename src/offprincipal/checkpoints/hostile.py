@@ -1,6 +1,7 @@
 """Small reads from folders that cannot be trusted: every failure is a clear error, and nothing is run."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,48 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):
         return False
+
+
+def read_config(*folders: Path, otherwise: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The first `config.json` in some folders.
+
+    Args:
+        otherwise: the configuration where there is none; empty by default.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = next((folder / "config.json" for folder in folders if is_file(folder / "config.json")), None)
+    return dict(otherwise or {}) if path is None else read_json(path)
+
+
+def read_bytes(path: Path, start: int, length: int, name: str) -> bytes:
+    """Bytes of a tensor that lie somewhere in a file.
+
+    Raises:
+        CheckpointError: they cannot be read, or the file ends before them.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            content = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {name} from {path}: {error.strerror or error}") from error
+    if len(content) != length:
+        raise CheckpointError(f"{path} ends before {name} does: copy or save it again")
+    return content
+
+
+def shape_of(values: Any = ()) -> tuple[int, ...]:
+    """What a pickle gives torch.Size: some whole numbers.
+
+    Raises:
+        TypeError: they are something else.
+    """
+    numbers = tuple(values)
+    if not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
+        raise TypeError(f"{numbers!r:.60} in place of a shape")
+    return numbers
 
 
 def read_json(path: Path) -> dict[str, Any]:

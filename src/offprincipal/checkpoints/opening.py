@@ -27,7 +27,7 @@ _SHOWN = 8
 _Opener = Callable[[Path, str, Checkpoint | None], Checkpoint]
 _KINDS: tuple[tuple[Callable[[Path], bool], _Opener], ...] = (
     (
-        lambda folder: any(is_file(folder / name) for name in safetensors_folder.USUAL),
+        safetensors_folder.is_usual,
         lambda folder, source, base: _open_model_folder(folder, source),
     ),
     (
@@ -70,7 +70,7 @@ def _open_folder(folder: Path, source: str, base: Checkpoint | None) -> Checkpoi
     opened = _opener(folder)
     if opened is not None:
         return opened(folder, source, base)
-    inside = [(path, opener) for path in _folders_in(folder) if (opener := _opener_inside(path)) is not None]
+    inside = list(_models_in(folder))
     if len(inside) == 1:
         ((path, opener),) = inside
         return opener(path, str(path), base)
@@ -105,24 +105,29 @@ def _opener_inside(folder: Path) -> _Opener | None:
         return None
 
 
-def _folders_in(folder: Path) -> Iterator[Path]:
-    """The folders inside of one, level by level, the first ones; links are not followed, and masters are no model."""
+def _models_in(folder: Path) -> Iterator[tuple[Path, _Opener]]:
+    """The models inside of a folder, level by level, and what opens each; links are not followed, masters are none."""
     level, seen = [folder], 0
     for _ in range(_DEEPEST):
         below: list[Path] = []
         for parent in level:
             try:
-                entries = sorted((entry for entry in os.scandir(parent)), key=lambda entry: _in_order(entry.name))
+                entries = sorted(os.scandir(parent), key=lambda entry: _in_order(entry.name))
             except OSError:
                 continue
             for entry in entries:
-                if entry.is_dir(follow_symlinks=False) and entry.name != safetensors_folder.MASTERS:
-                    seen += 1
-                    if seen > _MOST_FOLDERS:
-                        return
-                    below.append(Path(entry.path))
-        yield from below
-        level = [path for path in below if _opener_inside(path) is None]
+                if not entry.is_dir(follow_symlinks=False) or entry.name == safetensors_folder.MASTERS:
+                    continue
+                seen += 1
+                if seen > _MOST_FOLDERS:
+                    return
+                path = Path(entry.path)
+                opener = _opener_inside(path)
+                if opener is None:
+                    below.append(path)
+                else:
+                    yield path, opener
+        level = below
 
 
 def _in_order(name: str) -> tuple[int, str]:
@@ -170,11 +175,7 @@ def _what_it_holds(folder: Path) -> str:
 def _open_model(source: str) -> Checkpoint:
     """Open what an adapter names as its base."""
     path = _path_of(source)
-    if (
-        path.is_dir()
-        and adapter.is_adapter(path)
-        and not any(is_file(path / name) for name in safetensors_folder.USUAL)
-    ):
+    if path.is_dir() and adapter.is_adapter(path) and not safetensors_folder.is_usual(path):
         raise CheckpointError(f"{path} is an adapter too: merge it into its own base first")
     return open_checkpoint(path)
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from offprincipal.checkpoints import fsdp_shards, zero_shards
 from offprincipal.checkpoints.alignment import aligned
@@ -20,7 +19,7 @@ from offprincipal.checkpoints.float8 import (
     scales_beside,
     scales_of_activations,
 )
-from offprincipal.checkpoints.hostile import is_file, read_json
+from offprincipal.checkpoints.hostile import is_file, read_config
 from offprincipal.checkpoints.safetensors_file import SafetensorsFile
 from offprincipal.checkpoints.shards import files_of, open_files
 from offprincipal.errors import CheckpointError
@@ -28,9 +27,14 @@ from offprincipal.errors import CheckpointError
 SUFFIX = ".safetensors"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-USUAL = (WEIGHTS, INDEX)
+_USUAL = (WEIGHTS, INDEX)
 MASTERS = "masters"
 _COMPARABLE = {"float64", "float32", "float16", "bfloat16"}
+
+
+def is_usual(folder: Path) -> bool:
+    """Whether a folder holds a model under the names that transformers gives it."""
+    return any(is_file(folder / name) for name in _USUAL)
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -39,7 +43,7 @@ def files_in(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: shards are missing, or there are several files to choose from.
     """
-    return files_of(folder, SUFFIX, USUAL)
+    return files_of(folder, SUFFIX, _USUAL)
 
 
 def _trainers_own(folder: Path) -> Checkpoint | None:
@@ -67,7 +71,7 @@ class SafetensorsFolder:
         self.folder = folder
         self.folders = (folder,)
         self.source = source or str(folder)
-        self.config: dict[str, Any] = read_json(path) if is_file(path := folder / "config.json") else {}
+        self.config = read_config(folder)
         self._files = open_files(files or files_in(folder), SafetensorsFile)
         self._stored = {name: file.tensors[name] for name, file in sorted(self._files.items())}
         self._scales = scales_beside(self._stored)

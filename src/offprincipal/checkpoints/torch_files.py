@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from offprincipal.checkpoints.checkpoint import FLOATS, Array, TensorInfo, without_copied_head
-from offprincipal.checkpoints.hostile import is_file, read_json
+from offprincipal.checkpoints.hostile import is_file, read_config
 from offprincipal.checkpoints.shards import open_files
 from offprincipal.errors import CheckpointError
 
@@ -76,7 +76,7 @@ class TorchFolder:
         self.folder = folder
         self.folders = (folder,)
         self.source = source or str(folder)
-        self.config: dict[str, Any] = read_json(path) if is_file(path := folder / "config.json") else {}
+        self.config = read_config(folder)
         self.notes: Sequence[str] = ()
         self._files = open_files(files or files_in(folder), TorchFile)
 

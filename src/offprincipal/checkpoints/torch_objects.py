@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from offprincipal.checkpoints.checkpoint import FLOATS, INTEGERS, Array
+from offprincipal.checkpoints.hostile import shape_of
 from offprincipal.errors import CheckpointError
 
 _MOST_PICKLE = 1 << 28
@@ -141,7 +142,7 @@ class _Unpickler(pickle.Unpickler):
         known: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): OrderedDict,
             ("collections", "defaultdict"): partial(defaultdict, None),
-            ("torch", "Size"): _shape,
+            ("torch", "Size"): shape_of,
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
             ("torch._utils", "_rebuild_tensor_v3"): self._tensor,
             ("torch._utils", "_rebuild_parameter"): _first,
@@ -180,24 +181,16 @@ class _Unpickler(pickle.Unpickler):
     def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Any:
         """A plain tensor."""
         dtype = rest[3] if len(rest) > 3 and isinstance(rest[3], str) else storage.dtype
-        sizes, steps = _shape(shape), _shape(stride)
+        sizes, steps = shape_of(shape), shape_of(stride)
         if len(sizes) > _MOST_DIMENSIONS or len(steps) != len(sizes):
             raise ValueError(f"a tensor of {len(sizes)} dimensions and {len(steps)} strides")
         if any(size > 1 and step == 0 for size, step in zip(sizes, steps, strict=True)):
             raise ValueError("a tensor that repeats its entries")
-        (first,) = _shape((offset,))
+        (first,) = shape_of((offset,))
         part = StoredPart(storage.path, storage.start + first * _TYPES[dtype].itemsize, dtype, sizes, steps)
         if part.start + part.length > storage.start + storage.size:
             raise ValueError("a tensor that is larger than its storage")
         return part
-
-
-def _shape(values: Any = ()) -> tuple[int, ...]:
-    """What torch.Size is: some whole numbers."""
-    numbers = tuple(values)
-    if not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
-        raise TypeError(f"{numbers!r:.60} in place of a shape")
-    return numbers
 
 
 def _first(value: Any, *_: Any) -> Any:

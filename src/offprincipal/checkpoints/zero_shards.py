@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from offprincipal.checkpoints.checkpoint import FLOATS, INTEGERS, Array, Checkpoint, TensorInfo, without_copied_head
-from offprincipal.checkpoints.hostile import is_file, read_json
+from offprincipal.checkpoints.hostile import is_file, read_bytes, read_config
 from offprincipal.checkpoints.torch_objects import StoredPart, read_objects
 from offprincipal.errors import CheckpointError
 
@@ -57,10 +57,7 @@ def open_zero_shards(folder: Path, source: str, base: Checkpoint | None = None) 
     """
     at = folder_at(folder)
     assert at is not None
-    config = next(
-        (read_json(path) for path in (at / "config.json", at.parent / "config.json") if is_file(path)),
-        dict(base.config) if base else {},
-    )
+    config = read_config(at, at.parent, otherwise=base.config if base else None)
     try:
         pieces = _pieces(at)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -113,16 +110,8 @@ class ZeroShards:
 
 def _entries(name: str, piece: _Piece, low: int, high: int) -> Array:
     dtype = _TYPES[piece.part.dtype]
-    length = (high - low) * dtype.itemsize
-    try:
-        with piece.part.path.open("rb") as file:
-            file.seek(piece.part.start + (piece.first + low) * dtype.itemsize)
-            content = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {name} from {piece.part.path}: {error.strerror or error}") from error
-    if len(content) != length:
-        raise CheckpointError(f"{piece.part.path} ends before {name} does: copy or save it again")
-    return np.frombuffer(content, dtype)
+    start = piece.part.start + (piece.first + low) * dtype.itemsize
+    return np.frombuffer(read_bytes(piece.part.path, start, (high - low) * dtype.itemsize, name), dtype)
 
 
 def _matches(folder: Path, pattern: re.Pattern[str]) -> dict[tuple[int, int], Path]:

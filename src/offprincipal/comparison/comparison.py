@@ -189,7 +189,7 @@ def _summary(work: Work, measured: list[TensorRows], matrices: list[Row], pairs:
             "solvers": dict(sorted(Counter(row["solver"] for row in rows if row["solver"]).items())),
             "metrics": {metric: pooled.as_dict() for metric, pooled in pool_run(rows).items()},
             "anatomy": anatomy(rows),
-        } | ({"contract": kept} if (kept := work.kept(name, rows)) else {})
+        } | ({"contract": kept} if (kept := work.kept(name, rows, unmeasured, differing)) else {})
     couples = dict.fromkeys((row["run_a"], row["run_b"]) for row in pairs)
     flat = asdict(work.settings) | asdict(work.settings.matrix)
     return {

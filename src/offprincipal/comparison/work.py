@@ -114,7 +114,7 @@ class Work:
             raise CheckpointError(
                 f"{self.base_checkpoint.source} holds no floating-point tensor: there is nothing to compare"
             )
-        packed = [name for run in self.runs for name in self.unmeasured(run)[0]] if self.settings.expect else []
+        packed = [name for run in self.runs for name in self.packed(run)] if self.settings.expect else []
         alone = [*self.only_in_base, *(name for run in self.runs for name in self.only_in_run(run))]
         require_matches(self.settings.contract, [*(part.name for part in parts), *packed, *alone])
         return parts
@@ -159,11 +159,13 @@ class Work:
         """A part as one checkpoint stores it."""
         return part.of(checkpoint.read(self.stored_as(checkpoint, part.tensor), part.start, part.stop))
 
-    def kept(self, run: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def kept(
+        self, run: str, rows: Sequence[Mapping[str, Any]], packed: Sequence[str], differing: Sequence[str]
+    ) -> list[dict[str, Any]]:
         """The contract, held against a run.
 
         Args:
-            rows: of `matrices.parquet`, that run's.
+            rows: of `matrices.parquet`, that run's; packed, differing: as `unmeasured` gives them.
         """
         if not self.settings.expect:
             return []
@@ -171,9 +173,8 @@ class Work:
         alone |= dict.fromkeys(self.only_in_run(run), "in the run alone")
         compared = {part.tensor for part in self.parts}
         alone |= {name: "not in every run" for name in self.only_in_base if name not in alone and name not in compared}
-        names, differing = self.unmeasured(run)
-        packed = {name: name not in differing for name in names}
-        return [expectation.judge(rows, alone, packed) for expectation in self.settings.contract]
+        same = {name: name not in differing for name in packed}
+        return [expectation.judge(rows, alone, same) for expectation in self.settings.contract]
 
     def unmeasured(self, run: str) -> tuple[list[str], list[str]]:
         """Tensors that hold no floating-point numbers, which nothing measures: all, and those whose bits differ.
@@ -181,9 +182,13 @@ class Work:
         Packed weights are among them, so that a checkpoint of which all that was measured is the base's may still be
         another.
         """
-        base, tuned = self.base_checkpoint, self.runs[run]
-        names = [name for name, info in base.tensors.items() if not info.floating and name in tuned.tensors]
+        base, tuned, names = self.base_checkpoint, self.runs[run], self.packed(run)
         return names, [name for name in names if not self._same_bits(base, tuned, name)]
+
+    def packed(self, run: str) -> list[str]:
+        """Tensors of both sides that hold no floating-point numbers."""
+        theirs = self.runs[run].tensors
+        return [name for name, info in self.base_checkpoint.tensors.items() if not info.floating and name in theirs]
 
     @staticmethod
     def _same_bits(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:
