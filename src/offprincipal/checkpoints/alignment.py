@@ -17,7 +17,7 @@ import numpy as np
 
 from offprincipal.checkpoints.checkpoint import Array, Checkpoint, TensorInfo
 from offprincipal.checkpoints.parts import Part, parts_of
-from offprincipal.checkpoints.roles import place_of
+from offprincipal.checkpoints.roles import WRAPPERS, place_of
 from offprincipal.errors import CheckpointError
 
 # What stands in front of a decoder's names: trainers' wrappers, and the modules that models keep their decoder in.
@@ -30,7 +30,8 @@ _CONTAINERS = re.compile(
 _SYNONYMS = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|original_module)\.", ""),
+        (WRAPPERS, ""),
+        (r"\boriginal_module\.", ""),
         (r"\bmodules_to_save\.default\.", ""),
         (r"\b(?:qkv_proj|query_key_value|c_attn)\.weight:([qkv])$", r"\1_proj.weight"),
         (r"\bgate_up_proj\.weight:(gate|up)$", r"\1_proj.weight"),

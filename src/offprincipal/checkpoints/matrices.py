@@ -10,11 +10,11 @@ import numpy as np
 from offprincipal.checkpoints.checkpoint import Array, Checkpoint, TensorInfo
 from offprincipal.checkpoints.pairing import pair_tensors
 from offprincipal.checkpoints.parts import Part, parts_of
+from offprincipal.checkpoints.roles import WRAPPERS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\.")
 _OUTER = re.compile(r"^(?:module\.)?(?:base_model\.model\.)?")
 
 
@@ -88,7 +88,7 @@ def matrices_of(model: Any) -> Iterator[ModelMatrix]:
                 continue
             seen.add(id(weight))
             name = f"{path}.{attribute}" if path else attribute
-            info = TensorInfo(_OUTER.sub("", _WRAPPERS.sub("", name)), tuple(weight.shape), str(weight.dtype))
+            info = TensorInfo(_OUTER.sub("", WRAPPERS.sub("", name)), tuple(weight.shape), str(weight.dtype))
             for part in parts_of(info, settings):
                 if part.is_matrix:
                     yield ModelMatrix(part, name, module, attribute)

@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+# What torch and PEFT put into names around a module that they wrap.
+WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\.")
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.([0-9]{1,9})\.")
 _EXPERT = re.compile(r"\.experts\.([0-9]{1,9})\.")
 _FEED_FORWARD = r"\b(?:feed_forward|mlp|shared_experts?|experts(?:\.[0-9]+)?)\."
