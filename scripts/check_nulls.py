@@ -2,6 +2,7 @@
 
     python scripts/check_nulls.py --draws 400
     python scripts/check_nulls.py --draws 200 --weights embedded
+    python scripts/check_nulls.py --draws 400 --shape 384 512 --kinds both
 
 Eight kinds of blind update on plain weights, on weights with scales of rows and columns, or on a model's own matrices;
 the masks of principal and of small weights, and the changes of another such run. Beside it the spacing null's z.
@@ -19,7 +20,6 @@ from offprincipal.measures.pair import BaseMatrix, MatrixPair
 from offprincipal.measures.settings import MatrixSettings
 from offprincipal.models import model_name
 
-SHAPE = (192, 256)
 MASKS = ("principal", "low_magnitude")
 ALPHA = 0.3
 
@@ -28,15 +28,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=200, help="updates of each kind (%(default)s)")
     parser.add_argument("--step", type=float, default=0.003, help="relative norm of an update (%(default)s)")
+    parser.add_argument("--shape", type=int, nargs=2, default=(192, 256), help="of made weights (192 256)")
+    parser.add_argument("--kinds", default=",".join(synthetic.KINDS), help="of updates (all)")
     parser.add_argument("--weights", help="a checkpoint whose matrices are drawn from, in place of made ones")
     options = parser.parse_args()
     real = real_matrices(options.weights) if options.weights else {}
     print(f"{'weights':10} {'update':12} {'unchanged':>9}  share of |z| > 1.96: margin null (spacing null)")
-    for weights, kind in itertools.product(["real"] if real else synthetic.WEIGHTS, synthetic.KINDS):
+    for weights, kind in itertools.product(["real"] if real else synthetic.WEIGHTS, options.kinds.split(",")):
         rows = []
         for draw in range(options.draws):
             rng = np.random.default_rng([draw, synthetic.KINDS.index(kind), len(weights)])
-            W = list(real.values())[draw % len(real)] if real else synthetic.example_weights(weights, SHAPE, rng)
+            W = (
+                list(real.values())[draw % len(real)]
+                if real
+                else synthetic.example_weights(weights, options.shape, rng)
+            )
             rows.append(scores(W, kind, options.step, rng, draw))
         said = []
         for column in ("principal", "low_magnitude", "jaccard"):

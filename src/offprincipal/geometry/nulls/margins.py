@@ -6,7 +6,9 @@ maximum likelihood, so that the expected changes of every class e, row i and col
 held against it by its score test, which asks whether being in the mask raises the odds of a change beyond all that.
 
 The score is taken orthogonally to the model's parameters (the *efficient* score), so what a rough fit leaves wrong with
-them counts to second order only: a few passes over the entries are enough. Knows nothing of files, models or layers.
+them counts to second order only: a few passes over the entries are enough. It is taken orthogonally to the *link* too,
+the square of the log-odds: those of steps that a Gaussian's tail decides add up in another scale than the logistic one,
+which would look like a preference where large steps meet large weights. Knows nothing of files, models or layers.
 """
 
 import math
@@ -68,10 +70,11 @@ class ScoreTest:
 
     Args:
         count: changed entries in the mask.
-        score: Σ_mask (changed − p), orthogonal to the model's parameters.
-        information: V = Σ p(1 − p)(M − M̂)², M̂ the projection of the mask on classes, rows and columns.
+        score: Σ_mask (changed − p), orthogonal to the model's parameters and to its link.
+        information: V = Σ p(1 − p)(M − M̂)², M̂ the projection of the mask on classes, rows, columns and the link.
 
-    Source: Rao's score test; Cox and Hinkley, Theoretical Statistics, 9.3.
+    Source: Rao's score test; Cox and Hinkley, Theoretical Statistics, 9.3. The link: Tukey's one degree of freedom for
+        non-additivity (1949), for generalised linear models by Pregibon (1980).
 
     >>> test = ScoreTest(10, 4.0, 16.0)
     >>> test.expected, test.z, test.log_odds, test.log_odds_se
@@ -206,23 +209,35 @@ def score_tests(
     >>> test.count, test.z is None
     (1, True)
     """
-    odds = model.odds
+    odds, (L, q) = model.odds, members.shape
     information = _Information.at(slots, odds)
-    along, excess = _Sides.zero(slots.shape, members.shape[1]), np.zeros((8, len(members)))
-    hits = np.zeros((8, len(members)), np.int64)
-    classes = np.zeros((len(members), len(model.classes)))
-    words = (members * (np.uint32(1) << np.arange(members.shape[1], dtype=np.uint32))).sum(axis=1, dtype=np.uint32)
-    _sum_masks(slots, changed, cells, *odds, words, along.rows, along.columns, classes, excess, hits)
-    in_class = classes.T @ members  # (K, q)
-    solution, information_left = information.project(slots, odds, along, in_class)
+    log_odds = _centred(model, information)
+    along, hits = _Sides.zero(slots.shape, q + 1), np.zeros((8, L), np.int64)
+    excess, of_link, link_excess = np.zeros((8, L)), np.zeros((8, L)), np.zeros((2, slots.shape[0]))
+    classes, link_classes = np.zeros((L, len(model.classes))), np.zeros(len(model.classes))
+    words = (members * (np.uint32(1) << np.arange(q, dtype=np.uint32))).sum(axis=1, dtype=np.uint32)
+    sums = along.rows, along.columns, classes, link_classes, excess, of_link, link_excess, hits
+    _sum_masks(slots, changed, cells, odds, log_odds, words, *sums)
+    square, over_link = link_excess.sum(axis=1)
+    unit = math.sqrt(information.total / square) if square > 0 else 0.0  # so that what is left of it has a size
+    along.rows[:, q] *= unit
+    along.columns[q] *= unit
+    with_link = unit * (of_link.sum(axis=0) @ members)
+    in_class = np.column_stack([classes.T @ members, unit * link_classes])  # (K, q + 1)
+    whole = np.append(in_class[:, :q].sum(axis=0), unit**2 * square)
+    solution, left, rest = information.project(slots, odds, along, in_class, whole)
     of_rows, of_columns, of_classes = model.surplus
     shares = information.of_classes(in_class, solution)
     correction = of_rows @ solution.rows + solution.columns @ of_columns + of_classes @ shares
-    scores = excess.sum(axis=0) @ members - correction
+    scores = np.append(excess.sum(axis=0) @ members, unit * over_link) - correction
+    if left[q] >= LEAST_INFORMATION:
+        common = information.in_common(along, in_class, with_link, solution, rest)
+        scores[:q] -= common / left[q] * scores[q]
+        left[:q] -= common**2 / left[q]
     if not model.deficit <= max(_UNSETTLED, 2 * _DEFICIT * math.sqrt(information.total)):
-        information_left = np.zeros_like(information_left)
-    tests = zip(hits.sum(axis=0) @ members, scores, information_left, strict=True)
-    return [ScoreTest(int(count), float(score), float(left)) for count, score, left in tests]
+        left = np.zeros_like(left)
+    tests = zip(hits.sum(axis=0) @ members, scores[:q], np.maximum(left[:q], 0.0), strict=True)
+    return [ScoreTest(int(count), float(score), float(left_of)) for count, score, left_of in tests]
 
 
 def expected_rates(model: MarginModel, slots: NDArray[np.uint16], changed: NDArray[np.bool_]) -> Singles:
@@ -301,18 +316,20 @@ class _Information:
         shares: Floats = left / self.classes[:, None]
         return shares
 
-    def project(self, slots: NDArray[np.uint16], odds: Odds, along: _Sides, classes: Floats) -> tuple["_Pair", Floats]:
+    def project(
+        self, slots: NDArray[np.uint16], odds: Odds, along: _Sides, classes: Floats, whole: Floats
+    ) -> tuple["_Pair", Floats, "_Pair"]:
         """Project masks on the model's parameters.
 
         Args:
-            along: Σ p(1 − p) M of every row and column; classes: (K, q), of every class.
+            along: Σ p(1 − p) M of every row and column; classes: (K, q), of every class; whole: (q,), Σ p(1 − p) M².
 
         Returns:
-            The projection's rows (n, q) and columns (q, m), and what it leaves of the masks' information, (q,).
+            The projection's rows (n, q) and columns (q, m); what it leaves of the masks' information, (q,); and what
+            the projection has not reached of every row and column.
         """
-        each = classes / self.classes[:, None]  # (K, q)
-        left = (classes - classes * each).sum(axis=0)
-        rest = _Pair(along.rows - self.rows @ each, along.columns - (self.columns @ each).T)
+        left = whole - (classes**2 / self.classes[:, None]).sum(axis=0)
+        rest = self._without_classes(along, classes)
         solution = _Pair(np.zeros_like(rest.rows), np.zeros_like(rest.columns))
         ahead = towards = self._precondition(rest)
         power = rest.dot(towards)
@@ -326,7 +343,23 @@ class _Information:
             if (power < _CLOSE * np.maximum(left, LEAST_INFORMATION)).all():
                 break
             ahead = towards.moved(_ratio(power, last), ahead)
-        return solution, np.maximum(left, 0.0)
+        return solution, np.maximum(left, 0.0), rest
+
+    def in_common(self, along: _Sides, classes: Floats, products: Floats, solution: "_Pair", rest: "_Pair") -> Floats:
+        """⟨M − M̂, T − T̂⟩ of every mask M but the last, which is T; what the projections lack counts to second order.
+
+        Args:
+            products: (q − 1,), Σ p(1 − p) M T; solution, rest: from `project` of `along` and `classes`.
+        """
+        known = self._without_classes(along, classes)
+        met: Floats = products - classes[:, :-1].T @ (classes[:, -1] / self.classes)
+        met -= known.rows[:, :-1].T @ solution.rows[:, -1] + known.columns[:-1] @ solution.columns[-1]
+        met -= solution.rows[:, :-1].T @ rest.rows[:, -1] + solution.columns[:-1] @ rest.columns[-1]
+        return met
+
+    def _without_classes(self, along: _Sides, classes: Floats) -> "_Pair":
+        each = classes / self.classes[:, None]  # (K, q)
+        return _Pair(along.rows - self.rows @ each, along.columns - (self.columns @ each).T)
 
     def _meet(self, slots: NDArray[np.uint16], odds: Odds, x: "_Pair") -> "_Pair":
         """The information of rows and columns, classes eliminated, times a direction: one pass."""
@@ -425,6 +458,17 @@ def _mixed(known: list[tuple[Floats, Floats, Floats]], surplus: Floats, size: in
 def _ratio(top: Floats, bottom: Floats) -> Floats:
     found: Floats = np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
     return found
+
+
+def _centred(model: MarginModel, information: _Information) -> Odds:
+    """The log-odds of rows, columns and classes, about their mean where changes are open; 0 where peeled off."""
+    sides = [np.where(np.isfinite(side), side, 0.0) for side in (model.rows, model.columns, model.classes)]
+    weights = information.rows.sum(axis=1), information.columns.sum(axis=1), information.classes
+    rows, columns, classes = (
+        (side - np.average(side, weights=weight) if weight.sum() > 0 else side).astype(np.float32)
+        for side, weight in zip(sides, weights, strict=True)
+    )
+    return rows, columns, classes
 
 
 def _odds(log_odds: Sequence[Floats]) -> Odds:
@@ -540,30 +584,47 @@ def _inform(slots, rows, columns, classes, by_row, by_column):  # type: ignore[n
 
 
 @compiled(fastmath={"reassoc", "contract"})
-def _sum_masks(slots, changed, cells, rows, columns, classes, words, by_row, by_column, by_class, excess, hits):  # type: ignore[no-untyped-def] # pragma: no cover # fmt: skip
-    """Add up p(1 − p) of q masks by row and column, by cell and class, changed − p and changed by cell.
+def _sum_masks(  # type: ignore[no-untyped-def] # pragma: no cover
+    slots, changed, cells, odds, log_odds, words, by_row, by_column, by_class, link_by_class,
+    excess, of_link, link_excess, hits
+):  # fmt: skip
+    """Add up p(1 − p) of q masks and of the link by row, column and class; by cell, changed − p and changed.
 
     Args:
         words: (L,), uint32, bit a of a cell's word: whether it belongs to mask a.
-        excess, hits: (8, L), taken in turn: changed − p, and changed.
+        by_row, by_column: (n, q + 1), (q + 1, m), the link last; by_class: (L, K) of cells; link_by_class: (K,).
+        excess, of_link, hits: (8, L), taken in turn: changed − p, p(1 − p) of the link, and changed.
+        link_excess: (2, n), p(1 − p) of the link's square, and changed − p of the link.
     """
-    n, m = slots.shape
-    width, q = 512, by_row.shape[1]
+    (n, m), (rows, columns, classes), (log_rows, log_columns, log_classes) = slots.shape, odds, log_odds
+    width, q = 512, by_row.shape[1] - 1
     one, zero = np.float32(1), np.float32(0)
     w, over, word = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.uint32)
+    link = np.empty(width, np.float32)
     for i in range(n):
         for first in range(0, m, width):
             wide = min(width, m - first)
             slot, cell = slots[i, first : first + wide], cells[i, first : first + wide]
-            column = columns[first : first + wide]
+            column, log_column = columns[first : first + wide], log_columns[first : first + wide]
             for j in range(wide):
                 w[j] = classes[slot[j]]
+                link[j] = log_classes[slot[j]]
                 word[j] = words[cell[j]]
+            square, met, total, sums = zero, zero, zero, by_column[q, first : first + wide]
             for j in range(wide):
-                odds = rows[i] * column[j] * w[j]
-                stays = one / (one + odds)
+                ratio = rows[i] * column[j] * w[j]
+                stays = one / (one + ratio)
                 w[j] = stays * (one - stays)
-                over[j] = stays - one + (np.float32(changed[i, first + j]) if odds > 0 else zero)
+                over[j] = stays - one + (np.float32(changed[i, first + j]) if ratio > 0 else zero)
+                eta = log_rows[i] + log_column[j] + link[j]
+                met += over[j] * eta * eta
+                link[j] = w[j] * eta * eta
+                square += link[j] * eta * eta
+                total += link[j]
+                sums[j] += link[j]
+            by_row[i, q] += total
+            link_excess[0, i] += square
+            link_excess[1, i] += met
             for a in range(q):
                 bit, total, sums = np.uint32(1) << np.uint32(a), zero, by_column[a, first : first + wide]
                 for j in range(wide):
@@ -573,7 +634,9 @@ def _sum_masks(slots, changed, cells, rows, columns, classes, words, by_row, by_
                 by_row[i, a] += total
             for j in range(wide):
                 by_class[cell[j], slot[j]] += w[j]
+                link_by_class[slot[j]] += link[j]
                 excess[j & 7, cell[j]] += over[j]
+                of_link[j & 7, cell[j]] += link[j]
                 hits[j & 7, cell[j]] += changed[i, first + j]
 
 
