@@ -13,7 +13,7 @@ from offprincipal import compare
 from offprincipal.comparison import CompareSettings
 
 PROGRAM = Path(__file__).with_name("alternatives.py")
-COMMAND = "`offprincipal compare --metrics location --no-report`, the whole process"
+COMMAND = "`offprincipal compare --metrics {} --no-report`, the whole process"
 
 LOADED = (
     ("float32", "relative", "in float32, and compared to 1e-3 relative by torch"),
@@ -28,24 +28,23 @@ def change_scan(pair: Pair, rounds: int, loaded: int = len(LOADED)) -> Table:
     rows = [*whole_processes(pair, rounds, loaded), *in_process(pair, rounds)]
     note = (
         f"A pair of {number(pair.parameters / 1e6)} M parameters, {pair.stored_bytes / 1e9:.2f} GB in bfloat16, in the "
-        "page cache. Ours counts exact changes and makes the exponent histograms and precision nulls of each tensor; "
-        "the alternatives count. The copy is from memory to memory, so its ratio is our share of the copy bandwidth."
+        "page cache. `changes` counts exactly, with norms, the histogram of magnitudes and what a Gaussian update "
+        "would leave; `location` adds the ladder of nulls; the alternatives count. The copy is from memory to memory, "
+        "so its ratio is our share of the copy bandwidth."
     )
     return Table("(a) Change scan", note, SIDE_BY_SIDE, tuple(rows))
 
 
 def whole_processes(pair: Pair, rounds: int, loaded: int) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    scan = partial(scan_process, pair)
-    scan()
-    for dtype, count, meaning in LOADED[:loaded]:
-        found = in_turn(scan, partial(loading, pair, dtype, count), rounds)
-        rows.append((COMMAND, f"both loaded by transformers, {meaning}, the whole process", *found.cells()))
+    for metrics, against in (("changes", LOADED[:loaded]), ("location", LOADED[:1])):
+        scan = partial(compare_command, pair.base, pair.tuned, "--metrics", metrics)
+        scan()
+        for dtype, count, meaning in against:
+            found = in_turn(scan, partial(loading, pair, dtype, count), rounds)
+            words = f"both loaded by transformers, {meaning}, the whole process"
+            rows.append((COMMAND.format(metrics), words, *found.cells()))
     return rows
-
-
-def scan_process(pair: Pair) -> Cost:
-    return compare_command(pair.base, pair.tuned, "--metrics", "location")
 
 
 def loading(pair: Pair, dtype: str, count: str) -> Cost:
@@ -54,7 +53,7 @@ def loading(pair: Pair, dtype: str, count: str) -> Cost:
 
 
 def in_process(pair: Pair, rounds: int) -> list[tuple[str, ...]]:
-    settings = CompareSettings(metrics=("location",))
+    settings = CompareSettings(metrics=("changes",))
 
     def ours() -> Cost:
         with cache_folder():
@@ -69,7 +68,7 @@ def in_process(pair: Pair, rounds: int) -> list[tuple[str, ...]]:
         return timed(memory.run)
 
     threads = torch.get_num_threads()
-    call = '`compare(..., CompareSettings(metrics=("location",)))`, in process'
+    call = '`compare(..., CompareSettings(metrics=("changes",)))`, in process'
     against_loop = in_turn(ours, loop, rounds, [ours, loop])
     against_copy = in_turn(ours, copy, rounds, [copy])
     return [

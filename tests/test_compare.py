@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import ml_dtypes
@@ -21,9 +22,10 @@ from offprincipal.checkpoints.roles import Place
 from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare, parse_condition, read_table
 from offprincipal.comparison.measure import Row, measure_matrix
 from offprincipal.errors import ArgumentError, CheckpointError
-from offprincipal.measures.columns import GROUPS, METRICS
+from offprincipal.measures.columns import GROUPS, METRICS, Group
 from offprincipal.measures.pair import BaseMatrix, MatrixPair
 from offprincipal.measures.pooling import estimate_ratio, pool_column
+from offprincipal.measures.spectral import BaseSpectrum
 
 LINEAR = 6
 CERTIFICATES = ("singular_value_error", "singular_value_error_relative", "angle_error_deg")  # none for LAPACK's
@@ -215,6 +217,9 @@ def test_zero_constant_and_one_row_matrices_are_measured(tmp_path: Path) -> None
             assert not isinstance(number, float) or math.isfinite(number), (row["role"], name)
 
 
+UPDATE = CompareSettings(metrics=("update",))
+
+
 def test_location_alone_decomposes_nothing(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a matrix was decomposed")
@@ -227,12 +232,50 @@ def test_location_alone_decomposes_nothing(folders: dict[str, Path], monkeypatch
     assert "principal_overlap" not in row and "spectral_shift" not in row
 
 
-def test_location_alone_does_not_even_import_torch(folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("group", ["changes", "location"])
+def test_what_decomposes_nothing_does_not_even_import_torch(folders: dict[str, Path], group: str) -> None:
     program = (
         "import sys; from offprincipal.comparison import CompareSettings, compare; "
-        "compare(sys.argv[1], sys.argv[2:], CompareSettings(metrics=('location',))); assert 'torch' not in sys.modules"
+        f"compare(sys.argv[1], sys.argv[2:], CompareSettings(metrics=('{group}',))); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program, *map(str, (folders["base"], folders["near"]))], check=True)
+
+
+def numbers(row: Row, names: Iterable[str] | None = None) -> list[float]:
+    """The values of a row in a fixed order, NaN for what is undefined."""
+    return [math.nan if row[name] is None else row[name] for name in sorted(row if names is None else names)]
+
+
+@pytest.mark.parametrize("groups", [("changes",), ("location",), ("update",), ("changes", "update"), ("bounds",)])
+def test_a_group_measures_what_all_groups_together_do(folders: dict[str, Path], groups: tuple[Group, ...]) -> None:
+    """The columns of a group, and those of `changes`, whatever else is measured, pooled and by row."""
+    runs = [folders["near"], folders["far"]]
+    whole, found = (compare(folders["base"], runs, CompareSettings(metrics=g), cache=False) for g in (GROUPS, groups))
+    names = {c.name for m in METRICS if m.group in ("changes", *groups) and not m.decomposes for c in m.columns}
+    assert {"unchanged_fraction", "update_norm", "hidden_fraction"} <= names <= found.matrices[0].keys()
+    assert ("update_norm_2" in found.matrices[0]) == ("update" in groups)
+    assert ("singular_value_error" in found.matrices[0]) is False
+    for row, known in zip(found.matrices, whole.matrices, strict=True):
+        assert (row["tensor"], row["linear"]) == (known["tensor"], known["linear"])
+        assert numbers(row, names) == pytest.approx(
+            numbers(known, names), abs=0.02, nan_ok=True
+        )  # score tests converge together
+    for run, entry in found.summary["runs"].items():
+        pooled = whole.summary["runs"][run]["metrics"]
+        assert entry["metrics"].keys() >= names - {"changed_count"}
+        for name in names - {"changed_count"}:
+            assert numbers(entry["metrics"][name]) == pytest.approx(
+                numbers(pooled[name]), abs=0.02, nan_ok=True
+            )  # score tests converge together
+
+
+def test_the_update_alone_leaves_the_base_alone(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the base was decomposed")
+
+    monkeypatch.setattr(BaseSpectrum, "_decompose", refuse)
+    row = next(r for r in compare(folders["base"], [folders["near"]], UPDATE, cache=False).matrices if r["linear"])
+    assert row["update_norm_2"] <= row["update_norm"] and row["update_stable_rank"] >= 1 and row["k"] is None
 
 
 def test_what_is_rounding_of_the_decomposition_is_not_measured(tmp_path: Path) -> None:

@@ -103,9 +103,12 @@ def test_what_cannot_be_meant_is_refused(text: str, message: str, folders: dict[
             CompareSettings(expect=(text,))
 
 
-def test_a_contract_needs_what_it_is_about() -> None:
-    with pytest.raises(ArgumentError, match="needs the metric group location"):
-        CompareSettings(metrics=("spectrum",), expect=("a: changed",))
+def test_a_contract_can_be_held_whatever_is_measured(folders: dict[str, Path]) -> None:
+    expect = ("model.layers.*: changed", "model.embed_tokens.weight: update_norm < 1")
+    summary = compare(
+        folders["base"], {"run": folders["run"]}, CompareSettings(metrics=("changes",), expect=expect)
+    ).summary
+    assert [each["pattern"] for each in summary["runs"]["run"]["contract"]] == [text.split(":")[0] for text in expect]
 
 
 def test_files_hold_a_mapping_or_a_list(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_every_mask_has_exactly_its_size(n: int, m: int, seed: int, alpha: float
     }
     masks = masks_at(alpha, ranks)
     for name in ranks:
-        assert int(masks[name].sum()) == mask_size(n * m, alpha) == round(alpha * n * m)
+        assert int(masks[name].sum()) == mask_size(n * m, alpha) == round(alpha * (n * m))
     assert torch.equal(masks["safe"], masks["low_magnitude"] | ~masks["principal"])
 
 

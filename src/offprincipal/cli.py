@@ -111,8 +111,12 @@ def compare(
     ],
     out: Out = Path("comparison"),
     metrics: Annotated[
-        str, typer.Option(help="Of location, spectrum, subspace, bounds; `location` alone decomposes nothing.")
-    ] = "location,spectrum,subspace,bounds",
+        str | None,
+        typer.Option(
+            help="Groups of changes (always counted, as fast as memory), location, update, spectrum, subspace, bounds; "
+            "the last three decompose the base. Default: all.",
+        ),
+    ] = None,
     rank_fraction: Annotated[
         float, typer.Option(help="Rank of the principal subspace over min(rows, columns).")
     ] = 0.125,
@@ -164,10 +168,11 @@ def compare(
     from offprincipal.comparison import CompareSettings, MatrixSettings, parse_condition
     from offprincipal.comparison import compare as compare_checkpoints
     from offprincipal.comparison.contract import broken_phrases, read_contract
+    from offprincipal.measures.columns import GROUPS
     from offprincipal.reports.terminal import comparison_table
     from offprincipal.reports.words import contract_lines, verdict_paragraph, warnings_of
 
-    groups: Any = tuple(part.strip() for part in metrics.split(","))
+    groups: Any = GROUPS if metrics is None else tuple(part.strip() for part in metrics.split(","))
     chosen: Any = {"solver": solver, "tolerance": tolerance, "device": device}
     matrix = MatrixSettings(rank_fraction, alpha, null_draws=null_draws, seed=seed, **chosen)
     expected = [*(expect or []), *(read_contract(contract) if contract else [])]

@@ -92,9 +92,9 @@ def parse_expectations(texts: Iterable[str], groups: tuple[Group, ...]) -> list[
         groups: the metric groups that are measured.
 
     Raises:
-        ArgumentError: a text is none, names no metric of these groups, or `location` is not measured.
+        ArgumentError: a text is none, or names no metric of these groups.
 
-    >>> [str(each) for each in parse_expectations(["model.visual.*: unchanged"], ("location",))]
+    >>> [str(each) for each in parse_expectations(["model.visual.*: unchanged"], ("changes",))]
     ['model.visual.*: unchanged']
     """
     columns = [column.name for metric in metrics_of(groups) for column in metric.columns]
@@ -107,8 +107,6 @@ def parse_expectations(texts: Iterable[str], groups: tuple[Group, ...]) -> list[
             )
         threshold = None if expected in ("unchanged", "changed") else parse_threshold(expected, columns)
         found.append(Expectation(pattern, expected if threshold is None else str(threshold), threshold))
-    if found and "location" not in groups:
-        raise ArgumentError("a contract needs the metric group location: add it to --metrics")
     return found
 
 

@@ -17,6 +17,7 @@ from offprincipal.checkpoints import Part
 from offprincipal.comparison.measure import TensorRows
 from offprincipal.comparison.work import Work
 from offprincipal.errors import ArgumentError, OffPrincipalError
+from offprincipal.measures.columns import needs_torch
 
 _GIVE_BACK_AFTER = 16  # tensors
 
@@ -110,7 +111,7 @@ def _give_back_memory() -> None:
 @contextmanager
 def one_core_each(work: Work) -> Iterator[None]:
     """Hold torch to one thread and to full float32; where nothing is decomposed, torch is not even imported."""
-    if set(work.settings.metrics) == {"location"} and "torch" not in sys.modules:
+    if not needs_torch(work.settings.metrics) and "torch" not in sys.modules:
         yield
         return
     import torch

@@ -15,7 +15,7 @@ from offprincipal.checkpoints import Array, Part
 from offprincipal.checkpoints.masters import require_own_masters
 from offprincipal.measures import location
 from offprincipal.measures.changes import Block, TensorPair
-from offprincipal.measures.columns import Group, metrics_of
+from offprincipal.measures.columns import Group, decomposes_base, metrics_of
 from offprincipal.measures.pair import BaseMatrix, MatrixPair
 from offprincipal.measures.settings import MatrixSettings
 
@@ -56,7 +56,7 @@ def measure_matrix(
         base: (n, m), as stored; tuned: run -> the same; masters: run -> float32, where they were kept.
         cache: where decompositions of bases are kept.
     """
-    decompose = set(groups) != {"location"}
+    decompose = decomposes_base(groups)
     base_matrix = BaseMatrix(part.name, base, settings, decompose, cache)
     pairs = {run: MatrixPair(base_matrix, tensor, masters.get(run)) for run, tensor in tuned.items()}
     for run, pair in pairs.items():
@@ -86,18 +86,19 @@ def measure_matrix(
 
 
 def measure_tensor(
-    part: Part, blocks: Mapping[str, Callable[[], Iterable[Block]]], groups: tuple[Group, ...]
+    part: Part, blocks: Mapping[str, Callable[[], Iterable[Block]]], groups: tuple[Group, ...], linear: bool = False
 ) -> TensorRows:
-    """All rows of a tensor that is no linear matrix, read block by block.
+    """All rows of a tensor of which only what every tensor has is measured, read block by block.
 
     Args:
         blocks: run -> what gives its blocks anew.
+        linear: whether it is pooled as a linear matrix all the same.
     """
     found = TensorRows()
     for run, read in blocks.items():
         pair = TensorPair(partial(_with_own_masters, part.name, run, read))
         dtypes = dict(zip(("dtype_base", "dtype_tuned"), pair.counts.dtypes, strict=True))
-        row: Row = dtypes | {"linear": False, "k": None, "alpha": None, "solver": None}
+        row: Row = dtypes | {"linear": linear, "k": None, "alpha": None, "solver": None}
         for metric in metrics_of(groups):
             values = metric.measure(pair) if metric.every_tensor else (None,) * len(metric.columns)
             row |= {column.name: value for column, value in zip(metric.columns, values, strict=True)}

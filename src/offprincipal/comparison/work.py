@@ -39,7 +39,9 @@ class CompareSettings:
     """What decides the numbers of a comparison, beside the checkpoints.
 
     Args:
-        metrics: groups to measure; `location` alone decomposes nothing, so it leaves out the principal and safe masks.
+        metrics: groups to measure, beside `changes`, which are always counted. `location` decomposes nothing by itself,
+            so it leaves out the principal and safe masks where no group decomposes the base; `update` is of the update
+            alone.
         matrix: what decides the numbers of one matrix.
         include_embeddings: measure and pool embeddings and heads as linear matrices too.
         strict: a tensor that the base or a run alone has is an error.
@@ -56,7 +58,7 @@ class CompareSettings:
         unknown = [group for group in self.metrics if group not in GROUPS]
         if unknown or not self.metrics:
             raise ArgumentError(f"no metric group {unknown or 'given'}: choose of {', '.join(GROUPS)}")
-        object.__setattr__(self, "metrics", tuple(g for g in GROUPS if g in self.metrics))
+        object.__setattr__(self, "metrics", tuple(g for g in GROUPS if g in ("changes", *self.metrics)))
         parse_expectations(self.expect, self.metrics)  # refuses what is none
 
     @property
@@ -130,9 +132,10 @@ class Work:
             CheckpointError: it cannot be read, holds NaN or infinity, or masters are another checkpoint's.
         """
         try:
-            if not self.is_linear(part):
+            linear = self.is_linear(part)
+            if not linear or self.settings.metrics == ("changes",):
                 blocks = {run: partial(self._blocks, part, run) for run in self.runs}
-                return measure_tensor(part, blocks, self.settings.metrics)
+                return measure_tensor(part, blocks, self.settings.metrics, linear)
             return self._measure_matrix(part)
         except NonFiniteTensor as error:
             raise CheckpointError(f"{part.name}: {error}. Look at how it was trained or converted") from error

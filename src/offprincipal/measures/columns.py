@@ -12,8 +12,8 @@ from offprincipal.geometry.scan import MASKS
 from offprincipal.measures.changes import TensorPair
 from offprincipal.measures.pair import MatrixPair
 
-Group = Literal["location", "spectrum", "subspace", "bounds"]
-GROUPS: tuple[Group, ...] = ("location", "spectrum", "subspace", "bounds")
+Group = Literal["changes", "location", "update", "spectrum", "subspace", "bounds"]
+GROUPS: tuple[Group, ...] = ("changes", "location", "update", "spectrum", "subspace", "bounds")
 Pool = Literal["entries", "changed", "parameters", "norm", "relative_norm", "log_odds", "log_odds_se", "z", "none"]
 Number = float | int | None
 
@@ -42,7 +42,8 @@ class Metric:
     Args:
         measure: takes a `MatrixPair`, or a `TensorPair` where every tensor is measured.
         every_tensor: measured of norms, biases and embeddings too, not of linear matrices alone.
-        decomposes: needs a singular value decomposition, so it is left out where `location` is measured alone.
+        decomposes: needs the base's singular value decomposition though its group does not, so it is left out where no
+            group does.
     """
 
     group: Group
@@ -53,10 +54,27 @@ class Metric:
     decomposes: bool = False
 
 
+def decomposes_base(groups: tuple[Group, ...]) -> bool:
+    """Whether a group is among these that needs the base's singular value decomposition.
+
+    >>> decomposes_base(("changes", "location", "update")), decomposes_base(("changes", "subspace"))
+    (False, True)
+    """
+    return not {"spectrum", "subspace", "bounds"}.isdisjoint(groups)
+
+
+def needs_torch(groups: tuple[Group, ...]) -> bool:
+    """Whether a group is among these that decomposes anything.
+
+    >>> needs_torch(("changes", "location")), needs_torch(("changes", "update"))
+    (False, True)
+    """
+    return "update" in groups or decomposes_base(groups)
+
+
 def metrics_of(groups: tuple[Group, ...]) -> tuple[Metric, ...]:
-    """The metrics of some groups; those that decompose only where more than `location` is asked for."""
-    decompose = set(groups) != {"location"}
-    return tuple(m for m in METRICS if m.group in groups and (decompose or not m.decomposes))
+    """The metrics of some groups."""
+    return tuple(m for m in METRICS if m.group in groups and (decomposes_base(groups) or not m.decomposes))
 
 
 def _share(count: int | None, pair: TensorPair) -> tuple[Number, ...]:
@@ -175,7 +193,7 @@ _ENERGIES: tuple[tuple[str, str, str, Pool], ...] = (
 
 METRICS: tuple[Metric, ...] = (
     Metric(
-        "location",
+        "changes",
         "arXiv 2511.08567, claim C1",
         (
             Column("unchanged_fraction", "share of the entries whose bfloat16 value did not change", pool="entries"),
@@ -185,7 +203,7 @@ METRICS: tuple[Metric, ...] = (
         every_tensor=True,
     ),
     Metric(
-        "location",
+        "changes",
         "ours: the isotropic null of claim C1",
         (
             Column(
@@ -198,7 +216,7 @@ METRICS: tuple[Metric, ...] = (
         every_tensor=True,
     ),
     Metric(
-        "location",
+        "changes",
         "claim C1 at the stored type's own precision",
         (
             Column(
@@ -209,7 +227,7 @@ METRICS: tuple[Metric, ...] = (
         every_tensor=True,
     ),
     Metric(
-        "location",
+        "changes",
         "arXiv 2511.08567, Gate III",
         (
             Column(
@@ -217,6 +235,22 @@ METRICS: tuple[Metric, ...] = (
             ),
         ),
         lambda pair: _share(pair.counts.hidden, pair),
+        every_tensor=True,
+    ),
+    Metric(
+        "changes",
+        "Frobenius norms",
+        (
+            Column("base_norm", "Frobenius norm of the base", "weight", "norm"),
+            Column("update_norm", "Frobenius norm of the update", "weight", "norm"),
+            Column(
+                "relative_update_norm",
+                "Frobenius norm of the update over that of the base",
+                "1",
+                "relative_norm",
+            ),
+        ),
+        lambda pair: (pair.base_norm, pair.update_norm, pair.relative_update_norm),
         every_tensor=True,
     ),
     Metric(
@@ -247,27 +281,19 @@ METRICS: tuple[Metric, ...] = (
         _stripes,
     ),
     Metric(
-        "spectrum",
-        "Frobenius norms",
-        (
-            Column("base_norm", "Frobenius norm of the base", "weight", "norm"),
-            Column("update_norm", "Frobenius norm of the update", "weight", "norm"),
-            Column(
-                "relative_update_norm",
-                "Frobenius norm of the update over that of the base",
-                "1",
-                "relative_norm",
-            ),
-        ),
-        lambda pair: (pair.base_norm, pair.update_norm, pair.relative_update_norm),
-        every_tensor=True,
-    ),
-    Metric(
-        "spectrum",
+        "update",
         "spectral norm",
         (Column("update_norm_2", "spectral norm of the update", "weight", "norm"),),
         lambda pair: (pair.spectral.update_norm_2,),
-        decomposes=True,
+    ),
+    Metric(
+        "update",
+        "Roy and Vetterli 2007 (effective rank)",
+        (
+            Column("update_stable_rank", "stable rank of the update"),
+            Column("update_effective_rank", "effective rank of the update"),
+        ),
+        lambda pair: pair.spectral.update_ranks(),
     ),
     Metric(
         "spectrum",
@@ -279,7 +305,6 @@ METRICS: tuple[Metric, ...] = (
             *_with_nulls({"spectral_shift": ("spectral shift", "1")})[1:],
         ),
         lambda pair: pair.spectral.spectral_shift(),
-        decomposes=True,
     ),
     Metric(
         "spectrum",
@@ -289,38 +314,24 @@ METRICS: tuple[Metric, ...] = (
             Column("singular_value_error_relative", "the same over the least of the top singular values", "1", "none"),
         ),
         lambda pair: pair.spectral.singular_value_errors(),
-        decomposes=True,
-    ),
-    Metric(
-        "spectrum",
-        "Roy and Vetterli 2007 (effective rank)",
-        (
-            Column("update_stable_rank", "stable rank of the update"),
-            Column("update_effective_rank", "effective rank of the update"),
-        ),
-        lambda pair: pair.spectral.update_ranks(),
-        decomposes=True,
     ),
     Metric(
         "subspace",
         "Björck and Golub 1973; arXiv 2511.08567, claim C4; the isotropic null is ours",
         _angle_columns(),
         lambda pair: pair.spectral.all_angles(),
-        decomposes=True,
     ),
     Metric(
         "subspace",
         "Davis and Kahan 1970; null for LAPACK's",
         (Column("angle_error_deg", "error bound: how far the principal angles may be off", "degrees", "none"),),
         lambda pair: (pair.spectral.angle_error_deg,),
-        decomposes=True,
     ),
     Metric(
         "subspace",
         "ours: the energy in the principal subspaces",
         _energy_columns(),
         lambda pair: pair.spectral.all_energies(),
-        decomposes=True,
     ),
     Metric(
         "bounds",
@@ -332,6 +343,5 @@ METRICS: tuple[Metric, ...] = (
             Column("wedin_tightness", "sine of the largest angle over Wedin's bound"),
         ),
         lambda pair: pair.spectral.bounds(),
-        decomposes=True,
     ),
 )

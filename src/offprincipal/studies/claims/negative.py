@@ -20,7 +20,7 @@ from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.geometry.synthetic import BLIND, blind_update
 from offprincipal.measures import location
 from offprincipal.measures.changes import Block, TensorPair
-from offprincipal.measures.columns import metrics_of
+from offprincipal.measures.columns import METRICS
 from offprincipal.measures.pair import BaseMatrix, MatrixPair
 from offprincipal.measures.settings import MatrixSettings
 from offprincipal.measures.spectral import ANGLES
@@ -29,7 +29,7 @@ from offprincipal.studies.claims.registry import CLAIMS
 
 Counts = dict[str, int]
 _SIDES = ("as_published", "controlled")
-_LOCATION = tuple(metric for metric in metrics_of(("location", "spectrum")) if metric.group == "location")
+_LOCATION = tuple(metric for metric in METRICS if metric.group in ("changes", "location"))
 
 
 def negative_controls(
