@@ -42,16 +42,9 @@ def tiny(kind: str = "llama", **settings: Any) -> torch.nn.Module:
     if kind == "gpt2":
         config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=24, n_positions=8, **settings)
         return transformers.GPT2LMHeadModel(config)
-    config = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}[kind](
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=48,
-        **settings,
-    )
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 48, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.AutoConfig.for_model(kind, **(sizes | heads | settings))
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
@@ -168,6 +161,121 @@ def test_shira_is_what_peft_merges(tmp_path: Path, peft: Any) -> None:
     assert np.count_nonzero(base.read(name) != tuned.read(name)) == 2 * (rows + cols)
 
 
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 8}
+STACKED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+OTHERS: dict[
+    str, tuple[str, dict[str, Any], str, dict[str, Any]]
+] = {  # model, its settings, configuration, its settings
+    "AdaLoRA": ("llama", {}, "AdaLoraConfig", {"total_step": 10, "init_r": 6, "target_r": 3}),
+    "AdaLoRA without alpha": ("llama", {}, "AdaLoraConfig", {"total_step": 10, "lora_alpha": 0}),
+    "MiSS": ("llama", {}, "MissConfig", {"r": 5, "target_modules": ["q_proj", "down_proj"]}),
+    "MiSS mini": ("llama", {}, "MissConfig", {"r": 4, "init_weights": "mini", "mini_r": 2}),
+    "IA3": (
+        "llama",
+        {"attention_bias": True},
+        "IA3Config",
+        {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    ),
+    "IA3 of Conv1D": (
+        "gpt2",
+        {},
+        "IA3Config",
+        {"target_modules": ["attn.c_attn", "c_proj"], "feedforward_modules": ["c_proj"], "fan_in_fan_out": True},
+    ),
+    "norms": ("llama", {}, "LNTuningConfig", {"target_modules": ["norm", "input_layernorm"]}),
+    "tokens": ("llama", {}, "TrainableTokensConfig", {"token_indices": [7, 3], "target_modules": ["embed_tokens"]}),
+    "LoRA and tokens": ("llama", {}, "LoraConfig", {"trainable_token_indices": [40, 2]}),
+    "LoRA and tokens of two": (
+        "llama",
+        {},
+        "LoraConfig",
+        {"trainable_token_indices": {"embed_tokens": [4, 2], "lm_head": [9]}},
+    ),
+    "tokens of tied": ("qwen3", {"tie_word_embeddings": True}, "LoraConfig", {"trainable_token_indices": [1]}),
+    "experts": ("qwen3_moe", MOE, "LoraConfig", {"target_parameters": STACKED}),
+    "experts down": ("qwen3_moe", MOE, "LoraConfig", {"target_parameters": STACKED[1:], "use_rslora": True}),
+    "experts and router": ("qwen3_moe", MOE, "LoraConfig", {"target_parameters": [*STACKED, "gate.weight"]}),
+    "experts by pattern": (
+        "qwen3_moe",
+        MOE,
+        "LoraConfig",
+        {"target_parameters": STACKED, "rank_pattern": {"experts.down_proj": 2}},
+    ),
+    "experts of gpt_oss": (
+        "gpt_oss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+        "LoraConfig",
+        {"target_parameters": STACKED},
+    ),
+    "convolution": ("lfm2", {"layer_types": ["conv", "full_attention"]}, "LoraConfig", {"target_modules": ["in_proj"]}),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_adapters_are_what_peft_merges(tmp_path: Path, peft: Any, kind: str) -> None:
+    name, more, method, settings = OTHERS[kind]
+    if method != "LNTuningConfig" and "target_modules" not in settings:
+        settings = {"target_modules": ATTENTION} | settings
+    if method in ("LoraConfig", "MissConfig") and "r" not in settings:
+        settings = {"r": 4} | settings
+    model = tiny(name, **more)
+    adapt(peft, model, tmp_path, getattr(peft, method)(**settings))
+    again = type(model).from_pretrained(tmp_path / "base", dtype=torch.float32)
+    peft.PeftModel.from_pretrained(again, tmp_path / "adapter").merge_and_unload().save_pretrained(tmp_path / "merged")
+    base, wanted = open_checkpoint(tmp_path / "base"), open_checkpoint(tmp_path / "merged")
+    tuned = open_checkpoint(tmp_path / "adapter", base)
+    assert tuned.tensors.keys() == base.tensors.keys()
+    assert_same(tuned, {name: tensor_of(wanted, name) for name in tuned.tensors})
+    assert any(not np.array_equal(base.read(name), tuned.read(name)) for name in base.tensors)
+
+
+@pytest.mark.parametrize("settings", [{}, {"intermediate_size": 24, "moe_intermediate_size": 24}], ids=["", "square"])
+def test_adapted_experts_are_the_same_on_a_base_that_stacks_them(
+    tmp_path: Path, peft: Any, settings: dict[str, Any]
+) -> None:
+    model = tiny("qwen3_moe", **MOE | settings)
+    adapt(peft, model, tmp_path, lora(peft, target_parameters=STACKED))
+    alone = open_checkpoint(tmp_path / "adapter", open_checkpoint(tmp_path / "base"))
+    stacks = type(model).from_pretrained(tmp_path / "base", dtype=torch.float32).state_dict()
+    (tmp_path / "stacked").mkdir()
+    save_file(stacks, tmp_path / "stacked" / "model.safetensors")
+    (tmp_path / "stacked" / "config.json").write_bytes((tmp_path / "base" / "config.json").read_bytes())
+    stacked = open_checkpoint(tmp_path / "adapter", open_checkpoint(tmp_path / "stacked"))
+    for place in ("0.mlp.experts", "1.mlp.experts"):
+        gate_up = tensor_of(stacked, f"model.layers.{place}.gate_up_proj")
+        for expert in range(4):
+            parts = [
+                tensor_of(alone, f"model.layers.{place}.{expert}.{role}_proj.weight") for role in ("gate", "up", "down")
+            ]
+            torch.testing.assert_close(gate_up[expert], torch.cat(parts[:2]))
+            torch.testing.assert_close(tensor_of(stacked, f"model.layers.{place}.down_proj")[expert], parts[2])
+    assert_same(stacked, {name: tensor_of(stacked, name) for name in stacked.tensors})  # in ranges, too
+
+
+def test_a_low_rank_change_of_a_convolution(tmp_path: Path, peft: Any) -> None:
+    """Over all its filter's places, as PEFT convolves the one factor with the other."""
+    conv = torch.nn.Sequential(torch.nn.Conv1d(6, 10, 3), torch.nn.Conv2d(4, 8, (2, 3)))
+    (tmp_path / "base").mkdir()
+    save_file(conv.state_dict(), tmp_path / "base" / "model.safetensors")
+    adapted = peft.get_peft_model(conv, peft.LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    tuned = open_checkpoint(tmp_path / "adapter", open_checkpoint(tmp_path / "base"))
+    assert_same(tuned, merged(adapted))
+
+
+def test_a_head_that_the_base_ties_becomes_one_of_its_own(tmp_path: Path, peft: Any) -> None:
+    model = tiny("qwen3", tie_word_embeddings=True)
+    adapt(peft, model, tmp_path, lora(peft, target_modules=["q_proj", "lm_head"]))
+    base = open_checkpoint(tmp_path / "base")
+    tuned = open_checkpoint(tmp_path / "adapter", base)
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    A, B = (factors[f"base_model.model.lm_head.lora_{which}.weight"] for which in "AB")
+    embedding = tensor_of(base, "model.embed_tokens.weight")
+    torch.testing.assert_close(tensor_of(tuned, "lm_head.weight"), embedding + 1.5 * B @ A)
+    assert torch.equal(tensor_of(tuned, "model.embed_tokens.weight"), embedding)
+    assert pair_tensors(base, tuned).tied == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
 def test_a_converted_pissa_is_a_lora_on_the_original_base(tmp_path: Path, peft: Any, init: str) -> None:
     wanted = adapt(peft, tiny(), tmp_path, lora(peft, init_lora_weights=init), convert=True)
@@ -266,7 +374,11 @@ BAD_CONFIGS: dict[str, tuple[object, str]] = {
     "pattern is no pattern": (CONFIG | {"alpha_pattern": {"q_proj(": 1}}, "no regular expression"),
     "pattern without end": (CONFIG | {"alpha_pattern": {"(a+)+$": 1}}, "too complex"),
     "DoRA without magnitudes": (CONFIG | {"use_dora": True}, "lacks lora_magnitude_vector"),
-    "experts": (CONFIG | {"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters"),
+    "replicated layers": (CONFIG | {"layer_replication": [[0, 1], [0, 1]]}, "sets layer_replication"),
+    "experts that are not there": (CONFIG | {"target_parameters": ["self_attn.q_proj.mlp"]}, "target_parameters"),
+    "half a MiSS": (CONFIG | {"peft_type": "MISS", "init_weights": "bat"}, "init_weights 'bat'"),
+    "no AdaLoRA": (CONFIG | {"peft_type": "ADALORA"}, "lacks lora_E"),
+    "no list of tokens": (CONFIG | {"trainable_token_indices": [1.5]}, "bad trainable_token_indices"),
     "PiSSA of nothing": (CONFIG | {"init_lora_weights": "corda"}, "residual|left of the base"),
     "init is a number": (CONFIG | {"init_lora_weights": 3}, "bad init_lora_weights"),
 }

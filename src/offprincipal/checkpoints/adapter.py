@@ -1,12 +1,14 @@
-"""A PEFT adapter on its base, as the model that it is: LoRA and its initialisations, rsLoRA, DoRA, PiSSA, SHiRA.
+"""A PEFT adapter on its base, as the model that it is: LoRA in its forms, AdaLoRA, MiSS, SHiRA, IA³, trained tokens.
 
 `adapter_config.json` and `adapter_model.safetensors` give the update. The base's rows are read as they are asked for
 and the sum is never stored: its entries are float32, not rounded. PEFT itself is not needed.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,19 +17,25 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from offprincipal.checkpoints.adapter_changes import (
+    Added,
     Change,
     Directed,
+    Experts,
     LowRank,
     Offset,
+    Replaced,
+    Scaled,
     Sparse,
     on_residual,
+    sharded,
     with_start,
 )
 from offprincipal.checkpoints.adapter_settings import CONFIG, AdapterSettings, read_settings
 from offprincipal.checkpoints.alignment import key_of
 from offprincipal.checkpoints.checkpoint import FLOATS, Array, Checkpoint, TensorInfo
 from offprincipal.checkpoints.hostile import is_file
-from offprincipal.checkpoints.parts import stored_transposed
+from offprincipal.checkpoints.parts import Part, parts_of, stored_transposed
+from offprincipal.checkpoints.roles import place_of
 from offprincipal.checkpoints.safetensors_file import SafetensorsFile
 from offprincipal.checkpoints.torch_files import TorchFile
 from offprincipal.errors import CheckpointError
@@ -35,16 +43,40 @@ from offprincipal.errors import CheckpointError
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 _KEY = re.compile(
-    r"(?P<module>.+?)\.(?P<what>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|shira_weight"
-    r"|shira_indices)(?:\.(?!bias$)\w+)*?(?P<bias>\.bias)?"
+    r"(?P<module>.+?)\.(?P<what>lora_A|lora_B|lora_E|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
+    r"|shira_weight|shira_indices|miss_block|ia3_l|trainable_tokens_delta)(?:\.(?!bias$)\w+)*?(?P<bias>\.bias)?"
 )
-_WRAPPERS = re.compile(r"\.base_layer(?=\.)|\.modules_to_save(?:\.default)?(?=\.)")
+_WRAPPERS = re.compile(r"\.base_layer(?=\.)|\.(?:modules_to_save|ln_tuning_layers)(?:\.default)?(?=\.)")
+_INNER = re.compile(r"(?:\.base_layer|\.token_adapter)+$")
+_KINDS_OF = {  # kinds of adapters that have such factors
+    **dict.fromkeys(("lora_A", "lora_B"), ("LORA", "ADALORA")),
+    **dict.fromkeys(("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"), ("LORA",)),
+    **dict.fromkeys(("shira_weight", "shira_indices"), ("SHIRA",)),
+    "lora_E": ("ADALORA",),
+    "miss_block": ("MISS",),
+    "ia3_l": ("IA3",),
+    "trainable_tokens_delta": ("LORA", "TRAINABLE_TOKENS"),
+}
 _RECOMPUTABLE = ("pissa", "olora")
 _LONGEST_KEY = 500
 _ROWS_AT_ONCE = 4096
 _KEPT = 8
 
 Factors = dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Adapted:
+    """What changes one tensor of the base.
+
+    Args:
+        module: what the patterns of ranks are about; factors: what -> key.
+        expert: the part of a stack of experts that the tensor is, where the factors are of the stack.
+    """
+
+    module: str
+    factors: Factors
+    expert: Part | None = None
 
 
 def is_adapter(folder: Path) -> bool:
@@ -107,13 +139,14 @@ class Adapter:
         self.folders = (folder, *base.folders)
         self.notes: list[str] = [*base.notes, f"{settings.peft_type} adapter on {base.source}, summed in float32"]
         self._file = file
-        self._changes: dict[str, tuple[str, Factors]] = {}
+        self._changes: dict[str, _Adapted] = {}
         self._biases: dict[str, tuple[str, str]] = {}
         self._saved: dict[str, str] = {}
+        self._heads: dict[str, str] = {}  # heads that the base ties -> its embedding
         self._enter()
-        self.tensors: dict[str, TensorInfo] = {name: self._info(name) for name in base.tensors}
-        for name, (module, factors) in self._changes.items():
-            self._require_fit(name, module, factors)
+        self.tensors: dict[str, TensorInfo] = {name: self._info(name) for name in (*base.tensors, *self._heads)}
+        for name, adapted in self._changes.items():
+            self._require_fit(name, adapted)
         for name, (_, key) in self._biases.items():
             if file.tensors[key].shape != self.tensors[name].shape:
                 raise self._misfit(key, name)
@@ -130,7 +163,7 @@ class Adapter:
             return self._stored(name, start, stop)
         if stop <= start:
             return np.empty(0, np.float32)
-        width = info.shape[1] if len(info.shape) == 2 else 1
+        width = self._width(name)
         first, last = start // width, -(-stop // width)
         with np.errstate(all="ignore"):
             rows = self._change_of(name).of(self._rows(name, first, last), first)
@@ -142,6 +175,8 @@ class Adapter:
     def on_residual(self, init: str) -> bool:
         """Whether the base is already what an initialisation left of it, judged by the smallest adapted matrix."""
         name = min(self._changes, key=lambda name: self.tensors[name].numel)
+        if any(map(self._is_stacked, self._changes)):
+            raise CheckpointError(f"{self.folder} is a raw {init} adapter of stacked experts: merge it into its base")
         rows = self._rows(name, 0, self.tensors[name].shape[0])
         with self._decomposing(name):
             return on_residual(rows, self._low_rank_change(name), init)
@@ -159,46 +194,92 @@ class Adapter:
             bare = key.removeprefix("base_model.model.")
             match = _KEY.fullmatch(bare)
             if match is None:
-                self._enter_saved(key, _WRAPPERS.sub("", bare))
+                self._enter_saved(key, bare)
             elif match["bias"]:
                 name = self._in_base(f"{match['module']}.bias", key)
                 self._biases[name] = (match["module"], key)
             else:
-                factors = found.setdefault(match["module"].removesuffix(".base_layer"), {})
+                module = match["module"]
+                if not self.settings.parameters(_INNER.sub("", module)):
+                    module = _INNER.sub("", module)
+                factors = found.setdefault(module, {})
                 if match["what"] in factors:
-                    raise self._twice(match["module"])
+                    raise self._twice(module)
                 factors[match["what"]] = key
-        if not found:
+        if not found and not (self._saved and self.settings.peft_type == "LN_TUNING"):
             raise CheckpointError(f"{self._file.path} holds no weights of an adapter that is read: save it again")
         for module, factors in found.items():
-            name = self._in_base(f"{module}.weight", next(iter(factors.values())))
-            if name in self._changes:
-                raise self._twice(module)
-            self._changes[name] = (module, factors)
+            for name, adapted in self._adapted(module, factors):
+                if name in self._changes:
+                    raise self._twice(module)
+                self._changes[name] = adapted
 
-    def _enter_saved(self, key: str, name: str) -> None:
-        embedding = None
-        if name.endswith("lm_head.weight") and name not in self.base.tensors:
-            embedding = next((other for other in self._file.tensors if other.endswith("embed_tokens.weight")), None)
-        if embedding is not None:
-            if np.array_equal(self._file.read(key), self._file.read(embedding)):
-                return
-            raise CheckpointError(
-                f"{self.folder} gives {self.base.source} a head of its own, though there it is the embedding: merge "
-                "the adapter into its base and give the merged model"
-            )
-        self._saved[self._in_base(name, key)] = key
+    def _enter_saved(self, key: str, bare: str) -> None:
+        name = _WRAPPERS.sub("", bare)
+        if ".original_module." in bare:
+            return
+        name = self._in_base(name, key)
+        if name not in self._saved or ".modules_to_save." in bare:
+            self._saved[name] = key
+
+    def _adapted(self, module: str, factors: Factors) -> Iterator[tuple[str, _Adapted]]:
+        """The base's tensors that a module's factors change, and how."""
+        key, plain = next(iter(factors.values())), _INNER.sub("", module)
+        if parameters := self.settings.parameters(plain):
+            fitting = [found for name in parameters if (found := self._of_parameter(name, factors))]
+            if len(fitting) != 1:
+                raise CheckpointError(
+                    f"{key} in {self._file.path} fits {len(fitting) or 'none'} of the target_parameters of {plain} in "
+                    f"{self.base.source}: give the base it was trained on"
+                )
+            yield from fitting[0]
+            return
+        yield self._in_base(f"{plain}.weight", key), _Adapted(plain, factors)
+        shape = self._file.tensors[key].shape
+        if "ia3_l" in factors and shape[1:] == (1,) and f"{plain}.bias" in self.base.tensors:
+            yield f"{plain}.bias", _Adapted(plain, factors)
+
+    def _of_parameter(self, name: str, factors: Factors) -> list[tuple[str, _Adapted]]:
+        """The base's tensors that are a parameter or make it up, if the factors are of its shape."""
+        if not {"lora_A", "lora_B"} <= factors.keys():
+            return []
+        A, B = (self._file.tensors[factors[what]].shape for what in ("lora_A", "lora_B"))
+        rank = self.settings.rank(name)
+        if len(A) != 2 or len(B) != 2 or A[0] != B[1] or A[0] % rank:
+            return []
+        count, outputs, inputs = A[0] // rank, B[0], A[1]
+        stored = self._found(name)
+        if stored is not None:
+            shape = self.base.tensors[stored].shape
+            fitting = [(count, outputs, inputs), (count, inputs, outputs)] if len(shape) == 3 else [(outputs, inputs)]
+            return [(stored, _Adapted(name, factors))] if tuple(shape) in fitting else []
+        found = []
+        for part in parts_of(TensorInfo(name, (count, outputs, inputs), "float32"), self.config):
+            stored = self._found(part.name)
+            if stored is None or tuple(self.base.tensors[stored].shape) != part.matrix_shape:
+                return []
+            found.append((stored, _Adapted(name, factors, part)))
+        return found
 
     def _in_base(self, name: str, key: str) -> str:
+        """What the base calls a tensor; the head's own name where the base ties it to its embedding."""
+        found = self._found(name)
+        if found is not None:
+            return found
+        embeddings = [other for other in self.base.tensors if place_of(other).role == "embedding"]
+        if place_of(name).role == "head" and len(embeddings) == 1:
+            self._heads[name] = embeddings[0]
+            return name
+        raise CheckpointError(
+            f"{self.folder} adapts {name} ({key}), which {self.base.source} has not: give the base it was trained on"
+        )
+
+    def _found(self, name: str) -> str | None:
         """What the base calls a tensor: that, or the only one that is the same through wrappers and other layouts."""
         if name in self.base.tensors:
             return name
         alike = self._by_key.get(key_of(name), ())
-        if len(alike) == 1:
-            return alike[0]
-        raise CheckpointError(
-            f"{self.folder} adapts {name} ({key}), which {self.base.source} has not: give the base it was trained on"
-        )
+        return alike[0] if len(alike) == 1 else None
 
     @cached_property
     def _by_key(self) -> dict[str, list[str]]:
@@ -210,7 +291,7 @@ class Adapter:
 
     def _info(self, name: str) -> TensorInfo:
         key = self._saved.get(name)
-        info = self.base.tensors[name] if key is None else self._file.tensors[key]
+        info = self.base.tensors[self._heads.get(name, name)] if key is None else self._file.tensors[key]
         changed = name in self._changes or name in self._biases
         if changed and info.dtype not in FLOATS:
             raise CheckpointError(
@@ -219,37 +300,70 @@ class Adapter:
             )
         return TensorInfo(name, info.shape, "float32" if changed else info.dtype)
 
-    def _require_fit(self, name: str, module: str, factors: Factors) -> None:
+    def _require_fit(self, name: str, adapted: _Adapted) -> None:
+        module, factors = adapted.module, adapted.factors
         shapes = {what: self._file.tensors[key].shape for what, key in factors.items()}
         shape = self.tensors[name].shape
-        if len(shape) != 2:
-            raise CheckpointError(f"{self.folder} adapts {name}, which is no matrix: merge it into its base first")
-        if ("shira_weight" in shapes) != (self.settings.peft_type == "SHIRA"):
+        if any(self.settings.peft_type not in _KINDS_OF[what] for what in shapes):
             raise CheckpointError(f"{module} in {self._file.path} is not of the peft_type that {CONFIG} gives")
         if "shira_weight" in shapes:
             count = shapes["shira_weight"]
             if shapes.get("shira_indices") != (2, *count):
                 raise CheckpointError(f"{self._file.path} lacks the places of {module}.shira_weight: save it again")
             return
+        if whole := shapes.keys() & {"trainable_tokens_delta", "miss_block", "ia3_l"}:
+            if len(shapes) > 1:
+                raise self._twice(module)
+            if not self._fits(what := whole.pop(), shapes[what], name, module):
+                raise self._misfit(factors[what], name)
+            return
         embedding, (left, right) = self._names(factors)
         if left not in factors or right not in factors:
             raise CheckpointError(
                 f"{self._file.path} has one of {left} and {right} of {module}, not both: save it again"
             )
+        if len(shape) < 2:
+            raise CheckpointError(f"{self.folder} adapts {name}, which is no matrix: merge it into its base first")
         B, A = shapes[left], shapes[right]
-        rank = self.settings.rank(module)
-        if len(A) != 2 or len(B) != 2 or A[0] != B[1] or A[0] != rank:
+        if adapted.expert is not None or self._is_stacked(name):
+            return  # chosen by its shape
+        rank = A[0] if self.settings.peft_type == "ADALORA" else self.settings.rank(module)
+        if len(A) != len(shape) or len(B) != len(shape) or A[0] != B[1] or A[0] != rank or set(B[2:]) - {1}:
             raise CheckpointError(
                 f"{module} in {self._file.path} has factors {B} and {A}, which are not of the rank {rank} that "
                 f"{CONFIG} gives: save the adapter again"
             )
-        if (B[0], A[1]) not in ([shape[::-1]] if embedding else [shape, shape[::-1]]):
+        if self.settings.peft_type == "ADALORA" and "lora_E" not in shapes:
+            raise CheckpointError(f"{self._file.path} lacks lora_E of {module}: save the adapter again")
+        made = (B[0], *A[1:])
+        if made not in ([shape[::-1]] if embedding else [shape, shape[::-1]] if len(shape) == 2 else [shape]):
             raise self._misfit(factors[right], name)
+        if "lora_E" in shapes and shapes["lora_E"] != (rank, 1):
+            raise self._misfit(factors["lora_E"], name)
         magnitude = shapes.get("lora_magnitude_vector")
         if magnitude is None and self.settings.use_dora:
             raise CheckpointError(f"{self._file.path} lacks lora_magnitude_vector of {module}: save the adapter again")
-        if magnitude is not None and magnitude != (B[0],):
+        if magnitude is not None and (magnitude != (B[0],) or len(shape) != 2):
             raise self._misfit(factors["lora_magnitude_vector"], name)
+
+    def _fits(self, what: str, found: tuple[int, ...], name: str, module: str) -> bool:
+        """Whether the one tensor that adapts another is of its shape."""
+        shape = self.tensors[name].shape
+        if what == "trainable_tokens_delta":
+            tokens = self.settings.tokens(module)
+            return len(shape) == 2 and found == (len(tokens), shape[1]) and all(0 <= t < shape[0] for t in tokens)
+        if what == "miss_block":
+            whole = len(found) == 2 and len(shape) == 2 and found[0] > 0 and found[1] > 0
+            return whole and shape[0] % found[1] == 0 and found[0] <= shape[1]
+        if what == "ia3_l":
+            across = found[::-1] if len(shape) == 2 and self._turned(name) else found
+            return across == (shape[0], 1) or (len(shape) == 2 and across == (1, shape[1]))
+        return False
+
+    def _turned(self, name: str) -> bool:
+        """Whether a matrix is stored as (in, out), as PEFT's `fan_in_fan_out` has it."""
+        by_type = stored_transposed(self.tensors[name], self.config)  # PEFT writes one `fan_in_fan_out` for all layers
+        return bool(self.settings.fan_in_fan_out) if by_type is None else by_type
 
     def _twice(self, module: str) -> CheckpointError:
         return CheckpointError(f"{self._file.path} adapts {module[:200]} twice: save one adapter alone")
@@ -264,11 +378,25 @@ class Adapter:
         if name in self._biases:
             module, key = self._biases[name]
             return Offset(self._float32(key), self._scale(module))
-        _, factors = self._changes[name]
+        adapted = self._changes[name]
+        factors = adapted.factors
+        if adapted.expert is not None:
+            return Added(self._of_expert(adapted, adapted.expert))
+        if self._is_stacked(name):
+            return self._experts(adapted, self._stored_as_in_out(name, adapted))
         if "shira_weight" in factors:
             return self._sparse(name, factors)
+        if "trainable_tokens_delta" in factors:
+            places = np.array(self.settings.tokens(adapted.module), np.int64)
+            return Replaced(places, self._matrix(factors["trainable_tokens_delta"]))
+        if "miss_block" in factors:
+            outputs, inputs = self.tensors[name].shape
+            return sharded(self._matrix(factors["miss_block"]), inputs, outputs)
+        if "ia3_l" in factors:
+            scales = self._matrix(factors["ia3_l"])
+            return Scaled(scales.T if self._turned(name) and len(self.tensors[name].shape) == 2 else scales)
         change = self._low_rank_change(name)
-        rows, _ = self.tensors[name].shape
+        rows = self.tensors[name].shape[0]
         if self.start is not None:
             stored = FLOATS[self.base.tensors[name].dtype]
             with self._decomposing(name):
@@ -284,13 +412,47 @@ class Adapter:
             squares += np.square(change.of(self._rows(name, first, last), first), dtype=np.float64).sum(axis=0)
         return Directed(change, magnitude, np.sqrt(squares).astype(np.float32))
 
+    def _is_stacked(self, name: str) -> bool:
+        """Whether a tensor of the base is a stack of experts that one pair of factors adapts."""
+        return bool(self.settings.parameters(self._changes[name].module.rpartition(".")[0])) and (
+            len(self.tensors[name].shape) == 3
+        )
+
+    def _stored_as_in_out(self, name: str, adapted: _Adapted) -> bool:
+        _, rows, columns = self.tensors[name].shape
+        outputs, inputs = (self._file.tensors[adapted.factors[what]].shape for what in ("lora_B", "lora_A"))
+        if rows != columns:
+            return (rows, columns) != (outputs[0], inputs[1])
+        return parts_of(self.tensors[name], self.config)[0].transposed
+
+    def _experts(self, adapted: _Adapted, in_out: bool) -> Experts:
+        """The change of a stack: PEFT lays A out as (experts, r, in), and B as (out, r, experts)."""
+        A, B = (self._matrix(adapted.factors[what]) for what in ("lora_A", "lora_B"))
+        rank = self.settings.rank(adapted.module)
+        A, B = A.reshape(-1, rank, A.shape[1]), B.reshape(len(B), rank, -1).transpose(2, 0, 1)
+        left, right = (A.swapaxes(1, 2), B.swapaxes(1, 2)) if in_out else (B, A)
+        return Experts(np.ascontiguousarray(left), np.ascontiguousarray(right), self._scale(adapted.module))
+
+    def _of_expert(self, adapted: _Adapted, part: Part) -> Array:
+        """What is added to one expert's matrix that the base stores by itself."""
+        experts = self._experts(adapted, in_out=False)
+        height, width = experts.left.shape[1], experts.right.shape[2]
+        first = part.start // (height * width) * height
+        whole = experts.of(np.zeros((height, width), np.float32), first).reshape(-1)
+        return part.of(whole[part.start - first * width : part.stop - first * width])
+
     def _low_rank_change(self, name: str) -> LowRank:
-        module, factors = self._changes[name]
-        _, (left, right) = self._names(factors)
-        shapes = [self._file.tensors[factors[what]].shape for what in (left, right)]
-        B, A = (self._float32(factors[what]).reshape(shape) for what, shape in zip((left, right), shapes, strict=True))
-        factors_here = (A.T, B.T) if self._transposed(name) else (B, A)
-        return LowRank(*factors_here, self._scale(module))
+        adapted = self._changes[name]
+        B, A = (self._matrix(adapted.factors[what]) for what in self._names(adapted.factors)[1])
+        if "lora_E" in adapted.factors:
+            A = A * self._matrix(adapted.factors["lora_E"])
+        factors = (A.T, B.T) if self._transposed(name) else (B, A)
+        return LowRank(*factors, self._scale(adapted.module))
+
+    def _matrix(self, key: str) -> Array:
+        """A factor, as rows; what a convolution's has beyond two dimensions counts as columns."""
+        shape = self._file.tensors[key].shape
+        return self._float32(key).reshape(shape[0], -1)
 
     def _sparse(self, name: str, factors: Factors) -> Sparse:
         shape = self.tensors[name].shape
@@ -312,13 +474,14 @@ class Adapter:
 
     def _transposed(self, name: str) -> bool:
         """Whether a matrix is stored as (in, out): an embedding's is, and a Conv1D's."""
-        _, factors = self._changes[name]
+        factors = self._changes[name].factors
         embedding, (left, right) = self._names(factors)
         out, width = self._file.tensors[factors[left]].shape[0], self._file.tensors[factors[right]].shape[1]
+        if len(self.tensors[name].shape) > 2:
+            return False
         if embedding or out != width:
             return embedding or self.tensors[name].shape != (out, width)
-        by_type = stored_transposed(self.tensors[name], self.config)  # PEFT writes one `fan_in_fan_out` for all layers
-        return bool(self.settings.fan_in_fan_out) if by_type is None else by_type
+        return self._turned(name)
 
     @contextmanager
     def _decomposing(self, name: str) -> Iterator[None]:
@@ -333,11 +496,17 @@ class Adapter:
     def _stored(self, name: str, start: int, stop: int) -> Array:
         """Entries before the change: the base's, or those that the adapter saved in their place."""
         key = self._saved.get(name)
-        return self.base.read(name, start, stop) if key is None else self._file.read(key, start, stop)
+        if key is not None:
+            return self._file.read(key, start, stop)
+        return self.base.read(self._heads.get(name, name), start, stop)
+
+    def _width(self, name: str) -> int:
+        """Entries of a row: of a stack's matrices, of a matrix, of a convolution's filters, one of a vector."""
+        shape = self.tensors[name].shape
+        return shape[-1] if name in self._changes and self._is_stacked(name) else math.prod(shape[1:])
 
     def _rows(self, name: str, first: int, last: int) -> Array:
-        shape = self.tensors[name].shape
-        width = shape[1] if len(shape) == 2 else 1
+        width = self._width(name)
         return self._stored(name, first * width, last * width).astype(np.float32).reshape(-1, width)
 
     def _float32(self, key: str) -> Array:

@@ -80,6 +80,70 @@ class Sparse:
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """IA³: every row, or every column, times a number.
+
+    Args:
+        factors: (rows, 1) or (1, columns).
+    """
+
+    factors: Array
+
+    def of(self, rows: Array, first: int) -> Array:
+        here = self.factors if len(self.factors) == 1 else self.factors[first : first + len(rows)]
+        return np.asarray(rows * here)
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """Trained tokens: some rows are others.
+
+    Args:
+        places: (t,), rows; values: (t, columns).
+    """
+
+    places: Array
+    values: Array
+
+    def of(self, rows: Array, first: int) -> Array:
+        here = (self.places >= first) & (self.places < first + len(rows))
+        changed = rows.copy()
+        changed[self.places[here] - first] = self.values[here]
+        return changed
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A stack of matrices, one on top of another, each with a low-rank change of its own.
+
+    Args:
+        left: (experts, rows, r); right: (experts, r, columns), in the orientation in which the stack is stored.
+    """
+
+    left: Array
+    right: Array
+    scale: float
+
+    def of(self, rows: Array, first: int) -> Array:
+        height, changed = self.left.shape[1], rows.copy()
+        for expert in range(first // height, -(-(first + len(rows)) // height)):
+            start, stop = max(first, expert * height), min(first + len(rows), (expert + 1) * height)
+            left = self.left[expert, start - expert * height : stop - expert * height]
+            changed[start - first : stop - first] += np.float32(self.scale) * (left @ self.right[expert])
+        return changed
+
+
+@dataclass(frozen=True)
+class Added:
+    """W0 plus a matrix."""
+
+    values: Array
+
+    def of(self, rows: Array, first: int) -> Array:
+        return np.asarray(rows + self.values[first : first + len(rows)])
+
+
+@dataclass(frozen=True)
 class Offset:
     """A bias with another added to it."""
 
@@ -104,6 +168,21 @@ def on_residual(matrix: Array, change: LowRank, init: str) -> bool:
     share = change.scale * float(np.sum((left.T @ change.left) * (right @ change.right.T))) / norm
     rest = 1.0 / (1.0 - change.scale) if init == "olora" and change.scale != 1.0 else 0.0
     return not abs(share - 1.0) < min(abs(share - rest), 0.5)
+
+
+def sharded(block: Array, columns: int, outputs: int) -> LowRank:
+    """MiSS: column j of the base gets row j mod r of a block.
+
+    Args:
+        block: (r, outputs), or fewer columns that are repeated.
+
+    >>> sharded(np.array([[1.0, 2.0], [10.0, 20.0]]), columns=3, outputs=2).of(np.zeros((2, 3)), 0)
+    array([[ 1., 10.,  1.],
+           [ 2., 20.,  2.]])
+    """
+    whole = np.tile(block, (1, outputs // block.shape[1]))
+    places = np.arange(columns) % len(block) == np.arange(len(block))[:, None]
+    return LowRank(whole.T, places.astype(block.dtype), 1.0)
 
 
 def with_start(matrix: Array, change: LowRank, init: str, stored: np.dtype[np.generic]) -> LowRank:

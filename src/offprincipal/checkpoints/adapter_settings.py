@@ -11,7 +11,7 @@ from offprincipal.checkpoints.hostile import read_json
 from offprincipal.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
-KINDS = ("LORA", "SHIRA")
+KINDS = ("LORA", "ADALORA", "MISS", "SHIRA", "IA3", "LN_TUNING", "TRAINABLE_TOKENS")
 _RESIDUAL_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _NOT_ONE_UPDATE = (
     "alora_invocation_tokens",
@@ -19,8 +19,6 @@ _NOT_ONE_UPDATE = (
     "kasa_config",
     "layer_replication",
     "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
 )
@@ -44,6 +42,11 @@ class AdapterSettings(BaseModel):
     use_dora: bool | None = False
     fan_in_fan_out: bool | None = False
     init_lora_weights: bool | str | None = True
+    target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    token_indices: list[int] | None = None
+    init_r: int = Field(12, gt=0, lt=2**31)
+    init_weights: bool | str | None = True
 
     @property
     def residual_init(self) -> str | None:
@@ -53,12 +56,26 @@ class AdapterSettings(BaseModel):
             return None
         return init if init.lower().startswith(_RESIDUAL_INITS) else None
 
+    def parameters(self, module: str) -> list[str]:
+        """The parameters that are adapted in a module of the model, by `target_parameters`."""
+        targets = [target.rpartition(".")[::2] for target in sorted(self.target_parameters or ())]
+        return [f"{module}.{name}" for owner, name in targets if owner and f".{module}".endswith(f".{owner}")]
+
+    def tokens(self, module: str) -> list[int]:
+        """The rows of an embedding or head that are trained."""
+        indices = self.token_indices or self.trainable_token_indices or []
+        if not isinstance(indices, dict):
+            return indices
+        return next((rows for name, rows in indices.items() if f".{module}".endswith(f".{name}")), [])
+
     def rank(self, module: str) -> int:
         """The rank that an adapted module should have."""
         return int(_matching(self.rank_pattern, module, self.r))
 
     def scale(self, module: str, rank: int) -> float:
-        """What BA is multiplied by: α/r, or α/√r for rsLoRA."""
+        """What BA is multiplied by: α/r, or α/√r for rsLoRA; AdaLoRA's is fixed by the rank that it began with."""
+        if self.peft_type == "ADALORA":
+            return (self.lora_alpha if self.lora_alpha > 0 else self.init_r) / (self.init_r + 1e-5)
         alpha = float(_matching(self.alpha_pattern, module, self.lora_alpha))
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
@@ -71,25 +88,32 @@ def read_settings(folder: Path) -> AdapterSettings:
     """
     path = folder / CONFIG
     content = read_json(path)
+    kind = content.get("peft_type")
+    if isinstance(kind, str) and kind not in KINDS:
+        raise _unread(path, f"is of peft_type {kind[:40]!r}")
+    if kind == "ADALORA":  # its pattern is of the triplets that are left, which the file has alone
+        content = {key: value for key, value in content.items() if key != "rank_pattern"}
     try:
         settings = AdapterSettings.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise CheckpointError(f"{path} has a bad {field}: {first['msg']}. Save the adapter again") from error
-    if settings.peft_type not in KINDS:
-        raise CheckpointError(
-            f"{path} is of peft_type {settings.peft_type[:40]!r}, which is not read (only {', '.join(KINDS)}, DoRA "
-            "and PiSSA): merge the adapter into its base and give the merged model"
-        )
     asked = [name for name in _NOT_ONE_UPDATE if content.get(name)]
     if asked:
-        raise CheckpointError(
-            f"{path} sets {asked[0]}, which is not read: merge the adapter into its base and give the merged model"
-        )
+        raise _unread(path, f"sets {asked[0]}")
+    if kind == "MISS" and settings.init_weights == "bat":
+        raise _unread(path, "has init_weights 'bat'")
     for pattern in (*(settings.rank_pattern or {}), *(settings.alpha_pattern or {})):
         _require_harmless(pattern, path)
     return settings
+
+
+def _unread(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} {what}, which is not read (but {', '.join(KINDS)}, with DoRA and the initialisations of LoRA): "
+        "merge the adapter into its base and give the merged model"
+    )
 
 
 def _matching(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
