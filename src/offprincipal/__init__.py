@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from offprincipal.adapters import adapt
     from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare
     from offprincipal.interventions import intervene
+    from offprincipal.preflight import preflight
     from offprincipal.training import TrainSettings, evaluate, train
     from offprincipal.training.monitor import Monitor
 
@@ -24,6 +25,7 @@ _HOMES = {
     "adapt": "adapters",
     "compare": "comparison",
     "intervene": "interventions",
+    "preflight": "preflight",
     "TrainSettings": "training",
     "evaluate": "training",
     "train": "training",
@@ -39,6 +41,7 @@ __all__ = [
     "compare",
     "evaluate",
     "intervene",
+    "preflight",
     "train",
 ]
 

@@ -202,6 +202,38 @@ def compare(
 
 
 @app.command()
+def preflight(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Whatever `compare` reads.")],
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW: the length of every weight's step.")],
+    storage: Annotated[
+        str, typer.Option(help="What weights are stored in: bfloat16, float16 or float32.")
+    ] = "bfloat16",
+    steps: Annotated[int, typer.Option(help="Of the run that is planned.")] = 100,
+    out: Out = Path("preflight"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print preflight.json instead of a table.")] = False,
+) -> None:
+    """Before training: what steps of a learning rate can move of BASE once its weights are stored.
+
+    Reads the base alone and runs nothing. Writes preflight.json and preflight.html.
+    """
+    from offprincipal.preflight import preflight as look
+    from offprincipal.reports.preflight import preflight_sentences, preflight_table, write_figure
+
+    with _resumable(), _matrix_progress() as progress:
+        found = look(base, learning_rate, storage, steps, progress=progress)
+    path = found.write(out)
+    figure = write_figure(out / "preflight.html", found)
+    if as_json:
+        print(json.dumps(found.content, indent=1, ensure_ascii=False))
+        return
+    console = Console()
+    console.print(preflight_table(found.content))
+    for sentence in preflight_sentences(found.content):
+        console.print(sentence, highlight=False, markup=False)
+    console.print(f"figures: {path}, {figure}", soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command()
 def gates(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder, Hugging Face id, or `embedded`.")],
     tuned: Annotated[
