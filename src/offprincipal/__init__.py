@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from offprincipal.adapters import adapt
     from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare
+    from offprincipal.deltas import apply_delta, make_delta
     from offprincipal.interventions import intervene
     from offprincipal.preflight import preflight
     from offprincipal.training import TrainSettings, evaluate, train
@@ -23,8 +24,10 @@ _HOMES = {
     "MatrixSettings": "comparison",
     "Monitor": "training.monitor",
     "adapt": "adapters",
+    "apply_delta": "deltas",
     "compare": "comparison",
     "intervene": "interventions",
+    "make_delta": "deltas",
     "preflight": "preflight",
     "TrainSettings": "training",
     "evaluate": "training",
@@ -38,9 +41,11 @@ __all__ = [
     "Monitor",
     "TrainSettings",
     "adapt",
+    "apply_delta",
     "compare",
     "evaluate",
     "intervene",
+    "make_delta",
     "preflight",
     "train",
 ]

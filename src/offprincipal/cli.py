@@ -234,6 +234,42 @@ def preflight(
 
 
 @app.command()
+def delta(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Whatever `compare` reads.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="What was trained from it.")],
+    out: Annotated[Path, typer.Option("--out", help="The file to write: NAME.delta.")],
+    format: Annotated[
+        str, typer.Option(help="delta, or sparse-safetensors: places and values as TRL exchanges them with vLLM.")
+    ] = "delta",
+) -> None:
+    """Write what changed from BASE to TUNED into one small file, without loss.
+
+    It is safetensors inside, guarded by hashes of both sides, and itself a checkpoint wherever one is taken after BASE.
+    """
+    from offprincipal.deltas import make_delta
+    from offprincipal.reports.terminal import delta_lines
+
+    with _matrix_progress() as progress:
+        made = make_delta(base, tuned, out, format, progress=progress)
+    for line in delta_lines(made):
+        print(line)
+
+
+@app.command()
+def apply(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="What the delta was made from.")],
+    file: Annotated[Path, typer.Argument(metavar="DELTA", help="A .delta file.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the model, made whole or not at all.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+) -> None:
+    """Write the model that a delta leads to from BASE, bit for bit, as a Hugging Face folder."""
+    from offprincipal.deltas import apply_delta
+
+    with _matrix_progress() as progress:
+        print(f"model: {apply_delta(base, file, out, overwrite=overwrite, progress=progress)}")
+
+
+@app.command()
 def gates(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder, Hugging Face id, or `embedded`.")],
     tuned: Annotated[

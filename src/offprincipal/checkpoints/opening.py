@@ -7,6 +7,7 @@ from pathlib import Path
 from offprincipal.assets import EMBEDDED, embedded_base
 from offprincipal.checkpoints import (
     adapter,
+    delta,
     distributed,
     fsdp_shards,
     hub,
@@ -62,7 +63,7 @@ def open_checkpoint(source: str | Path, base: Checkpoint | None = None) -> Check
         CheckpointError: it is no such checkpoint; the message says what is wrong, where, and what to do.
     """
     path = _path_of(source)
-    found = _open_file(path, str(source)) if is_file(path) else _open_folder(path, str(source), base)
+    found = _open_file(path, str(source), base) if is_file(path) else _open_folder(path, str(source), base)
     return found if base is None else aligned(found, base)
 
 
@@ -136,9 +137,11 @@ def _in_order(name: str) -> tuple[int, str]:
     return int(digits[:18] or 0), name
 
 
-def _open_file(path: Path, source: str) -> Checkpoint:
+def _open_file(path: Path, source: str, base: Checkpoint | None) -> Checkpoint:
     """A single file of weights; an index or a numbered shard stands for the whole model."""
     folder, name = path.parent, path.name
+    if name.endswith(delta.SUFFIX):
+        return delta.open_delta(path, source, base)
     if name.endswith(safetensors_folder.SUFFIX):
         return SafetensorsFolder(folder, source, None if is_numbered(name) else [path])
     if name.endswith(safetensors_folder.SUFFIX + INDEX):

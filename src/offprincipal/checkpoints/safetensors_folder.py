@@ -3,10 +3,11 @@
 Everything in the folder is hostile input: no pickle is opened, no path leaves the folder, every read can fail.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from offprincipal.checkpoints import fsdp_shards, zero_shards
 from offprincipal.checkpoints.alignment import aligned
@@ -69,16 +70,20 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path, source: str | None = None, files: Sequence[Path] | None = None) -> None:
         self.folder = folder
-        self.folders = (folder,)
+        self.folders: tuple[Path, ...] = (folder,)
         self.source = source or str(folder)
         self.config = read_config(folder)
-        self._files = open_files(files or files_in(folder), SafetensorsFile)
-        self._stored = {name: file.tensors[name] for name, file in sorted(self._files.items())}
-        self._scales = scales_beside(self._stored)
+        self._setup(open_files(files or files_in(folder), SafetensorsFile))
+
+    def _setup(self, files: Mapping[str, Any]) -> None:
+        """Enter the tensors by name -> the file that each lies in, which has `tensors`, `read` and `path`."""
+        self._files = files
+        self.stored = {name: file.tensors[name] for name, file in sorted(files.items())}
+        self._scales = scales_beside(self.stored)
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        infos = dict(without_copied_head(self._stored, self.config, self._read_stored))
+        infos = dict(without_copied_head(self.stored, self.config, self.read_stored))
         if self._scales:
             for name in (*self._scales.values(), *scales_of_activations(infos)):
                 infos.pop(name, None)
@@ -98,16 +103,18 @@ class SafetensorsFolder:
         count = len(self._scales.keys() & self.tensors.keys())
         return [f"{count} tensors stored in float8 with scales were dequantised"] if count else []
 
-    def _read_stored(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        return self._files[name].read(name, start, stop)
+    def read_stored(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Entries of a tensor as they are in the file, not dequantised."""
+        entries: Array = self._files[name].read(name, start, stop)
+        return entries
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        entries = self._read_stored(name, start, stop)
+        entries = self.read_stored(name, start, stop)
         if name not in self._scales:
             return entries
         scale = self._scales[name]
-        scales = self._files[scale].read(scale).reshape(self._stored[scale].shape)
-        return dequantise(entries, start, self._stored[name].shape, scales, self._block(name))
+        scales = self._files[scale].read(scale).reshape(self.stored[scale].shape)
+        return dequantise(entries, start, self.stored[name].shape, scales, self._block(name))
 
     def masters(self) -> Checkpoint | None:
         folder = self.folder / MASTERS
@@ -118,7 +125,7 @@ class SafetensorsFolder:
 
     def _block(self, name: str) -> Block:
         """Rows and columns of a float8 weight that share a scale."""
-        info, scale = self._stored[name], self._stored[self._scales[name]]
+        info, scale = self.stored[name], self.stored[self._scales[name]]
         block = fit_block(info.shape, scale.shape, block_in(self.config))
         if block is None:
             raise CheckpointError(

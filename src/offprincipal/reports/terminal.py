@@ -1,7 +1,7 @@
 """Tables for the terminal, from the same files as the report. Reads and formats; computes no metric."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.console import Group
@@ -12,6 +12,9 @@ from offprincipal.comparison.cache import CacheInfo
 from offprincipal.outcomes.curves import mask_words
 from offprincipal.reports.numbers import number
 from offprincipal.tasks import Task, mixture
+
+if TYPE_CHECKING:
+    from offprincipal.deltas import Made
 
 _SHOWN = (
     ("unchanged, %", "unchanged_fraction", "unchanged_fraction_isotropic_null", 100),
@@ -253,3 +256,17 @@ def _format(value: float | None, factor: float = 1) -> str:
     if value is None:
         return "–"
     return f"{100 * value:.1f}" if factor == 100 else f"{value:.3g}"
+
+
+def delta_lines(made: "Made") -> list[str]:
+    """What a delta came to."""
+    share = made.changed / made.entries if made.entries else 0.0
+    lines = [
+        f"{made.path}: {made.bytes:,} bytes, {made.whole / max(made.bytes, 1):,.1f} times less than the weights' "
+        f"{made.whole:,}",
+        f"changed: {made.changed:,} of {made.entries:,} entries that both have, {100 * share:.3g} %",
+    ]
+    if made.places is not None:
+        values = "" if made.values is None else f", {made.values:.2f} for its value"
+        lines.append(f"a changed entry takes {made.places:.2f} bits for its place{values}")
+    return lines

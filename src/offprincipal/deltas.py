@@ -1,0 +1,268 @@
+"""Make a delta between two checkpoints, and apply one: tensor by tensor, without loss, guarded by hashes of both."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from offprincipal.checkpoints import Array, Checkpoint, TensorInfo, open_checkpoint
+from offprincipal.checkpoints.alignment import key_of
+from offprincipal.checkpoints.checkpoint import FLOATS, INTEGERS
+from offprincipal.checkpoints.delta import (
+    FORMAT,
+    SUFFIX,
+    VERSION,
+    DeltaFile,
+    Entry,
+    Index,
+    Stored,
+    as_stored,
+    digest,
+    is_plain,
+)
+from offprincipal.checkpoints.delta_codec import compressed, encode
+from offprincipal.checkpoints.hostile import is_file
+from offprincipal.errors import ArgumentError, CheckpointError, FileError
+from offprincipal.files import require_folder, write_atomically, write_json
+
+FORMATS = ("delta", "sparse-safetensors")
+_BESIDE = (".json", ".txt", ".jinja", ".model", ".tiktoken")  # what a model's folder holds beside its weights
+_NOT_BESIDE = (".safetensors.index.json", ".bin.index.json", "adapter_config.json", "trainer_state.json")
+_MOST_BESIDE = 1 << 26
+_SHARD = 4 << 30
+_STORED = FLOATS | INTEGERS
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a delta came to.
+
+    Args:
+        path: the file; bytes: its size; whole: bytes of the tuned weights.
+        entries, changed: of the tensors that both have; places, values: bits a changed entry.
+    """
+
+    path: Path
+    bytes: int
+    whole: int
+    entries: int
+    changed: int
+    places: float | None
+    values: float | None
+
+
+def make_delta(
+    base: str | Path, tuned: str | Path, out: str | Path, format: str = "delta", *, progress: Progress | None = None
+) -> Made:
+    """Write what leads from a base to a checkpoint tuned from it.
+
+    Args:
+        base, tuned: whatever `offprincipal compare` opens.
+        out: the file; one by our own format ends in `.delta`.
+        format: `delta`, or `sparse-safetensors`: `NAME.idx` (int32, flat places) and `NAME.val` of what changed, as TRL
+            exchanges weights with vLLM; it holds neither hashes nor what the base has not.
+        progress: called with entries done, entries in all, and the tensor's name.
+
+    Raises:
+        CheckpointError: one cannot be read; ArgumentError: `out` is called otherwise; FileError: it cannot be written.
+    """
+    path = Path(out)
+    if format not in FORMATS:
+        raise ArgumentError(f"no format '{format}': choose of {', '.join(FORMATS)}")
+    ends = SUFFIX if format == "delta" else ".safetensors"
+    if path.suffix != ends:
+        raise ArgumentError(f"--out {path} is to be a file that ends in {ends}")
+    require_folder(path.parent)
+    opened = open_checkpoint(base)
+    run = open_checkpoint(tuned)
+    sides = as_stored(opened), as_stored(run)
+    write = _write_delta if format == "delta" else _write_sparse
+    return write(path, opened, run, sides, progress)
+
+
+def apply_delta(
+    base: str | Path, delta: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> Path:
+    """Write the checkpoint that a delta leads to, as a Hugging Face folder: whole or not at all.
+
+    Args:
+        base: what the delta was made from; delta: a `.delta` file.
+        out: the folder; overwrite: replace what is there.
+
+    Raises:
+        CheckpointError: the base is another, or the delta is damaged; FileError: the folder cannot be written.
+    """
+    folder, path = Path(out), Path(delta)
+    if folder.exists() and not overwrite:
+        raise FileError(f"{folder} is there already: choose another --out, or give --overwrite")
+    if path.suffix != SUFFIX or not is_file(path):
+        raise ArgumentError(f"{path} is no {SUFFIX} file")
+    opened = open_checkpoint(base)
+    file = DeltaFile(path, as_stored(opened))
+    require_folder(folder.parent)
+    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        _write_model(made, file, progress)
+        made.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        made.replace(folder)
+    except OSError as error:
+        raise FileError(
+            f"cannot write {folder}: {error.strerror or error}. Free some space or choose another --out"
+        ) from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return folder
+
+
+def _write_delta(
+    path: Path, base: Checkpoint, run: Checkpoint, sides: tuple[Stored, Stored], progress: Progress | None
+) -> Made:
+    entries: dict[str, Entry] = {}
+    blobs: dict[str, bytes] = {}
+    counts = dict.fromkeys(("entries", "changed", "places", "values", "whole"), 0)
+    for number, (info, source, before, after) in enumerate(_pairs(sides, progress)):
+        encoded = encode(after, before, info.dtype)
+        blobs |= {f"{number}.{part}": content for part, content in encoded.parts.items()}
+        entries[info.name] = Entry(
+            shape=list(info.shape),
+            dtype=info.dtype,
+            kind=encoded.kind,
+            changed=encoded.changed,
+            source=source,
+            base=None if before is None else digest(before, info),
+            tuned=digest(after, info),
+        )
+        counts["whole"] += after.nbytes
+        if before is not None:
+            counts["entries"] += info.numel
+            counts["changed"] += encoded.changed
+            places = sum(len(encoded.parts.get(part, b"")) for part in ("classes", "gaps"))
+            counts["places"] += 8 * places
+            counts["values"] += 8 * (encoded.size - places)
+    files = _beside(run)
+    blobs |= {f"file.{name}": compressed(content) for name, content in files.items()}
+    sizes = {name: len(content) for name, content in files.items()}
+    index = Index(base=base.source, tuned=run.source, tensors=entries, files=sizes)
+    metadata = {"format": FORMAT, "version": VERSION, "index": index.model_dump_json(exclude_none=True)}
+    _write_bytes(path, blobs, metadata)
+    changed = counts["changed"]
+    bits = (counts[what] / changed if changed else None for what in ("places", "values"))
+    return Made(path, path.stat().st_size, counts["whole"], counts["entries"], changed, *bits)
+
+
+def _write_sparse(
+    path: Path, base: Checkpoint, run: Checkpoint, sides: tuple[Stored, Stored], progress: Progress | None
+) -> Made:
+    tensors: dict[str, torch.Tensor] = {}
+    entries, changed, whole = 0, 0, 0
+    for info, source, before, after in _pairs(sides, progress):
+        if before is None or source != info.name:
+            raise CheckpointError(
+                f"{base.source} has no {info.name} of that shape and type: give --format delta, which keeps it"
+            )
+        places = np.flatnonzero(before.view(f"u{before.dtype.itemsize}") != after.view(f"u{after.dtype.itemsize}"))
+        entries, changed, whole = entries + info.numel, changed + len(places), whole + after.nbytes
+        if info.numel > 2**31:
+            raise CheckpointError(f"{info.name} has more entries than 32-bit places can tell: give --format delta")
+        if len(places):
+            tensors[f"{info.name}.idx"] = torch.from_numpy(places.astype(np.int32))
+            tensors[f"{info.name}.val"] = _tensor(after[places], info.dtype, (len(places),))
+    about = {
+        "sparse": True,
+        "model_version": 0,
+        "num_changed_params": len(tensors) // 2,
+        "total_changed_elements": changed,
+        "total_elements": entries,
+        "sparsity": 1 - changed / max(entries, 1),
+        "encoding": "raw",
+    }
+    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
+    write_atomically(path, lambda part: save_file(tensors, part, metadata))
+    return Made(path, path.stat().st_size, whole, entries, changed, 32.0 if changed else None, None)
+
+
+def _pairs(
+    sides: tuple[Stored, Stored], progress: Progress | None
+) -> Iterator[tuple[TensorInfo, str | None, Any, Any]]:
+    """Every tensor of the tuned side, with the base's of its name, or else called alike, of one shape and type."""
+    base, tuned = sides
+    alike: dict[str, list[str]] = {}
+    for name in base.tensors:
+        alike.setdefault(key_of(name), []).append(name)
+    total, done = sum(info.numel for info in tuned.tensors.values()), 0
+    for name, info in tuned.tensors.items():
+        if info.dtype not in _STORED:
+            raise CheckpointError(f"{name} holds {info.dtype}, of which no delta is made: convert it first")
+        named = [name] if name in base.tensors else alike.get(key_of(name), [])
+        source = named[0] if len(named) == 1 else None
+        if source is not None:
+            theirs = base.tensors[source]
+            source = source if (theirs.shape, theirs.dtype) == (info.shape, info.dtype) else None
+        yield info, source, None if source is None else base.read(source), tuned.read(name)
+        done += info.numel
+        if progress:
+            progress(done, total, name)
+
+
+def _beside(run: Checkpoint) -> dict[str, bytes]:
+    """The small files beside the weights: configuration, tokenizer, templates."""
+    found: dict[str, bytes] = {}
+    for path in sorted(run.folders[0].iterdir()) if run.folders else ():
+        wanted = path.name.endswith(_BESIDE) and not path.name.endswith(_NOT_BESIDE) and is_plain(path.name)
+        if wanted and is_file(path) and path.stat().st_size <= _MOST_BESIDE:
+            found[path.name] = path.read_bytes()
+    return found
+
+
+def _write_model(folder: Path, file: DeltaFile, progress: Progress | None) -> None:
+    shards: list[list[str]] = [[]]
+    sizes = {name: info.numel * _STORED[info.dtype].itemsize for name, info in file.tensors.items()}
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > _SHARD:
+            shards.append([])
+        shards[-1].append(name)
+    placed: dict[str, str] = {}
+    total, done = sum(info.numel for info in file.tensors.values()), 0
+    for number, names in enumerate(shards, start=1):
+        called = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {}
+        for name in names:
+            info = file.tensors[name]
+            tensors[name] = _tensor(file.read(name), info.dtype, info.shape)
+            done += info.numel
+            if progress:
+                progress(done, total, name)
+        save_file(tensors, folder / called, {"format": "pt"})
+        (folder / called).chmod(0o644)
+        placed |= dict.fromkeys(names, called)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": placed}
+        write_json(folder / "model.safetensors.index.json", index)
+    for name in file.index.files:
+        (folder / name).write_bytes(file.text(name))
+
+
+def _write_bytes(path: Path, blobs: dict[str, bytes], metadata: dict[str, str]) -> None:
+    tensors = {
+        name: _tensor(np.frombuffer(content, np.uint8), "uint8", (len(content),)) for name, content in blobs.items()
+    }
+    write_atomically(path, lambda part: save_file(tensors, part, metadata))
+
+
+def _tensor(values: Array, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Entries as a tensor of the type that they are stored in."""
+    kind: torch.dtype = getattr(torch, dtype)
+    if not values.size:
+        return torch.empty(shape, dtype=kind)
+    return torch.from_numpy(values.view(np.uint8).copy()).view(kind).reshape(shape)
