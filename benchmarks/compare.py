@@ -6,7 +6,7 @@
 Machines differ and are noisy, so a result is a ratio; absolute figures stand beside it as context for one machine on
 one day. Writes benchmarks/RESULTS.md after each group of rows: all of it anew, or with `--only` those groups in place
 of what they were, each with the day and the machine. (a) to (g) measure `compare`, (h) to (j) training, (k) the
-rules of claims.
+rules of claims, (l) the sizes of deltas.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from adapters import adapter_costs
 from calibration import calibration
 from change_scan import change_scan
 from decomposition import against_svd, second_tuned
+from deltas import delta_sizes
 from gpu import end_to_end
 from harness import NotMeasured, Table, machine
 from isospectral import isospectral_steps
@@ -43,7 +44,7 @@ HEADING = """# Benchmark
 (a) to (g): a ratio is the alternative's cost over ours, so above 1 ours needs less: the **median** of the rounds, with
 the least and the most in brackets. Both sides run in turn on the same files. The models are synthetic, with the shapes
 of Qwen2 and a power-law spectrum (`scripts/make_synthetic.py`). (h) to (j): a ratio is ours over the other's, so below
-1 ours needs less. (k) is no measurement of cost.
+1 ours needs less. (k) is no measurement of cost, and (l) is of sizes.
 """
 
 
@@ -66,6 +67,7 @@ class Plan:
     adapters: tuple[str, tuple[tuple[int, int, int], ...], tuple[str, ...]]
     isospectral: tuple[int, int, int]
     calibration: int
+    deltas: tuple[str, int]
 
 
 FULL = Plan(
@@ -84,6 +86,7 @@ FULL = Plan(
     adapters=("embedded", ((240, 24, 7), (16, 24, 31)), ("lora", "off_principal", "pissa", "geora")),
     isospectral=(3, 4, 240),
     calibration=100,
+    deltas=("0.5b", 4),
 )
 QUICK = Plan(
     scan=(TINY, None),
@@ -96,6 +99,7 @@ QUICK = Plan(
     adapters=("embedded", ((2, 4, 1),), ("off_principal",)),
     isospectral=(1, 1, 8),
     calibration=1,
+    deltas=(TINY, 1),
 )
 
 
@@ -103,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="default: RESULTS.md beside this file; none with --quick")
     parser.add_argument("--only", help="groups of rows, such as a,b; all by default")
-    parser.add_argument("--quick", action="store_true", help="tiny models, one round, without d and g: does it run?")
+    parser.add_argument("--quick", action="store_true", help="tiny models, one round, without d, g and l: does it run?")
     parser.add_argument("--rounds", type=int, help="ratios behind each median of (a) to (g)")
     parser.add_argument("--work", type=Path, default=WORK, help="keeps the models and weightwatcher's environment")
     arguments = parser.parse_args()
@@ -112,7 +116,7 @@ def main() -> None:
     wanted = (
         arguments.only.split(",")
         if arguments.only
-        else [key for key in groups if not (arguments.quick and key in "dg")]
+        else [key for key in groups if not (arguments.quick and key in "dgl")]
     )
     unknown = [key for key in wanted if key not in groups]
     if unknown:
@@ -149,6 +153,7 @@ def groups_of(plan: Plan, work: Path, rounds: int) -> dict[str, Callable[[], Tab
         "h": lambda: sparse_steps(*plan.sparse),
         "i": lambda: adapter_costs(*plan.adapters),
         "j": lambda: isospectral_steps(*plan.isospectral),
+        "l": lambda: delta_sizes(folder.pair(*plan.deltas), work),
         "k": lambda: calibration(plan.calibration, kept=work / f"calibration-{plan.calibration}.jsonl"),
     }
 

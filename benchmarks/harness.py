@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 LAUNCHER = Path(__file__).with_name("measure_child.py")
@@ -196,6 +197,31 @@ def cache_folder(folder: Path | None = None) -> Iterator[Path]:
             del os.environ[CACHE_VARIABLE]
             if before is not None:
                 os.environ[CACHE_VARIABLE] = before
+
+
+def python_with(environment: Path, packages: Sequence[str]) -> Path:
+    """The interpreter of an environment with packages and our version of torch; made if the first is not there.
+
+    Raises:
+        NotMeasured: they cannot be installed.
+    """
+    python = environment / "bin" / "python"
+    if python.exists() and subprocess.run([python, "-c", f"import {packages[0]}"], capture_output=True).returncode == 0:
+        return python
+    release = version("torch").partition("+")[0]
+    steps: list[list[str | Path]] = [
+        [sys.executable, "-m", "venv", "--clear", environment],
+        [python, "-m", "pip", "install", "--quiet", f"torch=={release}"],  # first, or another one is taken
+        [python, "-m", "pip", "install", "--quiet", *packages],
+    ]
+    for step in steps:
+        done = subprocess.run(
+            step, capture_output=True, text=True, env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        )
+        if done.returncode != 0:
+            said = done.stderr.strip().splitlines() or ["nothing"]
+            raise NotMeasured(f"{packages[0]} could not be installed: {said[-1]}")
+    return python
 
 
 def describe(cost: Cost) -> str:

@@ -1,13 +1,10 @@
 """(d) The spectra of both models, against weightwatcher in a virtual environment of its own."""
 
-import os
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
-import torch
-from harness import SIDE_BY_SIDE, Cost, NotMeasured, Table, compare_command, in_turn, number, process
+from harness import SIDE_BY_SIDE, Cost, Table, compare_command, in_turn, number, process, python_with
 from pairs import Pair
 
 PROGRAM = Path(__file__).with_name("watch_weights.py")
@@ -15,7 +12,7 @@ PROGRAM = Path(__file__).with_name("watch_weights.py")
 
 def against_weightwatcher(pair: Pair, rounds: int, environment: Path) -> Table:
     """Whole processes. Weightwatcher has no subspaces and no nulls, so spectra alone are the common work."""
-    python = weightwatcher_python(environment)
+    python = python_with(environment, ("weightwatcher", "transformers", "safetensors"))
     version = installed_version(python)
 
     def watching() -> Cost:
@@ -36,31 +33,6 @@ def against_weightwatcher(pair: Pair, rounds: int, environment: Path) -> Table:
         "out, as ours does."
     )
     return Table("(d) Weightwatcher", note, SIDE_BY_SIDE, tuple(rows))
-
-
-def weightwatcher_python(environment: Path) -> Path:
-    """The interpreter of an environment with weightwatcher and our version of torch; made if it is not there.
-
-    Raises:
-        NotMeasured: it cannot be installed.
-    """
-    python = environment / "bin" / "python"
-    if python.exists() and subprocess.run([python, "-c", "import weightwatcher"], capture_output=True).returncode == 0:
-        return python
-    release = torch.__version__.partition("+")[0]
-    steps: list[list[str | Path]] = [
-        [sys.executable, "-m", "venv", "--clear", environment],
-        [python, "-m", "pip", "install", "--quiet", f"torch=={release}"],  # first, or another one is taken
-        [python, "-m", "pip", "install", "--quiet", "weightwatcher", "transformers", "safetensors"],
-    ]
-    for step in steps:
-        done = subprocess.run(
-            step, capture_output=True, text=True, env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-        )
-        if done.returncode != 0:
-            said = done.stderr.strip().splitlines() or ["nothing"]
-            raise NotMeasured(f"weightwatcher could not be installed: {said[-1]}")
-    return python
 
 
 def installed_version(python: Path) -> str:
