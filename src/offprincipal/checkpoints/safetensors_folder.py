@@ -3,11 +3,15 @@
 Everything in the folder is hostile input: no pickle is opened, no path leaves the folder, every read can fail.
 """
 
+import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from offprincipal.checkpoints import fsdp_shards, zero_shards
 from offprincipal.checkpoints.alignment import aligned
@@ -21,6 +25,7 @@ from offprincipal.checkpoints.float8 import (
     scales_of_activations,
 )
 from offprincipal.checkpoints.hostile import is_file, read_config
+from offprincipal.checkpoints.packed import Packed, packed_in, state_shape
 from offprincipal.checkpoints.safetensors_file import SafetensorsFile
 from offprincipal.checkpoints.shards import files_of, open_files
 from offprincipal.errors import CheckpointError
@@ -80,6 +85,18 @@ class SafetensorsFolder:
         self._files = files
         self.stored = {name: file.tensors[name] for name, file in sorted(files.items())}
         self._scales = scales_beside(self.stored)
+        self._packed = {name: self._shaped(packed) for name, packed in packed_in(self.stored, self.config).items()}
+        self._last = threading.local()  # each thread unpacks a tensor of its own
+
+    def _shaped(self, packed: Packed) -> Packed:
+        """A packed weight with its shape, which bitsandbytes keeps in a tensor."""
+        if "state" not in packed.members:
+            return packed
+        name = packed.members["state"].name
+        try:
+            return replace(packed, info=replace(packed.info, shape=state_shape(self.read_stored(name))))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{name} in {self.source} is damaged ({error}): save the model again") from error
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -87,7 +104,13 @@ class SafetensorsFolder:
         if self._scales:
             for name in (*self._scales.values(), *scales_of_activations(infos)):
                 infos.pop(name, None)
+        if self._packed:
+            packed = {member.name for packed in self._packed.values() for member in packed.members.values()}
+            infos = {name: info for name, info in infos.items() if name not in packed}
+            infos = dict(sorted((infos | {name: packed.info for name, packed in self._packed.items()}).items()))
         for name, info in infos.items():
+            if name in self._packed:
+                continue
             if name in self._scales:
                 self._block(name)
                 infos[name] = replace(info, dtype="float32")
@@ -101,7 +124,13 @@ class SafetensorsFolder:
     @property
     def notes(self) -> list[str]:
         count = len(self._scales.keys() & self.tensors.keys())
-        return [f"{count} tensors stored in float8 with scales were dequantised"] if count else []
+        said = [f"{count} tensors stored in float8 with scales were dequantised"] if count else []
+        methods = Counter(packed.method for packed in self._packed.values())
+        return said + [
+            f"{many} tensors packed by {method} were dequantised to float32: beside unpacked ones, what packing lost "
+            "counts as a change"
+            for method, many in methods.items()
+        ]
 
     def read_stored(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Entries of a tensor as they are in the file, not dequantised."""
@@ -109,12 +138,47 @@ class SafetensorsFolder:
         return entries
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        if name in self._packed:
+            return self._read_packed(self._packed[name], start, stop)
         entries = self.read_stored(name, start, stop)
         if name not in self._scales:
             return entries
         scale = self._scales[name]
         scales = self._files[scale].read(scale).reshape(self.stored[scale].shape)
         return dequantise(entries, start, self.stored[name].shape, scales, self._block(name))
+
+    def _read_packed(self, packed: Packed, start: int, stop: int | None) -> Array:
+        size = packed.info.numel // packed.slices
+        stop = packed.info.numel if stop is None else stop
+        pieces = [
+            self._slice(packed, place)[max(start - place * size, 0) : stop - place * size]
+            for place in range(start // size, -(-stop // size) if stop > start else 0)
+        ]
+        return np.concatenate(pieces) if pieces else np.empty(0, np.float32)
+
+    def _slice(self, packed: Packed, place: int) -> Array:
+        """The entries of one of a packed weight's slices, flat."""
+        if getattr(self._last, "key", None) == (packed.info.name, place):
+            kept: Array = self._last.entries
+            return kept
+        parts = {}
+        for part, member in packed.members.items():
+            size = member.numel // packed.slices
+            shape = member.shape[1:] if packed.stacked else member.shape
+            parts[part] = self.read_stored(member.name, place * size, (place + 1) * size).reshape(shape)
+        size = packed.info.numel // packed.slices
+        try:
+            with np.errstate(all="ignore"):
+                entries = packed.decode(parts).reshape(-1)[:size]
+            if len(entries) != size:
+                raise ValueError("its parts do not fit its shape")
+        except (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise CheckpointError(
+                f"{packed.info.name} of {self.source} cannot be unpacked as {packed.method} ({error}): give it "
+                "dequantised"
+            ) from error
+        self._last.key, self._last.entries = (packed.info.name, place), entries
+        return entries
 
     def masters(self) -> Checkpoint | None:
         folder = self.folder / MASTERS
