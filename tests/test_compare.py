@@ -444,3 +444,14 @@ def test_what_is_left_out_to_save_time_changes_nothing_else() -> None:
     tested = {f"{mask}_{what}" for mask in ("principal", "low_magnitude", "safe") for what in ("z", "log_odds")}
     assert tested < differing and {rows[1][name] for name in differing} == {None}
     assert all("_stored_null" in name or re.search("_z$|_log_odds|_margin_null", name) for name in differing)
+
+
+def test_what_moved_off_a_zero_matrix_counts_in_the_pooled_norm(tmp_path: Path) -> None:
+    """Its own ratio is undefined; the root of sums of squares is not."""
+    weights = {f"model.layers.{i}.self_attn.q_proj.weight": torch.zeros(4, 4).bfloat16() for i in range(2)}
+    still = weights | {"model.layers.1.self_attn.q_proj.weight": torch.full((4, 4), 3.0).bfloat16()}
+    run = still | {"model.layers.0.self_attn.q_proj.weight": torch.ones(4, 4).bfloat16()}
+    folders = write_model(tmp_path / "base", still), write_model(tmp_path / "run", run)
+    result = compare(folders[0], {"run": folders[1]}, CompareSettings(metrics=("changes",)))
+    assert [row["relative_update_norm"] for row in result.matrices] == [None, 0.0]
+    assert value(result, "run", "relative_update_norm") == pytest.approx(1 / 3)

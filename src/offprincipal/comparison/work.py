@@ -101,7 +101,8 @@ class Work:
     def notes(self) -> dict[str, list[str]]:
         """Run -> what a reader should know of how it was read and paired."""
         own = self.base_checkpoint.notes
-        return {name: [*own, *run.notes, *self._pairings[name].notes] for name, run in self.runs.items()}
+        notes = {name: [*own, *run.notes, *self._pairings[name].notes] for name, run in self.runs.items()}
+        return {name: list(dict.fromkeys(said)) for name, said in notes.items()}
 
     @cached_property
     def parts(self) -> list[Part]:

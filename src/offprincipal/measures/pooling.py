@@ -104,7 +104,8 @@ def pool_column(name: str, rows: Sequence[Row]) -> "Estimate":
     column = _COLUMNS[name]
     pool = _POOLS[column.pool]
     counted = [row for row in rows if row["linear"] or not pool.linear_only]
-    parts = [(pool.top(row, name), pool.bottom(row, name)) if row[name] is not None else (0.0, 0.0) for row in counted]
+    known = "update_norm" if column.pool == "relative_norm" else name  # of a zero base that is defined, too
+    parts = [(pool.top(row, name), pool.bottom(row, name)) if row[known] is not None else (0.0, 0.0) for row in counted]
     return estimate_ratio(parts, pool.finish)
 
 
