@@ -31,6 +31,7 @@ def save(folder: str) -> None:
     state = {f"fsdp.{name}": tensor for name, tensor in get_model_state_dict(linear).items()}
     state |= {"rows": sharded(Shard(0), 7, 6), "columns": sharded(Shard(1), 4, 9), "both": sharded(Shard(2), 5, 3, 4)}
     dcp.save(state, checkpoint_id=folder)
+    dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(path=f"{folder}-hf", save_distributed=True))
     dist.destroy_process_group()
 
 

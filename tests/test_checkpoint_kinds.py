@@ -673,16 +673,17 @@ class TestDistributed:
         for rank in ranks:
             _, errors = rank.communicate(timeout=120)
             assert rank.returncode == 0, errors.decode()[-2000:]
-        checkpoint = open_checkpoint(tmp_path / "run")
         assert len(list((tmp_path / "run").glob("*.distcp"))) == 2
+        assert len(list((tmp_path / "run-hf").glob("shard-*-model-*-of-*.safetensors"))) == 2
         wanted = {"rows": (7, 6), "columns": (4, 9), "both": (5, 3, 4), "fsdp.weight": (9, 5), "fsdp.bias": (9,)}
-        assert {name: info.shape for name, info in checkpoint.tensors.items()} == wanted
-        for name, info in checkpoint.tensors.items():
-            whole = torch.arange(info.numel).bfloat16().float()
-            assert torch.equal(tensor_of(checkpoint, name).flatten(), whole), name
-            for start, stop in ((0, 1), (1, info.numel - 1), (info.numel // 2, info.numel)):
-                part = torch.from_numpy(checkpoint.read(name, start, stop).astype(np.float32))
-                assert torch.equal(part, whole[start:stop]), name
+        for checkpoint in map(open_checkpoint, (tmp_path / "run", tmp_path / "run-hf")):
+            assert {name: info.shape for name, info in checkpoint.tensors.items()} == wanted
+            for name, info in checkpoint.tensors.items():
+                whole = torch.arange(info.numel).bfloat16().float()
+                assert torch.equal(tensor_of(checkpoint, name).flatten(), whole), name
+                for start, stop in ((0, 1), (1, info.numel - 1), (info.numel // 2, info.numel)):
+                    part = torch.from_numpy(checkpoint.read(name, start, stop).astype(np.float32))
+                    assert torch.equal(part, whole[start:stop]), name
 
     def test_what_is_wrong_with_one_is_said(self, tmp_path: Path) -> None:
         state = {"a.weight": torch.randn(6, 4), "b.weight": torch.randn(3)}
@@ -873,3 +874,23 @@ def test_what_cannot_be_got_from_the_hub_is_said(hub: Callable[..., str]) -> Non
     assert "is no Hub id" in hub("org/na--me")
     for source in ("org/name/more", "org/name@../../x", "./org/absent", "/org/absent", "org /name", "org/"):
         assert "does not exist" in hub(source), source
+
+
+BOXES: dict[str, tuple[object, str]] = {
+    "nothing": (None, "does not say where its parts lie"),
+    "no object": ([1], "does not say where its parts lie"),
+    "another tensor": ({"b": {"saved_offsets": [0, 0]}}, "does not say where its part of a lies"),
+    "one dimension": ({"a": {"saved_offsets": [0]}}, "does not say where its part of a lies"),
+    "before it": ({"a": {"saved_offsets": [-1, 0]}}, "does not say where its part of a lies"),
+    "text": ({"a": {"saved_offsets": ["0", 0]}}, "does not say where its part of a lies"),
+    "a gap": ({"a": {"saved_offsets": [3, 0]}}, "overlap or leave gaps"),
+}
+
+
+@pytest.mark.parametrize("fault", BOXES)
+def test_safetensors_of_ranks_that_do_not_fill_their_tensors_are_refused(tmp_path: Path, fault: str) -> None:
+    where, says = BOXES[fault]
+    metadata = None if where is None else {"DCP_SHARDING_INFO": json.dumps(where)}
+    save_file({"a": torch.ones(2, 3)}, tmp_path / "shard-00001-model-00001-of-00001.safetensors", metadata)
+    with pytest.raises(CheckpointError, match=says):
+        open_checkpoint(tmp_path).read("a")

@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -455,3 +456,42 @@ def test_what_moved_off_a_zero_matrix_counts_in_the_pooled_norm(tmp_path: Path) 
     result = compare(folders[0], {"run": folders[1]}, CompareSettings(metrics=("changes",)))
     assert [row["relative_update_norm"] for row in result.matrices] == [None, 0.0]
     assert value(result, "run", "relative_update_norm") == pytest.approx(1 / 3)
+
+
+def test_masters_that_are_elsewhere_are_given(folders: dict[str, Path], tmp_path: Path) -> None:
+    """As if they were beside the weights: the same tables, and nothing else of that place."""
+    elsewhere, bare = tmp_path / "optimizer" / "float32", tmp_path / "near"
+    elsewhere.mkdir(parents=True)
+    bare.mkdir()
+    shutil.copy(folders["near"] / "masters" / "model.safetensors", elsewhere)
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((folders["near"] / name).read_bytes())
+    beside = compare(folders["base"], {"near": folders["near"]}, CompareSettings(metrics=("location",)))
+    given = compare(
+        folders["base"], {"near": bare}, CompareSettings(metrics=("location",)), masters={"near": elsewhere}
+    )
+    assert given.matrices == beside.matrices and given.matrices[0]["hidden_fraction"] is not None
+    assert given.summary["runs"]["near"]["masters"] == str(elsewhere)
+    with pytest.raises(ArgumentError, match="masters are given of 'far', which is no run"):
+        compare(folders["base"], {"near": bare}, masters={"far": elsewhere})
+    with pytest.raises(CheckpointError, match=r"is given as masters, but stores .* in bfloat16"):
+        compare(folders["base"], {"near": bare}, masters={"near": bare})
+    with pytest.raises(CheckpointError, match="do not round to its stored weights"):
+        compare(folders["base"], {"far": folders["far"]}, masters={"far": elsewhere})
+
+
+def test_masters_are_named_on_the_command_line(folders: dict[str, Path], tmp_path: Path) -> None:
+    masters = folders["near"] / "masters"
+    command = [sys.executable, "-m", "offprincipal", "compare", str(folders["base"]), "--metrics", "changes"]
+    for runs, named, code in (
+        ([f"near={folders['near']}"], f"near={masters}", 0),
+        ([f"near={folders['near']}"], str(masters), 0),
+        ([f"near={folders['near']}", f"far={folders['far']}"], str(masters), 2),
+        ([f"near={folders['near']}", f"far={folders['far']}"], f"near={masters}", 0),
+    ):
+        options = ["--masters", named, "--out", str(tmp_path / "out")]
+        done = subprocess.run([*command, *runs, *options], capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        if code == 0:
+            page = (tmp_path / "out" / "report.html").read_text()
+            assert f"--masters near={masters}" in page or f"--masters &#39;near={masters}" in page

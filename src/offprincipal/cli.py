@@ -143,6 +143,10 @@ def compare(
         str | None, typer.Option(metavar="ADDRESS", help="Measure on a Ray cluster; `local` starts one here.")
     ] = None,
     cache: Annotated[bool, typer.Option(help="Keep decomposed bases; see `offprincipal cache`.")] = True,
+    masters: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]PATH", help="A run's float32 weights before storing, where not beside it."),
+    ] = None,
     fail_if: Annotated[
         list[str] | None,
         typer.Option("--fail-if", metavar="CONDITION", help="Exit 3 if it holds: 'principal_angle_left_max_deg > 10'."),
@@ -180,6 +184,7 @@ def compare(
     conditions = [parse_condition(text, settings.metrics) for text in fail_if or []]
     runs = _named_runs(tuned)
     options: Any = {"out": out, "threads": threads, "ray": ray, "cache": cache}
+    options["masters"] = _named_masters(masters or [], runs)
     with _resumable(), _matrix_progress() as progress:
         found = compare_checkpoints(base, runs, settings, **options, progress=progress)
     if report:
@@ -538,6 +543,21 @@ def _named_runs(tuned: list[str]) -> Any:
                 raise ArgumentError(f"two runs are named '{run}': tell them apart with NAME=PATH")
             runs[run] = path
     return runs
+
+
+def _named_masters(masters: list[str], runs: dict[str, str]) -> dict[str, str]:
+    """Run -> where its masters are; without a name they are those of the only run."""
+    found: dict[str, str] = {}
+    for text in masters:
+        name, equals, source = text.partition("=")
+        if not equals or name not in runs:
+            if len(runs) != 1 and not equals:
+                raise ArgumentError(f"whose masters are {text}? Write --masters NAME={text}, NAME of {', '.join(runs)}")
+            name, source = (next(iter(runs)), text) if not equals or _exists(text) else (name, source)
+        if name in found:
+            raise ArgumentError(f"masters of '{name}' are given twice")
+        found[name] = source
+    return found
 
 
 @contextmanager

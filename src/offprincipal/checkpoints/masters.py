@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from offprincipal.checkpoints.checkpoint import Array, Checkpoint, TensorInfo
+from offprincipal.checkpoints.opening import open_checkpoint
 from offprincipal.errors import CheckpointError
 
 
@@ -15,6 +16,21 @@ def masters_of(tuned: Checkpoint) -> Checkpoint | None:
         return beside
     kinds = {info.dtype for info in tuned.tensors.values() if info.floating}
     return tuned if kinds == {"float32"} else None
+
+
+def open_masters(source: str, base: Checkpoint) -> Checkpoint:
+    """Masters that are somewhere else than beside the weights: any checkpoint in float32, under the base's names.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not stored in float32.
+    """
+    found = open_checkpoint(source, base)
+    for name, info in found.tensors.items():
+        if info.floating and info.dtype not in ("float32", "float64"):
+            raise CheckpointError(
+                f"{source} is given as masters, but stores {name} in {info.dtype}: masters are float32"
+            )
+    return found
 
 
 def require_all_masters(tuned: Checkpoint, masters: Checkpoint, wanted: Mapping[str, TensorInfo]) -> None:

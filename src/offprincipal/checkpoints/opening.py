@@ -12,6 +12,7 @@ from offprincipal.checkpoints import (
     fsdp_shards,
     hub,
     safetensors_folder,
+    sharded_safetensors,
     torch_files,
     zero_shards,
 )
@@ -42,6 +43,7 @@ _KINDS: tuple[tuple[Callable[[Path], bool], _Opener], ...] = (
     (distributed.is_distributed, distributed.open_distributed),
     (fsdp_shards.is_at, fsdp_shards.open_fsdp_shards),
     (lambda folder: zero_shards.folder_at(folder) is not None, zero_shards.open_zero_shards),
+    (lambda folder: bool(sharded_safetensors.files_in(folder)), sharded_safetensors.open_sharded),
     (
         lambda folder: bool(safetensors_folder.files_in(folder)),
         lambda folder, source, base: SafetensorsFolder(folder, source),

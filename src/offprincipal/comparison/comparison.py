@@ -52,6 +52,7 @@ def compare(
     threads: int | None = None,
     ray: str | None = None,
     cache: str | Path | bool = True,
+    masters: Mapping[str, str | Path] | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Measure what training did to the weights, every figure beside its null.
@@ -65,6 +66,7 @@ def compare(
         threads: matrices measured at once, each on one core; all cores by default. The numbers do not depend on it.
         ray: address of a Ray cluster to measure on, or `local` for one on this machine, in place of threads.
         cache: where decompositions of bases are kept: a folder, True for the user's cache folder, False for none.
+        masters: run -> its float32 weights before they were stored, where they are not beside it.
         progress: called with entries done, entries in all, and the tensor's name.
 
     Raises:
@@ -82,7 +84,11 @@ def compare(
     if isinstance(tuned, str | Path):
         tuned = [tuned]
     kept = _users_cache() if cache is True else Path(cache) if cache else None
-    work = Work(str(base), name_runs(tuned), settings or CompareSettings(), kept)
+    runs = name_runs(tuned)
+    given = {name: str(source) for name, source in (masters or {}).items()}
+    if unknown := sorted(given.keys() - runs.keys()):
+        raise ArgumentError(f"masters are given of '{unknown[0]}', which is no run: runs are {', '.join(runs)}")
+    work = Work(str(base), runs, settings or CompareSettings(), kept, given)
     if work.settings.matrix.device != "cpu" and ray is None:
         from offprincipal.measures.spectral import chosen_device
 
@@ -177,6 +183,7 @@ def _summary(work: Work, measured: list[TensorRows], matrices: list[Row], pairs:
         unmeasured, differing = work.unmeasured(name)
         entries[name] = {
             "source": checkpoint.source,
+            **({"masters": work.given_masters[name]} if name in work.given_masters else {}),
             "warnings": [
                 *work.notes[name],
                 *_unmeasured_warnings(unmeasured, differing),

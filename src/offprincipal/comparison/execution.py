@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from offprincipal.checkpoints import Part
 from offprincipal.comparison.measure import TensorRows
-from offprincipal.comparison.work import Work
+from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError, OffPrincipalError
 from offprincipal.measures.columns import needs_torch
 
@@ -59,7 +60,7 @@ def run_on_ray(work: Work, parts: Sequence[Part], address: str) -> Iterator[tupl
             raise ArgumentError(f"no Ray cluster at '{address}': {error}. Start one, or say --ray local") from error
     try:
         measure = ray.remote(max_retries=3)(_measure_on_worker)
-        shared = ray.put((work.base, dict(work.tuned), work.settings, work.cache))
+        shared = ray.put((work.base, dict(work.tuned), work.settings, work.cache, dict(work.given_masters)))
         waiting = {measure.remote(shared, part): part for part in parts}
         while waiting:
             done, _ = ray.wait(list(waiting))
@@ -71,16 +72,22 @@ def run_on_ray(work: Work, parts: Sequence[Part], address: str) -> Iterator[tupl
 
 
 def _measure_on_worker(made_of: tuple[Any, ...], part: Part) -> TensorRows:
-    base, tuned, settings, cache = made_of
-    work = _opened(base, tuple(tuned.items()), settings, cache)
+    base, tuned, settings, cache, masters = made_of
+    work = _opened(base, tuple(tuned.items()), settings, cache, tuple(masters.items()))
     with one_core_each(work):
         return work.measure(part)
 
 
 @lru_cache(maxsize=1)
-def _opened(base: str, tuned: tuple[tuple[str, str], ...], *rest: Any) -> Work:
+def _opened(
+    base: str,
+    tuned: tuple[tuple[str, str], ...],
+    settings: CompareSettings,
+    cache: Path | None,
+    masters: tuple[tuple[str, str], ...],
+) -> Work:
     """Checkpoints are opened once a worker."""
-    return Work(base, dict(tuned), *rest)
+    return Work(base, dict(tuned), settings, cache, dict(masters))
 
 
 def _ray() -> Any:

@@ -21,7 +21,7 @@ from offprincipal.checkpoints import (
     parts_of,
 )
 from offprincipal.checkpoints.checkpoint import same_bits
-from offprincipal.checkpoints.masters import require_all_masters
+from offprincipal.checkpoints.masters import open_masters, require_all_masters
 from offprincipal.comparison.cache import BaseCache
 from offprincipal.comparison.contract import Expectation, parse_expectations, require_matches
 from offprincipal.comparison.measure import TensorRows, measure_matrix, measure_tensor
@@ -74,6 +74,7 @@ class Work:
     Args:
         base: source of the base; tuned: run -> source.
         cache: where decompositions of bases are kept; None keeps none.
+        given_masters: run -> source of its float32 masters, where they are not beside it.
 
     Raises:
         CheckpointError: on first use, where a checkpoint cannot be read or the tensors do not match.
@@ -83,6 +84,7 @@ class Work:
     tuned: Mapping[str, str]
     settings: CompareSettings
     cache: Path | None = None
+    given_masters: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def base_checkpoint(self) -> Checkpoint:
@@ -94,8 +96,14 @@ class Work:
 
     @cached_property
     def masters(self) -> dict[str, Checkpoint]:
-        """Run -> float32 masters, where they were kept."""
-        return {name: found for name, run in self.runs.items() if (found := run.masters())}
+        """Run -> float32 masters, where they were given or kept."""
+        found = {}
+        for name, run in self.runs.items():
+            source = self.given_masters.get(name)
+            masters = run.masters() if source is None else open_masters(source, self.base_checkpoint)
+            if masters is not None:
+                found[name] = masters
+        return found
 
     @cached_property
     def notes(self) -> dict[str, list[str]]:

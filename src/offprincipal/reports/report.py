@@ -145,6 +145,8 @@ def _command(summary: Mapping[str, Any]) -> str:
             options += [word for text in value for word in (flag, text)]
         else:
             options += [flag] if value is True else [flag, ",".join(value) if isinstance(value, list) else str(value)]
+    for name, run in summary["runs"].items():
+        options += ["--masters", f"{name}={run['masters']}"] if "masters" in run else []
     return shlex.join(["offprincipal", "compare", summary["base"], *runs, *options])
 
 
