@@ -26,7 +26,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("offprincipal needs Python 3.11 or later; this is " + sys.version.split()[0] + ". Set PYTHON=python3.12, say.") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,ray,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,ray,gguf,dev]'
 	@touch $@
 
 clean:

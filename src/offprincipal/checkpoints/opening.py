@@ -10,6 +10,7 @@ from offprincipal.checkpoints import (
     delta,
     distributed,
     fsdp_shards,
+    gguf_file,
     hub,
     safetensors_folder,
     sharded_safetensors,
@@ -144,27 +145,25 @@ def _open_file(path: Path, source: str, base: Checkpoint | None) -> Checkpoint:
     folder, name = path.parent, path.name
     if name.endswith(delta.SUFFIX):
         return delta.open_delta(path, source, base)
+    if name.endswith(gguf_file.SUFFIX):
+        return gguf_file.GgufFile(path, source, base)
     if name.endswith(safetensors_folder.SUFFIX):
         return SafetensorsFolder(folder, source, None if is_numbered(name) else [path])
     if name.endswith(safetensors_folder.SUFFIX + INDEX):
         return SafetensorsFolder(folder, source, [path])
     if name.endswith((*torch_files.SUFFIXES, *(suffix + INDEX for suffix in torch_files.SUFFIXES))):
         return TorchFolder(folder, source, [path])
-    raise CheckpointError(f"{path} is no file of weights{_what_it_is(name)}")
-
-
-def _what_it_is(name: str) -> str:
-    if name.endswith(".gguf"):
-        return ": GGUF is not read. Give the model that it was converted from"
-    return ": give a .safetensors file, or the folder that holds config.json and the weights"
+    raise CheckpointError(
+        f"{path} is no file of weights: give a .safetensors file, or the folder that holds config.json and the weights"
+    )
 
 
 def _what_it_holds(folder: Path) -> str:
     """What to say of a folder that holds no model."""
     names = sorted(path.name for path in folder.glob("*") if is_file(path))
     for name in names:
-        if name.endswith(".gguf"):
-            return f": it holds {name}, and {_what_it_is(name)[2:]}"
+        if name.endswith(gguf_file.SUFFIX):
+            return f": it holds {name}, which is to be named itself"
     pickles = [name for name in names if name.endswith((*torch_files.SUFFIXES, ".pkl"))]
     if pickles:
         return (
