@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from harness import Cost, Table, compare_command, describe, middle, number
 from pairs import Pair, PairFolder
 
-ALL_METRICS = "location,spectrum,subspace,bounds"
+ALL_METRICS = "changes,location,update,spectrum,subspace,bounds"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,10 @@ def against_weightwatcher(pair: Pair, rounds: int, environment: Path) -> Table:
         "process: singular values of every linear matrix, no vectors, no nulls"
     )
     rows = []
-    for metrics, what in (("spectrum", "`--metrics spectrum`"), ("location,spectrum,subspace,bounds", "all metrics")):
+    for metrics, what in (
+        ("spectrum", "`--metrics spectrum`"),
+        ("changes,location,update,spectrum,subspace,bounds", "all metrics"),
+    ):
         ours = partial(compare_command, pair.base, pair.tuned, "--metrics", metrics)
         found = in_turn(ours, watching, rounds, [ours])
         rows.append((f"`offprincipal compare`, {what}, nothing in the cache, the whole process", other, *found.cells()))
