@@ -6,6 +6,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -554,9 +555,9 @@ def test_a_bad_torch_file_is_refused_by_name_and_never_run(tmp_path: Path) -> No
         "nothing": (lambda path: torch.save({}, path), "no dictionary of tensors"),
         "numbers": (lambda path: torch.save({1: torch.ones(2)}, path), "no dictionary of tensors"),
         "nested": (lambda path: torch.save({"model": weights | {"n": 3}}, path), "'n' .* is int, not a tensor"),
-        "sparse": (lambda path: torch.save({"x": torch.ones(2, 2).to_sparse()}, path), "not a plain tensor"),
-        "expanded": (lambda path: torch.save({"x": torch.ones(1).expand(2**40)}, path), "not a plain tensor"),
-        "without data": (lambda path: torch.save({"x": torch.ones(1, device="meta")}, path), "not a plain tensor"),
+        "sparse": (lambda path: torch.save({"x": torch.ones(2, 2).to_sparse()}, path), "sparse_tensor, not a tensor"),
+        "expanded": (lambda path: torch.save({"x": torch.ones(1).expand(2**40)}, path), "repeats its entries"),
+        "without data": (lambda path: torch.save({"x": torch.ones(1, device="meta")}, path), "not a tensor"),
     }
     for fault, (write, says) in faults.items():
         folder = tmp_path / fault
@@ -894,3 +895,45 @@ def test_safetensors_of_ranks_that_do_not_fill_their_tensors_are_refused(tmp_pat
     save_file({"a": torch.ones(2, 3)}, tmp_path / "shard-00001-model-00001-of-00001.safetensors", metadata)
     with pytest.raises(CheckpointError, match=says):
         open_checkpoint(tmp_path).read("a")
+
+
+def rewritten(path: Path, out: Path, change: Callable[[str, bytes], tuple[bytes, int]]) -> Path:
+    """A copy of a zipped file of torch with other records: content and way of compression by name."""
+    with zipfile.ZipFile(path) as stored, zipfile.ZipFile(out, "w") as made:
+        for entry in stored.infolist():
+            content, how = change(entry.filename, stored.read(entry))
+            made.writestr(zipfile.ZipInfo(entry.filename), content, how)
+    return out
+
+
+def test_records_that_are_short_or_compressed_are_not_read_on_into_what_lies_behind(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(100), "b": torch.full((100,), 7.0)}, tmp_path / "whole.pt")
+    changes: dict[str, Callable[[str, bytes], tuple[bytes, int]]] = {
+        "short": lambda n, c: (c[:40] if n.endswith("data/0") else c, zipfile.ZIP_STORED),
+        "deflated": lambda n, c: (c, zipfile.ZIP_DEFLATED if n.endswith("data/0") else zipfile.ZIP_STORED),
+    }
+    for fault, change in changes.items():
+        path = rewritten(tmp_path / "whole.pt", tmp_path / f"{fault}.pt", change)
+        with pytest.raises(CheckpointError, match=f"{fault}.pt is truncated or corrupt"):
+            open_checkpoint(path).read("a")
+    same = rewritten(tmp_path / "whole.pt", tmp_path / "same.pt", lambda n, c: (c, zipfile.ZIP_STORED))
+    assert open_checkpoint(same).read("b").tolist() == [7.0] * 100
+
+
+def test_a_file_that_is_cut_short_while_it_is_open_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(1 << 18)}, tmp_path / "m.pt")
+    found = open_checkpoint(tmp_path / "m.pt")
+    os.truncate(tmp_path / "m.pt", 5000)
+    with pytest.raises(CheckpointError, match=r"m\.pt ends before a does"):
+        found.read("a")
+
+
+def test_views_in_torch_files_are_read_as_they_are_seen(tmp_path: Path) -> None:
+    whole = torch.arange(24).float().view(4, 6)
+    views = {"turned": whole.T, "column": whole[:, 2], "part": whole[1:3], "every": whole[::2, ::3], "one": whole[1, 1]}
+    torch.save(views, tmp_path / "m.pt")
+    found = open_checkpoint(tmp_path / "m.pt")
+    for name, view in views.items():
+        assert found.tensors[name].shape == tuple(view.shape)
+        assert torch.equal(tensor_of(found, name), view), name
+        assert found.read(name, 1, 3).tolist() == view.flatten()[1:3].tolist()

@@ -6,14 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checkpoint_folders import base_and_two_runs, tables_in
+import torch
+import torch.distributed.checkpoint as dcp
+from checkpoint_folders import base_and_two_runs, base_weights, moved, stored, tables_in, write_model
+from safetensors.torch import save_file
+from torch import Tensor
 
-from offprincipal.comparison import compare
+from offprincipal.comparison import CompareSettings, compare
 from offprincipal.comparison.journal import NAME
-from offprincipal.errors import FileError
+from offprincipal.errors import CheckpointError, FileError
 from offprincipal.files import exclusively
 
 
@@ -115,3 +121,60 @@ def test_other_settings_or_other_weights_start_anew(sources: tuple[Path, dict[st
 def test_two_comparisons_do_not_write_to_one_folder(sources: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
     with exclusively(tmp_path), pytest.raises(FileError, match="another process is writing"):
         compare(*sources, out=tmp_path)
+
+
+def write_safetensors(folder: Path, weights: dict[str, Tensor]) -> Path:
+    folder.mkdir(exist_ok=True)
+    return replaced(folder / "model.safetensors", lambda path: save_file(weights, path))
+
+
+def write_bin(folder: Path, weights: dict[str, Tensor]) -> Path:
+    folder.mkdir(exist_ok=True)
+    return replaced(folder / "pytorch_model.bin", lambda path: torch.save(weights, path))
+
+
+def write_shard_below(folder: Path, weights: dict[str, Tensor]) -> Path:
+    (folder / "shards").mkdir(parents=True, exist_ok=True)
+    index = {"weight_map": dict.fromkeys(weights, "shards/one.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return replaced(folder / "shards" / "one.safetensors", lambda path: save_file(weights, path))
+
+
+def write_distributed(folder: Path, weights: dict[str, Tensor]) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(dict(weights), checkpoint_id=folder)
+    return folder / "__0_0.distcp"
+
+
+def replaced(path: Path, write: Callable[[Path], object]) -> Path:
+    """As a trainer replaces a file: under another name first."""
+    write(path.with_name("new"))
+    path.with_name("new").replace(path)
+    return path
+
+
+@pytest.mark.parametrize("write", [write_safetensors, write_bin, write_shard_below, write_distributed])
+def test_files_that_are_replaced_in_mid_run_give_no_tables(
+    write: Callable[[Path, dict[str, Tensor]], Path], tmp_path: Path
+) -> None:
+    weights = base_weights()
+    base = write_model(tmp_path / "base", weights)
+    old, new = (stored(moved(weights, size, 1)) for size in (1e-3, 3e-3))
+    file = write(tmp_path / "run", old)
+    settings, done = CompareSettings(metrics=("changes",)), []
+
+    def replace_once(count: int, total: int, tensor: str) -> None:
+        done.append(tensor)
+        if len(done) == 3:
+            write(tmp_path / "run", new)
+
+    says = f"{file.name} (changed while it was being read|ends before)"  # torch writes over the file itself
+    with pytest.raises((FileError, CheckpointError), match=says):
+        compare(base, {"run": tmp_path / "run"}, settings, out=tmp_path / "out", threads=1, progress=replace_once)
+    assert not (tmp_path / "out" / "summary.json").exists()
+    again = compare(base, {"run": tmp_path / "run"}, settings, out=tmp_path / "out")
+    assert again.matrices == compare(base, {"run": tmp_path / "run"}, settings).matrices
+    file.unlink()
+    with pytest.raises((FileError, CheckpointError), match=r"gone|cannot|missing|neither|holds no|is no"):
+        compare(base, {"run": tmp_path / "run"}, settings)

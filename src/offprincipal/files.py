@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,36 @@ def exclusively(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def identities(paths: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
+    """Size, time and number of each file.
+
+    Raises:
+        FileError: one is gone.
+    """
+    found = {}
+    for path in paths:
+        try:
+            about = path.stat()
+        except OSError as error:
+            raise FileError(f"{path} is gone while it was being read: put it back and run the command again") from error
+        found[path] = (about.st_size, about.st_mtime_ns, about.st_ino)
+    return found
+
+
+def require_unchanged(known: dict[Path, tuple[int, int, int]]) -> None:
+    """Check that files are those that they were.
+
+    Raises:
+        FileError: one was replaced, written to, or is gone.
+    """
+    for path, identity in identities(known).items():
+        if identity != known[path]:
+            raise FileError(
+                f"{path} changed while it was being read, so that what was measured is of two files: let the writing "
+                "end, and run the command again"
+            )
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

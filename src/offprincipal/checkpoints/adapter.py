@@ -153,6 +153,10 @@ class Adapter:
         self._change_of = lru_cache(maxsize=_KEPT)(self._prepare)
 
     @property
+    def files(self) -> list[Path]:
+        return [self._file.path, self.folder / CONFIG, *self.base.files]
+
+    @property
     def config(self) -> Mapping[str, Any]:
         return self.base.config
 

@@ -145,6 +145,10 @@ class Aligned:
         return self.stored.folders
 
     @property
+    def files(self) -> Sequence[Path]:
+        return self.stored.files
+
+    @property
     def config(self) -> Mapping[str, Any]:
         return self.stored.config
 

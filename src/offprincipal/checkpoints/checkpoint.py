@@ -65,6 +65,11 @@ class Checkpoint(Protocol):
         ...
 
     @property
+    def files(self) -> Sequence[Path]:
+        """The local files that its entries are read from."""
+        ...
+
+    @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Name -> shape and type, in the order of the names; tied tensors once."""
         ...

@@ -68,6 +68,10 @@ class Chunked(ABC):
         first, last = start // width, -(-stop // width)
         return self._rows(name, first, last).reshape(-1)[start - first * width : stop - first * width]
 
+    @property
+    def files(self) -> list[Path]:
+        return list(dict.fromkeys(chunk.path for tensor in self._stored.values() for chunk in tensor.chunks))
+
     def masters(self) -> None:
         return None
 

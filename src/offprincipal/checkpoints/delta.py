@@ -167,7 +167,12 @@ class DeltaCheckpoint(SafetensorsFolder):
         self.folder, self.folders, self.source = path.parent, (path.parent, *base.folders), source
         file = DeltaFile(path, as_stored(base))
         self.config = json.loads(file.text("config.json")) if "config.json" in file.index.files else dict(base.config)
+        self._base_files = list(base.files)
         self._setup(dict.fromkeys(file.tensors, file))
+
+    @property
+    def files(self) -> list[Path]:
+        return [*super().files, *self._base_files]
 
     @property
     def notes(self) -> list[str]:

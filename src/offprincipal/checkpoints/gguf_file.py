@@ -59,7 +59,7 @@ class GgufFile:
     """
 
     def __init__(self, path: Path, source: str, base: Checkpoint | None = None) -> None:
-        self.path, self.source, self.folders = path, source, (path.parent,)
+        self.path, self.source, self.folders, self.files = path, source, (path.parent,), (path,)
         self._gguf = _library(path)
         try:
             with path.open("rb") as file:

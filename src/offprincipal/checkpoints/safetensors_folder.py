@@ -122,6 +122,10 @@ class SafetensorsFolder:
         return infos
 
     @property
+    def files(self) -> list[Path]:
+        return list(dict.fromkeys(file.path for file in self._files.values()))
+
+    @property
     def notes(self) -> list[str]:
         count = len(self._scales.keys() & self.tensors.keys())
         said = [f"{count} tensors stored in float8 with scales were dequantised"] if count else []

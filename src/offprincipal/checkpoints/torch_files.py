@@ -1,7 +1,8 @@
 """Files of `torch.save`: `pytorch_model.bin`, shards with `pytorch_model.bin.index.json`, or one file by another name.
 
-They are pickles. torch's own restricted unpickler reads them (`weights_only=True`), which refuses whatever could run
-code; nothing here ever turns that off. torch is imported only when such a file is opened.
+They are pickles. Those in torch's zipped format are read by `torch_objects`, which imports nothing, and their entries
+from where they lie; older ones by torch's own restricted unpickler (`weights_only=True`), which refuses whatever could
+run code; nothing here ever turns that off.
 """
 
 import io
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from offprincipal.checkpoints.checkpoint import FLOATS, Array, TensorInfo, without_copied_head
-from offprincipal.checkpoints.hostile import is_file, read_config
+from offprincipal.checkpoints.hostile import is_file, read_bytes, read_config
 from offprincipal.checkpoints.shards import open_files
+from offprincipal.checkpoints.torch_objects import Record, StoredPart, read_objects
 from offprincipal.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ _GLOBAL = re.compile(r"GLOBAL ([\w.]{1,80})")
 
 
 class TorchFile:
-    """The tensors of one file, mapped into memory.
+    """The tensors of one file.
 
     Raises:
         CheckpointError: it is truncated or corrupt, holds code, or is no dictionary of tensors.
@@ -41,20 +43,31 @@ class TorchFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        content = _state_dict(load_tensors(path, path))
+        content = _state_dict(read_objects(path) if _is_zip(path) else load_tensors(path, path))
         if not isinstance(content, dict) or not content:
             raise CheckpointError(f"{path} is no dictionary of tensors, as a state dict is: save the model again")
-        self._tensors: dict[str, Tensor] = {}
+        self._tensors: dict[str, Tensor | StoredPart] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for name in sorted(content, key=str):
             if not isinstance(name, str):
                 raise CheckpointError(f"{path} is no dictionary of tensors, as a state dict is: save the model again")
-            self._tensors[name] = checked_tensor(content[name], f"{name[:80]!r} in {path}")
-            self.tensors[name] = TensorInfo(name, tuple(content[name].shape), dtype_name(content[name].dtype))
+            value = content[name]
+            if not isinstance(value, StoredPart):
+                value = checked_tensor(value, f"{name[:80]!r} in {path}")
+            self._tensors[name] = value
+            self.tensors[name] = TensorInfo(name, tuple(value.shape), dtype_name(value.dtype))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Entries `start` to `stop` of a tensor, flat, as stored."""
-        return as_array(self._tensors[name].reshape(-1)[start:stop])
+        found = self._tensors[name]
+        if not isinstance(found, StoredPart):
+            return as_array(found.reshape(-1)[start:stop])
+        if not found.contiguous:
+            return found.entries(read_bytes(found.path, found.start, found.length, name))[start:stop]
+        numel, size = self.tensors[name].numel, found.itemsize
+        stop = numel if stop is None else min(stop, numel)
+        content = read_bytes(found.path, found.start + start * size, max(stop - start, 0) * size, name)
+        return np.frombuffer(content, found.kind)
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -85,6 +98,10 @@ class TorchFolder:
         infos = {name: file.tensors[name] for name, file in sorted(self._files.items())}
         return without_copied_head(infos, self.config, self.read)
 
+    @property
+    def files(self) -> list[Path]:
+        return list(dict.fromkeys(file.path for file in self._files.values()))
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         return self._files[name].read(name, start, stop)
 
@@ -113,9 +130,8 @@ def load_tensors(file: Path | io.BytesIO, where: object) -> Any:
     """
     import torch
 
-    zipped = isinstance(file, Path) and _is_zip(file)  # torch maps only its newer, zipped format
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = _GLOBAL.search(str(error))
         if found is None and not ("Unsupported" in str(error) and _starts_as_pickle(file)):
@@ -139,8 +155,9 @@ def checked_tensor(value: object, where: str) -> "Tensor":
     import torch
 
     if not isinstance(value, torch.Tensor):
+        what = value.kind if isinstance(value, Record) else type(value).__name__
         raise CheckpointError(
-            f"{where} is {type(value).__name__}, not a tensor: this is no model's state dict. Save the weights alone"
+            f"{where} is {what[:80]}, not a tensor: this is no model's state dict. Save the weights alone"
         )
     if value.dim() > _MOST_DIMENSIONS:
         raise CheckpointError(f"{where} has {value.dim()} dimensions: it is no weight. Do not trust it")

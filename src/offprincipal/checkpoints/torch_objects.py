@@ -61,6 +61,28 @@ class StoredPart:
     strides: tuple[int, ...]
 
     @property
+    def kind(self) -> "np.dtype[Any]":
+        """The type of its entries."""
+        found: np.dtype[Any] = _TYPES[self.dtype]
+        return found
+
+    @property
+    def itemsize(self) -> int:
+        return self.kind.itemsize
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether its entries lie one after another, in row-major order."""
+        step, wanted = 1, []
+        for size in reversed(self.shape):
+            wanted.append(step)
+            step *= size
+        return all(
+            size == 1 or have == want
+            for size, have, want in zip(self.shape, self.strides, reversed(wanted), strict=True)
+        )
+
+    @property
     def length(self) -> int:
         """The bytes that it spans."""
         if 0 in self.shape:
@@ -159,8 +181,8 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) in _PLAIN or module.split(".")[0] in _PACKAGES:
             return type(name, (Record,), {"kind": name})
         raise CheckpointError(
-            f"{self._path} names {module[:60]}.{name[:60]}, which no trainer stores beside weights and which could run "
-            "code; it was not run. Do not trust it"
+            f"{self._path} holds more than tensors ({module[:60]}.{name[:60]}), which could run code, and was not "
+            "opened. Do not trust it; if it is yours, save it again as safetensors"
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -180,7 +202,7 @@ class _Unpickler(pickle.Unpickler):
 
     def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Any:
         """A plain tensor."""
-        dtype = rest[3] if len(rest) > 3 and isinstance(rest[3], str) else storage.dtype
+        dtype = rest[2] if len(rest) > 2 and isinstance(rest[2], str) else storage.dtype  # of the third version
         sizes, steps = shape_of(shape), shape_of(stride)
         if len(sizes) > _MOST_DIMENSIONS or len(steps) != len(sizes):
             raise ValueError(f"a tensor of {len(sizes)} dimensions and {len(steps)} strides")

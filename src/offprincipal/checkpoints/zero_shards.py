@@ -104,6 +104,10 @@ class ZeroShards:
             at += piece.count
         return np.concatenate(found)
 
+    @property
+    def files(self) -> list[Path]:
+        return list(dict.fromkeys(piece.part.path for _, pieces in self._stored.values() for piece in pieces))
+
     def masters(self) -> None:
         return None
 

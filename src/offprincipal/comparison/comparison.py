@@ -20,7 +20,7 @@ from offprincipal.comparison.measure import Row, TensorRows
 from offprincipal.comparison.tables import TABLES, write_tables
 from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError, FileError
-from offprincipal.files import exclusively, require_folder
+from offprincipal.files import exclusively, identities, require_folder, require_unchanged
 from offprincipal.measures.pooling import anatomy, pool_pair, pool_run
 
 Progress = Callable[[int, int, str], None]
@@ -93,7 +93,7 @@ def compare(
         from offprincipal.measures.spectral import chosen_device
 
         chosen_device(work.settings.matrix.device)
-    total = sum(part.numel for part in work.parts)
+    opened, total = identities(work.files), sum(part.numel for part in work.parts)
     with _journal(work, out) as (journal, measured):
         waiting = [part for part in work.parts if part.name not in measured]
         done = total - sum(part.numel for part in waiting)
@@ -109,6 +109,7 @@ def compare(
             if progress:
                 progress(done, total, part.name)
         result = _comparison(work, [measured[part.name] for part in work.parts])
+        require_unchanged(opened)
         if out is not None:
             result.write(out)
     if journal:
@@ -160,13 +161,11 @@ def _journal(work: Work, out: str | Path | None) -> Iterator[tuple[Journal | Non
 
 
 def _key(work: Work) -> str:
-    """What is compared and how: settings, versions, and every file's path, size and time."""
-    checkpoints = [work.base_checkpoint, *work.runs.values(), *work.masters.values()]
-    folders = dict.fromkeys(folder for checkpoint in checkpoints for folder in checkpoint.folders)
-    paths = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
-    files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-    about = [asdict(work.settings), list(work.tuned), files, _versions()]
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    """What is compared and how: settings, versions, configurations, and every file's path, size and time."""
+    files = [[str(path), *identity[:2]] for path, identity in identities(work.files).items()]
+    configs = [dict(checkpoint.config) for checkpoint in (work.base_checkpoint, *work.runs.values())]
+    about = [asdict(work.settings), list(work.tuned), files, configs, _versions()]
+    return hashlib.sha256(json.dumps(about, default=str, sort_keys=True).encode()).hexdigest()
 
 
 def _comparison(work: Work, measured: list[TensorRows]) -> Comparison:

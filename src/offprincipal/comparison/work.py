@@ -105,6 +105,12 @@ class Work:
                 found[name] = masters
         return found
 
+    @property
+    def files(self) -> list[Path]:
+        """Every local file that is read."""
+        checkpoints = (self.base_checkpoint, *self.runs.values(), *self.masters.values())
+        return list(dict.fromkeys(path for checkpoint in checkpoints for path in checkpoint.files))
+
     @cached_property
     def notes(self) -> dict[str, list[str]]:
         """Run -> what a reader should know of how it was read and paired."""
