@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from offprincipal.comparison import CompareSettings, compare
-from offprincipal.comparison.journal import NAME
+from offprincipal.comparison.journal import NAME, Journal
+from offprincipal.comparison.measure import TensorRows
 from offprincipal.errors import CheckpointError, FileError
 from offprincipal.files import exclusively
 
@@ -178,3 +179,52 @@ def test_files_that_are_replaced_in_mid_run_give_no_tables(
     file.unlink()
     with pytest.raises((FileError, CheckpointError), match=r"gone|cannot|missing|neither|holds no|is no"):
         compare(base, {"run": tmp_path / "run"}, settings)
+
+
+def test_the_lock_lies_in_the_folder_and_goes_with_its_holder(tmp_path: Path) -> None:
+    """So that two hosts or containers that share the folder share the lock too."""
+    with exclusively(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".offprincipal.lock"]
+    assert not list(tmp_path.iterdir())
+    with exclusively(tmp_path / "new", beside=True):
+        assert [path.name for path in tmp_path.iterdir()] == [".new.offprincipal.lock"]
+    assert not list(tmp_path.iterdir())
+    holder = "import sys, time; from pathlib import Path; from offprincipal.files import exclusively\n"
+    holder += "with exclusively(Path(sys.argv[1])):\n    print(flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline()
+    with pytest.raises(FileError, match="another process is writing"), exclusively(tmp_path):
+        pass
+    process.kill()
+    process.wait()
+    with exclusively(tmp_path):  # what a kill left behind holds nobody up
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "victim").write_text("kept")
+    (tmp_path / "out" / ".offprincipal.lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(FileError, match="it is a link"), exclusively(tmp_path / "out"):
+        pass
+    assert (tmp_path / "victim").read_text() == "kept"
+
+
+@pytest.mark.parametrize("how", ["replaced", "rewritten", "removed"])
+def test_no_row_lands_in_a_journal_that_another_process_has_taken(tmp_path: Path, how: str) -> None:
+    """Where a file system has no locks, the key decides."""
+    journal = Journal(tmp_path, "ours")
+    with journal.opened():
+        journal.add("a", TensorRows())
+        if how == "removed":
+            journal.path.unlink()
+        elif how == "rewritten":
+            journal.path.write_text('{"key": "theirs"}\n')
+        else:
+            (tmp_path / "other").write_text('{"key": "ours"}\n')
+            (tmp_path / "other").replace(journal.path)
+        before = journal.path.read_bytes() if how != "removed" else b""
+        with pytest.raises(FileError, match="another process is writing"):
+            journal.add("b", TensorRows())
+    assert (journal.path.read_bytes() if journal.path.exists() else b"") == before

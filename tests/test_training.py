@@ -349,7 +349,7 @@ HOLDING = """
 import sys, time
 from pathlib import Path
 from offprincipal.files import exclusively
-with exclusively(Path(sys.argv[1])):
+with exclusively(Path(sys.argv[1]), beside=True):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -369,3 +369,53 @@ def test_a_folder_that_another_process_trains_in_is_refused_and_free_once_that_i
         other.kill()
         other.wait()
     assert train(run, out, quiet=True)["schema"] == 1
+
+
+SENDING = """
+import sys
+from pathlib import Path
+import huggingface_hub.utils
+from trl.trainer import base_trainer
+sent = []
+base_trainer.send_telemetry = lambda *args, **kwargs: sent.append(
+    not __import__("huggingface_hub").constants.HF_HUB_DISABLE_TELEMETRY
+)
+from test_training import settings
+from offprincipal.training import train
+train(settings(Path(sys.argv[1]), "sft_own", steps=1), Path(sys.argv[2]), quiet=True)
+assert sent, "TRL asked for nothing: look at how it sends now"
+print(any(sent))
+"""
+
+
+@pytest.mark.parametrize(("asked", "sends"), [(None, "False"), ("0", "True"), ("1", "False")])
+def test_nothing_is_sent_of_what_is_trained_unless_asked_for(
+    tiny_model: Path, tmp_path: Path, asked: str | None, sends: str
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if "TELEMETRY" not in name}
+    environment |= {"PYTHONPATH": str(Path(__file__).parent)} | ({"HF_HUB_DISABLE_TELEMETRY": asked} if asked else {})
+    command = [sys.executable, "-c", SENDING, str(tiny_model), str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-1] == sends
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_every_file_of_a_run_follows_the_umask(tiny_model: Path, tmp_path: Path, umask: int) -> None:
+    program = (
+        "import os, sys; from pathlib import Path; os.umask(int(sys.argv[3])); from test_training import settings;"
+    )
+    program += "from offprincipal.training import train; from offprincipal import compare, make_delta, apply_delta;"
+    program += (
+        "out = Path(sys.argv[2]); train(settings(Path(sys.argv[1]), 'sft_own', steps=1), out / 'run', quiet=True);"
+    )
+    program += "compare(sys.argv[1], {'run': out / 'run'}, out=out / 'tables');"
+    program += "make_delta(sys.argv[1], out / 'run', out / 'run.delta');"
+    program += "apply_delta(sys.argv[1], out / 'run.delta', out / 'again')"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", program, str(tiny_model), str(tmp_path), str(umask)]
+    subprocess.run(command, env=environment, check=True)
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and "checkpoints" not in path.parts]
+    assert len(files) > 12
+    modes = {path.relative_to(tmp_path): oct(path.stat().st_mode & 0o777) for path in files}
+    assert set(modes.values()) == {oct(0o666 & ~umask)}, modes

@@ -30,7 +30,7 @@ from offprincipal.checkpoints.delta import (
 from offprincipal.checkpoints.delta_codec import compressed, encode
 from offprincipal.checkpoints.hostile import is_file
 from offprincipal.errors import ArgumentError, CheckpointError, FileError
-from offprincipal.files import require_folder, write_atomically, write_json
+from offprincipal.files import follow_umask, require_folder, write_atomically, write_json
 
 FORMATS = ("delta", "sparse-safetensors")
 _BESIDE = (".json", ".txt", ".jinja", ".model", ".tiktoken")  # what a model's folder holds beside its weights
@@ -112,7 +112,7 @@ def apply_delta(
     made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         _write_model(made, file, progress)
-        made.chmod(0o755)
+        follow_umask(made)
         if folder.exists():
             shutil.rmtree(folder)
         made.replace(folder)
@@ -244,7 +244,6 @@ def _write_model(folder: Path, file: DeltaFile, progress: Progress | None) -> No
             if progress:
                 progress(done, total, name)
         save_file(tensors, folder / called, {"format": "pt"})
-        (folder / called).chmod(0o644)
         placed |= dict.fromkeys(names, called)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": placed}

@@ -1,12 +1,10 @@
 """Files that we write: whole or absent. Knows nothing of what is in them, but that JSON holds no NaN."""
 
-import getpass
-import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,9 @@ from filelock import FileLock, Timeout
 
 from offprincipal.errors import FileError
 
+_LOCK = ".offprincipal.lock"
+_UMASK = os.umask(0o077)  # it can only be asked for by setting it
+os.umask(_UMASK)
 _PATIENCE = 5.0  # seconds: a process that was just killed may still be on its way out
 
 
@@ -32,23 +33,39 @@ def require_folder(out: Path) -> None:
 
 
 @contextmanager
-def exclusively(out: Path) -> Iterator[None]:
-    """Hold a folder against other processes of this machine; a killed one lets go by itself.
+def exclusively(out: Path, beside: bool = False) -> Iterator[None]:
+    """Hold a folder against other processes, of this machine or another that sees it; a killed one lets go by itself.
+
+    The lock lies in the folder and goes when it is let go.
+
+    Args:
+        beside: the lock lies beside the folder, which may not be there yet, or is replaced as a whole.
 
     Raises:
-        FileError: another process holds it, and did not let go within five seconds.
+        FileError: another process holds it, and did not let go within five seconds; or it cannot be locked.
     """
-    name = hashlib.blake2b(str(out.resolve()).encode(errors="surrogateescape"), digest_size=12).hexdigest()
-    who = os.getuid() if hasattr(os, "getuid") else getpass.getuser()  # a user in a container may have no name
-    lock = FileLock(Path(tempfile.gettempdir()) / f"offprincipal-{who}-{name}.lock", timeout=_PATIENCE)
+    path = out.parent / f".{out.name}{_LOCK}" if beside else out / _LOCK
+    lock = FileLock(path, timeout=_PATIENCE)
     try:
         lock.acquire()
     except Timeout as error:
         raise FileError(f"another process is writing to {out}: wait for it to end, or choose another --out") from error
+    except OSError as error:
+        reason = "it is a link" if path.is_symlink() else error.strerror or error
+        raise FileError(f"cannot lock {path}: {reason}. Remove it, or choose another --out") from error
     try:
         yield
     finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)  # who waits for it sees that it is gone, and makes another
         lock.release()
+
+
+def follow_umask(folder: Path) -> None:
+    """Give a folder that we made, and what is in it, the modes that the umask leaves: libraries write some 0600."""
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~_UMASK)
 
 
 def identities(paths: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
@@ -93,7 +110,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary = Path(name)
         try:
             write(temporary)
-            temporary.chmod(0o644)
+            temporary.chmod(0o666 & ~_UMASK)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

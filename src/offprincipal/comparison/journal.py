@@ -7,6 +7,7 @@ other files start anew.
 
 import base64
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,7 @@ class Journal:
                 file.truncate(length)
                 if not length:
                     file.write(_line({"key": self._key}))
+                    file.flush()
                 self._file = file
                 yield done
         except OSError as error:
@@ -56,15 +58,32 @@ class Journal:
             self._file = None
 
     def add(self, name: str, rows: TensorRows) -> None:
-        """Keep the rows of one tensor; they outlive this process."""
+        """Keep the rows of one tensor; they outlive this process.
+
+        Raises:
+            FileError: another process has taken the journal for itself.
+        """
         if self._file is None:
             raise ValueError("the journal is not open")
+        if not self._is_ours(self._file):
+            raise FileError(
+                f"another process is writing to {self.path.parent}: wait for it to end, or choose another --out"
+            )
         self._file.write(_line({"tensor": name} | vars(rows)))
         self._file.flush()
 
     def discard(self) -> None:
         """Remove the journal: the tables are written."""
         self.path.unlink(missing_ok=True)
+
+    def _is_ours(self, file: IO[bytes]) -> bool:
+        """Whether the journal is still the file that was opened, of the comparison that it was opened for."""
+        try:
+            with self.path.open("rb") as now:
+                same = os.path.sameopenfile(now.fileno(), file.fileno())
+                return same and (_content(now.readline()) or {}).get("key") == self._key
+        except OSError:
+            return False
 
     def _read(self) -> tuple[dict[str, TensorRows], int]:
         """Rows by tensor, and the length of the lines that are whole; nothing where the key is another."""

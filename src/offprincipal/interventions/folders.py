@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from offprincipal.errors import FileError, InterventionError
-from offprincipal.files import exclusively, require_folder
+from offprincipal.files import exclusively, follow_umask, require_folder
 from offprincipal.interventions.architectures import HEAD
 from offprincipal.interventions.plan import Weights
 from offprincipal.models import LanguageModel
@@ -32,13 +32,14 @@ def new_folder(out: Path, marks: tuple[str, ...], overwrite: bool, kept: tuple[P
     """
     out = out.expanduser().resolve()
     require_folder(out.parent)
-    with exclusively(out):
+    with exclusively(out, beside=True):
         _require_replaceable(out, marks, overwrite, kept)
         part = out.parent / f".{out.name}.part"
         shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
         require_folder(part)
         try:
             yield part
+            follow_umask(part)
             _replace(out, part)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error

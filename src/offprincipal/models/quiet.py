@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -33,3 +34,10 @@ def quiet_libraries() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
         if datasets_bars:
             sys.modules["datasets"].enable_progress_bars()
+
+
+def send_no_telemetry() -> None:
+    """Have TRL and the Hub's library send nothing of what is trained, unless HF_HUB_DISABLE_TELEMETRY says 0."""
+    if "HF_HUB_DISABLE_TELEMETRY" not in os.environ:
+        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+        setattr(importlib.import_module("huggingface_hub.constants"), "HF_HUB_DISABLE_TELEMETRY", True)  # noqa: B010

@@ -26,9 +26,9 @@ import torch
 
 from offprincipal.adapters import Isospectral
 from offprincipal.errors import FileError, TrainingError
-from offprincipal.files import exclusively, read_json, require_folder, write_json
+from offprincipal.files import exclusively, follow_umask, read_json, require_folder, write_json
 from offprincipal.models import LanguageModel, identify, open_language_model, require_training_extra
-from offprincipal.models.quiet import quiet_libraries
+from offprincipal.models.quiet import quiet_libraries, send_no_telemetry
 from offprincipal.recipe_names import Recipe
 from offprincipal.tasks import open_task
 from offprincipal.training.evaluation import evaluate
@@ -105,10 +105,12 @@ def train(
         FileError: another process is training in the folder.
     """
     require_training_extra()
+    send_no_telemetry()
     for name in settings.tasks:
         open_task(name)  # an unknown task is refused before a model is opened
     folder = Path(out).expanduser()
-    with exclusively(folder):
+    require_folder(folder.parent)
+    with exclusively(folder, beside=True):
         if overwrite:
             _discard(folder)
         record = _complete_record(folder, settings)
@@ -355,6 +357,7 @@ def _write_result(settings: TrainSettings, opened: Opened, out: Path) -> None:
         model.save_pretrained(part / MASTERS, max_shard_size=_ONE_SHARD)
         model.to(torch.bfloat16).save_pretrained(part, max_shard_size=_ONE_SHARD)
         opened.base.tokenizer.save_pretrained(part)
+    follow_umask(part)
     for path in sorted(part.rglob("*")):
         if path.is_file():
             place = out / path.relative_to(part)
