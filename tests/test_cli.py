@@ -1,6 +1,10 @@
 """The command line as a user meets it: what it prints, its exit codes, and no traceback for bad input."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,3 +124,59 @@ def test_no_help_loses_what_stands_in_brackets(
     """Rich takes a word in brackets for markup."""
     assert call(monkeypatch, "gates", "--help") == 0
     assert "pip install 'offprincipal[train]'" in " ".join(capsys.readouterr().out.split())
+
+
+MARKED = "run[_red]\x1b[31m\x9b1m"
+
+
+def test_names_with_markup_and_escapes_are_shown_as_they_are_and_end_no_run(
+    pair: tuple[str, str], tmp_path: Path
+) -> None:
+    """Folders, runs and --out, on the terminal and in JSON; a condition is checked all the same."""
+    base, tuned = pair
+    out, run = tmp_path / "o[red]x\x1b[2J", tmp_path / MARKED
+    shutil.copytree(tuned, run)
+    command = [
+        sys.executable,
+        "-m",
+        "offprincipal",
+        "compare",
+        str(base),
+        str(run),
+        "--out",
+        str(out),
+        "--metrics",
+        "changes",
+    ]
+    for more in ([], ["--json"]):
+        done = subprocess.run([*command, *more, "--fail-if", "update_norm > 0"], capture_output=True, check=False)
+        assert done.returncode == 3, done.stderr
+        assert b"\x1b[31m" not in done.stdout and b"\x1b[2J" not in done.stdout and "\x9b".encode() not in done.stdout
+        assert b"Traceback" not in done.stderr and b"\x1b[31m" not in done.stderr
+        if not more:
+            assert b"o[red]x" in done.stdout
+    assert json.loads(done.stdout)["runs"].keys() == {MARKED}
+
+
+def test_folders_whose_names_are_no_text_are_compared(pair: tuple[str, str], tmp_path: Path) -> None:
+    base, tuned = pair
+    odd = os.fsencode(tmp_path) + b"/caf\xe9"
+    shutil.copytree(os.fsencode(tuned), odd)
+    command = [sys.executable, "-m", "offprincipal", "compare", str(base), odd, "--out", str(tmp_path / "out")]
+    done = subprocess.run([*command, "--metrics", "changes"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert list(json.loads((tmp_path / "out" / "summary.json").read_text())["runs"]) == ["caf?"]
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_condition_is_checked_though_nothing_can_be_printed(pair: tuple[str, str], tmp_path: Path) -> None:
+    base, tuned = pair
+    command = [sys.executable, "-m", "offprincipal", "compare", str(base), str(tuned), "--out", str(tmp_path / "out")]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*command, "--metrics", "changes", "--fail-if", "update_norm > 0"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert done.returncode == 3 and b"failed: " in done.stderr

@@ -5,7 +5,6 @@ contract did not; 130 interrupted.
 """
 
 import io
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -35,8 +34,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard what was t
 
 def main() -> None:
     """Run the command line; an `OffPrincipalError` becomes its message and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):  # a console of another encoding shows what it has no letter for as ?
-        if isinstance(stream, io.TextIOWrapper) and "utf" not in stream.encoding.lower():
+    for stream in (sys.stdout, sys.stderr):  # what a console has no letter for, or is no text, is shown as ?
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
         app()
@@ -91,7 +90,7 @@ def study(
     if found:
         console.print(runs_table(found), *fine_tuning_tables(fine_tuning_figures(out, found)), claims_table(found))
     written = out / "report.html" if (out / "report.html").is_file() else out
-    console.print(f"{'report' if found else 'results'}: {written}", soft_wrap=True, highlight=False)
+    _say(f"{'report' if found else 'results'}: {written}")
 
 
 @app.command()
@@ -173,7 +172,7 @@ def compare(
     from offprincipal.comparison import compare as compare_checkpoints
     from offprincipal.comparison.contract import broken_phrases, read_contract
     from offprincipal.measures.columns import GROUPS
-    from offprincipal.reports.terminal import comparison_table
+    from offprincipal.reports.terminal import as_shown_json, comparison_table
     from offprincipal.reports.words import contract_lines, verdict_paragraph, warnings_of
 
     groups: Any = GROUPS if metrics is None else tuple(part.strip() for part in metrics.split(","))
@@ -187,23 +186,24 @@ def compare(
     options["masters"] = _named_masters(masters or [], runs)
     with _resumable(), _matrix_progress() as progress:
         found = compare_checkpoints(base, runs, settings, **options, progress=progress)
-    if report:
-        from offprincipal.reports.report import write_report
+    try:
+        if report:
+            from offprincipal.reports.report import write_report
 
-        write_report(out / "report.html", out)
-    if as_json:
-        print(json.dumps(found.summary, indent=1, ensure_ascii=False))
-    else:
-        console = Console()
-        console.print(comparison_table(found.summary))
-        for kept in contract_lines(found.summary):
-            console.print(kept, highlight=False, markup=False, soft_wrap=True)
-        for warning in warnings_of(found.summary):
-            console.print(f"note: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-        for sentence in verdict_paragraph(found.summary):
-            console.print(sentence, highlight=False, markup=False)
-        console.print(f"tables{' and report' if report else ''}: {out}", soft_wrap=True, highlight=False)
-    _fail_if(conditions, found.summary, broken_phrases(found.summary))
+            write_report(out / "report.html", out)
+        if as_json:
+            print(as_shown_json(found.summary))
+        else:
+            Console().print(comparison_table(found.summary))
+            for kept in contract_lines(found.summary):
+                _say(kept)
+            for warning in warnings_of(found.summary):
+                _say(f"note: {warning}", style="yellow")
+            for sentence in verdict_paragraph(found.summary):
+                _say(sentence, soft_wrap=False)
+            _say(f"tables{' and report' if report else ''}: {out}")
+    finally:  # a pipeline asks for this, whatever became of the printing
+        _fail_if(conditions, found.summary, broken_phrases(found.summary))
 
 
 @app.command()
@@ -223,19 +223,19 @@ def preflight(
     """
     from offprincipal.preflight import preflight as look
     from offprincipal.reports.preflight import preflight_sentences, preflight_table, write_figure
+    from offprincipal.reports.terminal import as_shown_json
 
     with _resumable(), _matrix_progress() as progress:
         found = look(base, learning_rate, storage, steps, progress=progress)
     path = found.write(out)
     figure = write_figure(out / "preflight.html", found)
     if as_json:
-        print(json.dumps(found.content, indent=1, ensure_ascii=False))
+        print(as_shown_json(found.content))
         return
-    console = Console()
-    console.print(preflight_table(found.content))
+    Console().print(preflight_table(found.content))
     for sentence in preflight_sentences(found.content):
-        console.print(sentence, highlight=False, markup=False)
-    console.print(f"figures: {path}, {figure}", soft_wrap=True, highlight=False, markup=False)
+        _say(sentence, soft_wrap=False)
+    _say(f"figures: {path}, {figure}")
 
 
 @app.command()
@@ -257,7 +257,7 @@ def delta(
     with _matrix_progress() as progress:
         made = make_delta(base, tuned, out, format, progress=progress)
     for line in delta_lines(made):
-        print(line)
+        _say(line)
 
 
 @app.command()
@@ -271,7 +271,8 @@ def apply(
     from offprincipal.deltas import apply_delta
 
     with _matrix_progress() as progress:
-        print(f"model: {apply_delta(base, file, out, overwrite=overwrite, progress=progress)}")
+        apply_delta(base, file, out, overwrite=overwrite, progress=progress)
+    _say(f"model: {out}")
 
 
 @app.command()
@@ -325,6 +326,7 @@ def gates(
     from offprincipal.files import require_folder
     from offprincipal.gates import measure_gates
     from offprincipal.reports.gates import gates_tables
+    from offprincipal.reports.terminal import as_shown_json
 
     ground: Any = {"prompts": prompts, "task": task, "sequences": sequences}
     options: Any = {"batches": batches, "prompts_per_batch": prompts_per_batch, "max_new_tokens": max_new_tokens}
@@ -344,11 +346,10 @@ def gates(
         found = measure_gates(base, runs, **ground, **options, seed=seed, progress=progress)
     path = found.write(out)
     if as_json:
-        print(json.dumps(found.content, indent=1, ensure_ascii=False))
+        print(as_shown_json(found.content))
     else:
-        console = Console()
-        console.print(gates_tables(found.content))
-        console.print(f"figures: {path}", soft_wrap=True, highlight=False)
+        Console().print(gates_tables(found.content))
+        _say(f"figures: {path}")
 
 
 @app.command()
@@ -403,10 +404,9 @@ def train(
         apply_override(values, text)
     with _resumable():
         record = run(parse_settings(values), out, overwrite=overwrite)
-    console = Console()
     run_entry = {"name": out.name, "seconds": record["seconds"], **record["settings"], **record["accuracy"]}
-    console.print(runs_table({"runs": [run_entry]}))
-    console.print(f"model: {out}", soft_wrap=True, highlight=False)
+    Console().print(runs_table({"runs": [run_entry]}))
+    _say(f"model: {out}")
 
 
 @app.command()
@@ -468,9 +468,8 @@ def intervene(
             )
         undone = interventions.undo(undo, model, out, base=base, dtype=dtype, exact=exact, overwrite=overwrite)
         lines = proof_lines(undone["proof"], undone["dtype"], undone=True)
-    console = Console()
     for line in (*lines, f"model: {out}"):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        _say(line)
 
 
 @app.command()
@@ -498,7 +497,7 @@ def report(
     """Draw report.html anew from the tables in a folder."""
     from offprincipal.reports.report import write_report_of
 
-    print(write_report_of(folder))
+    _say(str(write_report_of(folder)))
 
 
 cache_app = typer.Typer(no_args_is_help=True, help="The decomposed bases that `compare` keeps.")
@@ -511,7 +510,7 @@ def cache_info() -> None:
     from offprincipal.comparison.cache import BaseCache, cache_folder
     from offprincipal.reports.terminal import cache_line
 
-    print(cache_line(BaseCache(cache_folder()).info()))
+    _say(cache_line(BaseCache(cache_folder()).info()))
 
 
 @cache_app.command("clear")
@@ -520,7 +519,7 @@ def cache_clear() -> None:
     from offprincipal.comparison.cache import BaseCache, cache_folder
     from offprincipal.reports.terminal import cache_line
 
-    print(f"removed: {cache_line(BaseCache(cache_folder()).clear())}")
+    _say(f"removed: {cache_line(BaseCache(cache_folder()).clear())}")
 
 
 def _require_training() -> None:
@@ -638,8 +637,15 @@ def _direction_progress() -> Iterator[Any]:
         yield show
 
 
-def _escaped(text: str) -> str:
-    """Text from files and arguments, safe to print: no markup, no control characters."""
-    from rich.markup import escape
+def _say(text: str, style: str | None = None, soft_wrap: bool = True) -> None:
+    """One line on the terminal, whatever names are in it: no markup, no control characters."""
+    from offprincipal.reports.words import plain
 
-    return escape("".join(character if character.isprintable() else "�" for character in text))
+    Console().print(plain(text), style=style, soft_wrap=soft_wrap, highlight=False, markup=False)
+
+
+def _escaped(text: str) -> str:
+    """The same for text that markup goes around."""
+    from offprincipal.reports.words import shown
+
+    return shown(text)

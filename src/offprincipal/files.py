@@ -126,7 +126,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         FileError: the file cannot be written.
     """
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    bits = text.encode("utf-8", "backslashreplace")  # of names that are no text; JSON writes them so
+    write_atomically(path, lambda temporary: temporary.write_bytes(bits))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -138,6 +138,7 @@ def name_runs(tuned: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[st
         named = [(name, str(source)) for name, source in tuned.items()]
     else:
         named = [(Path(source).resolve().name, str(source)) for source in tuned]
+    named = [(name.encode("utf-8", "replace").decode(), source) for name, source in named]  # a folder's may be no text
     names = [name for name, _ in named]
     if not names:
         raise ArgumentError("no tuned checkpoint given: name at least one")

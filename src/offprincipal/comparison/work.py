@@ -131,6 +131,10 @@ class Work:
             raise CheckpointError(
                 f"{self.base_checkpoint.source} holds no floating-point tensor: there is nothing to compare"
             )
+        for name in (part.name for part in parts):
+            if name.encode("utf-8", "replace").decode() != name:
+                source = self.base_checkpoint.source
+                raise CheckpointError(f"{source} names a tensor {name[:80]!r}, which is no text. Do not trust it")
         packed = [name for run in self.runs for name in self.packed(run)] if self.settings.expect else []
         alone = [*self.only_in_base, *(name for run in self.runs for name in self.only_in_run(run))]
         require_matches(self.settings.contract, [*(part.name for part in parts), *packed, *alone])

@@ -5,8 +5,9 @@ from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
+
+from offprincipal.reports.words import shown
 
 _MASKS = ("principal", "low_magnitude")
 
@@ -28,7 +29,7 @@ def gates_tables(content: Mapping[str, Any]) -> Group:
     ]
     for name, entry in runs.items():
         parts += [
-            f"Gate II: curvature per unit norm, all linear matrices at once, {escape(name)}",
+            f"Gate II: curvature per unit norm, all linear matrices at once, {shown(name)}",
             _curvature_table(entry),
         ]
     if any(entry.get("hidden_fraction") for entry in runs.values()):
@@ -40,7 +41,7 @@ def gates_tables(content: Mapping[str, Any]) -> Group:
         ]
     parts.append("ratio: of a direction to the one below it; batches: for 80 % power at 5 %, paired")
     for name, entry in runs.items():
-        parts += [f"{escape(name)}: {escape(warning)}" for warning in entry["warnings"]]
+        parts += [f"{shown(name)}: {shown(warning)}" for warning in entry["warnings"]]
     return Group(*parts)
 
 
@@ -51,7 +52,7 @@ def _divergence_table(runs: Mapping[str, Any]) -> Table:
     for name, entry in runs.items():
         for i, (samples, kl) in enumerate(entry["kl_by_samples"].items()):
             figures = (_number(kl["value"]), _interval(kl), f"{kl['tokens']:,}")
-            table.add_row(escape(name) if i == 0 else "", samples, *figures)
+            table.add_row(shown(name) if i == 0 else "", samples, *figures)
     return table
 
 
@@ -63,7 +64,7 @@ def _bound_table(runs: Mapping[str, Any]) -> Table:
         bound = entry["norm_bound"]
         interval = {"low": bound["tightness_low"], "high": bound["tightness_high"]}
         sides = (_number(bound[key]) for key in ("fisher_norm", "bound", "tightness"))
-        table.add_row(escape(name), entry["weights"], *sides, _interval(interval))
+        table.add_row(shown(name), entry["weights"], *sides, _interval(interval))
     return table
 
 
@@ -73,7 +74,7 @@ def _curve_table(runs: Mapping[str, Any]) -> Table:
         table.add_column(f"{point['fraction']:g}", justify="right")
     for name, entry in runs.items():
         ratios = [p["kl"] / p["half_quadratic"] if p["half_quadratic"] > 0 else None for p in entry["curve"]]
-        table.add_row(escape(name), *(_number(ratio) for ratio in ratios))
+        table.add_row(shown(name), *(_number(ratio) for ratio in ratios))
     return table
 
 
@@ -85,7 +86,7 @@ def _hidden_table(runs: Mapping[str, Any]) -> Table:
         if hidden := entry.get("hidden_fraction"):
             percent = {key: None if value is None else 100 * value for key, value in hidden.items()}
             nulls = (_number(percent[key]) for key in ("gaussian_null", "permuted_null"))
-            table.add_row(escape(name), _number(percent["value"]), _interval(percent), *nulls)
+            table.add_row(shown(name), _number(percent["value"]), _interval(percent), *nulls)
     return table
 
 
@@ -99,7 +100,7 @@ def _sweep_table(runs: Mapping[str, Any]) -> Table:
             if row["step_length"] == 1:
                 values = (row[column]["value"] for column in columns)
                 figures = (_number(None if value is None else 100 * value) for value in values)
-                table.add_row(escape(name), row["format"], *figures)
+                table.add_row(shown(name), row["format"], *figures)
     return table
 
 

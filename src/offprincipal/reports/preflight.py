@@ -9,13 +9,12 @@ import numpy as np
 from plotly import graph_objects
 from plotly.subplots import make_subplots
 from rich.box import SIMPLE
-from rich.markup import escape
 from rich.table import Column, Table
 
 from offprincipal.files import write_atomically
 from offprincipal.preflight import ALL, Preflight
 from offprincipal.reports import numbers
-from offprincipal.reports.words import plain
+from offprincipal.reports.words import plain, shown
 
 _CURVE = 120  # points
 
@@ -39,7 +38,7 @@ def preflight_table(content: Mapping[str, Any]) -> Table:
         shares = ("moved_by_one_step", "moved_masters", "moved_masters_random_signs", "moved_stochastic")
         half = row["steps_to_half_masters"]
         table.add_row(
-            escape(row["role"]),
+            shown(row["role"]),
             f"{row['parameters']:,}",
             *(numbers.percent(row[share]) for share in shares),
             "never" if half is None else f"{half:,}",
@@ -80,7 +79,7 @@ def write_figure(out: Path, found: Preflight) -> Path:
     """
     page = str(_figure(found).to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False}))
     titled = page.replace("<head>", f"<head><title>offprincipal preflight: {html.escape(plain(found.base))}</title>", 1)
-    write_atomically(out, lambda path: path.write_text(titled, encoding="utf-8"))
+    write_atomically(out, lambda path: path.write_text(titled, encoding="utf-8", errors="replace"))
     return out
 
 

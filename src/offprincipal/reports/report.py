@@ -52,7 +52,7 @@ def write_report(out: Path, comparison: Path, study: dict[str, Any] | None = Non
         ArgumentError: the file cannot be written.
     """
     page = _render(_content(comparison, study))
-    write_atomically(out, lambda path: path.write_text(page, encoding="utf-8"))
+    write_atomically(out, lambda path: path.write_text(page, encoding="utf-8", errors="replace"))
     return out
 
 

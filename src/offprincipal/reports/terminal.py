@@ -1,16 +1,17 @@
 """Tables for the terminal, from the same files as the report. Reads and formats; computes no metric."""
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
 
 from offprincipal.comparison.cache import CacheInfo
 from offprincipal.outcomes.curves import mask_words
 from offprincipal.reports.numbers import number
+from offprincipal.reports.words import shown
 from offprincipal.tasks import Task, mixture
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def comparison_table(summary: Mapping[str, Any]) -> Group:
     table = Table(box=SIMPLE)
     table.add_column("")
     for name in summary["runs"]:
-        table.add_column(escape(name), justify="right")
+        table.add_column(shown(name), justify="right")
     for title, metric, null, factor in _SHOWN:
         found = [run["metrics"] for run in summary["runs"].values()]
         if any(metric in metrics for metrics in found):
@@ -73,7 +74,7 @@ def anatomy_table(summary: Mapping[str, Any]) -> list[Any]:
             if rungs := run.get("anatomy", {}).get(mask):
                 z = run["metrics"].get(f"{mask}_z", {}).get("value")
                 cells = (_format(rungs[rung], 100) for rung in ("random", "rounding", "spacing", "margins", "measured"))
-                table.add_row(escape(name), mask.replace("_", "-"), *cells, _format(z))
+                table.add_row(shown(name), mask.replace("_", "-"), *cells, _format(z))
     return ["of the changed entries, % in the mask: what each null explains", table] if table.row_count else []
 
 
@@ -110,7 +111,7 @@ def runs_table(study: Mapping[str, Any]) -> Group:
             for key in ("greedy_accuracy", "sampled_accuracy", "pass_at_k")
         ]
         kl = _format(after.get("kl_to_base"))
-        table.add_row(escape(run["name"]), *accuracies, kl, f"{run['seconds'] / 60:.1f}")
+        table.add_row(shown(run["name"]), *accuracies, kl, f"{run['seconds'] / 60:.1f}")
     return Group("training, on held-out prompts, before → after", table)
 
 
@@ -133,7 +134,7 @@ def _masks_table(figures: Mapping[str, Any]) -> Group:
         runs, own = found["runs"], found["mask"] == "full"
         areas = _span(figures["other_seeds"]) + " (other seeds)" if own else _span(run["area"] for run in runs)
         accuracy = _span((run["accuracy"] for run in runs), 100)
-        name = escape(mask_words((found["mask"], found["density"])))
+        name = shown(mask_words((found["mask"], found["density"])))
         table.add_row(name, str(len(runs)), _format(found["trained"], 100), areas, accuracy)
     return Group(f"masks, lowest to highest over seeds; base {_format(figures['base'], 100)} %", table)
 
@@ -148,7 +149,7 @@ def _ladders_table(figures: Mapping[str, Any]) -> Group:
         found = group["ladders"]
         rates = ", ".join(dict.fromkeys(bounds[ladder["open"]] + _format(ladder["stable"]) for ladder in found))
         best = _span((ladder["best"] for ladder in found), 100)
-        table.add_row(escape(group["method"]), str(group["rank"]), str(len(found)), rates, best)
+        table.add_row(shown(group["method"]), str(group["rank"]), str(len(found)), rates, best)
     return Group(
         f"low-rank methods, lowest to highest over seeds; base {_format(figures['base'], 100)} %",
         table,
@@ -169,7 +170,7 @@ def _matched_table(matched: Iterable[Mapping[str, Any]]) -> Table:
             _span((run["accuracy"] for run in side), 100) for side in (runs, [r["like"] for r in runs])
         )
         ratio = _span(run["ratio"] for run in runs)
-        table.add_row(escape(f"{method} at {size} of {like}"), str(rank), str(len(runs)), ratio, accuracy, of_like)
+        table.add_row(shown(f"{method} at {size} of {like}"), str(rank), str(len(runs)), ratio, accuracy, of_like)
     return table
 
 
@@ -184,17 +185,17 @@ def claims_table(study: Mapping[str, Any]) -> Group:
         table.add_column(title)
     for claim in study["claims"]:
         table.add_row(
-            f"{claim['id']} {claim['title']}{_contrast(claim)}\n[dim]{escape(claim['statement'])}[/]",
+            f"{claim['id']} {claim['title']}{_contrast(claim)}\n[dim]{shown(claim['statement'])}[/]",
             _judgement(claim["as_published"]),
             _judgement(claim["controlled"]),
-            escape(claim["controlled"]["control"]) + _blind(claim["controlled"].get("negative_control")),
+            shown(claim["controlled"]["control"]) + _blind(claim["controlled"].get("negative_control")),
         )
     return Group("the paper's claims: verdict, effect, 95 % interval over runs or matched pairs of runs", table)
 
 
 def _contrast(claim: Mapping[str, Any]) -> str:
-    of = f": {escape(claim['of'])}" if claim.get("of") else ""
-    return of + (f", against {escape(claim['contrast'])}" if claim.get("contrast") else "")
+    of = f": {shown(claim['of'])}" if claim.get("of") else ""
+    return of + (f", against {shown(claim['contrast'])}" if claim.get("contrast") else "")
 
 
 def _blind(counts: Mapping[str, int] | None) -> str:
@@ -212,7 +213,7 @@ def settings_table(fields: Mapping[str, Any]) -> Table:
     table = Table("setting", "default", "meaning")
     for name, field in fields.items():
         default = "required" if field.is_required() else str(field.default)
-        table.add_row(name, escape(default), escape(field.description or ""))
+        table.add_row(name, shown(default), shown(field.description or ""))
     return table
 
 
@@ -222,7 +223,7 @@ def tasks_table(tasks: Iterable[Task]) -> Table:
     for task in tasks:
         problem = mixture([task], "eval", 1)[0]
         table.add_row(
-            task.name, *(escape(text) for text in (problem.prompt, problem.answer, task.teacher_trace(problem)))
+            task.name, *(shown(text) for text in (problem.prompt, problem.answer, task.teacher_trace(problem)))
         )
     return table
 
@@ -270,3 +271,15 @@ def delta_lines(made: "Made") -> list[str]:
         values = "" if made.values is None else f", {made.values:.2f} for its value"
         lines.append(f"a changed entry takes {made.places:.2f} bits for its place{values}")
     return lines
+
+
+def as_shown_json(content: Mapping[str, Any]) -> str:
+    """JSON that a terminal can show: what is not printable in a name is written as its number.
+
+    >>> print(as_shown_json({"grpo\\x9b31m": "ü"}))
+    {
+     "grpo\\u009b31m": "ü"
+    }
+    """
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    return "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in text)

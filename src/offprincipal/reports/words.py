@@ -12,6 +12,8 @@ Reads the pooled values of `summary.json` and computes no metric. The rules are 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
+
 from offprincipal.reports.numbers import degrees, number, percent, points, signed
 
 Z_BEYOND = 3.0
@@ -137,7 +139,12 @@ def plain(name: str) -> str:
     >>> plain("grpo\\x1b[31m")
     'grpo�[31m'
     """
-    return "".join(character if character.isprintable() else "�" for character in name)
+    return "".join(c if c.isprintable() or c == "\xa0" else "�" for c in name)
+
+
+def shown(name: object) -> str:
+    """The same of every line, for a table of rich, whose markup it is no part of."""
+    return escape("\n".join(map(plain, str(name).split("\n"))))
 
 
 def effect_size(gap: float) -> str:

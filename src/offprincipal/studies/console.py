@@ -33,7 +33,7 @@ def run_on_console(profile: Profile, out: Path, jobs: int | None, overwrite: boo
     """
     jobs = jobs or default_jobs()
     left = pending(profile, out)
-    console.print(f"study '{profile.name}': {profile.title}; base {profile.base}", highlight=False)
+    console.print(f"study '{profile.name}': {profile.title}; base {profile.base}", highlight=False, markup=False)
     console.print(_forecast(profile, left, jobs), highlight=False, soft_wrap=True)
     with stage_progress(profile, console) as show:
         run_profile(profile, out, jobs, show, overwrite)
@@ -168,9 +168,11 @@ def _lines(console: Console) -> ShowStage:
     def show(stage: str, report: StepReport | str) -> None:
         now = time.monotonic()
         if isinstance(report, str):
-            console.print(f"{stage}: {report}", highlight=False)
+            console.print(f"{stage}: {report}", highlight=False, markup=False)
         elif now - last.get(stage, -_PRINT_EVERY) >= _PRINT_EVERY:
             last[stage] = now
-            console.print(f"{stage}: step {report.step}/{report.steps}, {describe(report)}", highlight=False)
+            console.print(
+                f"{stage}: step {report.step}/{report.steps}, {describe(report)}", highlight=False, markup=False
+            )
 
     return show
