@@ -58,7 +58,7 @@ _KINDS_OF = {  # kinds of adapters that have such factors
     "trainable_tokens_delta": ("LORA", "TRAINABLE_TOKENS"),
 }
 _RECOMPUTABLE = ("pissa", "olora")
-_LONGEST_KEY = 500
+_LONGEST_KEY = 300
 _ROWS_AT_ONCE = 4096
 _KEPT = 8
 

@@ -24,7 +24,8 @@ _NOT_ONE_UPDATE = (
 )
 _LONGEST_PATTERN = 300
 _NESTED = re.compile(r"\)[*+{]")
-_MOST_REPEATS = 4
+_MOST_REPEATS, _MOST_OPTIONS = 3, 4  # with these a name of 250 characters takes a second at the worst
+_MOST_PATTERNS = 1000
 
 
 class AdapterSettings(BaseModel):
@@ -104,7 +105,10 @@ def read_settings(folder: Path) -> AdapterSettings:
         raise _unread(path, f"sets {asked[0]}")
     if kind == "MISS" and settings.init_weights == "bat":
         raise _unread(path, "has init_weights 'bat'")
-    for pattern in (*(settings.rank_pattern or {}), *(settings.alpha_pattern or {})):
+    patterns = (*(settings.rank_pattern or {}), *(settings.alpha_pattern or {}))
+    if len(patterns) > _MOST_PATTERNS:
+        raise CheckpointError(f"{path} has {len(patterns)} patterns. Do not trust it")
+    for pattern in patterns:
         _require_harmless(pattern, path)
     return settings
 
@@ -124,8 +128,9 @@ def _matching(patterns: dict[str, Any] | None, module: str, default: Any) -> Any
 
 def _require_harmless(pattern: str, path: Path) -> None:
     """Refuse a regular expression that is none, or that could take forever."""
-    repeats = sum(map(pattern.count, "*+{"))
-    if len(pattern) > _LONGEST_PATTERN or repeats > _MOST_REPEATS or _NESTED.search(pattern):
+    repeats, options = sum(map(pattern.count, "*+{")), len(re.findall(r"(?<!\()\?", pattern))
+    harmless = repeats <= _MOST_REPEATS and options <= _MOST_OPTIONS and len(pattern) <= _LONGEST_PATTERN
+    if not harmless or _NESTED.search(pattern):
         raise CheckpointError(
             f"{path} has the pattern {pattern[:60]!r}, which is too complex: name the modules plainly"
         )
