@@ -4,6 +4,7 @@ It is a pickle, and is read by an unpickler that knows a dozen names and makes i
 nothing, not even torch, and calls nothing that the file chooses.
 """
 
+import io
 import math
 import pickle
 from collections import OrderedDict, defaultdict
@@ -13,12 +14,14 @@ from typing import Any
 
 from offprincipal.checkpoints.checkpoint import FLOATS, TensorInfo
 from offprincipal.checkpoints.chunked import Chunk, StoredTensor
-from offprincipal.checkpoints.hostile import is_file, shape_of
+from offprincipal.checkpoints.hostile import brief, is_file, shape_of
+from offprincipal.checkpoints.pickles import require_harmless
 from offprincipal.checkpoints.shards import is_inside
 from offprincipal.errors import CheckpointError
 
 METADATA = ".metadata"
 _MOST_DIMENSIONS = 16
+_MOST_BYTES = 1 << 30
 _METADATA_MODULE = "torch.distributed.checkpoint.metadata"
 _ENUMERATION = "_MEM_FORMAT_ENCODING"
 _RECORDS = {
@@ -104,8 +107,11 @@ def read_stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     path = folder / METADATA
     try:
-        with path.open("rb") as file:
-            content = _RestrictedUnpickler(file, path).load()
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError("it is too large")
+        stored = path.read_bytes()
+        require_harmless(stored)
+        content = _RestrictedUnpickler(io.BytesIO(stored), path).load()
     except CheckpointError:
         raise
     except Exception as error:  # a corrupt pickle can raise anything
@@ -164,7 +170,8 @@ def _chunk_of(
     shard, start, length = place["relative_path"], place["offset"], place["length"]
     if not is_inside(shard):
         raise CheckpointError(
-            f"{folder / METADATA} places {name} in {shard!r}, which is not a file inside its folder. Do not trust it"
+            f"{folder / METADATA} places {name} in {brief(shard)}, which is not a file inside its folder. Do not trust "
+            "it"
         )
     if place.get("transform_descriptors"):
         raise CheckpointError(f"{name} in {folder} is compressed, which is not read: save it without extensions")

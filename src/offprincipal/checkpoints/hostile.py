@@ -56,8 +56,17 @@ def shape_of(values: Any = ()) -> tuple[int, ...]:
     """
     numbers = tuple(values)
     if not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
-        raise TypeError(f"{numbers!r:.60} in place of a shape")
+        raise TypeError(f"{', '.join(map(brief, numbers[:3]))} in place of a shape")
     return numbers
+
+
+def brief(value: object) -> str:
+    """A value in an error: text and numbers as they are, of all else the kind, since it can hold itself.
+
+    >>> brief("a" * 200)[:4], brief(3), brief([1])
+    ("'aaa", '3', 'list')
+    """
+    return repr(value)[:80] if isinstance(value, str | int | float) else type(value).__name__
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ run code; nothing here ever turns that off.
 import io
 import pickle
 import re
+import zipfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 
 from offprincipal.checkpoints.checkpoint import FLOATS, Array, TensorInfo, without_copied_head
 from offprincipal.checkpoints.hostile import is_file, read_bytes, read_config
+from offprincipal.checkpoints.pickles import require_harmless
 from offprincipal.checkpoints.shards import open_files
 from offprincipal.checkpoints.torch_objects import Record, StoredPart, read_objects
 from offprincipal.errors import CheckpointError
@@ -31,6 +33,7 @@ _FULL = "pytorch_model_fsdp.bin"  # accelerate's full state dict
 _INNER = ("model", "module", "state_dict", "model_state_dict", "state", "actor")
 _DEEPEST = 3
 _MOST_DIMENSIONS = 16
+_MOST_PICKLE = 1 << 28
 _GLOBAL = re.compile(r"GLOBAL ([\w.]{1,80})")
 
 
@@ -131,6 +134,7 @@ def load_tensors(file: Path | io.BytesIO, where: object) -> Any:
     import torch
 
     try:
+        _require_harmless(file)
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = _GLOBAL.search(str(error))
@@ -144,6 +148,19 @@ def load_tensors(file: Path | io.BytesIO, where: object) -> Any:
     except Exception as error:  # a corrupt pickle can raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise CheckpointError(f"{where} is truncated or corrupt ({reason}): download or save it again") from error
+
+
+def _require_harmless(file: Path | io.BytesIO) -> None:
+    """Look at the pickles of a file before torch does: one in an archive, five at the beginning of an older file."""
+    with file.open("rb") if isinstance(file, Path) else io.BytesIO(file.getvalue()) as stored:
+        if stored.read(2) == b"PK":
+            with zipfile.ZipFile(stored) as archive:
+                for entry in archive.infolist():
+                    if entry.filename.endswith("/data.pkl") and entry.file_size <= _MOST_PICKLE:
+                        require_harmless(archive.read(entry))
+        else:
+            stored.seek(0)
+            require_harmless(stored.read(_MOST_PICKLE), streams=5)
 
 
 def checked_tensor(value: object, where: str) -> "Tensor":

@@ -5,6 +5,7 @@ nothing that the file names is called; a name from outside of what trainers writ
 of their bytes.
 """
 
+import io
 import pickle
 import struct
 import zipfile
@@ -18,6 +19,7 @@ import numpy as np
 
 from offprincipal.checkpoints.checkpoint import FLOATS, INTEGERS, Array
 from offprincipal.checkpoints.hostile import shape_of
+from offprincipal.checkpoints.pickles import require_harmless
 from offprincipal.errors import CheckpointError
 
 _MOST_PICKLE = 1 << 28
@@ -146,8 +148,9 @@ def read_objects(path: Path) -> Any:
             (name,) = (entry for entry in archive.namelist() if entry.endswith("/data.pkl"))
             if archive.getinfo(name).file_size > _MOST_PICKLE:
                 raise CheckpointError(f"{path} holds a pickle of more than {_MOST_PICKLE >> 20} MiB. Do not trust it")
-            with archive.open(name) as pickled:
-                return _Unpickler(pickled, path, file, archive, name.removesuffix("data.pkl")).load()
+            pickled = archive.read(name)
+            require_harmless(pickled)
+            return _Unpickler(io.BytesIO(pickled), path, file, archive, name.removesuffix("data.pkl")).load()
     except CheckpointError:
         raise
     except Exception as error:  # a corrupt archive or pickle can raise anything
