@@ -169,14 +169,48 @@ def test_folders_whose_names_are_no_text_are_compared(pair: tuple[str, str], tmp
     assert (tmp_path / "out" / "report.html").exists()
 
 
-def test_a_condition_is_checked_though_nothing_can_be_printed(pair: tuple[str, str], tmp_path: Path) -> None:
-    base, tuned = pair
-    command = [sys.executable, "-m", "offprincipal", "compare", str(base), str(tuned), "--out", str(tmp_path / "out")]
+@pytest.mark.parametrize(("condition", "code", "says"), [(">", 3, b"failed: "), ("<", 2, b"No space left")])
+@pytest.mark.parametrize("buffered", ["1", ""])
+def test_a_condition_is_checked_though_nothing_can_be_printed(
+    pair: tuple[str, str], tmp_path: Path, condition: str, code: int, says: bytes, buffered: str
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "offprincipal",
+        "compare",
+        *pair,
+        "--out",
+        str(tmp_path / "out"),
+        "--metrics",
+        "changes",
+    ]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [*command, "--metrics", "changes", "--fail-if", "update_norm > 0"],
+            [*command, "--fail-if", f"update_norm {condition} 0"],
             stdout=full,
             stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONUNBUFFERED": buffered},
             check=False,
         )
-    assert done.returncode == 3 and b"failed: " in done.stderr
+    assert done.returncode == code and says in done.stderr and b"Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "out" / "summary.json").exists()
+
+
+def test_a_pipe_that_is_closed_is_no_fault(pair: tuple[str, str], tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "offprincipal",
+        "compare",
+        *pair,
+        "--out",
+        str(tmp_path / "out"),
+        "--metrics",
+        "changes",
+    ]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr

@@ -37,11 +37,28 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # what a console has no letter for, or is no text, is shown as ?
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    code: Any = 0
     try:
         app()
-    except OffPrincipalError as error:
+    except SystemExit as ended:
+        code = ended.code
+    except (OffPrincipalError, OSError) as error:
         errors.print(f"[bold red]error:[/] {_escaped(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(2)
+        code = 2
+    sys.exit(_flushed(code))
+
+
+def _flushed(code: Any) -> Any:
+    """The exit code, once all is printed: 2 where that cannot be and nothing else was wrong; a closed pipe is none."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the interpreter's own flush ends
+        if not isinstance(error, BrokenPipeError) and not code:
+            errors.print(f"[bold red]error:[/] cannot print: {_escaped(str(error))}", highlight=False)
+            return 2
+    return code
 
 
 def _print_version(wanted: bool) -> None:
