@@ -126,6 +126,7 @@ def test_no_help_loses_what_stands_in_brackets(
     assert "pip install 'offprincipal[train]'" in " ".join(capsys.readouterr().out.split())
 
 
+COMPARE = [sys.executable, "-m", "offprincipal", "compare", "--metrics", "changes"]
 MARKED = "run[_red]\x1b[31m\x9b1m"
 
 
@@ -174,20 +175,9 @@ def test_folders_whose_names_are_no_text_are_compared(pair: tuple[str, str], tmp
 def test_a_condition_is_checked_though_nothing_can_be_printed(
     pair: tuple[str, str], tmp_path: Path, condition: str, code: int, says: bytes, buffered: str
 ) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "offprincipal",
-        "compare",
-        *pair,
-        "--out",
-        str(tmp_path / "out"),
-        "--metrics",
-        "changes",
-    ]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [*command, "--fail-if", f"update_norm {condition} 0"],
+            [*COMPARE, *pair, "--out", str(tmp_path / "out"), "--fail-if", f"update_norm {condition} 0"],
             stdout=full,
             stderr=subprocess.PIPE,
             env=os.environ | {"PYTHONUNBUFFERED": buffered},
@@ -198,19 +188,8 @@ def test_a_condition_is_checked_though_nothing_can_be_printed(
 
 
 def test_a_pipe_that_is_closed_is_no_fault(pair: tuple[str, str], tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "offprincipal",
-        "compare",
-        *pair,
-        "--out",
-        str(tmp_path / "out"),
-        "--metrics",
-        "changes",
-    ]
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
+    done = subprocess.run([*COMPARE, *pair, "--out", str(tmp_path)], stdout=write, stderr=subprocess.PIPE, check=False)
     os.close(write)
     assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr

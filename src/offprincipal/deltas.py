@@ -30,7 +30,7 @@ from offprincipal.checkpoints.delta import (
 from offprincipal.checkpoints.delta_codec import compressed, encode
 from offprincipal.checkpoints.hostile import is_file
 from offprincipal.errors import ArgumentError, CheckpointError, FileError
-from offprincipal.files import follow_umask, require_folder, write_atomically, write_json
+from offprincipal.files import follow_umask, replace_folder, require_folder, write_atomically, write_json
 
 FORMATS = ("delta", "sparse-safetensors")
 _BESIDE = (".json", ".txt", ".jinja", ".model", ".tiktoken")  # what a model's folder holds beside its weights
@@ -113,9 +113,7 @@ def apply_delta(
     try:
         _write_model(made, file, progress)
         follow_umask(made)
-        if folder.exists():
-            shutil.rmtree(folder)
-        made.replace(folder)
+        replace_folder(folder, made)
     except OSError as error:
         raise FileError(
             f"cannot write {folder}: {error.strerror or error}. Free some space or choose another --out"
@@ -228,10 +226,13 @@ def _beside(run: Checkpoint) -> dict[str, bytes]:
 def _write_model(folder: Path, file: DeltaFile, progress: Progress | None) -> None:
     shards: list[list[str]] = [[]]
     sizes = {name: info.numel * _STORED[info.dtype].itemsize for name, info in file.tensors.items()}
+    filled = 0
     for name, size in sizes.items():
-        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > _SHARD:
+        if shards[-1] and filled + size > _SHARD:
             shards.append([])
+            filled = 0
         shards[-1].append(name)
+        filled += size
     placed: dict[str, str] = {}
     total, done = sum(info.numel for info in file.tensors.values()), 0
     for number, names in enumerate(shards, start=1):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from offprincipal.errors import FileError
 _LOCK = ".offprincipal.lock"
 _UMASK = os.umask(0o077)  # it can only be asked for by setting it
 os.umask(_UMASK)
+Identities = dict[Path, tuple[int, int, int]]
 _PATIENCE = 5.0  # seconds: a process that was just killed may still be on its way out
 
 
@@ -68,7 +70,19 @@ def follow_umask(folder: Path) -> None:
             path.chmod((0o777 if path.is_dir() else 0o666) & ~_UMASK)
 
 
-def identities(paths: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
+def replace_folder(out: Path, part: Path) -> None:
+    """Put a finished folder in the place of what is there, which is gone only when the other is in its place."""
+    if not out.exists():
+        part.rename(out)
+        return
+    old = out.parent / f".{out.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    out.rename(old)
+    part.rename(out)
+    shutil.rmtree(old)
+
+
+def identities(paths: Iterable[Path]) -> Identities:
     """Size, time and number of each file.
 
     Raises:
@@ -84,7 +98,7 @@ def identities(paths: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
     return found
 
 
-def require_unchanged(known: dict[Path, tuple[int, int, int]]) -> None:
+def require_unchanged(known: Identities) -> None:
     """Check that files are those that they were.
 
     Raises:

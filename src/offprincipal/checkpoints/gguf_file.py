@@ -6,7 +6,6 @@ rows of Llama's queries and keys, and Gemma's gains, which are stored with 1 add
 
 import importlib
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from offprincipal.checkpoints.checkpoint import BFLOAT16, FLOATS, Array, Checkpoint, TensorInfo
+from offprincipal.checkpoints.packed import dequantised_notes
 from offprincipal.errors import CheckpointError
 
 SUFFIX = ".gguf"
@@ -79,16 +79,8 @@ class GgufFile:
         self._stored = {self._named(name): tensor for name, tensor in stored.items() if not _BUFFERS.search(name)}
         self.config: Mapping[str, Any] = base.config if base else {"model_type": self._arch}
         self.tensors = {name: self._info(name) for name in sorted(self._stored)}
-        kinds = Counter(
-            tensor.tensor_type.name
-            for tensor in self._stored.values()
-            if tensor.tensor_type.name not in (*_PLAIN, "BF16")
-        )
-        self.notes = [
-            f"{many} tensors stored in {kind} were dequantised to float32: beside unpacked ones, what packing lost "
-            "counts as a change"
-            for kind, many in kinds.items()
-        ]
+        kinds = (tensor.tensor_type.name for tensor in self._stored.values())
+        self.notes = dequantised_notes(f"stored in {kind}" for kind in kinds if kind not in (*_PLAIN, "BF16"))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         info = self.tensors[name]

@@ -7,7 +7,8 @@ documentation or the library that runs it. Knows names, shapes and numbers; read
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -63,6 +64,21 @@ def packed_in(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dic
             if 0 < packed.info.numel <= _MOST_ENTRIES and packed.info.name not in found:
                 found[packed.info.name] = packed
     return found
+
+
+def dequantised_notes(how: Iterable[str]) -> list[str]:
+    """What a reader should know of tensors that were dequantised.
+
+    Args:
+        how: of each, how it was kept.
+
+    >>> dequantised_notes(["packed by AWQ"])[0][:51]
+    '1 tensors packed by AWQ were dequantised to float32'
+    """
+    return [
+        f"{many} tensors {kept} were dequantised to float32: beside unpacked ones, what packing lost counts as a change"
+        for kept, many in Counter(how).items()
+    ]
 
 
 def _with(infos: Mapping[str, TensorInfo], ending: str, *needed: str) -> Iterator[tuple[str, dict[str, TensorInfo]]]:

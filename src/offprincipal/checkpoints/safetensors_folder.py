@@ -4,7 +4,6 @@ Everything in the folder is hostile input: no pickle is opened, no path leaves t
 """
 
 import threading
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -25,7 +24,7 @@ from offprincipal.checkpoints.float8 import (
     scales_of_activations,
 )
 from offprincipal.checkpoints.hostile import is_file, read_config
-from offprincipal.checkpoints.packed import Packed, packed_in, state_shape
+from offprincipal.checkpoints.packed import Packed, dequantised_notes, packed_in, state_shape
 from offprincipal.checkpoints.safetensors_file import SafetensorsFile
 from offprincipal.checkpoints.shards import files_of, open_files
 from offprincipal.errors import CheckpointError
@@ -129,12 +128,7 @@ class SafetensorsFolder:
     def notes(self) -> list[str]:
         count = len(self._scales.keys() & self.tensors.keys())
         said = [f"{count} tensors stored in float8 with scales were dequantised"] if count else []
-        methods = Counter(packed.method for packed in self._packed.values())
-        return said + [
-            f"{many} tensors packed by {method} were dequantised to float32: beside unpacked ones, what packing lost "
-            "counts as a change"
-            for method, many in methods.items()
-        ]
+        return said + dequantised_notes(f"packed by {packed.method}" for packed in self._packed.values())
 
     def read_stored(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Entries of a tensor as they are in the file, not dequantised."""

@@ -20,7 +20,7 @@ from offprincipal.checkpoints.checkpoint import FLOATS, Array, TensorInfo, witho
 from offprincipal.checkpoints.hostile import is_file, read_bytes, read_config
 from offprincipal.checkpoints.pickles import require_harmless
 from offprincipal.checkpoints.shards import open_files
-from offprincipal.checkpoints.torch_objects import Record, StoredPart, read_objects
+from offprincipal.checkpoints.torch_objects import MOST_PICKLE, Record, StoredPart, read_objects
 from offprincipal.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ _FULL = "pytorch_model_fsdp.bin"  # accelerate's full state dict
 _INNER = ("model", "module", "state_dict", "model_state_dict", "state", "actor")
 _DEEPEST = 3
 _MOST_DIMENSIONS = 16
-_MOST_PICKLE = 1 << 28
 _GLOBAL = re.compile(r"GLOBAL ([\w.]{1,80})")
 
 
@@ -156,11 +155,11 @@ def _require_harmless(file: Path | io.BytesIO) -> None:
         if stored.read(2) == b"PK":
             with zipfile.ZipFile(stored) as archive:
                 for entry in archive.infolist():
-                    if entry.filename.endswith("/data.pkl") and entry.file_size <= _MOST_PICKLE:
+                    if entry.filename.endswith("/data.pkl") and entry.file_size <= MOST_PICKLE:
                         require_harmless(archive.read(entry))
         else:
             stored.seek(0)
-            require_harmless(stored.read(_MOST_PICKLE), streams=5)
+            require_harmless(stored.read(MOST_PICKLE), streams=5)
 
 
 def checked_tensor(value: object, where: str) -> "Tensor":

@@ -22,7 +22,7 @@ from offprincipal.checkpoints.hostile import shape_of
 from offprincipal.checkpoints.pickles import require_harmless
 from offprincipal.errors import CheckpointError
 
-_MOST_PICKLE = 1 << 28
+MOST_PICKLE = 1 << 28
 _MOST_DIMENSIONS = 16
 _TYPES = FLOATS | INTEGERS
 _STORAGES = {
@@ -146,8 +146,8 @@ def read_objects(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             (name,) = (entry for entry in archive.namelist() if entry.endswith("/data.pkl"))
-            if archive.getinfo(name).file_size > _MOST_PICKLE:
-                raise CheckpointError(f"{path} holds a pickle of more than {_MOST_PICKLE >> 20} MiB. Do not trust it")
+            if archive.getinfo(name).file_size > MOST_PICKLE:
+                raise CheckpointError(f"{path} holds a pickle of more than {MOST_PICKLE >> 20} MiB. Do not trust it")
             pickled = archive.read(name)
             require_harmless(pickled)
             return _Unpickler(io.BytesIO(pickled), path, file, archive, name.removesuffix("data.pkl")).load()

@@ -20,7 +20,7 @@ from offprincipal.comparison.measure import Row, TensorRows
 from offprincipal.comparison.tables import TABLES, write_tables
 from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError, FileError
-from offprincipal.files import exclusively, identities, require_folder, require_unchanged
+from offprincipal.files import Identities, exclusively, identities, require_folder, require_unchanged
 from offprincipal.measures.pooling import anatomy, pool_pair, pool_run
 
 Progress = Callable[[int, int, str], None]
@@ -94,7 +94,7 @@ def compare(
 
         chosen_device(work.settings.matrix.device)
     opened, total = identities(work.files), sum(part.numel for part in work.parts)
-    with _journal(work, out) as (journal, measured):
+    with _journal(work, out, opened) as (journal, measured):
         waiting = [part for part in work.parts if part.name not in measured]
         done = total - sum(part.numel for part in waiting)
         found: Iterable[tuple[Part, TensorRows]] = ()
@@ -149,21 +149,23 @@ def name_runs(tuned: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[st
 
 
 @contextmanager
-def _journal(work: Work, out: str | Path | None) -> Iterator[tuple[Journal | None, dict[str, TensorRows]]]:
+def _journal(
+    work: Work, out: str | Path | None, files: Identities
+) -> Iterator[tuple[Journal | None, dict[str, TensorRows]]]:
     """The journal in an output folder held against other processes, and what it already knows."""
     if out is None:
         yield None, {}
         return
     folder = Path(out)
     require_folder(folder)
-    journal = Journal(folder, _key(work))
+    journal = Journal(folder, _key(work, files))
     with exclusively(folder), journal.opened() as measured:
         yield journal, measured
 
 
-def _key(work: Work) -> str:
+def _key(work: Work, opened: Identities) -> str:
     """What is compared and how: settings, versions, configurations, and every file's path, size and time."""
-    files = [[str(path), *identity[:2]] for path, identity in identities(work.files).items()]
+    files = [[str(path), *identity[:2]] for path, identity in opened.items()]
     configs = [dict(checkpoint.config) for checkpoint in (work.base_checkpoint, *work.runs.values())]
     about = [asdict(work.settings), list(work.tuned), files, configs, _versions()]
     return hashlib.sha256(json.dumps(about, default=str, sort_keys=True).encode()).hexdigest()

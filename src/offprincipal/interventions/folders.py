@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from offprincipal.errors import FileError, InterventionError
-from offprincipal.files import exclusively, follow_umask, require_folder
+from offprincipal.files import exclusively, follow_umask, replace_folder, require_folder
 from offprincipal.interventions.architectures import HEAD
 from offprincipal.interventions.plan import Weights
 from offprincipal.models import LanguageModel
@@ -40,7 +40,7 @@ def new_folder(out: Path, marks: tuple[str, ...], overwrite: bool, kept: tuple[P
         try:
             yield part
             follow_umask(part)
-            _replace(out, part)
+            replace_folder(out, part)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise FileError(f"cannot write {out}: {reason}. Free some space or choose another --out") from error
@@ -85,15 +85,3 @@ def _require_replaceable(out: Path, marks: tuple[str, ...], overwrite: bool, kep
         raise InterventionError(f"output folder {out} holds files that no intervention wrote: choose another --out")
     if not overwrite:
         raise InterventionError(f"output folder {out} holds an intervention: choose another --out or pass --overwrite")
-
-
-def _replace(out: Path, part: Path) -> None:
-    """Put the finished folder in the place of what is there."""
-    if not out.exists():
-        part.rename(out)
-        return
-    old = out.parent / f".{out.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    out.rename(old)
-    part.rename(out)
-    shutil.rmtree(old)

@@ -282,4 +282,4 @@ def as_shown_json(content: Mapping[str, Any]) -> str:
     }
     """
     text = json.dumps(content, indent=1, ensure_ascii=False)
-    return "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in text)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
