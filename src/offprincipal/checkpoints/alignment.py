@@ -33,7 +33,7 @@ _SYNONYMS = tuple(
         (WRAPPERS, ""),
         (r"\boriginal_module\.", ""),
         (r"\bmodules_to_save\.default\.", ""),
-        (r"\b(?:qkv_proj|query_key_value|c_attn)\.weight:([qkv])$", r"\1_proj.weight"),
+        (r"\b(?:qkv_proj|query_key_value|c_attn|linear_qkv)\.(weight|bias):([qkv])$", r"\2_proj.\1"),
         (r"\bgate_up_proj\.weight:(gate|up)$", r"\1_proj.weight"),
         (r"\bexperts\.gate_up_proj\[([0-9]+)\]:(gate|up)$", r"experts.\1.\2_proj.weight"),
         (r"\bblock_sparse_moe\.input_linear\.weight\[([0-9]+)\]:(gate|up)$", r"mlp.experts.\1.\2_proj.weight"),

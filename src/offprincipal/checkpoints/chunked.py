@@ -72,7 +72,7 @@ class Chunked(ABC):
     def files(self) -> list[Path]:
         return list(dict.fromkeys(chunk.path for tensor in self._stored.values() for chunk in tensor.chunks))
 
-    def masters(self) -> None:
+    def masters(self) -> "Chunked | None":
         return None
 
     def _rows(self, name: str, first: int, last: int) -> Array:

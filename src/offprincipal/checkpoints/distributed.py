@@ -1,14 +1,16 @@
 """Checkpoints of torch.distributed: a folder with `.metadata` and a `.distcp` file of every rank.
 
-FSDP writes them, by accelerate (`pytorch_model_fsdp_0/` in a Trainer's checkpoint) and by torchtitan (`step-100/`). The
-model's tensors are kept, an optimizer's and a data loader's left out.
+FSDP writes them, by accelerate (`pytorch_model_fsdp_0/` in a Trainer's checkpoint) and by torchtitan (`step-100/`), and
+Megatron (`iter_0000100/`). The model's tensors are kept, an optimizer's and a data loader's left out.
 """
 
 import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from offprincipal.checkpoints import megatron
 from offprincipal.checkpoints.checkpoint import Array, Checkpoint
 from offprincipal.checkpoints.chunked import Chunk, Chunked, StoredTensor
 from offprincipal.checkpoints.distributed_index import METADATA, read_stored_tensors
@@ -33,21 +35,46 @@ def open_distributed(folder: Path, source: str, base: Checkpoint | None = None) 
     """
     at = folder if is_file(folder / METADATA) else _inside(folder)[0]
     config = read_config(at, folder, otherwise=base.config if base else None)
-    stored = {name: tensor for name, tensor in read_stored_tensors(at).items() if not _NOT_THE_MODEL.match(name)}
+    everything = read_stored_tensors(at)
+    if megatron.is_megatron(everything):
+        masters = megatron.masters_in(everything, at)
+        config = config or megatron.config_in(at)
+        return Distributed(source, at, megatron.weights_in(everything, at), config, masters)
+    stored = {name: tensor for name, tensor in everything.items() if not _NOT_THE_MODEL.match(name)}
     if not stored:
         raise CheckpointError(f"{at} holds no model's tensors: give the folder that has them, not the optimizer's")
     return Distributed(source, at, _unwrapped(stored), config)
 
 
 class Distributed(Chunked):
-    """A `Checkpoint` over one folder: every chunk is a file of torch.save inside of a larger one."""
+    """A `Checkpoint` over one folder: every chunk is a file of torch.save inside of a larger one.
+
+    Args:
+        masters: the optimizer's float32 weights, where the same folder holds them.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        folder: Path,
+        stored: Mapping[str, StoredTensor],
+        config: dict[str, Any],
+        masters: Mapping[str, StoredTensor] | None = None,
+    ) -> None:
+        super().__init__(source, folder, stored, config)
+        self._masters = masters
+
+    def masters(self) -> "Distributed | None":
+        return Distributed(self.source, self.folders[0], self._masters, self.config) if self._masters else None
 
     def _load(self, name: str, chunk: Chunk) -> Array:
         where = f"{name} in {chunk.path}"
         tensor = checked_tensor(
             load_tensors(io.BytesIO(read_bytes(chunk.path, chunk.start, chunk.length, name)), where), where
         )
-        if tuple(tensor.shape) != chunk.sizes or dtype_name(tensor.dtype) != self.tensors[name].dtype:
+        shape = tuple(tensor.shape)
+        stacked = len(shape) - len(chunk.sizes)  # Megatron's chunks are stacks of one layer, and of one expert
+        if shape != (1,) * stacked + chunk.sizes or dtype_name(tensor.dtype) != self.tensors[name].dtype:
             raise CheckpointError(f"{where} is not of the shape and type that {METADATA} gives: save it again")
         return as_array(tensor.reshape(-1))
 

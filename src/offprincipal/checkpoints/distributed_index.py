@@ -1,6 +1,6 @@
 """The `.metadata` of a torch.distributed checkpoint: which chunks a tensor has, and where in which file each lies.
 
-It is a pickle, and is read by an unpickler that knows a dozen names and makes inert records of them: it imports
+It is a pickle, and is read by an unpickler that makes inert records of what torch and Megatron put there: it imports
 nothing, not even torch, and calls nothing that the file chooses.
 """
 
@@ -22,22 +22,11 @@ from offprincipal.errors import CheckpointError
 METADATA = ".metadata"
 _MOST_DIMENSIONS = 16
 _MOST_BYTES = 1 << 30
-_METADATA_MODULE = "torch.distributed.checkpoint.metadata"
-_ENUMERATION = "_MEM_FORMAT_ENCODING"
-_RECORDS = {
-    _METADATA_MODULE: (
-        "Metadata",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorProperties",
-        "MetadataIndex",
-        "StorageMeta",
-        _ENUMERATION,
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "StorageMeta"),
-    "pathlib": ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
-    "pathlib._local": ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
+# Whose objects become records: those of torch's own metadata and plans, and of Megatron's, which it puts beside them.
+_PACKAGES = ("torch.distributed.checkpoint.", "megatron.core.")
+_PATHS = {
+    *(("pathlib", name) for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
+    *(("pathlib._local", name) for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
 }
 _DTYPES = (
     *FLOATS,
@@ -59,7 +48,7 @@ class _Record:
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    """Knows the names that torch writes into `.metadata`, and no others."""
+    """Makes records of what torch and Megatron write into `.metadata`, and refuses all else."""
 
     def __init__(self, file: Any, path: Path) -> None:
         super().__init__(file)
@@ -67,7 +56,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
         self._kinds: dict[str, type[_Record]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        if name in _RECORDS.get(module, ()):
+        if module.startswith(_PACKAGES) or (module, name) in _PATHS:
             return self._kinds.setdefault(name, type(name, (_Record,), {}))
         if module == "torch" and name in _DTYPES:
             return name
@@ -84,10 +73,10 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
     def _member(self, kind: Any, name: Any) -> _Record:
         """A member of an enumeration, inert: Python 3.11.0 to 3.11.3 write one as `getattr(kind, name)`."""
-        known = self._kinds.get(_ENUMERATION)
-        if known is None or kind is not known:
+        if not isinstance(kind, type) or kind not in self._kinds.values():
             raise self._refused("builtins", "getattr")
-        return known(name)
+        made: _Record = kind(name)
+        return made
 
     def _refused(self, module: str, name: str) -> CheckpointError:
         return CheckpointError(

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 Entries = TypeVar("Entries", Array, "Tensor")
 
-_FUSED = re.compile(r"\b(qkv_proj|query_key_value|c_attn|gate_up_proj)\.weight$")
+_FUSED = re.compile(r"\b(qkv_proj|query_key_value|c_attn|gate_up_proj|linear_qkv)\.weight$")
+_FUSED_BIAS = re.compile(r"\blinear_qkv\.bias$")
 _STACKED = re.compile(r"\bexperts\.\w+$|\bblock_sparse_moe\.(?:input|output)_linear\.weight$")
 _CONV1D = re.compile(r"\.(?:c_attn|q_attn|c_proj|c_fc)\.weight$")
 _OTHER_TOWER = re.compile(r"vision|visual|image|audio|speech")
@@ -155,6 +156,8 @@ def parts_of(info: TensorInfo, config: Mapping[str, Any]) -> list[Part]:
     ['other']
     """
     whole = Part(info.name, info.name, place_of(info.name), 0, info.shape)
+    if _FUSED_BIAS.search(info.name) and len(info.shape) == 1:
+        return _by_head(whole, _Model.of(config).kv_heads, _Model.of(config)) or [whole]
     if whole.place.role == "bias" or info.numel == 0 or _OTHER_TOWER.search(info.name):
         return [whole]
     model = _Model.of(config)
@@ -220,6 +223,8 @@ def _fused_parts(whole: Part, name: str, model: _Model) -> list[Part]:
     if name == "gate_up_proj":
         half = whole.shape[0] // 2
         return _by_rows(whole, {"gate": half, "up": half})
+    if name == "linear_qkv":  # Megatron's, of whatever model
+        return _by_head(whole, model.kv_heads, model)
     q, kv = model.heads * model.head_size, model.kv_heads * model.head_size
     match model.kind, name:
         case kind, "qkv_proj" if kind in _QKV_ROWS_MODELS:
@@ -257,7 +262,8 @@ def _by_columns(whole: Part, sizes: Mapping[str, int]) -> list[Part]:
 
 def _by_head(whole: Part, groups: int, model: _Model) -> list[Part]:
     """Queries, key and value of one head, or of a group of heads that share them, then of the next."""
-    rows, cols = whole.shape
+    rows, *rest = whole.shape
+    cols = math.prod(rest)
     if not groups or model.heads % groups:
         return []
     sizes = {"q": model.heads // groups * model.head_size, "k": model.head_size, "v": model.head_size}
@@ -270,7 +276,7 @@ def _by_head(whole: Part, groups: int, model: _Model) -> list[Part]:
             role,
             shape=(groups, together * cols),
             columns=(first * cols, last * cols),
-            folded=(groups * (last - first), cols),
+            folded=(groups * (last - first), *rest),
         )
         for role, (first, last) in _ranges(sizes)
     ]
@@ -334,7 +340,9 @@ def _alternating(expert: Part) -> list[Part]:
 
 
 def _piece(whole: Part, role: str, **changes: Any) -> Part:
-    return replace(whole, name=f"{whole.name}:{role}", place=replace(whole.place, role=role), **changes)
+    """One of several; those of a bias are biases."""
+    place = whole.place if whole.place.role == "bias" else replace(whole.place, role=role)
+    return replace(whole, name=f"{whole.name}:{role}", place=place, **changes)
 
 
 def _ranges(sizes: Mapping[str, int]) -> Iterator[tuple[str, tuple[int, int]]]:
