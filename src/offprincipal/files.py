@@ -152,7 +152,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"cannot read {path}: {error}. Give a folder that offprincipal wrote") from error
     if not isinstance(content, dict):
         raise FileError(f"{path} holds no JSON object. Give a folder that offprincipal wrote")

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError
 
-from offprincipal.checkpoints.hostile import read_json
+from offprincipal.checkpoints.hostile import MOST_OF_CONFIG, read_json
 from offprincipal.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
@@ -88,7 +88,7 @@ def read_settings(folder: Path) -> AdapterSettings:
         CheckpointError: they cannot be read, are of another kind of adapter, or make no sense.
     """
     path = folder / CONFIG
-    content = read_json(path)
+    content = read_json(path, MOST_OF_CONFIG)
     kind = content.get("peft_type")
     if isinstance(kind, str) and kind not in KINDS:
         raise _unread(path, f"is of peft_type {kind[:40]!r}")

@@ -7,7 +7,8 @@ from typing import Any
 
 from offprincipal.errors import CheckpointError
 
-_MOST_BYTES = 1 << 28
+_MOST_BYTES = 1 << 26  # of an index; that of a model with 100,000 tensors has 10 MB
+MOST_OF_CONFIG = 1 << 24
 
 
 def is_file(path: Path) -> bool:
@@ -28,7 +29,7 @@ def read_config(*folders: Path, otherwise: Mapping[str, Any] | None = None) -> d
         CheckpointError: it cannot be read.
     """
     path = next((folder / "config.json" for folder in folders if is_file(folder / "config.json")), None)
-    return dict(otherwise or {}) if path is None else read_json(path)
+    return dict(otherwise or {}) if path is None else read_json(path, MOST_OF_CONFIG)
 
 
 def read_bytes(path: Path, start: int, length: int, name: str) -> bytes:
@@ -69,14 +70,17 @@ def brief(value: object) -> str:
     return repr(value)[:80] if isinstance(value, str | int | float) else type(value).__name__
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, most: int = _MOST_BYTES) -> dict[str, Any]:
     """A JSON object.
 
+    Args:
+        most: bytes that are read; parsed they take twenty times as many.
+
     Raises:
-        CheckpointError: it cannot be read, or is no JSON object.
+        CheckpointError: it cannot be read, is larger, or is no JSON object.
     """
     try:
-        if path.stat().st_size > _MOST_BYTES:
+        if path.stat().st_size > most:
             raise ValueError("it is too large")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

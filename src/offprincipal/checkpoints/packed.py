@@ -20,6 +20,7 @@ from offprincipal.checkpoints.checkpoint import Array, TensorInfo
 _FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)  # OCP microscaling
 _AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # where each of eight weights lies in its word
 _MOST_ENTRIES = 1 << 40
+_MOST_OF_STATE = 1 << 16
 
 Parts = Mapping[str, Array]
 
@@ -276,6 +277,8 @@ def state_shape(state: Array) -> tuple[int, ...]:
 
 
 def _state(state: Array) -> dict[str, Any]:
+    if state.nbytes > _MOST_OF_STATE:
+        raise ValueError("its quant_state is too large")
     content = json.loads(state.tobytes())
     if not isinstance(content, dict):
         raise ValueError("its quant_state is no object")

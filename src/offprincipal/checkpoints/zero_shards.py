@@ -24,6 +24,7 @@ from offprincipal.errors import CheckpointError
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_([0-9]{1,6})_mp_rank_([0-9]{1,6})_optim_states\.pt")
 _MODEL = re.compile(r"(?:zero_pp_rank_([0-9]{1,6})_)?mp_rank_([0-9]{1,6})_model_states\.pt")
 _LATEST = "latest"
+_LONGEST_NAME = 200
 _TYPES = FLOATS | INTEGERS
 
 
@@ -41,7 +42,10 @@ def folder_at(folder: Path) -> Path | None:
     if _matches(folder, _OPTIMIZER):
         return folder
     try:
-        name = (folder / _LATEST).read_text(encoding="utf-8")[:200].strip() if is_file(folder / _LATEST) else ""
+        if not is_file(folder / _LATEST):
+            return None
+        with (folder / _LATEST).open(encoding="utf-8") as file:
+            name = file.read(_LONGEST_NAME).strip()
     except (OSError, ValueError):
         return None
     inside = re.fullmatch(r"[\w-]+", name) is not None and bool(_matches(folder / name, _OPTIMIZER))
