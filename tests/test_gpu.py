@@ -164,7 +164,7 @@ def test_sparse_steps_are_those_of_a_masked_adamw_bit_for_bit(density: float) ->
     for layer in (ours, dense):
         layer.weight.data.copy_(W)
     settings: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
-    sparse = SparseAdamW(ours.named_parameters(), {"weight": mask}, fused=False, **settings)
+    sparse = SparseAdamW(ours.named_parameters(), {"weight": mask}, **settings)
     reference = torch.optim.AdamW([dense.weight], foreach=False, **settings)
     active = mask.to(DEVICE)
     for step in range(5):

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offprincipal.adapters.sparse_index import STRETCH, count_active, entries_of, index_of, stretches_of
+from offprincipal.adapters.sparse_index import STRETCH, blocks_of, count_active, entries_of, index_of
 
 
 @st.composite
@@ -24,9 +24,9 @@ def test_offsets_hold_the_active_entries_of_every_stretch(given_entries: tuple[i
     assert index.dtype == torch.int16
     assert entries_of(index, numel).tolist() == entries
     assert count_active(index, numel) == len(entries)
-    stops, offsets = stretches_of(index, numel)
-    assert stops.tolist() == [sum(e < (k + 1) * STRETCH for e in entries) for k in range(-(-numel // STRETCH))]
-    assert offsets.tolist() == [entry % STRETCH for entry in entries]
+    blocks = list(blocks_of(index, numel))
+    assert torch.cat(blocks).tolist() == entries
+    assert all(len(block) == 0 or int(block[-1] - block[0]) < 16 * STRETCH for block in blocks)
 
 
 @given(st.floats(0.0, 1.0), st.integers(0, 2**31))

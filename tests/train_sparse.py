@@ -15,7 +15,6 @@ from torch.distributed.fsdp import fully_shard
 
 from offprincipal.adapters import Masks, SparseAdamW, make_masks
 from offprincipal.adapters.masks import base_hash, packed
-from offprincipal.adapters.sparse_adamw import COMPILED_HERE
 from offprincipal.checkpoints.matrices import whole
 
 STEPS = 6
@@ -40,12 +39,12 @@ def main(out: Path) -> None:
     made = make_masks(model, "safe", 0.3)
     alike = all(torch.equal(made[name], unsharded[name]) for name in unsharded)
     assert alike, "masks of the shards differ from the whole's"
-    optimizer = SparseAdamW(model.named_parameters(), masks, lr=1e-2, weight_decay=0.1, fused=COMPILED_HERE or None)
+    optimizer = SparseAdamW(model.named_parameters(), masks, lr=1e-2, weight_decay=0.1)
     inputs = torch.randn(STEPS, 1, 40)
     for i in range(STEPS):
         if i == STEPS // 2:
             state = optimizer.state_dict()
-            optimizer = SparseAdamW(model.named_parameters(), masks, fused=COMPILED_HERE or None)
+            optimizer = SparseAdamW(model.named_parameters(), masks)
             optimizer.load_state_dict(state)
         model(inputs[i]).square().sum().backward()
         optimizer.step()

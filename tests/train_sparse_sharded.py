@@ -26,7 +26,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from offprincipal.adapters import SparseAdamW
-from offprincipal.adapters.sparse_adamw import COMPILED_HERE
 from offprincipal.checkpoints.matrices import whole
 from offprincipal.errors import AdapterError
 
@@ -44,7 +43,7 @@ def started(kind: torch.dtype) -> tuple[torch.nn.Module, dict[str, torch.Tensor]
 
 
 def optimized(model: torch.nn.Module, masks: dict[str, torch.Tensor]) -> SparseAdamW:
-    return SparseAdamW(model.named_parameters(), masks, lr=1e-2, weight_decay=0.1, fused=COMPILED_HERE or None)
+    return SparseAdamW(model.named_parameters(), masks, lr=1e-2, weight_decay=0.1)
 
 
 def train(model: Any, optimizer: Any, inputs: torch.Tensor) -> None:

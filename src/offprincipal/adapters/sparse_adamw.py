@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -15,26 +14,21 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from offprincipal.adapters.choosing import require_trainable_type
-from offprincipal.adapters.sparse_index import count_active, entries_of, index_of, stretches_of
+from offprincipal.adapters.sparse_index import blocks_of, count_active, entries_of, index_of
 from offprincipal.adapters.sparse_shards import gathered, spread
-from offprincipal.adapters.sparse_step import coefficients, step_entries
 from offprincipal.errors import AdapterError
 
 _OWN = ("exp_avg", "exp_avg_sq", "index", "master")  # of the types given here, whatever the parameter's
 
 Named = Iterable[tuple[str, Tensor]]
 
-COMPILED_HERE = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")  # whether this processor has that step
-
 
 class SparseAdamW(Optimizer):
     """AdamW that trains, and keeps state for, the masked entries of parameters; all else stays as it is, bit for bit.
 
-    Each active entry moves exactly as under `torch.optim.AdamW` with decoupled weight decay. Which bits come out
-    depends on the order of rounding, and torch has two on a CPU: `fused=True` here is bit for bit `AdamW(fused=True)`
-    (on parameters whose entries are a multiple of 16; of others torch rounds the last few differently), `fused=False`
-    is `AdamW(foreach=False)`. Gradients are clipped, if at all, by whoever calls: the norm of `clip_grad_norm_` counts
-    inactive entries, as it does for a dense optimizer.
+    Each active entry moves exactly as under `torch.optim.AdamW(foreach=False)`, bit for bit, by torch's own operations
+    on gathered entries, on any device. Gradients are clipped, if at all, by whoever calls: the norm of
+    `clip_grad_norm_` counts inactive entries, as it does for a dense optimizer.
 
     Under FSDP2, by hand or by accelerate, each process keeps the mask and the state of its own shard. In a `state_dict`
     these become tensors of the parameter's shape, sharded as it is, which `torch.distributed.checkpoint` saves, and
@@ -45,8 +39,6 @@ class SparseAdamW(Optimizer):
             out, and stay as they are.
         masks: parameter name -> bool tensor of its shape: `Masks`, or any mapping.
         lr, betas, eps, weight_decay: as of `torch.optim.AdamW`.
-        fused: one compiled pass over a parameter, on CPUs and for contiguous float32 or bfloat16; None takes it where
-            it can be had, and torch's own operations on gathered entries elsewhere.
 
     Attributes:
         state: for each parameter `step`; `exp_avg` and `exp_avg_sq`, float32, one entry for each active one; `index`,
@@ -77,13 +69,11 @@ class SparseAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        *,
-        fused: bool | None = None,
     ) -> None:
         _require_settings(lr, betas, eps, weight_decay)
         self._masks = masks
         groups = _masked_groups(params, masks)
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused})
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -203,73 +193,30 @@ def _fresh_state(parameter: Tensor, index: Tensor) -> dict[str, Tensor]:
 
 
 def _step(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    fused = group["fused"]
-    if fused is None:
-        fused = _compiles(parameter, grad)
-    elif fused and not _compiles(parameter, grad):
-        raise AdapterError(
-            f"fused=True takes contiguous float32 or bfloat16 on a CPU with AVX2, not {parameter.dtype} on "
-            f"{parameter.device}: leave it out"
+    """torch's own AdamW on the active entries, some of them at a time."""
+    weights, gradients = parameter.detach().view(-1), grad.reshape(-1)
+    first = 0
+    for entries in blocks_of(state["index"], parameter.numel()):
+        here = slice(first, first := first + len(entries))
+        values = state["master"][here] if "master" in state else weights[entries]
+        adamw(
+            [values],
+            [gradients[entries].to(values.dtype)],
+            [state["exp_avg"][here]],
+            [state["exp_avg_sq"][here]],
+            [],
+            [state["step"].clone()],  # which it raises by one
+            foreach=False,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=float(group["lr"]),
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
         )
-    if state["exp_avg"].numel() == 0:
-        state["step"] += 1
-    elif fused:
-        _step_compiled(parameter, grad, state, group)
-    else:
-        _step_by_torch(parameter, grad, state, group)
-
-
-def _compiles(parameter: Tensor, grad: Tensor) -> bool:
-    """Whether the compiled step can be taken: bit for bit torch's fused one where that multiplies and adds at once."""
-    usable = parameter.device.type == "cpu" and parameter.dtype in (torch.float32, torch.bfloat16)
-    return COMPILED_HERE and usable and parameter.is_contiguous() and grad.dtype == parameter.dtype
-
-
-def _step_compiled(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        weights[entries] = values.to(weights.dtype)
     state["step"] += 1
-    index = state["index"]
-    master = state.get("master")
-    weights, given = (
-        (tensor.detach() if master is None else tensor.detach().view(torch.uint16)).numpy().reshape(-1)
-        for tensor in (parameter, grad)
-    )
-    step_entries(
-        index.numpy().view(np.uint64) if index.dtype == torch.int64 else stretches_of(index, parameter.numel()),
-        weights,
-        given,
-        None if master is None else master.numpy(),
-        state["exp_avg"].numpy(),
-        state["exp_avg_sq"].numpy(),
-        coefficients(
-            int(state["step"].item()), float(group["lr"]), group["betas"], group["eps"], group["weight_decay"]
-        ),
-        torch.get_num_threads(),
-    )
-
-
-def _step_by_torch(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    """torch's own AdamW on the gathered entries: its loop on a CPU, its fused kernel elsewhere."""
-    entries = entries_of(state["index"], parameter.numel())
-    weights = parameter.detach().view(-1)
-    values = state["master"] if "master" in state else weights[entries]
-    adamw(
-        [values],
-        [grad.reshape(-1)[entries].to(values.dtype)],
-        [state["exp_avg"]],
-        [state["exp_avg_sq"]],
-        [],
-        [state["step"]],
-        foreach=False,
-        fused=False,
-        amsgrad=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=float(group["lr"]),
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
-    )
-    weights[entries] = values.to(weights.dtype)
 
 
 def _masked_groups(params: Named | Iterable[dict[str, Any]], masks: Mapping[str, Tensor]) -> list[dict[str, Any]]:

@@ -130,6 +130,8 @@ def _tensors_of(content: Any, folder: Path) -> dict[str, StoredTensor]:
 def _tensor_of(name: str, stored: Any, places: dict[Any, Any], folder: Path) -> StoredTensor:
     properties = _state(stored["properties"], "TensorProperties")
     dtype = _text(properties["dtype"] if isinstance(properties, dict) else properties[0])
+    if dtype not in _DTYPES:
+        raise ValueError(f"{brief(dtype)} in place of a type of torch")
     shape = shape_of(stored["size"])
     if len(shape) > _MOST_DIMENSIONS:
         raise CheckpointError(f"{name} in {folder} has {len(shape)} dimensions: it is no weight. Do not trust it")

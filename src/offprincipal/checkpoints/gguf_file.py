@@ -118,6 +118,8 @@ class GgufFile:
         tensor = self._stored[name]
         kind = tensor.tensor_type.name
         shape = tuple(int(size) for size in reversed(tensor.shape.tolist()))
+        if not shape:
+            raise CheckpointError(f"{name} in {self.path} has no dimensions: download it again")
         return TensorInfo(name, shape, _PLAIN.get(kind, "bfloat16" if kind == "BF16" else "float32"))
 
     def _named(self, name: str) -> str:
