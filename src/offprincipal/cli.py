@@ -155,6 +155,12 @@ def compare(
     ] = 1e-3,
     device: Annotated[str, typer.Option(help="Where matrices are decomposed: cpu, cuda or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Matrices measured at once; default: all cores.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="What matrices in flight may take, such as 8GB; default: .6 of what is free."
+        ),
+    ] = None,
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Measure on a Ray cluster; `local` starts one here.")
     ] = None,
@@ -188,6 +194,7 @@ def compare(
     from offprincipal.comparison import CompareSettings, MatrixSettings, parse_condition
     from offprincipal.comparison import compare as compare_checkpoints
     from offprincipal.comparison.contract import broken_phrases, read_contract
+    from offprincipal.comparison.memory import parse_size
     from offprincipal.measures.columns import GROUPS
     from offprincipal.reports.terminal import as_shown_json, comparison_table
     from offprincipal.reports.words import contract_lines, verdict_paragraph, warnings_of
@@ -200,6 +207,7 @@ def compare(
     conditions = [parse_condition(text, settings.metrics) for text in fail_if or []]
     runs = _named_runs(tuned)
     options: Any = {"out": out, "threads": threads, "ray": ray, "cache": cache}
+    options["memory"] = None if memory is None else parse_size(memory)
     options["masters"] = _named_masters(masters or [], runs)
     with _resumable(), _matrix_progress() as progress:
         found = compare_checkpoints(base, runs, settings, **options, progress=progress)

@@ -17,6 +17,7 @@ from offprincipal.comparison.cache import cache_folder
 from offprincipal.comparison.execution import run_in_threads, run_on_ray
 from offprincipal.comparison.journal import Journal
 from offprincipal.comparison.measure import Row, TensorRows
+from offprincipal.comparison.memory import SHARE, bytes_needed, free_memory
 from offprincipal.comparison.tables import TABLES, write_tables
 from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError, FileError
@@ -50,6 +51,7 @@ def compare(
     *,
     out: str | Path | None = None,
     threads: int | None = None,
+    memory: int | None = None,
     ray: str | None = None,
     cache: str | Path | bool = True,
     masters: Mapping[str, str | Path] | None = None,
@@ -64,6 +66,8 @@ def compare(
         out: folder for the tables. A comparison that was killed goes on from the journal there; without it, nothing is
             written.
         threads: matrices measured at once, each on one core; all cores by default. The numbers do not depend on it.
+        memory: bytes that the matrices in flight may take together, .6 of what is free by default: the largest come
+            first, and fewer at once where they do not fit. The numbers do not depend on it either.
         ray: address of a Ray cluster to measure on, or `local` for one on this machine, in place of threads.
         cache: where decompositions of bases are kept: a folder, True for the user's cache folder, False for none.
         masters: run -> its float32 weights before they were stored, where they are not beside it.
@@ -100,7 +104,9 @@ def compare(
         found: Iterable[tuple[Part, TensorRows]] = ()
         if waiting:
             cores = threads or os.cpu_count() or 1
-            found = run_on_ray(work, waiting, ray) if ray else run_in_threads(work, waiting, cores)
+            found = (
+                run_on_ray(work, waiting, ray) if ray else run_in_threads(work, waiting, cores, _budget(work, memory))
+            )
         for part, rows in found:
             measured[part.name] = rows
             if journal:
@@ -115,6 +121,22 @@ def compare(
     if journal:
         journal.discard()
     return result
+
+
+def _budget(work: Work, memory: int | None) -> int:
+    """Bytes for the matrices in flight; said where the largest needs more, and is then measured alone."""
+    if memory is not None and memory < 1:
+        raise ArgumentError(f"memory is {memory} bytes: give at least 1")
+    budget = int(SHARE * free_memory()) if memory is None else memory
+    largest = max(work.parts, key=lambda part: bytes_needed(work, part))
+    if bytes_needed(work, largest) > budget:
+        LOG.warning(
+            "the largest matrix takes some %.1f GB, more than the %.1f GB that may be used: the largest are measured "
+            "one at a time, and may need more than that",
+            bytes_needed(work, largest) / 1e9,
+            budget / 1e9,
+        )
+    return budget
 
 
 def _users_cache() -> Path | None:

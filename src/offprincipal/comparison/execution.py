@@ -7,8 +7,8 @@ depend on how many there are.
 import contextlib
 import ctypes
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 from offprincipal.checkpoints import Part
 from offprincipal.comparison.measure import TensorRows
+from offprincipal.comparison.memory import bytes_needed
 from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError, OffPrincipalError
 from offprincipal.measures.columns import needs_torch
@@ -23,18 +24,39 @@ from offprincipal.measures.columns import needs_torch
 _GIVE_BACK_AFTER = 16  # tensors
 
 
-def run_in_threads(work: Work, parts: Sequence[Part], threads: int) -> Iterator[tuple[Part, TensorRows]]:
-    """Parts with their rows, as they are done; the first error ends it."""
+def run_in_threads(work: Work, parts: Sequence[Part], threads: int, budget: int) -> Iterator[tuple[Part, TensorRows]]:
+    """Parts with their rows, as they are done, the largest first; the first error ends it.
+
+    Args:
+        budget: bytes that the matrices in flight may take together; one that needs more is measured alone.
+    """
+    needs = {part.name: bytes_needed(work, part) for part in parts}
+    waiting = sorted(parts, key=lambda part: -needs[part.name])
+    in_flight: dict[Future[TensorRows], Part] = {}
+    done = 0
     with one_core_each(work), ThreadPoolExecutor(threads) as pool:
-        futures = {pool.submit(work.measure, part): part for part in parts}
         try:
-            for done, future in enumerate(as_completed(futures), start=1):
-                yield futures.pop(future), future.result()
-                if done % _GIVE_BACK_AFTER == 0:
-                    _give_back_memory()
+            while waiting or in_flight:
+                left = budget - sum(needs[part.name] for part in in_flight.values())
+                while len(in_flight) < threads and (part := _next(waiting, needs, left, alone=not in_flight)):
+                    in_flight[pool.submit(work.measure, part)] = part
+                    left -= needs[part.name]
+                for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
+                    yield in_flight.pop(future), future.result()
+                    done += 1
+                    if done % _GIVE_BACK_AFTER == 0:
+                        _give_back_memory()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _next(waiting: list[Part], needs: Mapping[str, int], left: int, alone: bool) -> Part | None:
+    """The largest that fits into what is left, taken from those that wait; whichever it is where nothing else runs."""
+    for place, part in enumerate(waiting):
+        if alone or needs[part.name] <= left:
+            return waiting.pop(place)
+    return None
 
 
 def run_on_ray(work: Work, parts: Sequence[Part], address: str) -> Iterator[tuple[Part, TensorRows]]:
