@@ -123,14 +123,41 @@ def two_svds(base: Path, tuned: Path, names: Sequence[str], device: str = "cpu",
                     values.sum().item()  # a GPU has finished when its answer is here
 
 
+def masks_and_angles(base: Path, tuned: Path, rank_fraction: float = 0.125, density: float = 0.5) -> None:
+    """What scripts after the paper do of every projection: two full SVDs, then spectra, subspaces and masks."""
+    for file in sorted(base.glob("*.safetensors")):
+        with safe_open(file, "pt") as before, safe_open(tuned / file.name, "pt") as after:
+            for name in (name for name in before.keys() if name.endswith("_proj.weight")):  # noqa: SIM118
+                a, b = before.get_tensor(name), after.get_tensor(name)
+                changed, a, b = a != b, a.float(), b.float()
+                sides = [torch.linalg.svd(weight, full_matrices=False) for weight in (a, b)]
+                k = int(rank_fraction * min(a.shape))
+                shift = (sides[0].S - sides[1].S).norm() / sides[0].S.norm()
+                left = torch.linalg.svdvals(sides[0].U[:, :k].T @ sides[1].U[:, :k]).clamp(max=1).acos()
+                right = torch.linalg.svdvals(sides[0].Vh[:k] @ sides[1].Vh[:k].T).clamp(max=1).acos()
+                scores = (sides[0].U[:, :k] * sides[0].S[:k]) @ sides[0].Vh[:k]
+                masks = [largest(scores.abs(), density), largest(-a.abs(), density)]
+                overlaps = [(changed & mask).sum() / changed.sum() for mask in masks]
+                print(name, float(shift), float(left.max()), float(right.max()), *map(float, overlaps))
+
+
+def largest(scores: Tensor, density: float) -> Tensor:
+    """The mask of the largest scores."""
+    count = int(density * scores.numel())
+    return scores >= scores.flatten().kthvalue(scores.numel() - count + 1).values
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["load-and-compare"])
+    parser.add_argument("what", choices=["load-and-compare", "full-svd"])
     parser.add_argument("base", type=Path)
     parser.add_argument("tuned", type=Path)
     parser.add_argument("--dtype", default="float32", help="float32, or auto: as it is stored")
     parser.add_argument("--count", default="relative", choices=COUNTS)
     arguments = parser.parse_args()
+    if arguments.what == "full-svd":
+        masks_and_angles(arguments.base, arguments.tuned)
+        return
     changed, total = load_and_compare(arguments.base, arguments.tuned, arguments.dtype, arguments.count)
     print(f"{changed} of {total} entries changed")
 

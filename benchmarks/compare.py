@@ -6,7 +6,7 @@
 Machines differ and are noisy, so a result is a ratio; absolute figures stand beside it as context for one machine on
 one day. Writes benchmarks/RESULTS.md after each group of rows: all of it anew, or with `--only` those groups in place
 of what they were, each with the day and the machine. (a) to (g) measure `compare`, (h) to (j) training, (k) the
-rules of claims, (l) the sizes of deltas.
+rules of claims, (l) the sizes of deltas, (m) `compare` against other tools.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from gpu import end_to_end
 from harness import NotMeasured, Table, machine
 from isospectral import isospectral_steps
 from pairs import PairFolder
+from peers import against_peers
 from scaling import ALL_METRICS, Point, measure_scaling, memory_table, time_table
 from sparse import sparse_steps
 from spectra import against_weightwatcher
@@ -41,10 +42,10 @@ HEADING = """# Benchmark
 
 `make bench` makes this file; under each group stands when and where it was measured.
 
-(a) to (g): a ratio is the alternative's cost over ours, so above 1 ours needs less: the **median** of the rounds, with
-the least and the most in brackets. Both sides run in turn on the same files. The models are synthetic, with the shapes
-of Qwen2 and a power-law spectrum (`scripts/make_synthetic.py`). (h) to (j): a ratio is ours over the other's, so below
-1 ours needs less. (k) is no measurement of cost, and (l) is of sizes.
+(a) to (g) and (m): a ratio is the alternative's cost over ours, so above 1 ours needs less: the **median** of the
+rounds, with the least and the most in brackets. Both sides run in turn on the same files. The models are synthetic,
+with the shapes of Qwen2 and a power-law spectrum (`scripts/make_synthetic.py`). (h) to (j): a ratio is ours over the
+other's, so below 1 ours needs less. (k) is no measurement of cost, and (l) is of sizes.
 """
 
 
@@ -68,6 +69,7 @@ class Plan:
     isospectral: tuple[int, int, int]
     calibration: int
     deltas: tuple[str, int]
+    peers: tuple[str, ...]
 
 
 FULL = Plan(
@@ -87,6 +89,7 @@ FULL = Plan(
     isospectral=(3, 4, 240),
     calibration=100,
     deltas=("0.5b", 4),
+    peers=("0.5b-4:896,4864,4,14,2,512", "1.5b-2:1536,8960,2,12,2,512", "7b-1:4096,11008,1,32,8,512"),
 )
 QUICK = Plan(
     scan=(TINY, None),
@@ -100,6 +103,7 @@ QUICK = Plan(
     isospectral=(1, 1, 8),
     calibration=1,
     deltas=(TINY, 1),
+    peers=(TINY,),
 )
 
 
@@ -107,7 +111,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="default: RESULTS.md beside this file; none with --quick")
     parser.add_argument("--only", help="groups of rows, such as a,b; all by default")
-    parser.add_argument("--quick", action="store_true", help="tiny models, one round, without d, g and l: does it run?")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny models, one round, without d, g, l and m: does it run?"
+    )
     parser.add_argument("--rounds", type=int, help="ratios behind each median of (a) to (g)")
     parser.add_argument("--work", type=Path, default=WORK, help="keeps the models and weightwatcher's environment")
     arguments = parser.parse_args()
@@ -116,7 +122,7 @@ def main() -> None:
     wanted = (
         arguments.only.split(",")
         if arguments.only
-        else [key for key in groups if not (arguments.quick and key in "dgl")]
+        else [key for key in groups if not (arguments.quick and key in "dglm")]
     )
     unknown = [key for key in wanted if key not in groups]
     if unknown:
@@ -154,6 +160,7 @@ def groups_of(plan: Plan, work: Path, rounds: int) -> dict[str, Callable[[], Tab
         "i": lambda: adapter_costs(*plan.adapters),
         "j": lambda: isospectral_steps(*plan.isospectral),
         "l": lambda: delta_sizes(folder.pair(*plan.deltas), work),
+        "m": lambda: against_peers(folder, plan.peers, min(rounds, 3), work),
         "k": lambda: calibration(plan.calibration, kept=work / f"calibration-{plan.calibration}.jsonl"),
     }
 

@@ -940,3 +940,11 @@ def test_views_in_torch_files_are_read_as_they_are_seen(tmp_path: Path) -> None:
         assert found.tensors[name].shape == tuple(view.shape)
         assert torch.equal(tensor_of(found, name), view), name
         assert found.read(name, 1, 3).tolist() == view.flatten()[1:3].tolist()
+
+
+def test_what_is_read_may_be_written_to_so_that_torch_warns_of_nothing(tmp_path: Path) -> None:
+    weights = {"a": torch.randn(4, 3), "b": torch.randn(4, 3).T}
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    found = open_checkpoint(tmp_path)
+    for name in weights:
+        assert found.read(name).flags.writeable, name

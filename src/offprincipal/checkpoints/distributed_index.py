@@ -56,8 +56,10 @@ class _RestrictedUnpickler(pickle.Unpickler):
         self._kinds: dict[str, type[_Record]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.startswith(_PACKAGES) or (module, name) in _PATHS:
+        if module.startswith(_PACKAGES):
             return self._kinds.setdefault(name, type(name, (_Record,), {}))
+        if (module, name) in _PATHS:
+            return type(name, (_Record,), {})
         if module == "torch" and name in _DTYPES:
             return name
         plain: dict[tuple[str, str], Any] = {

@@ -1,6 +1,7 @@
 """Small reads from folders that cannot be trusted: every failure is a clear error, and nothing is run."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,21 +33,22 @@ def read_config(*folders: Path, otherwise: Mapping[str, Any] | None = None) -> d
     return dict(otherwise or {}) if path is None else read_json(path, MOST_OF_CONFIG)
 
 
-def read_bytes(path: Path, start: int, length: int, name: str) -> bytes:
-    """Bytes of a tensor that lie somewhere in a file.
+def read_bytes(path: Path, start: int, length: int, name: str) -> bytearray:
+    """Bytes of a tensor that lie somewhere in a file, which arrays over them may be written to.
 
     Raises:
         CheckpointError: they cannot be read, or the file ends before them.
     """
     try:
         with path.open("rb") as file:
+            whole = start + length <= os.fstat(file.fileno()).st_size
+            content = bytearray(length if whole else 0)
             file.seek(start)
-            content = file.read(length)
+            if whole and file.readinto(content) == length:
+                return content
     except OSError as error:
         raise CheckpointError(f"cannot read {name} from {path}: {error.strerror or error}") from error
-    if len(content) != length:
-        raise CheckpointError(f"{path} ends before {name} does: copy or save it again")
-    return content
+    raise CheckpointError(f"{path} ends before {name} does: copy or save it again")
 
 
 def shape_of(values: Any = ()) -> tuple[int, ...]:

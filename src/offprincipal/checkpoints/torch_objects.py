@@ -92,7 +92,7 @@ class StoredPart:
         last = sum((size - 1) * step for size, step in zip(self.shape, self.strides, strict=True))
         return int((last + 1) * _TYPES[self.dtype].itemsize)
 
-    def entries(self, content: bytes) -> Array:
+    def entries(self, content: bytes | bytearray) -> Array:
         """Its entries, flat in row-major order, from its bytes."""
         array = np.frombuffer(content, _TYPES[self.dtype])
         steps = tuple(step * array.itemsize for step in self.strides)

@@ -207,10 +207,14 @@ def _amount(value: _Reader) -> str:
 
 def _distance(value: _Reader) -> str:
     moved = value("relative_update_norm")
+    if moved == 0:
+        return "No linear matrix moved: all of it is in embeddings, heads, norms or biases."
     return f"The update's norm is {number(moved)} of the base's (step length)." if moved is not None else ""
 
 
 def _turn(value: _Reader) -> str:
+    if value("relative_update_norm") == 0:
+        return ""
     angle, angle_null = value("principal_angle_left_max_deg"), value("principal_angle_left_max_deg_stored_null")
     shift, shift_null = value("spectral_shift"), value("spectral_shift_stored_null")
     parts = []
