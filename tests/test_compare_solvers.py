@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from offprincipal.comparison.cache import DEFAULT_LIMIT, BaseCache, Kept, cache_
 from offprincipal.comparison.measure import Row
 from offprincipal.measures.pair import BaseMatrix
 from offprincipal.measures.settings import Solver
+from offprincipal.measures.spectral import BaseSpectrum
 
 SHAPES = {"model.layers.0.self_attn.q_proj.weight": (300, 512), "model.layers.0.mlp.down_proj.weight": (512, 300)}
 K = 38  # an eighth of 300
@@ -235,17 +237,59 @@ def test_twins_share_what_is_kept_and_no_byte_tells(tmp_path: Path) -> None:
     assert tables(tmp_path / "kept") == tables(tmp_path / "without")
 
 
-def test_what_is_kept_is_what_is_used(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Seen by keeping something else: the base's singular values halved."""
+def test_what_is_kept_is_what_is_used(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = run(folders, tmp_path / "first", tmp_path / "bases")
+    monkeypatch.setattr(BaseSpectrum, "_decompose", lambda self: pytest.fail("decomposed again"))
+    assert run(folders, tmp_path / "second", tmp_path / "bases") == before
+
+
+FORGERIES: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]] = {
+    "values halved": lambda t: t | {"S": t["S"] / 2},
+    "directions turned": lambda t: t | {"Vh": t["Vh"].roll(1, 1)},
+    "two directions exchanged": lambda t: t | {"U": t["U"][:, [1, 0, *range(2, t["U"].shape[1])]]},
+    "a direction stretched": lambda t: t | {"Vh": t["Vh"] * 1.01},
+    "the basis turned": lambda t: t | {"basis": t["basis"].roll(1, 1)},
+    "no number": lambda t: t | {"U": t["U"] * float("nan")},
+    "fewer": lambda t: t | {"U": t["U"][:, :3].contiguous()},
+    "masks of another": lambda t: t | {"masks": t["masks"][:, 1:].contiguous()},
+    "no masks": lambda t: {name: tensor for name, tensor in t.items() if name != "masks"},
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_forged_entry_with_a_valid_checksum_is_not_believed(
+    forgery: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     cache = tmp_path / "bases"
     before = run(folders, tmp_path / "first", cache)
     about = {"solver": "exact", "residual": "0.0", "singular_value_error": "1e-9", "next_value_error": "0.0"}
     for path in list(cache.iterdir()):
         tensors = load_file(path)
         path.unlink()
-        halved = tensors | {"S": tensors["S"] / 2}, about
-        BaseCache(cache).get(path.stem, lambda: None, lambda _, kept=halved: kept, lambda _: None)
-    assert run(folders, tmp_path / "second", cache) != before
+        forged = FORGERIES[forgery](tensors), about
+        BaseCache(cache).get(path.stem, lambda: None, lambda _, kept=forged: kept, lambda _: None)
+        assert path.exists()
+    assert run(folders, tmp_path / "second", cache) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+@pytest.mark.parametrize("how", ["another user's", "a link"])
+def test_an_entry_of_another_owner_is_not_used(how: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    cache = tmp_path / "bases"
+    before = run(folders, tmp_path / "first", cache)
+    for path in list(cache.iterdir()):
+        if how == "a link":
+            path.replace(tmp_path / path.name)
+            path.symlink_to(tmp_path / path.name)
+        else:
+            os.chown(path, 65534, 65534)
+        assert (
+            BaseCache(cache).get(path.stem, lambda: "anew", lambda _: ({"a": torch.zeros(1)}, {}), lambda _: "kept")
+            == "anew"
+        )
+    assert run(folders, tmp_path / "second", cache) == before
 
 
 @pytest.mark.parametrize("damage", ["empty", "noise", "cut", "a flipped bit", "other tensors", "a folder"])

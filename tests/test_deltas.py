@@ -308,8 +308,20 @@ def test_the_commands(tmp_path: Path, pair: tuple[Path, Path]) -> None:
         assert run(*arguments).returncode == 2, arguments
     with pytest.raises(ArgumentError, match=r"ends in \.safetensors"):
         make_delta(base, tuned, tmp_path / "run.delta", "sparse-safetensors")
-    with pytest.raises(FileError, match="there already"):
+    with pytest.raises(FileError, match="holds a model: choose another"):
         apply_delta(base, tmp_path / "run.delta", tmp_path / "out")
+
+
+def test_nothing_but_a_model_that_is_not_read_is_replaced(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    base, tuned = pair
+    make_delta(base, tuned, tmp_path / "run.delta")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.tex").write_text("years")
+    for out, says in ((tmp_path / "work", "not a model's"), (base, "a model that is read"), (tmp_path, "that is read")):
+        with pytest.raises(FileError, match=says):
+            apply_delta(base, tmp_path / "run.delta", out, overwrite=True)
+    assert (tmp_path / "work" / "thesis.tex").read_text() == "years"
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned", "run.delta", "work"}
 
 
 def test_a_sharded_model_and_an_adapter_are_told_too(tmp_path: Path, pair: tuple[Path, Path]) -> None:

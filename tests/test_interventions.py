@@ -427,7 +427,7 @@ def test_a_folder_in_use_is_not_written_over(base: Path, tmp_path: Path) -> None
     out.mkdir()
     (out / "thesis.tex").write_text("years")
     for overwrite in (False, True):
-        refused("no intervention wrote", out, lambda: intervene(base, out, rotate=[0], overwrite=overwrite))  # noqa: B023
+        refused("that are not an intervention", out, lambda: intervene(base, out, rotate=[0], overwrite=overwrite))  # noqa: B023
     (out / "thesis.tex").unlink()
     intervene(base, out, rotate=[0])
     refused("pass --overwrite", out, lambda: intervene(base, out, rotate=[1]))

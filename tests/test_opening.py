@@ -15,6 +15,7 @@ from checkpoint_folders import base_weights, write_model, write_shards
 from safetensors.torch import save_file
 
 from offprincipal.checkpoints import Checkpoint, open_checkpoint
+from offprincipal.checkpoints.roles import place_of
 from offprincipal.errors import CheckpointError
 
 WEIGHTS = base_weights()
@@ -257,3 +258,17 @@ def test_a_folder_with_a_model_and_an_adapter_is_both(tmp_path: Path) -> None:
     wanted = WEIGHTS[name].float() + 2
     assert torch.equal(torch.from_numpy(found.read(name)).reshape(32, 24), wanted)
     assert "a model and an adapter" in found.notes[-1]
+
+
+def test_a_folder_of_nanochat_is_its_model(tmp_path: Path) -> None:
+    weights = {f"transformer.h.0.attn.c_{name}.weight": torch.randn(8, 8) for name in ("q", "k", "v", "proj")}
+    weights |= {"transformer.h.0.mlp.c_fc.weight": torch.randn(32, 8), "transformer.wte.weight": torch.randn(16, 8)}
+    for name in ("model_000650.pt", "optim_000650_rank0.pt"):
+        torch.save(weights if name.startswith("model") else {"state": {}}, tmp_path / name)
+    found = open_checkpoint(tmp_path)
+    assert {name: place_of(name).role for name in found.tensors} == dict(
+        zip(weights, ("q", "k", "v", "o", "up", "embedding"), strict=True)
+    )
+    torch.save(weights, tmp_path / "model_000700.pt")
+    with pytest.raises(CheckpointError, match="name the one that is meant"):
+        open_checkpoint(tmp_path)

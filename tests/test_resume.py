@@ -2,11 +2,13 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,6 +211,62 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="it is a link"), exclusively(tmp_path / "out"):
         pass
     assert (tmp_path / "victim").read_text() == "kept"
+
+
+def test_what_a_killed_process_left_half_written_is_swept(
+    sources: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    for name in (
+        ".matrices.parquet.ab12_x9z",
+        ".summary.json.abcdefgh",
+        ".notes.txt.abcdefgh",
+        ".matrices.parquet.short",
+    ):
+        (tmp_path / name).write_text("half")
+    compare(*sources, CompareSettings(metrics=("changes",)), out=tmp_path)
+    left = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
+    assert left == {".notes.txt.abcdefgh", ".matrices.parquet.short"}
+
+
+@pytest.mark.parametrize("what", ["a link", "a pipe", "a folder"])
+def test_a_journal_that_is_no_file_is_refused_and_left_alone(what: str, tmp_path: Path) -> None:
+    path, elsewhere = tmp_path / NAME, tmp_path / "elsewhere"
+    elsewhere.write_text("not ours")
+    {"a link": lambda: path.symlink_to(elsewhere), "a pipe": lambda: os.mkfifo(path), "a folder": path.mkdir}[what]()
+    with pytest.raises(FileError, match="cannot write"), Journal(tmp_path, "ours").opened():
+        pass
+    assert elsewhere.read_text() == "not ours"
+
+
+def test_a_damaged_journal_is_believed_up_to_the_damage(tmp_path: Path) -> None:
+    """Whatever byte is another, no row that is given back is."""
+    rows = {f"tensor {i}": TensorRows(matrices=[{"value": 0.1 * i}]) for i in range(4)}
+    with Journal(tmp_path, "ours").opened():
+        pass
+    journal = Journal(tmp_path, "ours")
+    with journal.opened():
+        for name, row in rows.items():
+            journal.add(name, row)
+    whole = journal.path.read_bytes()
+    chance = random.Random(0)
+    kept = Counter[int]()
+    for _ in range(500):
+        damaged = bytearray(whole)
+        for _ in range(chance.choice((1, 1, 3))):
+            at = chance.randrange(len(damaged))
+            match chance.randrange(3):
+                case 0:
+                    damaged[at] ^= 1 << chance.randrange(8)
+                case 1:
+                    del damaged[at : at + chance.choice((1, 2, 30))]
+                case _:
+                    damaged[at:at] = chance.choice((b"0", b"\n", b"{}\n", bytes(damaged[at : at + 9])))
+        journal.path.write_bytes(bytes(damaged))
+        with Journal(tmp_path, "ours").opened() as found:
+            assert all(found[name] == rows[name] for name in found)
+            assert list(found) == list(rows)[: len(found)]
+            kept[len(found)] += 1
+    assert set(kept) >= {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("how", ["replaced", "rewritten", "removed"])

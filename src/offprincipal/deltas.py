@@ -1,8 +1,6 @@
 """Make a delta between two checkpoints, and apply one: tensor by tensor, without loss, guarded by hashes of both."""
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +27,9 @@ from offprincipal.checkpoints.delta import (
 )
 from offprincipal.checkpoints.delta_codec import compressed, encode
 from offprincipal.checkpoints.hostile import is_file
-from offprincipal.errors import ArgumentError, CheckpointError, FileError
-from offprincipal.files import follow_umask, replace_folder, require_folder, write_atomically, write_json
+from offprincipal.checkpoints.safetensors_folder import INDEX, WEIGHTS
+from offprincipal.errors import ArgumentError, CheckpointError
+from offprincipal.files import new_folder, require_folder, write_atomically, write_json
 
 FORMATS = ("delta", "sparse-safetensors")
 _BESIDE = (".json", ".txt", ".jinja", ".model", ".tiktoken")  # what a model's folder holds beside its weights
@@ -102,24 +101,12 @@ def apply_delta(
         CheckpointError: the base is another, or the delta is damaged; FileError: the folder cannot be written.
     """
     folder, path = Path(out), Path(delta)
-    if folder.exists() and not overwrite:
-        raise FileError(f"{folder} is there already: choose another --out, or give --overwrite")
     if path.suffix != SUFFIX or not is_file(path):
         raise ArgumentError(f"{path} is no {SUFFIX} file")
     opened = open_checkpoint(base)
     file = DeltaFile(path, as_stored(opened))
-    require_folder(folder.parent)
-    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with new_folder(folder, (WEIGHTS, INDEX), overwrite, (*opened.folders, path.parent), "a model") as made:
         _write_model(made, file, progress)
-        follow_umask(made)
-        replace_folder(folder, made)
-    except OSError as error:
-        raise FileError(
-            f"cannot write {folder}: {error.strerror or error}. Free some space or choose another --out"
-        ) from error
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
     return folder
 
 

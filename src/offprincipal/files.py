@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from offprincipal.errors import FileError
 
@@ -70,7 +72,57 @@ def follow_umask(folder: Path) -> None:
             path.chmod((0o777 if path.is_dir() else 0o666) & ~_UMASK)
 
 
-def replace_folder(out: Path, part: Path) -> None:
+@contextmanager
+def new_folder(
+    out: Path, marks: tuple[str, ...], overwrite: bool, kept: tuple[Path | None, ...], what: str
+) -> Iterator[Path]:
+    """A folder to fill, which is renamed to `out` when the block ends well and removed when it does not.
+
+    Args:
+        out: absent or empty; with `overwrite` it may hold one of the files `marks`, and is then replaced.
+        kept: folders that are read from, which may not be replaced.
+        what: is written there: "an intervention".
+
+    Raises:
+        FileError: `out` holds something else or a folder that is read from, cannot be written, or another process is
+            writing there.
+    """
+    out = out.expanduser().resolve()
+    require_folder(out.parent)
+    with exclusively(out, beside=True):
+        _require_replaceable(out, marks, overwrite, kept, what)
+        part = out.parent / f".{out.name}.part"
+        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+        require_folder(part)
+        try:
+            yield part
+            follow_umask(part)
+            _replace_folder(out, part)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise FileError(f"cannot write {out}: {reason}. Free some space or choose another --out") from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _require_replaceable(
+    out: Path, marks: tuple[str, ...], overwrite: bool, kept: tuple[Path | None, ...], what: str
+) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise FileError(f"output path {out} is a file: name a folder")
+    if not any(out.iterdir()):
+        return
+    if any(folder is not None and folder.resolve().is_relative_to(out.resolve()) for folder in kept):
+        raise FileError(f"output folder {out} holds a model that is read: choose another --out")
+    if not any((out / mark).is_file() for mark in marks):
+        raise FileError(f"output folder {out} holds files that are not {what}'s: choose another --out")
+    if not overwrite:
+        raise FileError(f"output folder {out} holds {what}: choose another --out or pass --overwrite")
+
+
+def _replace_folder(out: Path, part: Path) -> None:
     """Put a finished folder in the place of what is there, which is gone only when the other is in its place."""
     if not out.exists():
         part.rename(out)
@@ -131,6 +183,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise FileError(f"cannot write {path}: {reason}. Free some space or choose another --out") from error
+
+
+def sweep(folder: Path) -> None:
+    """Remove what `write_atomically` left in a folder when its process was killed; for who holds the folder alone."""
+    for path in folder.glob(".*.????????"):
+        if re.fullmatch(r"\.[\w.-]+\.(?:parquet|json|html)\.[a-z0-9_]{8}", path.name) and path.is_file():
+            with suppress(OSError):
+                path.unlink()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

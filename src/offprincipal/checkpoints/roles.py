@@ -18,9 +18,9 @@ _ROLES = (
     ),
     ("ssm", r"\b(?:A_log|D)$"),
     ("embedding", r"\brelative_attention_bias\.weight$|(?:^|\.)shared\.weight$"),
-    ("q", r"\b(?:q_proj|q_attn|wq|query)\.weight$|" + _T5 + r"q\.weight$"),
-    ("k", r"\b(?:k_proj|wk|key)\.weight$|" + _T5 + r"k\.weight$"),
-    ("v", r"\b(?:v_proj|wv|value)\.weight$|" + _T5 + r"v\.weight$"),
+    ("q", r"\b(?:q_proj|q_attn|wq|c_q|query)\.weight$|" + _T5 + r"q\.weight$"),
+    ("k", r"\b(?:k_proj|wk|c_k|key)\.weight$|" + _T5 + r"k\.weight$"),
+    ("v", r"\b(?:v_proj|wv|c_v|value)\.weight$|" + _T5 + r"v\.weight$"),
     ("down", r"\bDenseReluDense\.wo\.weight$|(?<!attention\.)\boutput\.dense\.weight$"),
     (
         "o",

@@ -30,6 +30,7 @@ WEIGHTS = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _FULL = "pytorch_model_fsdp.bin"  # accelerate's full state dict
+_OF_NANOCHAT = re.compile(r"model_[0-9]{1,12}\.pt")
 _INNER = ("model", "module", "state_dict", "model_state_dict", "state", "actor")
 _DEEPEST = 3
 _MOST_DIMENSIONS = 16
@@ -74,7 +75,13 @@ class TorchFile:
 
 def files_in(folder: Path) -> list[Path]:
     """The files that a model in a folder is read from; [] where it holds none."""
-    return next(([folder / name] for name in (WEIGHTS, INDEX, _FULL) if is_file(folder / name)), [])
+    usual = next(([folder / name] for name in (WEIGHTS, INDEX, _FULL) if is_file(folder / name)), [])
+    return usual or _only([path for path in folder.glob("model_*.pt") if _OF_NANOCHAT.fullmatch(path.name)])
+
+
+def _only(found: list[Path]) -> list[Path]:
+    """One file where there is one; of several none is meant more than another."""
+    return found if len(found) == 1 and is_file(found[0]) else []
 
 
 class TorchFolder:

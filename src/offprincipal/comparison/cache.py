@@ -6,6 +6,8 @@ is full. Knows nothing of what the tensors are.
 
 import contextlib
 import os
+import stat
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 DEFAULT_LIMIT = 20 * 1024**3
 _SUFFIX = ".safetensors"
 _CHECKSUM = "crc32"
+_ABANDONED = 3600.0  # seconds after which what was being written is written by nobody
 
 T = TypeVar("T")
 Kept = tuple[dict[str, "Tensor"], dict[str, str]]  # tensors by name, and words about them
@@ -70,12 +73,14 @@ class BaseCache:
             key: a file's name without its ending.
             keep: to what can be kept; restore: from that, with a KeyError or ValueError where it is something else.
         """
+        from safetensors import SafetensorError
+
         path = self.folder / f"{key}{_SUFFIX}"
-        with contextlib.suppress(KeyError, ValueError):
+        with contextlib.suppress(KeyError, ValueError, OSError):
             if (kept := _read(path)) is not None:
                 return restore(kept)
         found = compute()
-        with contextlib.suppress(FileError, OSError):
+        with contextlib.suppress(FileError, OSError, SafetensorError):  # the disk is full, or the folder has vanished
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda temporary: _write(temporary, keep(found)))
             self._shrink(path)
@@ -104,6 +109,10 @@ class BaseCache:
 
     def _shrink(self, newest: Path) -> None:
         """Down to the limit, but for the newest, which times cannot tell: they are as coarse as the kernel's tick."""
+        for left in self.folder.glob(f".*{_SUFFIX}.*"):  # by a process that was killed
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > _ABANDONED:
+                    left.unlink()
         files = self._files()
         total = sum(size for _, size, _ in files)
         for _, size, path in files:
@@ -130,10 +139,12 @@ def _write(path: Path, kept: Kept) -> None:
 
 
 def _read(path: Path) -> Kept | None:
-    """What is kept, marked as used; None where there is nothing, or nothing that is whole."""
+    """What is kept, marked as used; None where there is nothing that is whole and of this user's own making."""
     from safetensors import SafetensorError, safe_open
 
     try:
+        if not _is_own(path):
+            return None
         with safe_open(path, framework="pt") as file:
             tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError):
@@ -145,9 +156,16 @@ def _read(path: Path) -> Kept | None:
     return tensors, about
 
 
+def _is_own(path: Path) -> bool:
+    """Whether a file is no link, and this user's: what others wrote could say anything."""
+    about = path.lstat()
+    return stat.S_ISREG(about.st_mode) and (not hasattr(os, "getuid") or about.st_uid == os.getuid())
+
+
 def _checksum(tensors: dict[str, "Tensor"]) -> str:
     """Of all entries, so that a damaged file is computed anew."""
     found = 0
     for name in sorted(tensors):
-        found = zlib.crc32(tensors[name].numpy().reshape(-1).view("u1").data, found)
+        about = f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}"
+        found = zlib.crc32(tensors[name].numpy().reshape(-1).view("u1").data, zlib.crc32(about.encode(), found))
     return f"{found:08x}"

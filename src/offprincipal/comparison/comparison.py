@@ -21,7 +21,7 @@ from offprincipal.comparison.memory import SHARE, bytes_needed, free_memory
 from offprincipal.comparison.tables import TABLES, write_tables
 from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError, FileError
-from offprincipal.files import Identities, exclusively, identities, require_folder, require_unchanged
+from offprincipal.files import Identities, exclusively, identities, require_folder, require_unchanged, sweep
 from offprincipal.measures.pooling import anatomy, pool_pair, pool_run
 
 Progress = Callable[[int, int, str], None]
@@ -181,8 +181,10 @@ def _journal(
     folder = Path(out)
     require_folder(folder)
     journal = Journal(folder, _key(work, files))
-    with exclusively(folder), journal.opened() as measured:
-        yield journal, measured
+    with exclusively(folder):
+        sweep(folder)
+        with journal.opened() as measured:
+            yield journal, measured
 
 
 def _key(work: Work, opened: Identities) -> str:

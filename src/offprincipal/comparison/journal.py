@@ -1,13 +1,16 @@
 """The journal of a comparison: the rows of every tensor that is done, so that a killed comparison goes on where it was.
 
-One line of JSON a tensor, numbers as they are (JSON keeps every digit of a float64), arrays in base64. A line that a
-kill cut short is dropped, and its tensor measured again. The first line says what is being compared: other settings or
-other files start anew.
+One line of JSON a tensor behind its digest, numbers as they are (JSON keeps every digit of a float64), arrays in
+base64. A line that a kill cut short or that was damaged is dropped with all that follow, and their tensors are measured
+again. The first line says what is being compared: other settings or other files start anew.
 """
 
 import base64
+import hashlib
 import json
+import logging
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +22,8 @@ from offprincipal.comparison.measure import TensorRows
 from offprincipal.errors import FileError
 
 NAME = "journal.jsonl"
+LOG = logging.getLogger("offprincipal")
+_DIGITS = 16  # of a line's digest, in hexadecimal
 
 
 class Journal:
@@ -39,23 +44,22 @@ class Journal:
         """What is already done; while open, `add` keeps more.
 
         Raises:
-            FileError: it cannot be written.
+            FileError: it cannot be written, or is a link, a pipe or a folder.
         """
-        try:
-            done, length = self._read()
-            with self.path.open("ab") as file:
+        with self._reported():
+            file = _own_file(self.path)
+        with file:
+            with self._reported():
+                done, length = self._read(file)
                 file.truncate(length)
                 if not length:
                     file.write(_line({"key": self._key}))
                     file.flush()
-                self._file = file
+            self._file = file
+            try:
                 yield done
-        except OSError as error:
-            raise FileError(
-                f"cannot write {self.path}: {error.strerror or error}. Free some space or choose another --out"
-            ) from error
-        finally:
-            self._file = None
+            finally:
+                self._file = None
 
     def add(self, name: str, rows: TensorRows) -> None:
         """Keep the rows of one tensor; they outlive this process.
@@ -69,8 +73,9 @@ class Journal:
             raise FileError(
                 f"another process is writing to {self.path.parent}: wait for it to end, or choose another --out"
             )
-        self._file.write(_line({"tensor": name} | vars(rows)))
-        self._file.flush()
+        with self._reported():
+            self._file.write(_line({"tensor": name} | vars(rows)))
+            self._file.flush()
 
     def discard(self) -> None:
         """Remove the journal: the tables are written."""
@@ -85,34 +90,63 @@ class Journal:
         except OSError:
             return False
 
-    def _read(self) -> tuple[dict[str, TensorRows], int]:
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise FileError(
+                f"cannot write {self.path}: {error.strerror or error}. Free some space or choose another --out"
+            ) from error
+
+    def _read(self, file: IO[bytes]) -> tuple[dict[str, TensorRows], int]:
         """Rows by tensor, and the length of the lines that are whole; nothing where the key is another."""
         done: dict[str, TensorRows] = {}
         length = 0
-        if not self.path.is_file():
-            return done, length
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file):
-                content = _content(line)
-                if content is None or (number == 0 and content.get("key") != self._key):
-                    break
-                length += len(line)
-                if number:
-                    name = content.pop("tensor")
-                    done[name] = TensorRows(**content)
+        file.seek(0)
+        for number, line in enumerate(file):
+            content = _content(line)
+            if content is None or (number == 0 and content.get("key") != self._key):
+                if content is None and line.endswith(b"\n"):
+                    LOG.warning("%s was damaged after %d tensors: the others are measured again", NAME, len(done))
+                break
+            length += len(line)
+            if number:
+                name = content.pop("tensor")
+                done[name] = TensorRows(**content)
         return done, length
 
 
+def _own_file(path: Path) -> IO[bytes]:
+    """The file, made where there is none; never what a link leads to, and no pipe or device.
+
+    Raises:
+        OSError: it is one, or cannot be opened.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    handle = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(None, "it is no file")
+    return os.fdopen(handle, "a+b")
+
+
 def _line(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, default=_encoded).encode() + b"\n"
+    text = json.dumps(content, default=_encoded).encode() + b"\n"
+    return _digest(text) + b" " + text
 
 
 def _content(line: bytes) -> dict[str, Any] | None:
-    try:
-        found = json.loads(line, object_hook=_decoded) if line.endswith(b"\n") else None
-    except ValueError:
+    """What a line holds; None where it is cut short or not as it was written."""
+    digest, _, text = line.partition(b" ")
+    if digest != _digest(text):
         return None
-    return found if isinstance(found, dict) else None
+    found: dict[str, Any] = json.loads(text, object_hook=_decoded)
+    return found
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest()[:_DIGITS].encode()
 
 
 def _encoded(value: Any) -> Any:

@@ -22,6 +22,7 @@ _OVERSAMPLING = 16
 _GRAM_BLOCKS, _GRAM_ROWS = 4, 2048
 _SQUARES_FIT = 1e-10  # float32 sums the squares of entries of this size and more
 _SQUARING = 16  # float64 roundings in an eigenvalue of a Gram matrix
+_PROBES, _PROBED = 4, 16.0  # random combinations, and how many times what rounding gives they may be off
 
 
 @dataclass(frozen=True)
@@ -374,6 +375,54 @@ def within(svd: Svd, k: int, tolerance: float) -> bool:
     if svd.singular_value_error is None:
         return True
     return svd.singular_value_error <= tolerance * svd.S[k - 1].item()
+
+
+def require_decomposition(svd: Svd, W: Tensor, k: int, generator: torch.Generator) -> None:
+    """Check triplets that come from elsewhere against their matrix, by random combinations: a few passes over it.
+
+    The first k have to be orthonormal, to be what W makes of each other within their residual, and, where all singular
+    values are known, these have to be W's in their squares, and go with the basis. What is off by more than rounding is
+    found but with a chance of some 1e-6.
+
+    Raises:
+        ValueError: they are not its decomposition.
+
+    Source: Freivalds 1977.
+
+    >>> W = torch.diag(torch.tensor([1.0, 2.0, 4.0]))
+    >>> require_decomposition(decompose_by_gram(W, 1), W, 1, torch.Generator().manual_seed(0))
+    >>> require_decomposition(decompose_by_gram(W + 1, 1), W, 1, torch.Generator().manual_seed(0))
+    Traceback (most recent call last):
+    ...
+    ValueError: its triplets are not the matrix's
+    """
+    (n, m), b, r = W.shape, svd.U.shape[-1], min(W.shape)
+    shapes = svd.U.shape == (n, b) and svd.Vh.shape == (b, m) and svd.S.dim() == 1 and k <= b <= len(svd.S) <= r
+    shapes = shapes and (svd.basis is None or (svd.basis.shape == (r, r) and len(svd.S) == r))
+    if not shapes or not all(bool(torch.isfinite(x).all()) for x in (svd.U, svd.S, svd.Vh)):
+        raise ValueError("it has other shapes, or is not finite")
+    S = svd.S.double()
+    if bool((S < 0).any()) or bool((S[1:] > S[:-1]).any()):
+        raise ValueError("its singular values are not in order")
+    eps = torch.finfo(W.dtype).eps
+    allowed = _PROBED * (eps * math.sqrt(max(n, m)) * S[0].item() + svd.residual) + torch.finfo(W.dtype).tiny
+    near = _PROBED * eps * math.sqrt(max(n, m))
+    U, V = svd.U[:, :k].to(W.dtype), svd.Vh[:k].T.to(W.dtype)
+    z = torch.randn(k, _PROBES, generator=generator, dtype=torch.float64).to(W)
+    length, scaled = z.norm().item(), S[:k, None].to(W) * z
+    apart = ((W @ (V @ z) - U @ scaled).norm().item(), (W.T @ (U @ z) - V @ scaled).norm().item())
+    if max(apart) > allowed * length:
+        raise ValueError("its triplets are not the matrix's")
+    if S[k - 1] > 0 and max((X.T @ (X @ z) - z).norm().item() for X in (U, V)) > near * length:
+        raise ValueError("its vectors are not orthonormal")
+    if len(S) == r and svd.basis is not None:
+        A, basis = _tall(W), svd.basis.to(W.dtype)
+        z = torch.randn(r, _PROBES, generator=generator, dtype=torch.float64).to(W)
+        moved, wanted = (A @ (basis @ z)).double().square().sum(0), (S[:, None] * z.double()).square().sum(0)
+        if bool(((moved - wanted).abs() > _PROBED * 10 * eps * math.sqrt(r) * wanted.max()).any()):
+            raise ValueError("its basis does not go with its singular values")
+        if (basis.T @ (basis @ z) - z).norm().item() > near * z.norm().item():
+            raise ValueError("its basis is not orthonormal")
 
 
 def rounding_floor(svd: Svd, shape: torch.Size) -> float:

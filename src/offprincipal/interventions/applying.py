@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 
 from offprincipal.errors import InterventionError
-from offprincipal.files import write_json
-from offprincipal.interventions.folders import new_folder, write_model
+from offprincipal.files import new_folder, write_json
+from offprincipal.interventions.folders import write_model
 from offprincipal.interventions.opened import Opened, open_model, require_own_layers
 from offprincipal.interventions.plan import Request, plan_of
 from offprincipal.interventions.proof import (
@@ -79,7 +79,7 @@ def intervene(
     request = Request(rotated, permuted, residual, matrix, seed)
     require_request(request, len(everything))
     require_own_layers(opened, set(everything if residual else request.rotate + request.permute))
-    with new_folder(Path(out), (RECORD, UNDONE), overwrite, (opened.folder,)) as part:
+    with new_folder(Path(out), (RECORD, UNDONE), overwrite, (opened.folder,), "an intervention") as part:
         record = _written(part, opened, request, dtype or opened.dtype)
         write_json(part / RECORD, record.as_json())
     return record

@@ -14,10 +14,10 @@ import torch
 from offprincipal.checkpoints import Checkpoint, open_checkpoint
 from offprincipal.checkpoints.safetensors_folder import MASTERS
 from offprincipal.errors import InterventionError
-from offprincipal.files import write_json
+from offprincipal.files import new_folder, write_json
 from offprincipal.interventions.applying import UNDONE, require_dtype, versions
 from offprincipal.interventions.architectures import EMBEDDING, HEAD
-from offprincipal.interventions.folders import new_folder, write_model
+from offprincipal.interventions.folders import write_model
 from offprincipal.interventions.opened import Opened, open_model
 from offprincipal.interventions.plan import Plan, Weights, plan_of
 from offprincipal.interventions.proof import (
@@ -115,7 +115,7 @@ def undo(
     single = rounded(result, "float32")
     stored = rounded(single, chosen)  # of what the masters hold, so that these are its masters
     kept = (opened.folder, trained.folder, place if place.is_dir() else place.parent)
-    with new_folder(Path(out), (RECORD, UNDONE), overwrite, kept) as part:
+    with new_folder(Path(out), (RECORD, UNDONE), overwrite, kept, "an intervention") as part:
         write_model(part, trained.language_model, stored, chosen)
         if masters is not None:
             write_model(part / MASTERS, trained.language_model, single, "float32", tokenizer=False)

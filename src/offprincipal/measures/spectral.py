@@ -123,7 +123,7 @@ class BaseSpectrum:
         """From the cache, or computed and put there."""
         if self.cache is None or min(self.shape) <= self.settings.exact_up_to:
             return self._decompose()
-        return self.cache.get(self._key(), self._decompose, kept, restored)
+        return self.cache.get(self._key(), self._decompose, kept, self._restored)
 
     @once
     def svd(self) -> Svd:
@@ -169,6 +169,21 @@ class BaseSpectrum:
         svd = spectrum.decompose(self.values) if self.exact else self._cold(self.values)
         masked = principal.has_principal_subspace(svd, self.k, self.shape)
         return BaseDecomposition(svd, self._principal_masks(svd) if masked else None)
+
+    def _restored(self, content: Kept) -> BaseDecomposition:
+        """What was kept, once it is found to be of this matrix: a cache may be damaged, or written by another program.
+
+        Raises:
+            KeyError, ValueError: it is something else.
+        """
+        found = restored(content)
+        values = self.values
+        spectrum.require_decomposition(found.svd.to(values.device), values, self.k, self.generator("cache"))
+        masked = principal.has_principal_subspace(found.svd, self.k, self.shape)
+        shape = (len(self.settings.densities), -(-self.weight.size // 64)) if masked else None
+        if shape != (None if found.masks is None else found.masks.shape):
+            raise ValueError("its masks are not this matrix's")
+        return found
 
     def _cold(self, W: Tensor) -> Svd:
         """With no start to go by."""
