@@ -50,14 +50,15 @@ def against_peers(folder: PairFolder, shapes: tuple[str, ...], rounds: int, work
             )
             for what, mine, other, theirs, warm in sides:
                 found = in_turn(mine, theirs, rounds, [mine] if warm else [])
+                print(of, what, other, *found.cells(), sep=" | ", file=sys.stderr, flush=True)
                 rows.append(
                     (f"{of}: {what}", other.format(*map(installed_version, (modeldelta, weightscope))), *found.cells())
                 )
     note = (
-        "`offprincipal compare --no-report`. Ours measures every matrix in base and tuned, beside its nulls; "
-        "modeldelta the singular values of every update; weightscope counts. The script is as they are usually written: both "
-        "sides decomposed, the shift of their values, angles of their leading subspaces, and the overlaps of what "
-        "changed with principal and small weights."
+        "`offprincipal compare --no-report`. Ours measures every matrix of both sides, beside its nulls; modeldelta the "
+        "singular values of every update; weightscope counts. The script is as they are usually written: both sides "
+        "decomposed, the shift of their values, angles of their leading subspaces, and the overlaps of what changed "
+        "with principal and small weights."
     )
     return Table("(m) Peers", note, ("ours", *SIDE_BY_SIDE[1:]), tuple(rows))
 
