@@ -55,8 +55,8 @@ def against_peers(folder: PairFolder, shapes: tuple[str, ...], rounds: int, work
                     (f"{of}: {what}", other.format(*map(installed_version, (modeldelta, weightscope))), *found.cells())
                 )
     note = (
-        "`offprincipal compare --no-report`. Ours measures every matrix of both sides, beside its nulls; modeldelta the "
-        "singular values of every update; weightscope counts. The script is as they are usually written: both sides "
+        "`offprincipal compare --no-report`. Ours measures every matrix of both sides, beside its nulls; modeldelta "
+        "the singular values of every update; weightscope counts. The script is as they are usually written: both sides "
         "decomposed, the shift of their values, angles of their leading subspaces, and the overlaps of what changed "
         "with principal and small weights."
     )

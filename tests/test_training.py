@@ -420,3 +420,39 @@ def test_every_file_of_a_run_follows_the_umask(tiny_model: Path, tmp_path: Path,
     assert len(files) > 12
     modes = {path.relative_to(tmp_path): oct(path.stat().st_mode & 0o777) for path in files}
     assert set(modes.values()) == {oct(0o666 & ~umask)}, modes
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from test_training import settings
+from offprincipal.errors import FileError
+from offprincipal.training import train
+run = settings(Path(sys.argv[1]), "sft_own", steps=2)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
+try:
+    train(run, Path(sys.argv[2]), quiet=True)
+except FileError as error:
+    print(error)
+else:
+    print("whole")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on a file's size is Linux's")
+@pytest.mark.parametrize("share", [0.001, 0.5, 1.2, 2.5])
+def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(
+    tiny_model: Path, tmp_path: Path, share: float
+) -> None:
+    """Shares of the model's own size: the record, the stored model, its masters, the optimizer's state do not fit."""
+    limit = str(int(share * (tiny_model / "model.safetensors").stat().st_size))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", LIMITED, str(tiny_model), str(tmp_path / "run"), limit]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "cannot write" in done.stdout and "Free some space" in done.stdout
+    again, whole = tmp_path / "run", tmp_path / "whole"
+    for folder in (again, whole):
+        train(settings(tiny_model, "sft_own", steps=2), folder, quiet=True)
+    for name in ("model.safetensors", "masters/model.safetensors"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes()

@@ -1,5 +1,6 @@
 """Files that we write: whole or absent. Knows nothing of what is in them, but that JSON holds no NaN."""
 
+import errno
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from offprincipal.errors import FileError
 
 _LOCK = ".offprincipal.lock"
+_DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 _UMASK = os.umask(0o077)  # it can only be asked for by setting it
 os.umask(_UMASK)
 Identities = dict[Path, tuple[int, int, int]]
@@ -132,6 +134,36 @@ def _replace_folder(out: Path, part: Path) -> None:
     out.rename(old)
     part.rename(out)
     shutil.rmtree(old)
+
+
+@contextmanager
+def disk_faults_reported(out: Path) -> Iterator[None]:
+    """Whatever library meets a full or failing disk, and in whatever words, it is said in ours.
+
+    Raises:
+        FileError: one did.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = _disk_fault(error)
+        if reason is None:
+            raise
+        raise FileError(
+            f"cannot write {out}: {reason}. Free some space and run the same command again: it goes on where it was"
+        ) from error
+
+
+def _disk_fault(error: Exception) -> str | None:
+    """What is wrong with the disk; None where something else is."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno) if error.errno in _DISK_FAULTS else None
+    said = str(error)
+    number = re.search(r"os error ([0-9]{1,3})", said)  # as Rust writes it
+    if number is not None and int(number[1]) in _DISK_FAULTS:
+        return os.strerror(int(number[1]))
+    torchs = "inline_container" in said or "PytorchStreamWriter" in said or "file write failed" in said
+    return "the disk is full or failing" if torchs else None
 
 
 def identities(paths: Iterable[Path]) -> Identities:

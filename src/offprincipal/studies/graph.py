@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from offprincipal.errors import StudyError
-from offprincipal.files import exclusively, require_folder, write_json
+from offprincipal.files import disk_faults_reported, exclusively, require_folder, write_json
 from offprincipal.studies.profile import Profile
 from offprincipal.studies.stages import TrainStage, Workspace, content_digest
 from offprincipal.training import StepReport
@@ -45,7 +45,7 @@ def run_profile(profile: Profile, out: Path, jobs: int, show: ShowStage, overwri
     require_folder(out)
     space = workspace(profile, out)
     graph = _Graph(profile, space)
-    with exclusively(out), _training_pool(jobs, show) as pool:
+    with exclusively(out), disk_faults_reported(out), _training_pool(jobs, show) as pool:
         running: dict[Future[None], str] = {}
         waiting = profile.order()
         while waiting or running:
@@ -134,7 +134,7 @@ class _Graph:
     def _record(self, name: str) -> dict[str, Any]:
         try:
             record = json.loads(self._record_path(name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return record if isinstance(record, dict) else {}
 

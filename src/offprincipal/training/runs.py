@@ -26,7 +26,14 @@ import torch
 
 from offprincipal.adapters import Isospectral
 from offprincipal.errors import FileError, TrainingError
-from offprincipal.files import exclusively, follow_umask, read_json, require_folder, write_json
+from offprincipal.files import (
+    disk_faults_reported,
+    exclusively,
+    follow_umask,
+    read_json,
+    require_folder,
+    write_json,
+)
 from offprincipal.models import LanguageModel, identify, open_language_model, require_training_extra
 from offprincipal.models.quiet import quiet_libraries, send_no_telemetry
 from offprincipal.recipe_names import Recipe
@@ -110,7 +117,7 @@ def train(
         open_task(name)  # an unknown task is refused before a model is opened
     folder = Path(out).expanduser()
     require_folder(folder.parent)
-    with exclusively(folder, beside=True):
+    with exclusively(folder, beside=True), disk_faults_reported(folder):
         if overwrite:
             _discard(folder)
         record = _complete_record(folder, settings)
