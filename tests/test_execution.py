@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 from checkpoint_folders import COMPARISON_FILES, base_and_two_runs, base_weights, tables_in, write_model
+from threadpoolctl import threadpool_info
 
+from offprincipal.checkpoints import Part
 from offprincipal.comparison import CompareSettings, MatrixSettings, compare
+from offprincipal.comparison.execution import run_in_threads
+from offprincipal.comparison.measure import TensorRows
+from offprincipal.comparison.work import Work
 from offprincipal.errors import ArgumentError, CheckpointError
 
 APPROXIMATE = CompareSettings(matrix=MatrixSettings(exact_up_to=4))
@@ -33,6 +38,26 @@ def test_one_thread_two_threads_and_ray_write_the_same_bytes(
     assert written[0] == written[1] == written[2]
     matrices = compare(*sources, APPROXIMATE).matrices
     assert {row["solver"] for row in matrices if row["linear"]} == {"warm"}
+
+
+class Looking(Work):
+    """Work that notes how many threads numpy's BLAS may take while a tensor is measured."""
+
+    def measure(self, part: Part) -> TensorRows:
+        vars(self)["seen"].append([pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"])
+        return super().measure(part)
+
+
+def test_every_worker_has_one_core_of_numpys_too(sources: tuple[Path, dict[str, Path]]) -> None:
+    base, runs = sources
+    before = threadpool_info()
+    for metrics in (("location",), ("spectrum",)):
+        work = Looking(str(base), {"a": str(runs["a"])}, CompareSettings(metrics=metrics))  # type: ignore[arg-type]
+        vars(work)["seen"] = []
+        list(run_in_threads(work, work.parts, 2, 1 << 40))
+        seen = vars(work)["seen"]
+        assert len(seen) == len(work.parts) and all(seen) and all(set(counts) == {1} for counts in seen)
+    assert threadpool_info() == before
 
 
 def test_an_error_in_a_ray_worker_is_the_users_error(sources: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from threadpoolctl import threadpool_limits
+
 from offprincipal.checkpoints import Part
 from offprincipal.comparison.measure import TensorRows
 from offprincipal.comparison.memory import bytes_needed
@@ -139,17 +141,22 @@ def _give_back_memory() -> None:
 
 @contextmanager
 def one_core_each(work: Work) -> Iterator[None]:
-    """Hold torch to one thread and to full float32; where nothing is decomposed, torch is not even imported."""
-    if not needs_torch(work.settings.metrics) and "torch" not in sys.modules:
-        yield
-        return
-    import torch
+    """Hold numpy's BLAS and torch to one thread, and torch to full float32.
 
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
+    Left to itself, numpy's would start a thread a core for every small product of every worker. Where nothing is
+    decomposed, torch is not even imported.
+    """
+    with threadpool_limits(1, user_api="blas"):
+        if not needs_torch(work.settings.metrics) and "torch" not in sys.modules:
+            yield
+            return
+        import torch
+
+        threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+        torch.set_num_threads(1)
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.set_float32_matmul_precision(precision)

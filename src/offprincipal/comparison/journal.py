@@ -48,7 +48,7 @@ class Journal:
         """
         with self._reported():
             file = _own_file(self.path)
-        with file:
+        try:
             with self._reported():
                 done, length = self._read(file)
                 file.truncate(length)
@@ -56,10 +56,11 @@ class Journal:
                     file.write(_line({"key": self._key}))
                     file.flush()
             self._file = file
-            try:
-                yield done
-            finally:
-                self._file = None
+            yield done
+        finally:
+            self._file = None
+            with self._reported():
+                file.close()
 
     def add(self, name: str, rows: TensorRows) -> None:
         """Keep the rows of one tensor; they outlive this process.
