@@ -1,0 +1,103 @@
+"""A device that is none: tensors that say they lie on a GPU, are computed on the CPU, and refuse to meet those that do.
+
+So a forgotten `.to(device)` fails on a machine without a GPU as it would on one: operations between a tensor of the
+stand-in and one of the CPU raise, as do `numpy()` and in-place copies of storage. Numbers are the CPU's.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from offprincipal.comparison.work import Work
+from offprincipal.measures import spectral
+
+GPU = torch.device("meta")  # which every build of torch knows; those of GPUs want a driver
+
+
+class Elsewhere(Tensor):
+    """A tensor that says it lies on a GPU."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> "Elsewhere":
+        made: Elsewhere = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, held.shape, held.stride(), held.storage_offset(), dtype=held.dtype, device=GPU
+        )
+        made.held = held
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Elsewhere({self.held!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(operation, args, kwargs or {})
+
+
+MOVES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
+
+
+def run(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """One operation, on the CPU; its results lie where its tensors do, or where it is told to put them."""
+    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    there = [isinstance(leaf, Elsewhere) for leaf in tensors]
+    device = kwargs.get("device")
+    wanted = None if device is None else torch.device(device).type == GPU.type
+    if operation not in MOVES and any(there):
+        for leaf, elsewhere in zip(tensors, there, strict=True):
+            if not elsewhere and leaf.dim() > 0:
+                raise RuntimeError(f"{operation}: tensors elsewhere and on the cpu meet, of shape {tuple(leaf.shape)}")
+    plain_args, plain = tree_map(lambda leaf: leaf.held if isinstance(leaf, Elsewhere) else leaf, (args, kwargs))
+    if device is not None:
+        plain["device"] = torch.device("cpu")
+    plain.pop("pin_memory", None)
+    found = operation(*plain_args, **plain)
+    if operation is torch.ops.aten.copy_.default:
+        return args[0]
+    if wanted is None:
+        wanted = any(there)
+    if not wanted:
+        return found
+    given = {id(leaf.held): leaf for leaf in tensors if isinstance(leaf, Elsewhere)}  # of operations in place
+
+    def wrapped(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return given[id(leaf)] if id(leaf) in given else Elsewhere(leaf)
+
+    return tree_map(wrapped, found)
+
+
+class Intercepting(TorchDispatchMode):
+    """Inside, whatever is made on or moved to a GPU is of the stand-in; a mode is of one thread."""
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = tree_flatten((args, kwargs))[0]
+        device = kwargs.get("device")
+        if device is not None or any(isinstance(leaf, Elsewhere) for leaf in leaves):
+            return run(operation, args, kwargs)
+        return operation(*args, **kwargs)
+
+
+@contextmanager
+def stand_in(monkeypatch: Any) -> Iterator[None]:
+    """Whoever asks for `cuda` gets the stand-in, in this thread and in those that measure."""
+    measure: Callable[..., Any] = Work.measure
+
+    def measured(self: Work, part: Any) -> Any:
+        with Intercepting():
+            return measure(self, part)
+
+    monkeypatch.setattr(Work, "measure", measured)
+    monkeypatch.setattr(spectral, "chosen_device", lambda wanted: GPU if wanted == "cuda" else torch.device("cpu"))
+    with Intercepting():
+        yield
