@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from offprincipal.preflight import preflight
     from offprincipal.training import TrainSettings, evaluate, train
     from offprincipal.training.monitor import Monitor
+    from offprincipal.trajectories import Trajectory, trajectory
 
 __version__ = version("offprincipal")
 
@@ -30,8 +31,10 @@ _HOMES = {
     "make_delta": "deltas",
     "preflight": "preflight",
     "TrainSettings": "training",
+    "Trajectory": "trajectories",
     "evaluate": "training",
     "train": "training",
+    "trajectory": "trajectories",
 }
 
 __all__ = [
@@ -40,6 +43,7 @@ __all__ = [
     "MatrixSettings",
     "Monitor",
     "TrainSettings",
+    "Trajectory",
     "adapt",
     "apply_delta",
     "compare",
@@ -48,6 +52,7 @@ __all__ = [
     "make_delta",
     "preflight",
     "train",
+    "trajectory",
 ]
 
 

@@ -264,6 +264,57 @@ def preflight(
 
 
 @app.command()
+def trajectory(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="What the run started from: whatever `compare` reads.")],
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(metavar="CHECKPOINT...", help="Checkpoints of one run, in any order; or the run's folder."),
+    ],
+    out: Out = Path("trajectory"),
+    steps: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", help="Of the checkpoints, in their order; default: from their names."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Tensors measured at once; default: all cores.")] = None,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Go on without checkpoints that cannot be opened, and say which.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print trajectory.json instead of tables.")] = False,
+    report: Annotated[bool, typer.Option(help="Write trajectory.html too.")] = True,
+) -> None:
+    """How weights moved over many checkpoints of one run, beside the random walk that would explain it.
+
+    Reads every tensor of every checkpoint once. Writes trajectory.json, trajectory.parquet and trajectory.html.
+    """
+    from offprincipal.reports.terminal import as_shown_json
+    from offprincipal.reports.trajectory import trajectory_sentences, trajectory_table, write_page
+    from offprincipal.trajectories import trajectory as follow
+
+    at = None if steps is None else _numbers(steps)
+    options: Any = {"steps": at, "out": out, "threads": threads, "skip_broken": skip_broken}
+    with _matrix_progress() as progress:
+        found = follow(base, checkpoints, **options, progress=progress)
+    if report:
+        write_page(out / "trajectory.html", found.content)
+    if as_json:
+        print(as_shown_json(found.content))
+        return
+    Console().print(trajectory_table(found.content))
+    for warning in found.content["warnings"]:
+        _say(f"note: {warning}", style="yellow")
+    for sentence in trajectory_sentences(found.content):
+        _say(sentence, soft_wrap=False)
+    _say(f"tables{' and figures' if report else ''}: {out}")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ArgumentError(f"'{text}' is no list of steps: write them as 10,20,30") from None
+
+
+@app.command()
 def delta(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Whatever `compare` reads.")],
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="What was trained from it.")],

@@ -1,0 +1,158 @@
+"""A trajectory on the terminal, in words, and as a page of figures. Reads and formats; computes nothing of its own."""
+
+import html
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from plotly import graph_objects
+from plotly.subplots import make_subplots
+from rich.box import SIMPLE
+from rich.console import Group
+from rich.table import Column, Table
+
+from offprincipal.files import write_atomically
+from offprincipal.reports import numbers
+from offprincipal.reports.words import plain, shown
+
+FIGURES = {
+    "straightness": "straightness",
+    "rank1_share": "rank-1 share",
+    "rank2_share": "rank-2 share",
+    "linearity_r2": "linearity R²",
+}
+_WALK, _RUN = "#8899a6", "#1c2733"
+
+
+def trajectory_table(content: Mapping[str, Any]) -> Group:
+    """The whole model beside the walks, then one row a checkpoint, then one a role.
+
+    Args:
+        content: `trajectory.json`.
+    """
+    whole = content["pooled"]
+    beside = Table(Column("", no_wrap=True), box=SIMPLE, title="the run beside a random walk of its own steps")
+    for title in ("run", "random walk", "stored walk"):
+        beside.add_column(title, justify="right")
+    for name, title in FIGURES.items():
+        row = whole[name]
+        beside.add_row(title, *(numbers.number(row[key]) for key in ("value", "random_walk_null", "stored_walk_null")))
+    drift = whole["drift"]
+    interval = "" if drift["low"] is None else f" [{_decimals(drift['low'])}, {_decimals(drift['high'])}]"
+    beside.add_row(
+        "cosine of far steps", _decimals(drift["value"]) + interval, "0", _decimals(drift["stored_walk_null"])
+    )
+    steps = Table(Column("step", no_wrap=True, justify="right"), box=SIMPLE)
+    for title in ("from base", "step's length", "unchanged\nsince base", "unchanged\nsince last", "gone back"):
+        steps.add_column(title, justify="right")
+    for t, step in enumerate(content["steps"]):
+        shares = ("unchanged_fraction", "unchanged_since_last", "reverted_fraction")
+        steps.add_row(
+            f"{step:g}",
+            numbers.number(whole["relative_norms"][t]),
+            numbers.number(whole["increments"][t]),
+            *(numbers.percent(whole[share][t]) for share in shares),
+        )
+    roles = Table(Column("role", no_wrap=True), box=SIMPLE, title="by role (random walk in brackets)")
+    for title in (*FIGURES.values(), "verdict"):
+        roles.add_column(title, justify="right")
+    for role, found in content["by_role"].items():
+        roles.add_row(shown(role), *(_with_null(found[name]) for name in FIGURES), found["verdict"])
+    return Group(beside, steps, roles)
+
+
+def trajectory_sentences(content: Mapping[str, Any]) -> list[str]:
+    """What the tables come to."""
+    whole, count = content["pooled"], len(content["steps"])
+    if whole["path_length"] == 0:
+        return ["No weight moved at any checkpoint."]
+    drift, share, line = whole["drift"], whole["rank1_share"], whole["linearity_r2"]
+    said = {
+        "ballistic": "Ballistic: steps far apart in time go the same way",
+        "diffusive with drift": "Diffusive with drift: steps far apart share some direction",
+        "diffusive": "Diffusive: steps far apart share no direction, as in a random walk",
+        "cannot tell": f"These {count} checkpoints cannot tell a walk from a drift",
+    }[whole["verdict"]]
+    cosine = "" if drift["value"] is None else f" (mean cosine {_decimals(drift['value'])})"
+    return [
+        f"{said}{cosine}.",
+        f"One direction holds {numbers.percent(share['value'])} of the displacements; a random walk of the same steps "
+        f"has {numbers.percent(share['random_walk_null'])} along one. A line through the checkpoints explains "
+        f"{numbers.percent(line['value'])} of where they are; of that walk, "
+        f"{numbers.percent(line['random_walk_null'])}.",
+    ]
+
+
+def write_page(out: Path, content: Mapping[str, Any]) -> Path:
+    """Write one HTML file: distance from the base, cosines of the steps, shares of the directions, and the path.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    page = str(_figure(content).to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False}))
+    title = f"offprincipal trajectory: {html.escape(plain(content['base']))}"
+    titled = page.replace("<head>", f"<head><title>{title}</title>", 1)
+    write_atomically(out, lambda path: path.write_text(titled, encoding="utf-8", errors="replace"))
+    return out
+
+
+def _figure(content: Mapping[str, Any]) -> graph_objects.Figure:
+    whole, steps = content["pooled"], content["steps"]
+    titles = ("distance from the base", "cosine of every two steps", "by role", "first two principal components")
+    figure = make_subplots(rows=2, cols=2, subplot_titles=titles, horizontal_spacing=0.12, vertical_spacing=0.14)
+    reached, squares = [], 0.0
+    for increment in whole["increments"]:
+        squares += increment**2
+        reached.append(squares**0.5)
+    straight = [sum(whole["increments"][: t + 1]) for t in range(len(steps))]
+    for name, values, line in (
+        ("run", whole["norms"], {"color": _RUN, "width": 3}),
+        ("random walk of its steps", reached, {"color": _WALK, "dash": "dash"}),
+        ("straight line of its steps", straight, {"color": _WALK, "dash": "dot"}),
+    ):
+        figure.add_scatter(x=steps, y=values, name=name, line=line, mode="lines+markers", row=1, col=1)
+    labels = [f"{step:g}" for step in steps]
+    scale: dict[str, Any] = {"zmin": -1, "zmax": 1, "colorscale": "RdBu", "reversescale": True}
+    bar = {"len": 0.4, "y": 0.8, "title": "cosine"}
+    figure.add_heatmap(z=whole["increment_cosine"], x=labels, y=labels, colorbar=bar, row=1, col=2, **scale)
+    roles = list(content["by_role"])
+    for key, name, colour in (("value", "rank-1 share", _RUN), ("random_walk_null", "that of its random walk", _WALK)):
+        values = [content["by_role"][role]["rank1_share"][key] for role in roles]
+        figure.add_bar(x=[plain(role) for role in roles], y=values, name=name, marker_color=colour, row=2, col=1)
+    for key, name, colour in (("components", "run", _RUN), ("components_random_walk_null", "random walk", _WALK)):
+        x, y = zip(*([[0.0, 0.0], *whole[key]]), strict=True)
+        line = {"color": colour, "dash": "solid" if key == "components" else "dash"}
+        figure.add_scatter(
+            x=x,
+            y=y,
+            name=f"path of the {name}",
+            line=line,
+            text=["base", *labels],
+            mode="lines+markers",
+            row=2,
+            col=2,
+        )
+    figure.update_xaxes(title="step", row=1, col=1)
+    figure.update_yaxes(title="‖W − base‖", rangemode="tozero", row=1, col=1)
+    figure.update_xaxes(type="category", title="step", row=1, col=2)
+    figure.update_yaxes(type="category", title="step", row=1, col=2)
+    figure.update_yaxes(range=[0, 1.02], tickformat=".0%", row=2, col=1)
+    figure.update_xaxes(title="first", row=2, col=2)
+    figure.update_yaxes(title="second", scaleanchor="x4", row=2, col=2)
+    text = html.escape(plain(content["base"]))
+    figure.update_layout(
+        template="plotly_white",
+        title=f"{len(steps)} checkpoints from {text}: {whole['verdict']}",
+        height=900,
+        barmode="group",
+        legend={"orientation": "h", "y": -0.08},
+    )
+    return figure
+
+
+def _with_null(row: Mapping[str, Any]) -> str:
+    return f"{_decimals(row['value'])} ({_decimals(row['random_walk_null'])})"
+
+
+def _decimals(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}".replace("-", "−")

@@ -1,0 +1,111 @@
+"""One tensor of every checkpoint, read once and in blocks: inner products of displacements, and what changed when."""
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offprincipal.checkpoints import Array
+from offprincipal.errors import NonFiniteTensor
+from offprincipal.geometry import scan, walks
+
+Floats = NDArray[np.float64]
+HELD = 1 << 22  # entries of all checkpoints together that are held at once
+SAMPLE = 1 << 14  # entries of a tensor that the stored walk is drawn on
+Read = Callable[[int, int], Array]  # entries from one to another, flat
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What one tensor did over T checkpoints.
+
+    Args:
+        gram: (T, T), ⟨D_s, D_t⟩ of the displacements from the base; stored_gram: that of the stored walk, on a sample
+            and scaled to the whole.
+        base_square: ‖W_0‖²; entries: how many it has.
+        changed: (T,), entries that differ from the base once both are stored in bfloat16; since_last: from the
+            checkpoint before; reverted: that differed before, and are the base's again.
+    """
+
+    gram: Floats
+    stored_gram: Floats
+    base_square: float
+    entries: int
+    changed: NDArray[np.int64]
+    since_last: NDArray[np.int64]
+    reverted: NDArray[np.int64]
+
+    def __add__(self, other: "Moved") -> "Moved":
+        return Moved(*(one + two for one, two in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+def measure(name: str, base: Read, checkpoints: Sequence[Read], start: int, stop: int) -> Moved:
+    """Stream a tensor's entries `start` to `stop` of a base and of every checkpoint.
+
+    Args:
+        name: seeds the sample of the stored walk.
+
+    Raises:
+        NonFiniteTensor: one holds NaN or infinity.
+    """
+    count = len(checkpoints)
+    gram = np.zeros((count, count))
+    changed, since_last, reverted = (np.zeros(count, np.int64) for _ in range(3))
+    square, sampled = 0.0, _Sample(name, start, stop, count)
+    block = max(HELD // count, 1 << 12)
+    for first in range(start, stop, block):
+        last = min(first + block, stop)
+        origin = base(first, last)
+        start_codes = scan.bf16_codes(origin).reshape(1, -1)
+        wide = _finite(name, origin)
+        square += float(np.dot(wide.astype(np.float64), wide))
+        moves = np.empty((count, last - first), np.float32)
+        codes_before, ever = start_codes, np.zeros(start_codes.shape, np.bool_)
+        for t, read in enumerate(checkpoints):
+            stored = read(first, last)
+            moves[t] = _finite(name, stored) - wide
+            codes = scan.bf16_codes(stored).reshape(1, -1)
+            differs = scan.mark_changed(start_codes, codes)
+            changed[t] += np.count_nonzero(differs)
+            since_last[t] += np.count_nonzero(scan.mark_changed(codes_before, codes))
+            reverted[t] += np.count_nonzero(ever & ~differs)
+            codes_before, ever = codes, ever | differs
+        double = moves.astype(np.float64)
+        gram += double @ double.T
+        sampled.take(first, origin, moves)
+    return Moved(gram, sampled.gram(), square, stop - start, changed, since_last, reverted)
+
+
+class _Sample:
+    """Some contiguous entries of a tensor, on which a walk is drawn anew; chosen by its name."""
+
+    def __init__(self, name: str, start: int, stop: int, count: int) -> None:
+        self.rng = np.random.default_rng(zlib.crc32(name.encode("utf-8", "surrogatepass")))
+        size = min(SAMPLE, stop - start)
+        self.first = start + int(self.rng.integers(0, stop - start - size + 1))
+        self.last, self.entries = self.first + size, stop - start
+        self.base: list[Array] = []
+        self.moves: list[NDArray[np.float32]] = []
+        self.count = count
+
+    def take(self, first: int, base: Array, moves: NDArray[np.float32]) -> None:
+        low, high = max(self.first, first), min(self.last, first + len(base))
+        if low < high:
+            self.base.append(base[low - first : high - first].copy())
+            self.moves.append(moves[:, low - first : high - first].copy())
+
+    def gram(self) -> Floats:
+        base, moves = np.concatenate(self.base), np.concatenate(self.moves, axis=1)
+        steps = np.diff(moves, axis=0, prepend=np.zeros((1, moves.shape[1]), np.float32))
+        return walks.stored_walk_gram(base, steps, self.rng) * (self.entries / len(base))
+
+
+def _finite(name: str, values: Array) -> NDArray[Any]:
+    with np.errstate(over="ignore"):
+        wide = values.astype(np.float32)
+    if not np.isfinite(wide).all():
+        raise NonFiniteTensor(f"{np.count_nonzero(~np.isfinite(wide))} entries are NaN or infinite in float32")
+    return wide

@@ -1,0 +1,184 @@
+"""Trajectories of checkpoints on disk, against whole displacements in float64; odd sets of checkpoints; the command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from checkpoint_folders import base_weights, stored, write_model
+from torch import Tensor
+
+from offprincipal import trajectory
+from offprincipal.errors import ArgumentError, CheckpointError
+from offprincipal.trajectories import measure
+from offprincipal.trajectories.trajectory import JSON, TABLE, steps_of
+
+STEPS = (5, 10, 40, 100)
+Weights = dict[str, Tensor]
+
+
+def walked(count: int = len(STEPS), drift: float = 0.0, seed: int = 0) -> list[Weights]:
+    """The base and checkpoints of a walk in float32, whose first tensor also goes back where it was at the end."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = base_weights()
+    direction = {name: torch.randn(t.shape, generator=generator) for name, t in weights.items()}
+    found, now = [weights], {name: tensor.float() for name, tensor in weights.items()}
+    for _ in range(count):
+        now = {
+            name: tensor + 2e-3 * (torch.randn(tensor.shape, generator=generator) + drift * direction[name])
+            for name, tensor in now.items()
+        }
+        found.append(stored(now))
+    return found
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> tuple[Path, Path, list[Weights]]:
+    weights = walked()
+    base = write_model(tmp_path / "base", weights[0])
+    for step, tensors in zip(STEPS, weights[1:], strict=True):
+        write_model(tmp_path / "run" / f"checkpoint-{step}", tensors)
+    return base, tmp_path / "run", weights
+
+
+def displacements(weights: list[Weights], name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.stack([(w[name].double() - weights[0][name].double()).numpy().reshape(-1) for w in weights[1:]])
+
+
+@pytest.mark.parametrize("held", [1 << 22, 1 << 10])
+def test_one_pass_in_blocks_gives_the_inner_products_of_whole_displacements(
+    held: int, run: tuple[Path, Path, list[Weights]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, root, weights = run
+    monkeypatch.setattr(measure, "HELD", held)
+    found = trajectory(base, root).content
+    assert found["steps"] == list(map(float, STEPS))
+    total = np.zeros((len(STEPS), len(STEPS)))
+    for name in weights[0]:
+        D = displacements(weights, name)
+        total += D @ D.T
+    np.testing.assert_allclose(found["pooled"]["gram"], total, rtol=1e-6)
+    by_role = np.sum([figures["gram"] for figures in found["by_role"].values()], axis=0)
+    np.testing.assert_allclose(by_role, total, rtol=1e-6)
+    walk = found["pooled"]
+    lengths = np.array(walk["increments"])
+    assert walk["straightness"]["random_walk_null"] == pytest.approx(np.sqrt((lengths**2).sum()) / lengths.sum())
+    assert walk["straightness"]["value"] == pytest.approx(np.sqrt(total[-1, -1]) / lengths.sum(), rel=1e-6)
+
+
+def test_counts_are_of_what_bfloat16_shows(run: tuple[Path, Path, list[Weights]]) -> None:
+    base, root, weights = run
+    rows = trajectory(base, root).rows
+    for name in weights[0]:
+        codes = [w[name].bfloat16().view(torch.int16) for w in weights]
+        own = [row for row in rows if row["tensor"] == name]
+        ever = torch.zeros(codes[0].shape, dtype=torch.bool)
+        for t, row in enumerate(own, start=1):
+            differs = codes[t] != codes[0]
+            assert row["unchanged_fraction"] == pytest.approx(1 - differs.float().mean().item(), abs=1e-6)
+            since = (codes[t] != codes[t - 1]).float().mean().item()
+            assert row["unchanged_since_last"] == pytest.approx(1 - since, abs=1e-6)
+            assert row["reverted_fraction"] == pytest.approx((ever & ~differs).float().mean().item(), abs=1e-6)
+            ever |= differs
+
+
+def test_threads_and_order_change_nothing(run: tuple[Path, Path, list[Weights]], tmp_path: Path) -> None:
+    base, root, _ = run
+    sources = [root / f"checkpoint-{step}" for step in (40, 5, 100, 10)]
+    one = trajectory(base, root, threads=1, out=tmp_path / "one")
+    two = trajectory(base, sources, threads=3, out=tmp_path / "two")
+    assert one.content == two.content and one.rows == two.rows
+    assert (tmp_path / "one" / TABLE).read_bytes() == (tmp_path / "two" / TABLE).read_bytes()
+    table = pq.read_table(tmp_path / "one" / TABLE).to_pylist()
+    assert table == one.rows and len(table) == len(STEPS) * len({row["tensor"] for row in table})
+    assert json.loads((tmp_path / "one" / JSON).read_text()) == one.content
+
+
+@pytest.mark.parametrize(("drift", "verdict"), [(0.0, "diffusive"), (1.0, "diffusive with drift"), (30.0, "ballistic")])
+def test_walks_with_and_without_drift_are_told_apart(drift: float, verdict: str, tmp_path: Path) -> None:
+    weights = walked(12, drift, seed=3)
+    base = write_model(tmp_path / "base", weights[0])
+    sources = [write_model(tmp_path / f"step_{t}", w) for t, w in enumerate(weights[1:], start=1)]
+    found = trajectory(base, sources).content["pooled"]
+    assert found["verdict"] == verdict, found["drift"]
+    null = found["rank1_share"]["random_walk_null"]
+    assert null == pytest.approx(0.81, abs=0.03)
+    assert found["rank1_share"]["value"] == pytest.approx(null, abs=0.05) if drift == 0 else True
+    assert found["rank1_share"]["stored_walk_null"] == pytest.approx(null, abs=0.05)
+
+
+def test_steps_are_told_from_names() -> None:
+    assert steps_of(["run/global_step_20/actor", "run/global_step_5/actor/"]) == [20.0, 5.0]
+    assert steps_of(["org/name@step_100", "org/name@step_200"]) == [100.0, 200.0]
+    assert steps_of(["iter_0000100", "run/epoch-2"]) == [100.0, 2.0]
+    assert steps_of(["first", "second"]) == [1.0, 2.0]
+    assert steps_of(["checkpoint-7", "final"]) == [1.0, 2.0]  # where one has none
+    assert steps_of(["Qwen2.5-7B", "Llama-3"], [3, 4]) == [3.0, 4.0]
+    for names, steps, says in (
+        (["checkpoint-5", "other/checkpoint-5"], None, "are both at step 5"),
+        (["a", "b"], [1], "1 steps are given for 2"),
+        (["a"], [0], "is not above 0"),
+        (["a"], [float("nan")], "is not above 0"),
+    ):
+        with pytest.raises(ArgumentError, match=says):
+            steps_of(names, steps)
+
+
+def test_a_broken_or_foreign_checkpoint_is_named_and_may_be_left_out(
+    run: tuple[Path, Path, list[Weights]], tmp_path: Path
+) -> None:
+    base, root, _ = run
+    broken = root / "checkpoint-40" / "model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="checkpoint-40"):
+        trajectory(base, root)
+    found = trajectory(base, root, skip_broken=True).content
+    assert found["steps"] == [5.0, 10.0, 100.0]
+    assert any("step 40 is left out" in warning for warning in found["warnings"])
+    other = write_model(tmp_path / "other", {"decoder.weight": torch.ones(4, 4)})
+    with pytest.raises(CheckpointError, match=r"other.* are no pair|no pair.*other"):
+        trajectory(base, [root / "checkpoint-5", other])
+    with pytest.raises(ArgumentError, match="no checkpoint is left"):
+        trajectory(base, [root / "checkpoint-40"], skip_broken=True)
+    with pytest.raises(ArgumentError, match="no checkpoint given"):
+        trajectory(base, [])
+
+
+def test_no_change_and_one_checkpoint(run: tuple[Path, Path, list[Weights]]) -> None:
+    base, root, _ = run
+    one = trajectory(base, [root / "checkpoint-5"]).content["pooled"]
+    assert (one["straightness"]["value"], one["rank1_share"]["value"], one["verdict"]) == (1.0, 1.0, "cannot tell")
+    still = trajectory(base, [base, base], steps=[1, 2]).content["pooled"]
+    assert still["path_length"] == 0 and still["straightness"]["value"] is None
+    assert still["unchanged_fraction"] == [1.0, 1.0]
+    twice = trajectory(base, [root / "checkpoint-5", root / "checkpoint-5"], steps=[1, 2]).content["pooled"]
+    assert twice["increments"][1] == 0 and twice["increment_cosine"][1] == [None, None]
+
+
+def test_the_command(run: tuple[Path, Path, list[Weights]], tmp_path: Path) -> None:
+    base, root, _ = run
+
+    def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+        program = [sys.executable, "-m", "offprincipal", "trajectory", *map(str, arguments)]
+        return subprocess.run(program, capture_output=True, text=True, check=False)
+
+    done = command(base, root, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    for words in ("random walk", "rank-1 share", "cannot tell", "gone back", "tables and figures"):
+        assert words in done.stdout, words
+    assert "plotly" in (tmp_path / "out" / "trajectory.html").read_text()
+    as_json = command(base, root, "--out", tmp_path / "out", "--json", "--no-report")
+    assert json.loads(as_json.stdout) == json.loads((tmp_path / "out" / JSON).read_text())
+    for arguments, says in (
+        ((base, root, "--steps", "1,b"), "no list of steps"),
+        ((base, root, "--steps", "1,2"), "2 steps are given for 4"),
+        ((base, tmp_path / "nowhere"), "does not exist"),
+    ):
+        refused = command(*arguments, "--out", tmp_path / "new")
+        assert refused.returncode == 2 and says in refused.stderr, refused.stderr
+        assert not (tmp_path / "new").exists()
