@@ -13,7 +13,7 @@ import torch
 from checkpoint_folders import base_weights, stored, write_model
 from torch import Tensor
 
-from offprincipal import trajectory
+from offprincipal import make_delta, trajectory
 from offprincipal.errors import ArgumentError, CheckpointError
 from offprincipal.trajectories import measure
 from offprincipal.trajectories.trajectory import JSON, TABLE, steps_of
@@ -110,6 +110,15 @@ def test_walks_with_and_without_drift_are_told_apart(drift: float, verdict: str,
     assert null == pytest.approx(0.81, abs=0.03)
     assert found["rank1_share"]["value"] == pytest.approx(null, abs=0.05) if drift == 0 else True
     assert found["rank1_share"]["stored_walk_null"] == pytest.approx(null, abs=0.05)
+
+
+def test_deltas_are_checkpoints_of_a_trajectory_too(run: tuple[Path, Path, list[Weights]], tmp_path: Path) -> None:
+    base, root, _ = run
+    (tmp_path / "deltas").mkdir()
+    for step in STEPS:
+        make_delta(base, root / f"checkpoint-{step}", tmp_path / "deltas" / f"step_{step}.delta")
+    one, two = trajectory(base, root), trajectory(base, tmp_path / "deltas")
+    assert one.rows == two.rows and one.content["steps"] == two.content["steps"]
 
 
 def test_steps_are_told_from_names() -> None:

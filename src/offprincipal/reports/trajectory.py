@@ -54,7 +54,7 @@ def trajectory_table(content: Mapping[str, Any]) -> Group:
             *(numbers.percent(whole[share][t]) for share in shares),
         )
     roles = Table(Column("role", no_wrap=True), box=SIMPLE, title="by role (random walk in brackets)")
-    for title in (*FIGURES.values(), "verdict"):
+    for title in ("straight", "rank 1", "rank 2", "line R²", "verdict"):
         roles.add_column(title, justify="right")
     for role, found in content["by_role"].items():
         roles.add_row(shown(role), *(_with_null(found[name]) for name in FIGURES), found["verdict"])
@@ -90,7 +90,7 @@ def write_page(out: Path, content: Mapping[str, Any]) -> Path:
         FileError: it cannot be written.
     """
     page = str(_figure(content).to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False}))
-    title = f"offprincipal trajectory: {html.escape(plain(content['base']))}"
+    title = f"offprincipal trajectory: {_named(content)}"
     titled = page.replace("<head>", f"<head><title>{title}</title>", 1)
     write_atomically(out, lambda path: path.write_text(titled, encoding="utf-8", errors="replace"))
     return out
@@ -98,7 +98,12 @@ def write_page(out: Path, content: Mapping[str, Any]) -> Path:
 
 def _figure(content: Mapping[str, Any]) -> graph_objects.Figure:
     whole, steps = content["pooled"], content["steps"]
-    titles = ("distance from the base", "cosine of every two steps", "by role", "first two principal components")
+    titles = (
+        "distance from the base",
+        "cosine of every two steps",
+        "rank-1 share by role",
+        "first two principal components",
+    )
     figure = make_subplots(rows=2, cols=2, subplot_titles=titles, horizontal_spacing=0.12, vertical_spacing=0.14)
     reached, squares = [], 0.0
     for increment in whole["increments"]:
@@ -139,15 +144,19 @@ def _figure(content: Mapping[str, Any]) -> graph_objects.Figure:
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%", row=2, col=1)
     figure.update_xaxes(title="first", row=2, col=2)
     figure.update_yaxes(title="second", scaleanchor="x4", row=2, col=2)
-    text = html.escape(plain(content["base"]))
     figure.update_layout(
         template="plotly_white",
-        title=f"{len(steps)} checkpoints from {text}: {whole['verdict']}",
+        title=f"{len(steps)} checkpoints from {_named(content)}: {whole['verdict']}",
         height=900,
         barmode="group",
-        legend={"orientation": "h", "y": -0.08},
+        legend={"orientation": "h", "y": -0.1},
     )
     return figure
+
+
+def _named(content: Mapping[str, Any]) -> str:
+    """The base without the folders that it lies in: a page is meant to be shared."""
+    return html.escape(plain(Path(content["base"]).name))
 
 
 def _with_null(row: Mapping[str, Any]) -> str:

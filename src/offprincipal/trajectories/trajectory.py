@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from offprincipal.checkpoints import Checkpoint, Part, open_checkpoint
+from offprincipal.checkpoints.delta import SUFFIX
 from offprincipal.comparison.execution import one_core_each
 from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
@@ -37,6 +38,7 @@ Progress = Callable[[int, int, str], None]
 Row = dict[str, Any]
 JSON, TABLE = "trajectory.json", "trajectory.parquet"
 _STEP = re.compile(r"(?:^|[-_=.@])(?:checkpoint|global_step|step|iter|epoch)?s?[-_=]?([0-9]{1,12})$")
+_ENDING = re.compile(r"\.(?:delta|safetensors|gguf|bin|pt|pth|ckpt)$")
 _FIGURES = ("straightness", "rank1_share", "rank2_share", "linearity_r2")
 
 
@@ -141,7 +143,11 @@ def expanded(checkpoints: str | Path | Sequence[str | Path]) -> list[str]:
     """
     given = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
     if len(given) == 1 and Path(given[0]).is_dir():
-        inside = [path for path in Path(given[0]).iterdir() if path.is_dir() and _STEP.search(path.name)]
+        inside = [
+            path
+            for path in Path(given[0]).iterdir()
+            if (path.is_dir() or path.name.endswith(SUFFIX)) and _step_in(path.name) is not None
+        ]
         if len(inside) > 1:
             return [str(path) for path in sorted(inside, key=lambda path: _step_in(path.name) or 0)]
     if not given:
@@ -179,7 +185,7 @@ def steps_of(sources: Sequence[str], steps: Sequence[float] | None = None) -> li
 def _step_in(source: str) -> float | None:
     """The number that a name ends with, of the last part that has one: `run/global_step_20/actor` is at 20."""
     for name in reversed(re.split(r"[/\\]", source.rstrip("/\\"))):
-        found = _STEP.search(name)
+        found = _STEP.search(_ENDING.sub("", name))
         if found:
             return float(found[1])
     return None
