@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from offprincipal import apply_delta, trajectory
 from offprincipal.errors import FileError, ModelError, OffPrincipalError, TaskError, TrainingError
 from offprincipal.models import open_language_model
 from offprincipal.tasks import mixture, open_task
@@ -456,3 +457,20 @@ def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(
         train(settings(tiny_model, "sft_own", steps=2), folder, quiet=True)
     for name in ("model.safetensors", "masters/model.safetensors"):
         assert (again / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_weights_along_the_way_are_kept_as_deltas_and_make_a_trajectory(tiny_model: Path, tmp_path: Path) -> None:
+    run = settings(tiny_model, "sft_own", steps=4, learning_rate=1e-3, keep_deltas=2)
+    train(run, tmp_path / "run", quiet=True)
+    train(settings(tiny_model, "sft_own", steps=4, learning_rate=1e-3), tmp_path / "without", quiet=True)
+    stored = (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert stored == (tmp_path / "without" / "model.safetensors").read_bytes()
+    deltas = tmp_path / "run" / "deltas"
+    assert {path.name for path in deltas.iterdir()} == {"step_2.delta", "step_4.delta"}
+    apply_delta(tiny_model, deltas / "step_4.delta", tmp_path / "last")
+    last, result = (load_file(tmp_path / name / "model.safetensors") for name in ("last", "run"))
+    assert last.keys() == result.keys() and all(torch.equal(last[name], result[name]) for name in result)
+    found = trajectory(tiny_model, deltas).content
+    assert found["steps"] == [2.0, 4.0] and found["pooled"]["path_length"] > 0
+    with pytest.raises(TrainingError, match="keep_deltas keeps all weights"):
+        settings(tiny_model, "sft_own", steps=4, keep_deltas=2, adapter={"method": "lora"})

@@ -1,5 +1,6 @@
 """The trainer's callbacks: what times every step and reports it, keeps an adapter as it is, logs frames' errors."""
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from offprincipal.adapters import Isospectral
+from offprincipal.deltas import make_delta
 from offprincipal.files import write_atomically
 from offprincipal.training.progress import ShowProgress, StepReport
 
@@ -51,6 +53,32 @@ class FrameErrors(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         state.log_history[-1]["orthogonality_error"] = self._optimizer.orthogonality_error
+
+
+class KeepDeltas(TrainerCallback):
+    """Write what the weights have become since the base, stored in bfloat16, every so many steps.
+
+    Args:
+        base: the source of the base; folder: which deltas are written into; every: steps.
+    """
+
+    def __init__(self, base: str, folder: Path, every: int) -> None:
+        self._base, self._folder, self._every = base, folder, every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if state.global_step % self._every or not state.is_world_process_zero:
+            return
+        model, tied = given["model"], given["model"].config.tie_word_embeddings
+        weights = {
+            name: tensor.detach().to("cpu", torch.bfloat16).contiguous() if tensor.is_floating_point() else tensor
+            for name, tensor in model.state_dict().items()
+            if not (tied and name == "lm_head.weight")
+        }
+        self._folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._folder, prefix=".step.") as part:
+            save_file(weights, Path(part) / "model.safetensors", {"format": "pt"})
+            model.config.save_pretrained(part)
+            make_delta(self._base, part, self._folder / f"step_{state.global_step}.delta")
 
 
 class ExactAdapter(TrainerCallback):

@@ -6,6 +6,7 @@
     OUT/masks.safetensors                            which entries were trained, where not all were
     OUT/run.json                                     the record; written last, so it marks a complete run
     OUT/monitor.parquet                              what the monitor saw, if asked for
+    OUT/deltas/step_N.delta                          the weights along the way, if asked for
     OUT/checkpoints/                                 only while the run is not complete
     OUT/runs/                                        what TensorBoard was told, if asked for
 
@@ -46,7 +47,7 @@ from offprincipal.training.trained import ADAPTER, MASKS, Opened, prepare
 
 SCHEMA = 1
 RECORD = "run.json"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, DELTAS = "checkpoints", "deltas"
 STARTED = "started.json"
 MASTERS = "masters"
 TENSORBOARD = "runs"
@@ -229,7 +230,7 @@ def _fit(
     What the run started from is noted only once its data have proved usable, so that a fault in the settings can be
     mended in the same folder.
     """
-    from offprincipal.training.callback import ExactAdapter, FrameErrors, Timekeeper
+    from offprincipal.training.callback import ExactAdapter, FrameErrors, KeepDeltas, Timekeeper
     from offprincipal.training.recipes import build_trainer
 
     key = _SHOWN.get(settings.recipe, "loss")
@@ -237,6 +238,8 @@ def _fit(
         callbacks: list[Any] = [Timekeeper(show, _LOGGED[key], key)]
         if opened.trained.is_adapter:
             callbacks.append(ExactAdapter())
+        if settings.keep_deltas is not None:
+            callbacks.append(KeepDeltas(settings.model, checkpoints.parent / DELTAS, settings.keep_deltas))
         if isinstance(opened.trained.optimizer, Isospectral):
             callbacks.append(FrameErrors(opened.trained.optimizer))
         trainer = build_trainer(settings, opened, checkpoints, callbacks, show)
@@ -334,7 +337,7 @@ def _discard(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
     for weights in out.glob("*.safetensors"):
         weights.unlink()
-    for name in (MASTERS, ADAPTER):
+    for name in (MASTERS, ADAPTER, DELTAS):
         shutil.rmtree(out / name, ignore_errors=True)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     (out / CHECKPOINTS).mkdir()  # the folder stays ours

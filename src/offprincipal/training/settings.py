@@ -21,7 +21,8 @@ from offprincipal.training.monitor.verdicts import parse_watch
 
 _REWARDED: tuple[Recipe, ...] = ("grpo", "dr_grpo", "rloo")  # by groups of completions of one prompt
 _PREFERRING: tuple[Recipe, ...] = ("dpo", "kto")
-_LATER = ("teacher", "beta", "monitor", "stop_if", "warn_if", "adapter", "trust_remote_code")  # older runs have none
+# which older runs have not
+_LATER = ("teacher", "beta", "monitor", "stop_if", "warn_if", "adapter", "trust_remote_code", "keep_deltas")
 
 
 class TrainSettings(BaseModel):
@@ -83,6 +84,12 @@ class TrainSettings(BaseModel):
         None, description="conditions of the monitor that end the training, as 'spectral_shift_per_norm > .5'"
     )
     warn_if: tuple[str, ...] | None = Field(None, description="conditions of the monitor that are only reported")
+    keep_deltas: int | None = Field(
+        None,
+        ge=1,
+        description="steps between the weights that are kept, stored in bfloat16, as deltas from the model: "
+        "deltas/step_N.delta, for `offprincipal trajectory`; None: none",
+    )
     trust_remote_code: bool = Field(
         False, description="execute Python that comes with the model or teacher, where it asks for that"
     )
@@ -110,6 +117,8 @@ class TrainSettings(BaseModel):
                 raise TrainingError(
                     f"{name} is a setting of {' and '.join(recipes)}, not of {self.recipe}: leave it out"
                 )
+        if self.keep_deltas is not None and self.adapter is not None:
+            raise TrainingError("keep_deltas keeps all weights, which an adapter leaves as they are: leave it out")
         if self.recipe == "kto" and self.sequences_at_once == 1:
             raise TrainingError(
                 "kto compares sequences with their neighbours: choose a micro_batch that allows 2 at once"
