@@ -120,7 +120,7 @@ def read_contract(path: Path) -> list[str]:
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError("it is too large")
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise FileError(f"cannot read the contract {path}: {error}") from error
     if isinstance(content, dict) and content:
         return [f"{pattern}: {expected}" for pattern, expected in content.items()]

@@ -74,7 +74,7 @@ def read_table(folder: Path, name: str) -> list[dict[str, Any]]:
     path = folder / f"{name}.parquet"
     try:
         rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise FileError(f"cannot read {path}: {error}. Give a folder that offprincipal wrote") from error
     return rows
 

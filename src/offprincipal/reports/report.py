@@ -7,7 +7,8 @@ security policy keeps it so: the browser runs the two scripts whose hashes it na
 import base64
 import hashlib
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
@@ -48,12 +49,27 @@ def write_report(out: Path, comparison: Path, study: dict[str, Any] | None = Non
         `out`.
 
     Raises:
-        FileError: the folder lacks a table.
-        ArgumentError: the file cannot be written.
+        FileError: the folder lacks a table, or one is damaged; or the file cannot be written.
     """
-    page = _render(_content(comparison, study))
+    with _damage_reported(comparison):
+        page = _render(_content(comparison, study))
     write_atomically(out, lambda path: path.write_text(page, encoding="utf-8", errors="replace"))
     return out
+
+
+_DAMAGE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
+
+
+@contextmanager
+def _damage_reported(folder: Path) -> Iterator[None]:
+    """Tables and summaries may be anyone's: whatever cannot be drawn of them is their damage, and is said so."""
+    try:
+        yield
+    except (*_DAMAGE, RecursionError, TemplateError) as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise FileError(
+            f"what {folder} holds is damaged, or of another version ({type(error).__name__}: {reason}): write it again"
+        ) from error
 
 
 def write_report_of(folder: Path) -> Path:
@@ -70,7 +86,9 @@ def write_report_of(folder: Path) -> Path:
     if not path.exists():
         return write_report(out, folder)
     study = read_json(path)
-    return write_report(out, folder / Path(study["comparison"]).name, study)
+    with _damage_reported(folder):
+        comparison = folder / Path(study["comparison"]).name
+    return write_report(out, comparison, study)
 
 
 def _content(comparison: Path, study: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A study's profile: the stages that it consists of, read from YAML and checked before anything runs."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from graphlib import CycleError, TopologicalSorter
 from importlib import resources
 from pathlib import Path
@@ -122,7 +123,7 @@ def _read(name_or_path: str) -> dict[str, Any]:
         raise StudyError(f"no profile '{name_or_path}': give a YAML file, or one of {', '.join(profile_names())}")
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise StudyError(f"profile '{name_or_path}' is no YAML: {error}") from error
     if not isinstance(content, dict):
         raise StudyError(f"profile '{name_or_path}' holds no mapping: see the shipped profile 'quick' for the form")
@@ -141,12 +142,13 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value_text = text.partition("=")
     if not equals or not key:
         raise StudyError(f"'{text}' is no override: write KEY=VALUE, for instance steps=200")
+    with suppress(ValueError):
+        if "e" in value_text.lower():
+            return key, float(value_text)
     try:
-        return key, float(value_text) if "e" in value_text.lower() else yaml.safe_load(value_text)
-    except ValueError:
         return key, yaml.safe_load(value_text)
-    except yaml.YAMLError as error:
-        raise StudyError(f"the value of '{text}' is not readable as YAML: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise StudyError(f"the value of '{text[:200]}' is not readable as YAML: {error}") from error
 
 
 def apply_override(content: dict[str, Any], text: str) -> None:
