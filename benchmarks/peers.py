@@ -56,9 +56,9 @@ def against_peers(folder: PairFolder, shapes: tuple[str, ...], rounds: int, work
                 )
     note = (
         "`offprincipal compare --no-report`. Ours measures every matrix of both sides, beside its nulls; modeldelta "
-        "the singular values of every update; weightscope counts. The script is as they are usually written: both sides "
-        "decomposed, the shift of their values, angles of their leading subspaces, and the overlaps of what changed "
-        "with principal and small weights."
+        "the singular values of every update; weightscope counts. The script is as they are usually written: both "
+        "sides decomposed, the shift of their values, angles of their leading subspaces, and how much of what "
+        "changed is in masks of principal and of small weights."
     )
     return Table("(m) Peers", note, ("ours", *SIDE_BY_SIDE[1:]), tuple(rows))
 
