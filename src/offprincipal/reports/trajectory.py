@@ -38,10 +38,7 @@ def trajectory_table(content: Mapping[str, Any]) -> Group:
         row = whole[name]
         beside.add_row(title, *(numbers.number(row[key]) for key in ("value", "random_walk_null", "stored_walk_null")))
     drift = whole["drift"]
-    interval = "" if drift["low"] is None else f" [{_decimals(drift['low'])}, {_decimals(drift['high'])}]"
-    beside.add_row(
-        "cosine of far steps", _decimals(drift["value"]) + interval, "0", _decimals(drift["stored_walk_null"])
-    )
+    beside.add_row("cosine of far steps", _interval(drift), "0", _decimals(drift["stored_walk_null"]))
     steps = Table(Column("step", no_wrap=True, justify="right"), box=SIMPLE)
     for title in ("from base", "step's length", "unchanged\nsince base", "unchanged\nsince last", "gone back"):
         steps.add_column(title, justify="right")
@@ -70,10 +67,10 @@ def trajectory_sentences(content: Mapping[str, Any]) -> list[str]:
     said = {
         "ballistic": "Ballistic: steps far apart in time go the same way",
         "diffusive with drift": "Diffusive with drift: steps far apart share some direction",
-        "diffusive": "Diffusive: steps far apart share no direction, as in a random walk",
+        "diffusive": "Diffusive: steps far apart share next to no direction",
         "cannot tell": f"These {count} checkpoints cannot tell a walk from a drift",
     }[whole["verdict"]]
-    cosine = "" if drift["value"] is None else f" (mean cosine {_decimals(drift['value'])})"
+    cosine = "" if drift["value"] is None else f" (mean cosine {_interval(drift)}; a random walk's is 0)"
     return [
         f"{said}{cosine}.",
         f"One direction holds {numbers.percent(share['value'])} of the displacements; a random walk of the same steps "
@@ -161,6 +158,11 @@ def _named(content: Mapping[str, Any]) -> str:
 
 def _with_null(row: Mapping[str, Any]) -> str:
     return f"{_decimals(row['value'])} ({_decimals(row['random_walk_null'])})"
+
+
+def _interval(drift: Mapping[str, Any]) -> str:
+    value = _decimals(drift["value"])
+    return value if drift["low"] is None else f"{value} [{_decimals(drift['low'])}, {_decimals(drift['high'])}]"
 
 
 def _decimals(value: float | None) -> str:
