@@ -287,7 +287,7 @@ def trajectory(
     Reads every tensor of every checkpoint once. Writes trajectory.json, trajectory.parquet and trajectory.html.
     """
     from offprincipal.reports.terminal import as_shown_json
-    from offprincipal.reports.trajectory import trajectory_sentences, trajectory_table, write_page
+    from offprincipal.reports.trajectory import trajectory_sentences, trajectory_table, write_figure
     from offprincipal.trajectories import trajectory as follow
 
     at = None if steps is None else _numbers(steps)
@@ -295,7 +295,7 @@ def trajectory(
     with _matrix_progress() as progress:
         found = follow(base, checkpoints, **options, progress=progress)
     if report:
-        write_page(out / "trajectory.html", found.content)
+        write_figure(out / "trajectory.html", found.content)
     if as_json:
         print(as_shown_json(found.content))
         return

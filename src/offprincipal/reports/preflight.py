@@ -11,9 +11,9 @@ from plotly.subplots import make_subplots
 from rich.box import SIMPLE
 from rich.table import Column, Table
 
-from offprincipal.files import write_atomically
 from offprincipal.preflight import ALL, Preflight
 from offprincipal.reports import numbers
+from offprincipal.reports.page import write_page
 from offprincipal.reports.words import plain, shown
 
 _CURVE = 120  # points
@@ -75,12 +75,9 @@ def write_figure(out: Path, found: Preflight) -> Path:
     """Write one HTML file: the share moved by the length of a step, and over the steps of a run.
 
     Raises:
-        ArgumentError: it cannot be written.
+        FileError: it cannot be written.
     """
-    page = str(_figure(found).to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False}))
-    titled = page.replace("<head>", f"<head><title>offprincipal preflight: {html.escape(plain(found.base))}</title>", 1)
-    write_atomically(out, lambda path: path.write_text(titled, encoding="utf-8", errors="replace"))
-    return out
+    return write_page(out, _figure(found), f"offprincipal preflight: {found.base}")
 
 
 def _figure(found: Preflight) -> graph_objects.Figure:

@@ -11,8 +11,8 @@ from rich.box import SIMPLE
 from rich.console import Group
 from rich.table import Column, Table
 
-from offprincipal.files import write_atomically
 from offprincipal.reports import numbers
+from offprincipal.reports.page import write_page
 from offprincipal.reports.words import plain, shown
 
 FIGURES = {
@@ -80,17 +80,13 @@ def trajectory_sentences(content: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def write_page(out: Path, content: Mapping[str, Any]) -> Path:
+def write_figure(out: Path, content: Mapping[str, Any]) -> Path:
     """Write one HTML file: distance from the base, cosines of the steps, shares of the directions, and the path.
 
     Raises:
         FileError: it cannot be written.
     """
-    page = str(_figure(content).to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False}))
-    title = f"offprincipal trajectory: {_named(content)}"
-    titled = page.replace("<head>", f"<head><title>{title}</title>", 1)
-    write_atomically(out, lambda path: path.write_text(titled, encoding="utf-8", errors="replace"))
-    return out
+    return write_page(out, _figure(content), f"offprincipal trajectory: {Path(content['base']).name}")
 
 
 def _figure(content: Mapping[str, Any]) -> graph_objects.Figure:
@@ -143,17 +139,12 @@ def _figure(content: Mapping[str, Any]) -> graph_objects.Figure:
     figure.update_yaxes(title="second", scaleanchor="x4", row=2, col=2)
     figure.update_layout(
         template="plotly_white",
-        title=f"{len(steps)} checkpoints from {_named(content)}: {whole['verdict']}",
+        title=f"{len(steps)} checkpoints from {html.escape(plain(Path(content['base']).name))}: {whole['verdict']}",
         height=900,
         barmode="group",
         legend={"orientation": "h", "y": -0.1},
     )
     return figure
-
-
-def _named(content: Mapping[str, Any]) -> str:
-    """The base without the folders that it lies in: a page is meant to be shared."""
-    return html.escape(plain(Path(content["base"]).name))
 
 
 def _with_null(row: Mapping[str, Any]) -> str:
