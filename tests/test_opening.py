@@ -19,6 +19,7 @@ from offprincipal.checkpoints.roles import place_of
 from offprincipal.errors import CheckpointError
 
 WEIGHTS = base_weights()
+BRANCHES = ("main", "step_10", "step_200", "other")
 ODD_SHARDS = ("model.safetensors-{:05}-of-{:05}.safetensors", "model_{:05}-of-{:05}.safetensors")
 
 
@@ -158,7 +159,11 @@ class TestHub:
                 repo = root / parts[2 * api + owner]
                 rest = parts[2 * api + owner + 1 :]
                 data, status, extra = b"", 404, {}
-                if api and repo.is_dir():
+                if api and "refs" in rest:
+                    named = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": "a" * 40} for n in BRANCHES]
+                    data, status = json.dumps({"branches": named, "tags": [], "converts": []}).encode(), 200
+                    extra = {"Content-Type": "application/json"}
+                elif api and repo.is_dir():
                     files = sorted(path.name for path in repo.iterdir())
                     found = {"id": repo.name, "sha": "a" * 40, "siblings": [{"rfilename": name} for name in files]}
                     tree = [
@@ -197,6 +202,25 @@ class TestHub:
         }
         yield root, asked, environment
         server.shutdown()
+
+    def test_branches_are_named_by_a_pattern(self, hub: tuple[Path, list[str], dict[str, str]]) -> None:
+        root, _, environment = hub
+        (root / "run").mkdir()
+        program = (
+            "import sys\nfrom offprincipal.trajectories.trajectory import expanded\n"
+            "from offprincipal.errors import CheckpointError\n"
+            "try:\n    print(expanded(sys.argv[1]))\nexcept CheckpointError as error:\n    print(error)\n"
+        )
+
+        def found(source: str, **more: str) -> str:
+            command, around = [sys.executable, "-c", program, source], os.environ | environment | more
+            return subprocess.run(command, env=around, capture_output=True, text=True, check=True).stdout.strip()
+
+        assert found("org/run@step_*") == str(["org/run@step_10", "org/run@step_200"])
+        assert found("org/run@main") == str(["org/run@main"])
+        assert "none of the 4 revisions of the Hub's org/run fits (main, step_10" in found("org/run@epoch_*")
+        assert "is no Hub id: it reads org/name@PATTERN" in found("../run@step_*")
+        assert "cannot get org/run@step_* from the Hub" in found("org/run@step_*", HF_HUB_OFFLINE="1")
 
     @staticmethod
     def opened(source: str, environment: dict[str, str]) -> str:

@@ -1,6 +1,9 @@
 """Models on the Hugging Face Hub, by id and revision: downloaded into its own cache, or found there when offline."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +57,42 @@ def _literally(name: str) -> str:
     return re.sub(r"([*?\[])", r"[\1]", name)
 
 
+def revisions(source: str) -> list[str]:
+    """Ids of the branches and tags that a pattern names, in the order of the Hub: `org/name@step_*`.
+
+    Raises:
+        CheckpointError: there is no such model, none of its revisions fits, or the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    repo, _, pattern = source.partition("@")
+    if _ID.fullmatch(repo) is None:
+        raise CheckpointError(f"{source} is no Hub id: it reads org/name@PATTERN")
+    with _reported(source, repo, None):
+        refs = HfApi().list_repo_refs(repo)
+        names = [ref.name for ref in (*refs.branches, *refs.tags)]
+    found = [name for name in dict.fromkeys(names) if fnmatchcase(name, pattern)]
+    if not found:
+        some = ", ".join(names[:8])
+        raise CheckpointError(f"{source}: none of the {len(names)} revisions of the Hub's {repo} fits ({some} …)")
+    return [f"{repo}@{name}" for name in found]
+
+
 def _snapshot(source: str, repo: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
     arguments: dict[str, Any] = {"allow_patterns": patterns, "etag_timeout": _SECONDS}
-    try:
+    with _reported(source, repo, revision):
         return Path(snapshot_download(repo, revision=revision, **arguments))
+
+
+@contextmanager
+def _reported(source: str, repo: str, revision: str | None) -> Iterator[None]:
+    """What goes wrong with the Hub, in our words."""
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{source} is gated on the Hub: accept its terms there, then `hf auth login` or set HF_TOKEN"

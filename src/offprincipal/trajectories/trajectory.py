@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from offprincipal.checkpoints import Checkpoint, Part, open_checkpoint
+from offprincipal.checkpoints import Checkpoint, Part, hub, open_checkpoint
 from offprincipal.checkpoints.delta import SUFFIX
 from offprincipal.comparison.execution import one_core_each
 from offprincipal.comparison.work import CompareSettings, Work
@@ -81,8 +81,8 @@ def trajectory(
 
     Args:
         base: what the run started from: whatever `compare` opens.
-        checkpoints: in any order, whatever `compare` opens; or the run's root, whose `checkpoint-*` and the like are
-            taken.
+        checkpoints: in any order, whatever `compare` opens; the run's root, whose `checkpoint-*` and the like are
+            taken; or branches on the Hub by a pattern, `org/name@step_*`.
         steps: of the checkpoints, in their order; by default told from their names, or 1, 2, … where these do not tell.
         out: folder for `trajectory.json` and `trajectory.parquet`; nothing is written without it.
         threads: tensors measured at once; all cores by default. The numbers do not depend on it.
@@ -152,7 +152,13 @@ def expanded(checkpoints: str | Path | Sequence[str | Path]) -> list[str]:
             return [str(path) for path in sorted(inside, key=lambda path: _step_in(path.name) or 0)]
     if not given:
         raise ArgumentError("no checkpoint given: name at least one, or the run's folder")
-    return [str(source) for source in given]
+    return [one for source in given for one in _revisions(str(source))]
+
+
+def _revisions(source: str) -> list[str]:
+    """The revisions on the Hub that `org/name@step_*` names; what is no such pattern names itself."""
+    pattern = any(sign in source.partition("@")[2] for sign in "*?[")
+    return hub.revisions(source) if pattern and not Path(source).exists() else [source]
 
 
 def steps_of(sources: Sequence[str], steps: Sequence[float] | None = None) -> list[float]:
