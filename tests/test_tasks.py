@@ -1,7 +1,10 @@
 """Tasks: splits never overlap, verifiers accept what is right and nothing else, seeds decide everything."""
 
+import importlib
 import json
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -162,3 +165,16 @@ def test_data_sets_without_the_column_or_rows_or_values_say_so(tmp_path: Path, r
     other.write_text("1+1 2")
     with pytest.raises(TaskError, match=r"must end in \.json"):
         open_task(f"hf:{other}")
+
+
+def test_a_reader_of_the_library_is_no_data_set_and_reads_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`load_dataset("pandas")` takes the pickles of the working directory, and version 4.0.0 runs them."""
+    packaged: Any = importlib.import_module("datasets.packaged_modules")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.pkl").write_bytes(pickle.dumps(tmp_path))
+    monkeypatch.setattr(pickle, "load", lambda *_: pytest.fail("a pickle was read"))
+    for name in sorted({"pandas", "csv", *packaged._PACKAGED_DATASETS_MODULES}):
+        with pytest.raises(TaskError, match=f"'{name}' is a reader of the datasets library, no data set"):
+            open_task(f"hf:{name}?prompt=a&answer=b").problem(0)

@@ -19,6 +19,13 @@ from offprincipal.tasks.protocol import Problem
 PREFIX = "hf:"
 FINAL_ANSWER_MARK = "####"
 _OPTIONS = ("config", "prompt", "answer", "split")
+# fmt: off
+_BUILDERS = frozenset({
+    "arrow", "audiofolder", "cache", "conll", "csv", "eval", "fasta", "fastq", "genbank", "generator", "harbor", "hdf5",
+    "iceberg", "imagefolder", "json", "lance", "meshfolder", "mmcif", "niftifolder", "pandas", "parquet", "pdb",
+    "pdffolder", "spark", "sql", "text", "tsfile", "videofolder", "vortex", "webdataset", "xml",
+})
+# fmt: on
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _ORDER_SEED = 2511_08567
 _SECONDS_TO_PARSE = 5
@@ -109,6 +116,8 @@ def _final_answer(text: str) -> str:
 def _load(dataset: str, config: str | None, split: str) -> Any:
     datasets = _need("datasets")
     _need("math_verify")
+    if dataset in _BUILDERS:  # would read whatever lies in the working directory, pickles too in some versions
+        raise TaskError(f"'{dataset}' is a reader of the datasets library, no data set: give org/name, or ./{dataset}")
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
