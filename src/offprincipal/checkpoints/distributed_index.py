@@ -25,8 +25,9 @@ _MOST_BYTES = 1 << 30
 # Whose objects become records: those of torch's own metadata and plans, and of Megatron's, which it puts beside them.
 _PACKAGES = ("torch.distributed.checkpoint.", "megatron.core.")
 _PATHS = {
-    *(("pathlib", name) for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
-    *(("pathlib._local", name) for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
+    (module, name)
+    for module in ("pathlib", "pathlib._local")
+    for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
 }
 _DTYPES = (
     *FLOATS,

@@ -157,7 +157,7 @@ def parts_of(info: TensorInfo, config: Mapping[str, Any]) -> list[Part]:
     """
     whole = Part(info.name, info.name, place_of(info.name), 0, info.shape)
     if _FUSED_BIAS.search(info.name) and len(info.shape) == 1:
-        return _by_head(whole, _Model.of(config).kv_heads, _Model.of(config)) or [whole]
+        return _fused_parts(whole, "linear_qkv", _Model.of(config)) or [whole]
     if whole.place.role == "bias" or info.numel == 0 or _OTHER_TOWER.search(info.name):
         return [whole]
     model = _Model.of(config)

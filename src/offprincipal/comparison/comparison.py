@@ -128,12 +128,12 @@ def _budget(work: Work, memory: int | None) -> int:
     if memory is not None and memory < 1:
         raise ArgumentError(f"memory is {memory} bytes: give at least 1")
     budget = int(SHARE * free_memory()) if memory is None else memory
-    largest = max(work.parts, key=lambda part: bytes_needed(work, part))
-    if bytes_needed(work, largest) > budget:
+    largest = max(bytes_needed(work, part) for part in work.parts)
+    if largest > budget:
         LOG.warning(
             "the largest matrix takes some %.1f GB, more than the %.1f GB that may be used: the largest are measured "
             "one at a time, and may need more than that",
-            bytes_needed(work, largest) / 1e9,
+            largest / 1e9,
             budget / 1e9,
         )
     return budget

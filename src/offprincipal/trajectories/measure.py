@@ -54,19 +54,19 @@ def measure(name: str, base: Read, checkpoints: Sequence[Read], start: int, stop
     count = len(checkpoints)
     gram = np.zeros((count, count))
     changed, since_last, reverted = (np.zeros(count, np.int64) for _ in range(3))
-    square, sampled = 0.0, _Sample(name, start, stop, count)
+    square, sampled = 0.0, _Sample(name, start, stop)
     block = max(HELD // count, 1 << 12)
     for first in range(start, stop, block):
         last = min(first + block, stop)
         origin = base(first, last)
         start_codes = scan.bf16_codes(origin).reshape(1, -1)
-        wide = _finite(name, origin)
+        wide = _finite(origin)
         square += float(np.dot(wide.astype(np.float64), wide))
         moves = np.empty((count, last - first), np.float32)
         codes_before, ever = start_codes, np.zeros(start_codes.shape, np.bool_)
         for t, read in enumerate(checkpoints):
             stored = read(first, last)
-            moves[t] = _finite(name, stored) - wide
+            moves[t] = _finite(stored) - wide
             codes = scan.bf16_codes(stored).reshape(1, -1)
             differs = scan.mark_changed(start_codes, codes)
             changed[t] += np.count_nonzero(differs)
@@ -82,14 +82,13 @@ def measure(name: str, base: Read, checkpoints: Sequence[Read], start: int, stop
 class _Sample:
     """Some contiguous entries of a tensor, on which a walk is drawn anew; chosen by its name."""
 
-    def __init__(self, name: str, start: int, stop: int, count: int) -> None:
+    def __init__(self, name: str, start: int, stop: int) -> None:
         self.rng = np.random.default_rng(zlib.crc32(name.encode("utf-8", "surrogatepass")))
         size = min(SAMPLE, stop - start)
         self.first = start + int(self.rng.integers(0, stop - start - size + 1))
         self.last, self.entries = self.first + size, stop - start
         self.base: list[Array] = []
         self.moves: list[NDArray[np.float32]] = []
-        self.count = count
 
     def take(self, first: int, base: Array, moves: NDArray[np.float32]) -> None:
         low, high = max(self.first, first), min(self.last, first + len(base))
@@ -103,7 +102,7 @@ class _Sample:
         return walks.stored_walk_gram(base, steps, self.rng) * (self.entries / len(base))
 
 
-def _finite(name: str, values: Array) -> NDArray[Any]:
+def _finite(values: Array) -> NDArray[Any]:
     with np.errstate(over="ignore"):
         wide = values.astype(np.float32)
     if not np.isfinite(wide).all():

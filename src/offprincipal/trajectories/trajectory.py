@@ -198,7 +198,7 @@ def _step_in(source: str) -> float | None:
 
 
 def _label(step: float) -> str:
-    return f"{step:g}" if step < 1e6 and step == round(step, 6) else repr(step)
+    return str(int(step)) if step == int(step) else repr(step)
 
 
 def _opening(labels: dict[str, str], base: Checkpoint, warnings: list[str]) -> Iterable[tuple[str, str]]:
@@ -240,6 +240,7 @@ def _result(
     def pooled(chosen: Iterable[Part]) -> Moved:
         return reduce(add, (found[part.name] for part in chosen))
 
+    own = {part.name: figures(found[part.name], steps) for part in parts}
     roles = dict.fromkeys(part.place.role for part in parts)
     layers = dict.fromkeys(part.place.layer for part in parts if part.place.layer is not None)
     content = {
@@ -251,9 +252,9 @@ def _result(
         "pooled": figures(pooled(parts), steps),
         "by_role": {r: figures(pooled(p for p in parts if p.place.role == r), steps) for r in roles},
         "by_layer": {str(n): figures(pooled(p for p in parts if p.place.layer == n), steps) for n in layers},
-        "by_tensor": {part.name: _brief(figures(found[part.name], steps)) for part in parts},
+        "by_tensor": {name: _brief(told) for name, told in own.items()},
     }
-    return Trajectory(content, [row for part in parts for row in _rows(part, found[part.name], steps)])
+    return Trajectory(content, [row for part in parts for row in _rows(part, found[part.name], own[part.name], steps)])
 
 
 def figures(moved: Moved, steps: Sequence[float]) -> dict[str, Any]:
@@ -267,7 +268,8 @@ def figures(moved: Moved, steps: Sequence[float]) -> dict[str, Any]:
         `unchanged_fraction`, `unchanged_since_last`, `reverted_fraction`.
     """
     walk, drift = walks.walk_of(moved.gram, steps), walks.drift_of(moved.gram)
-    nulls = [walks.walk_of(G, steps) for G in (walks.random_walk_gram(walk.increments), moved.stored_gram)]
+    random_walk = walks.random_walk_gram(walk.increments)
+    nulls = [walks.walk_of(G, steps) for G in (random_walk, moved.stored_gram)]
     base = moved.base_square**0.5
     return {
         "gram": moved.gram.tolist(),
@@ -276,7 +278,7 @@ def figures(moved: Moved, steps: Sequence[float]) -> dict[str, Any]:
         "increments": walk.increments.tolist(),
         "increment_cosine": [[None if np.isnan(x) else x for x in row] for row in walk.cosines.tolist()],
         "components": walks.components_of(moved.gram).tolist(),
-        "components_random_walk_null": walks.components_of(walks.random_walk_gram(walk.increments)).tolist(),
+        "components_random_walk_null": walks.components_of(random_walk).tolist(),
         "path_length": walk.path_length,
         **{
             name: {
@@ -299,8 +301,7 @@ def _brief(found: dict[str, Any]) -> dict[str, Any]:
     return {name: found[name] for name in ("path_length", *_FIGURES, "drift", "verdict")}
 
 
-def _rows(part: Part, moved: Moved, steps: Sequence[float]) -> Iterable[Row]:
-    found = figures(moved, steps)
+def _rows(part: Part, moved: Moved, found: dict[str, Any], steps: Sequence[float]) -> Iterable[Row]:
     for t, step in enumerate(steps):
         yield {
             **part.keys,
