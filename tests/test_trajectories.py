@@ -16,7 +16,7 @@ from torch import Tensor
 from offprincipal import make_delta, trajectory
 from offprincipal.errors import ArgumentError, CheckpointError
 from offprincipal.trajectories import measure
-from offprincipal.trajectories.trajectory import JSON, TABLE, steps_of
+from offprincipal.trajectories.trajectory import JSON, TABLE, _label, steps_of
 
 STEPS = (5, 10, 40, 100)
 Weights = dict[str, Tensor]
@@ -127,6 +127,7 @@ def test_steps_are_told_from_names() -> None:
     assert steps_of(["iter_0000100", "run/epoch-2"]) == [100.0, 2.0]
     assert steps_of(["first", "second"]) == [1.0, 2.0]
     assert steps_of(["checkpoint-7", "final"]) == [1.0, 2.0]  # where one has none
+    assert [_label(step) for step in (5.0, 1e6, 0.5, 123456.5)] == ["5", "1000000", "0.5", "123456.5"]
     assert steps_of(["Qwen2.5-7B", "Llama-3"], [3, 4]) == [3.0, 4.0]
     for names, steps, says in (
         (["checkpoint-5", "other/checkpoint-5"], None, "are both at step 5"),

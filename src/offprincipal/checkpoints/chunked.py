@@ -36,7 +36,7 @@ class Chunked(ABC):
     """A `Checkpoint` over the files of one folder; a kind of it says how a chunk's bytes are read.
 
     Args:
-        folder: which holds its files; stored: name -> tensor.
+        folder: which holds its files; stored: name -> tensor; masters: the same in float32, where the files hold them.
 
     Raises:
         CheckpointError: a tensor is of a type that is not read.
@@ -48,10 +48,11 @@ class Chunked(ABC):
         folder: Path,
         stored: Mapping[str, StoredTensor],
         config: dict[str, Any],
+        masters: Mapping[str, StoredTensor] | None = None,
     ) -> None:
         self.source, self.config, self.folders = source, config, (folder,)
         self.notes: Sequence[str] = ()
-        self._stored = stored
+        self._stored, self._masters = stored, masters
         self.tensors: dict[str, TensorInfo] = _infos(stored)
         for name, info in self.tensors.items():
             if info.floating and info.dtype not in FLOATS:
@@ -73,7 +74,7 @@ class Chunked(ABC):
         return list(dict.fromkeys(chunk.path for tensor in self._stored.values() for chunk in tensor.chunks))
 
     def masters(self) -> "Chunked | None":
-        return None
+        return type(self)(self.source, self.folders[0], self._masters, self.config) if self._masters else None
 
     def _rows(self, name: str, first: int, last: int) -> Array:
         """Whole rows of a tensor, put together from the chunks that overlap them."""

@@ -8,7 +8,6 @@ import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from offprincipal.checkpoints import megatron
 from offprincipal.checkpoints.checkpoint import Array, Checkpoint
@@ -47,25 +46,7 @@ def open_distributed(folder: Path, source: str, base: Checkpoint | None = None) 
 
 
 class Distributed(Chunked):
-    """A `Checkpoint` over one folder: every chunk is a file of torch.save inside of a larger one.
-
-    Args:
-        masters: the optimizer's float32 weights, where the same folder holds them.
-    """
-
-    def __init__(
-        self,
-        source: str,
-        folder: Path,
-        stored: Mapping[str, StoredTensor],
-        config: dict[str, Any],
-        masters: Mapping[str, StoredTensor] | None = None,
-    ) -> None:
-        super().__init__(source, folder, stored, config)
-        self._masters = masters
-
-    def masters(self) -> "Distributed | None":
-        return Distributed(self.source, self.folders[0], self._masters, self.config) if self._masters else None
+    """A `Checkpoint` over one folder: every chunk is a file of torch.save inside of a larger one."""
 
     def _load(self, name: str, chunk: Chunk) -> Array:
         where = f"{name} in {chunk.path}"
