@@ -7,12 +7,12 @@ depend on how many there are.
 import contextlib
 import ctypes
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from threadpoolctl import threadpool_limits
 
@@ -24,6 +24,7 @@ from offprincipal.errors import ArgumentError, OffPrincipalError
 from offprincipal.measures.columns import needs_torch
 
 _GIVE_BACK_AFTER = 16  # tensors
+T = TypeVar("T")
 
 
 def run_in_threads(work: Work, parts: Sequence[Part], threads: int, budget: int) -> Iterator[tuple[Part, TensorRows]]:
@@ -33,15 +34,27 @@ def run_in_threads(work: Work, parts: Sequence[Part], threads: int, budget: int)
         budget: bytes that the matrices in flight may take together; one that needs more is measured alone.
     """
     needs = {part.name: bytes_needed(work, part) for part in parts}
+    with one_core_each(work):
+        yield from in_threads(work.measure, parts, threads, needs, budget)
+
+
+def in_threads(
+    measure: Callable[[Part], T], parts: Sequence[Part], threads: int, needs: Mapping[str, int], budget: int
+) -> Iterator[tuple[Part, T]]:
+    """Parts with what is measured of them, as they are done, those that need most first; the first error ends it.
+
+    Args:
+        needs: of each part, by name; budget: what those in flight may need together, but for one alone.
+    """
     waiting = sorted(parts, key=lambda part: -needs[part.name])
-    in_flight: dict[Future[TensorRows], Part] = {}
+    in_flight: dict[Future[T], Part] = {}
     done = 0
-    with one_core_each(work), ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         try:
             while waiting or in_flight:
                 left = budget - sum(needs[part.name] for part in in_flight.values())
                 while len(in_flight) < threads and (part := _next(waiting, needs, left, alone=not in_flight)):
-                    in_flight[pool.submit(work.measure, part)] = part
+                    in_flight[pool.submit(measure, part)] = part
                     left -= needs[part.name]
                 for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
                     yield in_flight.pop(future), future.result()

@@ -6,7 +6,6 @@ One pass over the files: every tensor of every checkpoint is read once, in block
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import partial, reduce
 from operator import add
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 
 from offprincipal.checkpoints import Checkpoint, Part, hub, open_checkpoint
 from offprincipal.checkpoints.delta import SUFFIX
-from offprincipal.comparison.execution import one_core_each
+from offprincipal.comparison.execution import in_threads, one_core_each
 from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
 from offprincipal.files import (
@@ -110,23 +109,19 @@ def trajectory(
         raise ArgumentError("no checkpoint is left: name at least one that can be opened")
     times = [float(label) for label in labels]
     work = Work(str(base), labels, CompareSettings(metrics=("changes",)))
-    opened, total, done = identities(work.files), sum(part.numel for part in work.parts), 0
+    parts = [part for part in work.parts if part.numel]
+    opened, total, done = identities(work.files), sum(part.numel for part in parts), 0
     found: dict[str, Moved] = {}
-    with one_core_each(work), ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
-        futures = {pool.submit(_measured, work, part): part for part in work.parts if part.numel}
-        try:
-            for future in as_completed(futures):
-                part = futures[future]
-                found[part.name] = future.result()
-                done += part.numel
-                if progress:
-                    progress(done, total, part.name)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    same = {part.name: 0 for part in parts}  # blocks are small, however large a tensor is
+    with one_core_each(work):
+        for part, moved in in_threads(partial(_measured, work), parts, threads or os.cpu_count() or 1, same, 0):
+            found[part.name] = moved
+            done += part.numel
+            if progress:
+                progress(done, total, part.name)
     require_unchanged(opened)
     notes = dict.fromkeys(note for said in work.notes.values() for note in said)
-    result = _result(work, [part for part in work.parts if part.numel], found, times, [*warnings, *notes])
+    result = _result(work, parts, found, times, [*warnings, *notes])
     if out is not None:
         require_folder(Path(out))
         with exclusively(Path(out)):
