@@ -46,7 +46,9 @@ def test_a_comparison_there_is_the_cpus(solver: str, tmp_path: Path, monkeypatch
     here = compare(base, runs, CompareSettings(matrix=settings), threads=2, cache=False)
     seen: list[str] = []
     solve = spectrum._ritz
-    monkeypatch.setattr(spectrum, "_ritz", lambda A, V: (seen.append(A.device.type), solve(A, V))[1])
+    monkeypatch.setattr(
+        spectrum, "_ritz", lambda A, *rest, **how: (seen.append(A.device.type), solve(A, *rest, **how))[1]
+    )
     elsewhere = MatrixSettings(**{**vars(settings), "device": "cuda"})
     with stand_in(monkeypatch):
         there = compare(base, runs, CompareSettings(matrix=elsewhere), threads=2, cache=tmp_path / "bases")
@@ -72,10 +74,10 @@ def test_where_its_memory_runs_out_a_matrix_is_measured_on_the_cpu_and_it_is_sai
     here = compare(base, runs, CompareSettings(matrix=settings), cache=False)
     solve, full = spectrum._ritz, iter([False, False, True, False, True])
 
-    def short_of_memory(A: torch.Tensor, V: torch.Tensor) -> object:
+    def short_of_memory(A: torch.Tensor, V: torch.Tensor, refined: bool = True) -> object:
         if A.device == GPU and next(full, False):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return solve(A, V)
+        return solve(A, V, refined)
 
     monkeypatch.setattr(spectrum, "_ritz", short_of_memory)
     elsewhere = MatrixSettings(**{**vars(settings), "device": "cuda"})

@@ -258,7 +258,7 @@ def _certificates(rows: list[Row]) -> list[str]:
 
 
 _FALLBACKS = {
-    "tolerance": "missed the tolerance or moved too little for a warm start: they were solved whole",
+    "tolerance": "missed the tolerance: they were solved whole",
     "memory": "did not fit on the device: they were measured on the CPU",
 }
 

@@ -70,14 +70,14 @@ def measure_matrix(
             found.masks.extend(keys | row for row in _mask_rows(pair))
             found.curves.extend(_rate_curves(pair, keys))
         if "spectrum" in groups:
-            found.curves.append(_curve(keys, "singular_values", pair.spectral.svd.S.cpu().numpy()))
+            found.curves.append(_curve(keys, "singular_values", pair.spectral.svd.resolved.cpu().numpy()))
         if "subspace" in groups and pair.spectral.angles:
             for side, angles in zip(("left", "right"), pair.spectral.angles, strict=True):
                 found.curves.append(_curve(keys, f"principal_angles_{side}_deg", angles.cpu().numpy()))
         if decompose and pair.spectral.fell_back:
             found.fallbacks[run] = "tolerance"
     if "spectrum" in groups:
-        values = base_matrix.spectral.svd.S.cpu().numpy()
+        values = base_matrix.spectral.svd.resolved.cpu().numpy()
         found.curves.append(_curve({"run": None, **part.keys}, "singular_values_base", values))
     if "location" in groups and len(pairs) > 1:
         found.pairs.extend(part.keys | location.pair_row(a, b, pairs) for a, b in itertools.combinations(pairs, 2))
@@ -127,8 +127,12 @@ def _matrix_row(pair: MatrixPair, groups: tuple[Group, ...]) -> Row:
         "alpha": pair.base.settings.alpha,
         "solver": pair.spectral.svd.solver if measured else None,
     }
-    for metric in metrics_of(groups):
-        row |= {column.name: value for column, value in zip(metric.columns, metric.measure(pair), strict=True)}
+    metrics = metrics_of(groups)
+    # Spectra first: what location keeps for masks and pairs would lie beside them, where memory is at its highest.
+    measured_first = sorted(metrics, key=lambda metric: metric.group == "location")
+    found = {id(metric): metric.measure(pair) for metric in measured_first}
+    for metric in metrics:
+        row |= {column.name: value for column, value in zip(metric.columns, found[id(metric)], strict=True)}
     return row
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offprincipal.geometry.spectrum import Svd, block_size, first_order_steps
+from offprincipal.geometry.spectrum import Svd, block_size, first_order_steps, gram
 from offprincipal.geometry.subspace import principal_angles
 
 
@@ -30,19 +30,13 @@ def isotropic_update(
     return noise.mul_(norm / noise.norm())
 
 
-def stored_update(base: Tensor, update: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is left of an update once the updated weights are stored.
+def store_(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round weights, in place, to what is left of them once they are stored in a type.
 
-    Args:
-        base, update: of one float type and shape; dtype: what the updated weights are stored in.
-
-    Returns:
-        Of the type of `base`.
-
-    >>> stored_update(torch.ones(2), torch.tensor([0.001, 0.01]), torch.bfloat16)
-    tensor([0.0000, 0.0078])
+    >>> store_(torch.tensor([1.001, 1.01]), torch.bfloat16)
+    tensor([1.0000, 1.0078])
     """
-    return (base + update).to(dtype).to(base.dtype).sub_(base)
+    return weights.copy_(weights.to(dtype))
 
 
 def moved_isotropically(S: Tensor, shape: torch.Size, k: int, sigma: float, rng: np.random.Generator) -> Svd:
@@ -58,8 +52,8 @@ def moved_isotropically(S: Tensor, shape: torch.Size, k: int, sigma: float, rng:
         sigma: standard deviation of each entry of the update.
 
     Returns:
-        The first triplets of the sum, float64, on the device of `S`, in coordinates along the base's singular vectors:
-        the long side has r of them and then some along directions that the base does not reach.
+        The first k triplets of the sum, float64, on the device of `S`, in coordinates along the base's singular
+        vectors: the long side has r of them and then some along directions that the base does not reach.
 
     Source: ours; invariance of the Gaussian under rotation, Bartlett's decomposition for what lies beyond the base.
 
@@ -71,33 +65,38 @@ def moved_isotropically(S: Tensor, shape: torch.Size, k: int, sigma: float, rng:
     S = S.double()
     r, b = len(S), block_size(k, len(S))
 
-    def noise(rows: int, columns: int) -> Tensor:
-        return torch.from_numpy(sigma * rng.standard_normal((rows, columns))).to(S.device)
+    def noise(rows: int, columns: int, dtype: type = np.float64) -> Tensor:
+        return torch.from_numpy(rng.standard_normal((rows, columns), dtype)).to(S.device)
 
     def beyond(dimensions: int, columns: int) -> Tensor:
-        return torch.from_numpy(sigma * _triangular(dimensions, columns, rng)).to(S.device)
+        return sigma * torch.from_numpy(_triangular(dimensions, columns, rng)).to(S.device)
 
     outside = max(shape) - r
     first = beyond(outside, b)  # (t, b), the update's first b columns outside the base's column space
-    Y = torch.cat([torch.diag(S)[:, :b] + noise(r, b), first])  # (r + t, b), A V_b
-    values, Q = torch.linalg.eigh(Y.T @ Y)
-    ritz, Q = values.flip(0).clamp(min=0).sqrt(), Q.flip(1)
-    U = (Y @ Q) / ritz.clamp(min=torch.finfo(torch.float64).tiny)
+    Y = torch.cat([torch.diag(S)[:, :b] + sigma * noise(r, b), first])  # (r + t, b), A V_b
+    ritz, Q = _roots(gram(Y, torch.float64))
+    image = Y @ Q
+    U = image / ritz.clamp(min=torch.finfo(torch.float64).tiny)
 
-    H = noise(r - b, b)  # the update's other columns, along U
-    steps = first_order_steps(S[b:, None] * U[b:r] + H, ritz, S[b:])  # (r − b, b)
-    spread = torch.linalg.qr(steps).R  # (q, b)
-    Z = noise(len(U), len(spread)) @ spread  # the other columns taken `steps` far, but for their part along U
-    moved = U * ritz + U @ (H.T @ steps - U.T @ Z) + Z
+    H = noise(r - b, b)  # the update's other columns, along U, over sigma
+    steps = first_order_steps(S[b:, None] * U[b:r] + sigma * H, ritz, S[b:])  # (r − b, b)
+    taken = gram(steps, torch.float64)
+    lengths, along = _roots(taken)
+    spread = (along * lengths)[:, : len(steps)].T  # (q, b), so that spreadᵀ spread is stepsᵀ steps
+    # The other columns taken `steps` far, but for their part along U: of second order, so that float32 will do.
+    near = U.float()
+    Z = noise(len(U), len(spread), np.float32) @ spread.float()
+    second = near @ ((H.T @ steps).float() - near.T @ Z) + Z
+    moved = image + sigma * second
     moved[b:r] += S[b:, None] * steps
     moved = torch.cat([moved, beyond(outside - len(first), len(spread)) @ spread])
     corrected = torch.cat([Q, steps])  # (r, b), of which `moved` is the product
-    basis = torch.linalg.qr(corrected)
-    image = torch.linalg.solve_triangular(basis.R, moved, upper=True, left=False)
-    values, Q = torch.linalg.eigh(image.T @ image)
-    found, Q = values.flip(0).clamp(min=0).sqrt(), Q.flip(1)
-    U = (image @ Q) / found.clamp(min=torch.finfo(torch.float64).tiny)
-    return Svd(*_by_side(shape, U, found, basis.Q @ Q), "warm")
+    upper = torch.linalg.cholesky(torch.eye(b, dtype=S.dtype, device=S.device) + taken).T  # of correctedᵀ corrected
+    half = torch.linalg.solve_triangular(upper, gram(moved, torch.float64), upper=True, left=False)
+    values, Q = _roots(torch.linalg.solve_triangular(upper.T, half, upper=False))
+    turn = torch.linalg.solve_triangular(upper, Q[:, :k], upper=True)
+    U = (moved @ turn) / values[:k].clamp(min=torch.finfo(torch.float64).tiny)
+    return Svd(*_by_side(shape, U, values[:k], corrected @ turn), "warm")
 
 
 def angles_from_axes(moved: Svd, k: int) -> tuple[Tensor, Tensor]:
@@ -117,6 +116,12 @@ def angles_from_axes(moved: Svd, k: int) -> tuple[Tensor, Tensor]:
         for side in (moved.U.float(), moved.Vh.T.float())
     )
     return left, right
+
+
+def _roots(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Roots of the eigenvalues of a positive semidefinite G, from the largest down, and its eigenvectors."""
+    values, vectors = torch.linalg.eigh(G)
+    return values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
 
 
 def _by_side(shape: torch.Size, long: Tensor, S: Tensor, short: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,8 +20,9 @@ _AMPLIFICATION = 1e5  # of the largest direction over the unwanted ones in one r
 _ROUNDS = 24
 _OVERSAMPLING = 16
 _GRAM_BLOCKS, _GRAM_ROWS = 4, 2048
+_AS_GOOD = 8  # float32 roundings of the largest value that the residual of a decomposition by float32 squares may be
 _SQUARES_FIT = 1e-10  # float32 sums the squares of entries of this size and more
-_SQUARING = 16  # float64 roundings in an eigenvalue of a Gram matrix
+_SQUARING = 16  # roundings of the largest eigenvalue of a Gram matrix that each may be off
 _PROBES, _PROBED = 4, 16.0  # random combinations, and how many times what rounding gives they may be off
 
 
@@ -36,6 +37,7 @@ class Svd:
             LAPACK's. It is max_i ‖[W v_i − σ_i u_i; Wᵀ u_i − σ_i v_i]‖₂/√2.
         residual: ‖[W V_k − U_k Σ_k; Wᵀ U_k − V_k Σ_k]‖₂, from which the error of the subspaces follows.
         next_value_error: what `singular_value_error` is to the first k, of the (k + 1)-th, which bounds the gap.
+        tail_error: what it is to those that come from squares alone, without vectors.
         basis: orthonormal basis of all singular directions of the shorter side, (r, r), where it is known: what a warm
             start corrects with.
     """
@@ -47,6 +49,7 @@ class Svd:
     singular_value_error: float | None = None
     residual: float = 0.0
     next_value_error: float = 0.0
+    tail_error: float = 0.0
     basis: Tensor | None = None
 
     def top(self, k: int) -> "Svd":
@@ -56,6 +59,18 @@ class Svd:
         tensor([1., 1.], dtype=torch.float64)
         """
         return replace(self, U=self.U[:, :k], S=self.S[:k], Vh=self.Vh[:k])
+
+    @property
+    def resolved(self) -> Tensor:
+        """Singular values, but for those without vectors that may be nothing but their error.
+
+        >>> W = torch.diag(torch.tensor([1.0, 1e-3, 1e-9], dtype=torch.float64))
+        >>> len(decompose(W).resolved), len(decompose_by_gram(torch.diag(0.1 ** torch.arange(40.0)), 1).resolved)
+        (3, 17)
+        """
+        told = self.tail_error < self.S
+        told[: self.U.shape[1]] = True
+        return self.S[told]
 
     def to(self, device: torch.device) -> "Svd":
         """The same on another device."""
@@ -104,24 +119,30 @@ def decompose(W: Tensor) -> Svd:
 def decompose_by_gram(W: Tensor, k: int) -> Svd:
     """All singular values and the first triplets, from the symmetric eigenproblem of the smaller Gram matrix.
 
+    For float32 that of the Gram matrix in float32, whose first triplets are then corrected to first order, as those of
+    a matrix that has hardly moved are; or, where the largest value drowns the others' squares, that in float64.
+
     Args:
         W: (n, m), float32 or float64; k: triplets that are certified; a few more come with them.
 
     Returns:
-        S (r,) in float64, whose values below 1e-8·σ_1 are noise; vectors in the type of `W`.
+        S (r,) in float64; vectors in the type of `W`.
 
-    Source: Golub and Van Loan, Matrix Computations, 8.6.3; the certificate is measured afterwards.
+    Source: Golub and Van Loan, Matrix Computations, 8.6.3, the correction by Davidson 1975; the certificate is measured
+    afterwards.
 
     >>> svd = decompose_by_gram(torch.diag(torch.tensor([1.0, 2.0, 4.0])), 1)
     >>> svd.S.tolist(), svd.singular_value_error < 1e-5
     ([4.0, 2.0, 1.0], True)
     """
     A = _tall(W)
-    values, vectors = torch.linalg.eigh(_gram(A, torch.float64))
+    if W.dtype == torch.float32 and (found := _by_float32gram(A, k, W)):
+        return found
+    values, vectors = torch.linalg.eigh(gram(A, torch.float64))
     S, basis = values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
     b = block_size(k, len(S))
-    short = basis[:, :b].to(W.dtype)
-    return replace(_certified(A, _ritz(A, short), k, W, "exact"), S=S, basis=basis.to(W.dtype))
+    found = _certified(A, _ritz(A, basis[:, :b].to(W.dtype)), k, W, "exact")
+    return replace(found, S=S, tail_error=_tail_error(S, torch.float64), basis=basis.to(W.dtype))
 
 
 def decompose_randomized(W: Tensor, k: int, tolerance: float, generator: torch.Generator) -> Svd:
@@ -171,7 +192,7 @@ def decompose_warm(W: Tensor, base: Svd, k: int, tolerance: float, certify: bool
     A = _tall(W)
     short = _short(base, W).to(A.dtype)
     b = block_size(k, A.shape[1]) if base.basis is not None else short.shape[1]
-    ritz = _ritz(A, short[:, :b])
+    ritz = _ritz(A, short[:, :b], refined=base.basis is None)
     if base.basis is None:
         return _filtered(A, _certified(A, ritz, k, W, "warm"), k, tolerance, W)
     found = _ritz(A, _corrected(A, ritz, base.basis[:, b:].to(A.dtype), base.S[b:]))
@@ -200,11 +221,11 @@ def update_spectrum(update: Tensor) -> Tensor:
         scale = 1.0
     else:
         A = A / scale
-    values = torch.linalg.eigvalsh(_gram(A, A.dtype)).flip(0).double()
+    values = torch.linalg.eigvalsh(gram(A, A.dtype)).flip(0).double()
     floor = 8 * torch.finfo(A.dtype).eps * values[0]
     unresolved = (values < floor).sum() * floor.sqrt()
     if unresolved > 0.001 * values.clamp(min=0).sqrt().sum():
-        values = torch.linalg.eigvalsh(_gram(A, torch.float64)).flip(0)
+        values = torch.linalg.eigvalsh(gram(A, torch.float64)).flip(0)
     roots: Tensor = values.clamp(min=0).sqrt() * scale
     return roots
 
@@ -258,6 +279,32 @@ def first_order_steps(along: Tensor, S: Tensor, S_rest: Tensor) -> Tensor:
     return (along * S / torch.where(gaps.abs() > least, gaps, least)).clamp(-1, 1)
 
 
+def gram(A: Tensor, dtype: torch.dtype) -> Tensor:
+    """Aᵀ A in a type: blocks on and above the diagonal, some rows at a time, the rest mirrored.
+
+    Args:
+        A: (l, r).
+
+    Returns:
+        (r, r), exactly symmetric.
+
+    >>> gram(torch.tensor([[1.0, 2.0]]), torch.float64)
+    tensor([[1., 2.],
+            [2., 4.]], dtype=torch.float64)
+    """
+    r = A.shape[1]
+    step = -(-r // _GRAM_BLOCKS)
+    G = A.new_zeros(r, r, dtype=dtype)
+    height = max(A.shape[0], 1) if A.dtype == dtype else _GRAM_ROWS
+    for first in range(0, A.shape[0], height):
+        rows = A[first : first + height].to(dtype)
+        for i in range(0, r, step):
+            G[i : i + step, i:] += rows[:, i : i + step].T @ rows[:, i:]
+    for i in range(0, r, step):
+        G[i + step :, i : i + step] = G[i : i + step, i + step :].T
+    return G
+
+
 def largest_entry(x: Tensor) -> float:
     """max |x|, without a copy of x; 0 where it is empty.
 
@@ -270,19 +317,24 @@ def largest_entry(x: Tensor) -> float:
     return max(-low.item(), high.item())
 
 
-def _gram(A: Tensor, dtype: torch.dtype) -> Tensor:
-    """Aᵀ A of a tall A, (r, r), in a type: blocks on and above the diagonal, some rows at a time, the rest mirrored."""
-    r = A.shape[1]
-    step = -(-r // _GRAM_BLOCKS)
-    G = A.new_zeros(r, r, dtype=dtype)
-    height = A.shape[0] if A.dtype == dtype else _GRAM_ROWS
-    for first in range(0, A.shape[0], height):
-        rows = A[first : first + height].to(dtype)
-        for i in range(0, r, step):
-            G[i : i + step, i:] += rows[:, i : i + step].T @ rows[:, i:]
-    for i in range(0, r, step):
-        G[i + step :, i : i + step] = G[i : i + step, i + step :].T
-    return G
+def _by_float32gram(A: Tensor, k: int, W: Tensor) -> Svd | None:
+    """As `decompose_by_gram`, from squares in float32; None where these are too coarse for the first k."""
+    if not _SQUARES_FIT <= largest_entry(A) <= 1 / _SQUARES_FIT:
+        return None
+    values, vectors = torch.linalg.eigh(gram(A, torch.float32))
+    S, basis = values.double().flip(0).clamp(min=0).sqrt(), vectors.flip(1)
+    b = block_size(k, len(S))
+    corrected = _corrected(A, _ritz(A, basis[:, :b], refined=False), basis[:, b:], S[b:])
+    found = _certified(A, _ritz(A, corrected), k, W, "exact")
+    if found.residual > _AS_GOOD * torch.finfo(torch.float32).eps * S[0].item():
+        return None
+    S = torch.cat([found.S, S[b:].clamp(max=found.S[-1])])
+    return replace(found, S=S, tail_error=_tail_error(S, torch.float32), basis=basis)
+
+
+def _tail_error(S: Tensor, squared_in: torch.dtype) -> float:
+    """What squaring costs the smallest singular values: the root of a few roundings of σ_1²."""
+    return math.sqrt(_SQUARING * torch.finfo(squared_in).eps) * S[0].item()
 
 
 def _tall(W: Tensor) -> Tensor:
@@ -294,19 +346,22 @@ def _short(svd: Svd, W: Tensor) -> Tensor:
     return svd.Vh.T if W.shape[0] >= W.shape[1] else svd.U
 
 
-def _ritz(A: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _ritz(A: Tensor, V: Tensor, refined: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Rayleigh–Ritz: the best triplets of A (l, r) with right vectors in the span of the orthonormal V (r, b).
+
+    Args:
+        refined: whether to turn the vectors in float64, which those that are corrected afterwards do not need.
 
     Returns:
         U (l, b), S (b,) in float64, V (r, b).
     """
     Y = A @ V  # (l, b)
-    wide = Y.double()
-    values, Q = torch.linalg.eigh(wide.T @ wide)
+    values, Q = torch.linalg.eigh(gram(Y, torch.float64))
     S, Q = values.flip(0).clamp(min=0).sqrt(), Q.flip(1)
-    tiny = torch.finfo(torch.float64).eps * S[0].clamp(min=torch.finfo(torch.float64).tiny)
-    U = (wide @ Q) / S.clamp(min=tiny)
-    return U.to(A.dtype), S, (V.double() @ Q).to(A.dtype)
+    work = torch.float64 if refined else A.dtype
+    tiny = torch.finfo(work).eps * S[0].clamp(min=torch.finfo(work).tiny)
+    U = (Y.to(work) @ Q.to(work)).div_(S.clamp(min=tiny).to(work))
+    return U.to(A.dtype), S, (V.to(work) @ Q.to(work)).to(A.dtype)
 
 
 def _residuals(A: Tensor, ritz: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -435,15 +490,13 @@ def rounding_floor(svd: Svd, shape: torch.Size) -> float:
 
 
 def whole_floor(svd: Svd, shape: torch.Size) -> float:
-    """The same for the whole spectrum: the small eigenvalues of a Gram matrix are off by the root of a few ε σ_1².
+    """The same for the whole spectrum, whose small values may come from squares alone.
 
-    >>> svd = decompose_by_gram(2 * torch.eye(4, 8), 1)
+    >>> svd = decompose_by_gram(2 * torch.eye(4, 8, dtype=torch.float64), 1)
     >>> rounding_floor(decompose(2 * torch.eye(4, 8)), torch.Size([4, 8])) < whole_floor(svd, torch.Size([4, 8])) < 1e-6
     True
     """
-    if svd.singular_value_error is None:
-        return rounding_floor(svd, shape)
-    return max(rounding_floor(svd, shape), math.sqrt(_SQUARING * torch.finfo(torch.float64).eps) * svd.S[0].item())
+    return max(rounding_floor(svd, shape), svd.tail_error)
 
 
 def angle_floor_deg(svd: Svd, k: int, shape: torch.Size) -> float:

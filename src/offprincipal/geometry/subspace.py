@@ -6,6 +6,8 @@ Knows nothing of files, models or layers.
 import torch
 from torch import Tensor
 
+from offprincipal.geometry.spectrum import gram
+
 
 def principal_angles(basis_a: Tensor, basis_b: Tensor) -> Tensor:
     """Principal angles between two subspaces, from the smallest up.
@@ -29,12 +31,14 @@ def principal_angles(basis_a: Tensor, basis_b: Tensor) -> Tensor:
     product = basis_a.T @ basis_b  # (k, k)
     residual = basis_b - basis_a @ product
     if basis_b.dtype == torch.float32:
-        sines = torch.linalg.eigvalsh(residual.double().T @ residual.double()).clamp(0, 1).sqrt()
+        sines = torch.linalg.eigvalsh(gram(residual, torch.float64)).clamp(0, 1).sqrt()
     else:
         sines = torch.linalg.svdvals(residual).clamp(max=1).flip(0)
-    cosines = torch.linalg.svdvals(product.double()).clamp(max=1)
-    sines = torch.nn.functional.pad(sines, (max(len(cosines) - len(sines), 0), 0))  # 2k > n: the angles left out are 0
-    return torch.rad2deg(torch.where(cosines**2 > 0.5, torch.asin(sines), torch.acos(cosines)))
+    angles = torch.asin(sines)
+    if sines.max() ** 2 >= 0.5:
+        cosines = torch.linalg.svdvals(product.double()).clamp(max=1)
+        angles = torch.where(cosines**2 > 0.5, angles, torch.acos(cosines))
+    return torch.rad2deg(angles)
 
 
 def rms_angle_deg(angles: Tensor) -> float:

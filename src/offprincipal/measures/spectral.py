@@ -9,7 +9,7 @@ import hashlib
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -26,8 +26,8 @@ from offprincipal.measures.once import once
 from offprincipal.measures.settings import MatrixSettings
 
 _SMALL = 1 << 16  # entries up to which every Gaussian update of the settings is drawn
-_CACHE_FORMAT = 4
-_ERRORS = ("singular_value_error", "residual", "next_value_error")
+_CACHE_FORMAT = 5
+_ERRORS = ("singular_value_error", "residual", "next_value_error", "tail_error")
 _LEAST_STEP = 1e-5  # spectral norm of an update over that of its base, below which float32 cannot tell its effect
 ANGLES = tuple((side, which) for which in ("max", "mean", "rms") for side in ("left", "right"))
 
@@ -130,6 +130,14 @@ class BaseSpectrum:
         return self.decomposition.svd.to(self.device)
 
     @once
+    def sharp(self) -> "BaseSpectrum":
+        """The same worked on in float64, for what moved so little that float32 cannot tell."""
+        if self.dtype == torch.float64:
+            return self
+        settings = replace(self.settings, float64_up_to=min(self.shape), solver="auto")
+        return BaseSpectrum(self.weight, settings, self.seed, self.cache)
+
+    @once
     def has_principal_subspace(self) -> bool:
         return principal.has_principal_subspace(self.svd, self.k, self.shape)
 
@@ -160,7 +168,8 @@ class BaseSpectrum:
         """A hash of all that decides the decomposition: the matrix as stored, and the settings."""
         settings = self.settings
         decides = (settings.rank_fraction, settings.densities, settings.solver, settings.tolerance, self.exact)
-        about = (_CACHE_FORMAT, self.weight.shape, str(self.weight.dtype), self.device.type, decides)
+        worked_on = (str(self.dtype), self.device.type)
+        about = (_CACHE_FORMAT, self.weight.shape, str(self.weight.dtype), *worked_on, decides)
         digest = hashlib.sha256(repr(about).encode())
         digest.update(self.weight.view("u1").data)
         return digest.hexdigest()[:40]
@@ -222,9 +231,8 @@ class PairSpectrum:
         gaussian_scale: float,
         before_storing: Array | None = None,
     ) -> None:
-        self.base = base
         self.k = base.k
-        self._tuned, self._before_storing = tuned, before_storing
+        self._given, self._tuned, self._before_storing = base, tuned, before_storing
         self._norm, self._base_norm, self._scale = update_norm, base_norm, gaussian_scale
 
     @property
@@ -233,9 +241,20 @@ class PairSpectrum:
         return to_tensor(self._tuned).to(self.base.device).to(self.base.dtype)
 
     @once
+    def base(self) -> BaseSpectrum:
+        """As given; in float64 where the update is too small for less."""
+        given = self._given
+        wide = given.dtype == torch.float64 and given.settings.solver == "auto"
+        if given.exact or wide or self._norm == 0 or self._is_larger_than(_LEAST_STEP * given.svd.S[0].item()):
+            return given
+        sharp: BaseSpectrum = given.sharp
+        return sharp
+
+    @property
     def update(self) -> Tensor:
-        """ΔW."""
-        return self.values - self.base.values
+        """ΔW; not kept."""
+        given = self._given
+        return to_tensor(self._tuned).to(given.device, given.dtype, copy=True).sub_(given.values)
 
     @once
     def update_spectrum(self) -> Tensor:
@@ -248,7 +267,7 @@ class PairSpectrum:
 
     def _is_larger_than(self, size: float) -> bool:
         """Whether the update's spectral norm is above a size, which its Frobenius norm tells of most."""
-        if self._norm > size * math.sqrt(min(self.base.shape)):
+        if self._norm > size * math.sqrt(min(self._given.shape)):
             return True
         return self._norm > size and self.update_norm_2 > size
 
@@ -258,11 +277,9 @@ class PairSpectrum:
         base = self.base
         if self._norm == 0:
             return base.svd
-        sure = base.exact or (base.dtype == torch.float64 and base.settings.solver == "auto")
-        if sure or self._is_larger_than(_LEAST_STEP * base.svd.S[0].item()):
-            found = base.solve(self.values)
-            if spectrum.within(found, self.k, base.settings.tolerance):
-                return found
+        found = base.solve(self.values)
+        if spectrum.within(found, self.k, base.settings.tolerance):
+            return found
         return spectrum.decompose_by_gram(self.values.double(), self.k)
 
     @property
@@ -373,7 +390,7 @@ class PairSpectrum:
         if base.exact or base.svd.basis is None or self.fell_back:
             generator = base.generator("isotropic")
             draws = (gaussian.isotropic_update(base.shape, norm, generator, base.dtype) for _ in range(self._draws))
-            return [self._drawn(update.to(base.device), energies=False) for update in draws]
+            return [self._drawn(update.to(base.device).add_(base.values), energies=False) for update in draws]
         rng = np.random.default_rng(base.seed("isotropic"))
         sigma = norm / math.sqrt(base.shape.numel())
         moves = (gaussian.moved_isotropically(base.svd.S, base.shape, self.k, sigma, rng) for _ in range(self._draws))
@@ -389,7 +406,7 @@ class PairSpectrum:
         dtype = to_tensor(self._tuned[:1, :1]).dtype
         for _ in range(self._draws):
             update = gaussian.isotropic_update(base.shape, length, generator, base.dtype).to(base.device)
-            found.append(self._drawn(gaussian.stored_update(base.values, update, dtype)))
+            found.append(self._drawn(gaussian.store_(update.add_(base.values), dtype)))
         return found
 
     def _shuffled(self) -> list[Drawn]:
@@ -405,7 +422,7 @@ class PairSpectrum:
         for _ in range(self._draws):
             order = torch.randperm(len(steps), generator=generator, dtype=torch.int32)
             update = steps[order].reshape(base.shape).to(base.device)
-            found.append(self._drawn(gaussian.stored_update(base.values, update, dtype), energies=False))
+            found.append(self._drawn(gaussian.store_(update.add_(base.values), dtype), energies=False))
         return found
 
     @property
@@ -417,16 +434,16 @@ class PairSpectrum:
     @property
     def _still(self) -> Drawn:
         """What no update at all shows."""
-        base = self.base
-        return self._drawn(torch.zeros(base.shape, dtype=base.dtype, device=base.device))
+        return self._drawn(self.base.values)
 
-    def _drawn(self, update: Tensor, energies: bool = True) -> Drawn:
-        """What one drawn update shows."""
+    def _drawn(self, W: Tensor, energies: bool = True) -> Drawn:
+        """What one drawn matrix shows beside the base; where it has moved, it is used up."""
         base = self.base
-        moved = self._solve_drawn(base.values + update) if update.any() else base.svd
+        still = torch.equal(W, base.values)
+        moved = base.svd if still else self._solve_drawn(W)
         if not base.has_principal_subspace:
             return Drawn(self._shift_to(moved), NOTHING_DRAWN.angles, NOTHING_DRAWN.energies)
-        found = self._energies_of(update) if energies else NOTHING_DRAWN.energies
+        found = self._energies_of(W.sub_(base.values)) if energies and not still else NOTHING_DRAWN.energies
         return Drawn(self._shift_to(moved), _summarized(self._angles_to(moved)), found)
 
     def _solve_drawn(self, W: Tensor) -> Svd:
@@ -474,7 +491,7 @@ class PairSpectrum:
         if not self.base.has_principal_subspace:
             return NOTHING_DRAWN.energies
         top = self.base.svd.top(self.k)
-        return subspace.principal_energies(top.U, top.Vh.T, update) or NOTHING_DRAWN.energies
+        return subspace.principal_energies(top.U, top.Vh.T, update.to(top.U)) or NOTHING_DRAWN.energies
 
 
 def chosen_device(wanted: str) -> torch.device:
