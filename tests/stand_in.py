@@ -42,6 +42,14 @@ class Elsewhere(Tensor):
         return run(operation, args, kwargs or {})
 
 
+def held_by(leaf: Any) -> Any:
+    """What is computed with; `torch.tensor([], device=…)`, which caches begin with, is made past every mode."""
+    if isinstance(leaf, Tensor) and leaf.device.type == GPU.type and not isinstance(leaf, Elsewhere):
+        assert leaf.numel() == 0, "a tensor of the stand-in that holds nothing"
+        return torch.empty(leaf.shape, dtype=leaf.dtype)
+    return leaf.held if isinstance(leaf, Elsewhere) else leaf
+
+
 MOVES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
 
 
@@ -53,9 +61,9 @@ def run(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     wanted = None if device is None else torch.device(device).type == GPU.type
     if operation not in MOVES and any(there):
         for leaf, elsewhere in zip(tensors, there, strict=True):
-            if not elsewhere and leaf.dim() > 0:
+            if not elsewhere and leaf.dim() > 0 and leaf.device.type != GPU.type:
                 raise RuntimeError(f"{operation}: tensors elsewhere and on the cpu meet, of shape {tuple(leaf.shape)}")
-    plain_args, plain = tree_map(lambda leaf: leaf.held if isinstance(leaf, Elsewhere) else leaf, (args, kwargs))
+    plain_args, plain = tree_map(held_by, (args, kwargs))
     if device is not None:
         plain["device"] = torch.device("cpu")
     plain.pop("pin_memory", None)

@@ -1,9 +1,11 @@
 """The paths of a GPU, run where there is none, on a device that stands in for one."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import test_gpu
 import torch
 from checkpoint_folders import base_and_two_runs
 from stand_in import GPU, Elsewhere, stand_in
@@ -90,3 +92,33 @@ def test_where_its_memory_runs_out_a_matrix_is_measured_on_the_cpu_and_it_is_sai
         warning for run in there.summary["runs"].values() for warning in run["warnings"] if "did not fit" in warning
     ]
     assert len(said) == len(runs) and all(warning.startswith("2 matrices") for warning in said)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `test_gpu.py` runs on a GPU is run on the stand-in.
+
+    Not gates, whose forward-mode derivatives do not go through wrapped tensors, nor adapters, to which the device that
+    the stand-in names means weights that are not loaded.
+    """
+    monkeypatch.setattr(test_gpu, "DEVICE", GPU.type)
+    with stand_in(monkeypatch):
+        yield
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("density", [0.01, 0.5])
+def test_sparse_steps_there(density: float) -> None:
+    test_gpu.test_sparse_steps_are_those_of_a_masked_adamw_bit_for_bit(density)
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("kind", ["svd", "newton-schulz", "muon"])
+def test_isospectral_steps_there(kind: str) -> None:
+    test_gpu.test_isospectral_steps_are_those_of_the_cpu(kind)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_the_monitor_there(tiny_model: Path, tmp_path: Path) -> None:
+    test_gpu.test_the_monitor_measures_what_it_measures_on_the_cpu()
+    test_gpu.test_a_watched_loop_trains_as_one_that_is_not(tiny_model, tmp_path)

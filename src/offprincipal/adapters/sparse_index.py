@@ -53,7 +53,7 @@ def blocks_of(index: Tensor, numel: int) -> Iterator[Tensor]:
         return
     stretches = _stretches(numel)
     stops, offsets = index[: _WORDS_OF_A_STOP * stretches].view(torch.int64), index[_WORDS_OF_A_STOP * stretches :]
-    ends = [0, *stops.tolist()]
+    ends = [0, *stops.cpu().tolist()]
     for first in range(0, stretches, _AT_ONCE):
         last = min(first + _AT_ONCE, stretches)
         counts = torch.tensor(ends[first + 1 : last + 1]) - torch.tensor(ends[first:last])
