@@ -179,7 +179,7 @@ def test_shards_are_written_as_an_index_says(
 ) -> None:
     base, tuned = pair
     make_delta(base, tuned, tmp_path / "run.delta")
-    monkeypatch.setattr("offprincipal.deltas._SHARD", 2000)
+    monkeypatch.setattr("offprincipal.checkpoints.writing._SHARD", 2000)
     folder = apply_delta(base, tmp_path / "run.delta", tmp_path / "out")
     placed = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(placed.values())) > 1

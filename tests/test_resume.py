@@ -233,7 +233,7 @@ def test_a_journal_that_is_no_file_is_refused_and_left_alone(what: str, tmp_path
     path, elsewhere = tmp_path / NAME, tmp_path / "elsewhere"
     elsewhere.write_text("not ours")
     {"a link": lambda: path.symlink_to(elsewhere), "a pipe": lambda: os.mkfifo(path), "a folder": path.mkdir}[what]()
-    with pytest.raises(FileError, match="cannot write"), Journal(tmp_path, "ours").opened():
+    with pytest.raises(FileError, match="cannot write"), Journal(tmp_path, "ours", TensorRows).opened():
         pass
     assert elsewhere.read_text() == "not ours"
 
@@ -241,9 +241,9 @@ def test_a_journal_that_is_no_file_is_refused_and_left_alone(what: str, tmp_path
 def test_a_damaged_journal_is_believed_up_to_the_damage(tmp_path: Path) -> None:
     """Whatever byte is another, no row that is given back is."""
     rows = {f"tensor {i}": TensorRows(matrices=[{"value": 0.1 * i}]) for i in range(4)}
-    with Journal(tmp_path, "ours").opened():
+    with Journal(tmp_path, "ours", TensorRows).opened():
         pass
-    journal = Journal(tmp_path, "ours")
+    journal = Journal(tmp_path, "ours", TensorRows)
     with journal.opened():
         for name, row in rows.items():
             journal.add(name, row)
@@ -262,7 +262,7 @@ def test_a_damaged_journal_is_believed_up_to_the_damage(tmp_path: Path) -> None:
                 case _:
                     damaged[at:at] = chance.choice((b"0", b"\n", b"{}\n", bytes(damaged[at : at + 9])))
         journal.path.write_bytes(bytes(damaged))
-        with Journal(tmp_path, "ours").opened() as found:
+        with Journal(tmp_path, "ours", TensorRows).opened() as found:
             assert all(found[name] == rows[name] for name in found)
             assert list(found) == list(rows)[: len(found)]
             kept[len(found)] += 1
@@ -272,7 +272,7 @@ def test_a_damaged_journal_is_believed_up_to_the_damage(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["replaced", "rewritten", "removed"])
 def test_no_row_lands_in_a_journal_that_another_process_has_taken(tmp_path: Path, how: str) -> None:
     """Where a file system has no locks, the key decides."""
-    journal = Journal(tmp_path, "ours")
+    journal = Journal(tmp_path, "ours", TensorRows)
     with journal.opened():
         journal.add("a", TensorRows())
         if how == "removed":

@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from checkpoint_folders import base_weights, stored, write_model
+from safetensors.torch import load_file
 from torch import Tensor
 
 from offprincipal import make_delta, trajectory
-from offprincipal.errors import ArgumentError, CheckpointError
+from offprincipal.errors import ArgumentError, CheckpointError, FileError
 from offprincipal.trajectories import measure
 from offprincipal.trajectories.trajectory import JSON, TABLE, _label, steps_of
 
@@ -192,3 +193,79 @@ def test_the_command(run: tuple[Path, Path, list[Weights]], tmp_path: Path) -> N
         refused = command(*arguments, "--out", tmp_path / "new")
         assert refused.returncode == 2 and says in refused.stderr, refused.stderr
         assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("by", ["linear", "rank1"])
+def test_a_predicted_model_is_the_run_drawn_on(by: str, tmp_path: Path) -> None:
+    """A run along a line is where its line says, in the stored type, with what lies beside the base's weights."""
+    weights = base_weights()
+    generator = torch.Generator().manual_seed(3)
+    direction = {name: 1e-2 * torch.randn(tensor.shape, generator=generator) for name, tensor in weights.items()}
+    base = write_model(tmp_path / "base", weights)
+    (base / "tokenizer_config.json").write_text("{}")
+
+    def at(step: float) -> Weights:
+        return stored({name: tensor.float() + step * direction[name] for name, tensor in weights.items()})
+
+    for step in (1, 2, 3, 4):
+        write_model(tmp_path / "run" / f"step_{step}", at(step))
+    found = trajectory(base, tmp_path / "run", predict=6, predict_by=by, out=tmp_path / "out")  # type: ignore[arg-type]
+    assert found.content["prediction"] == {"step": 6, "by": by, "model": "predicted-6"}
+    made = tmp_path / "out" / "predicted-6"
+    assert (made / "tokenizer_config.json").read_text() == "{}"
+    predicted, true = load_file(made / "model.safetensors"), at(6)
+    last = at(4)
+    for name, tensor in true.items():
+        assert predicted[name].dtype == tensor.dtype and predicted[name].shape == tensor.shape
+        missed = (predicted[name].double() - tensor.double()).norm()
+        assert missed < 0.25 * (last[name].double() - tensor.double()).norm(), name
+    (held,) = found.content["held_out"]
+    assert held["step"] == 4 and held[by]["value"] < 0.25 * held["last"]["value"]
+    trajectory(base, [made], steps=[6])  # and it is a checkpoint like any other
+
+
+def test_a_killed_trajectory_goes_on_where_it_was(
+    run: tuple[Path, Path, list[Weights]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, root, _ = run
+    whole = trajectory(base, root, out=tmp_path / "whole")
+    done: list[str] = []
+
+    def killed(at: int, of: int, name: str) -> None:
+        done.append(name)
+        if len(done) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trajectory(base, root, out=tmp_path / "out", threads=1, progress=killed)
+    assert not (tmp_path / "out" / JSON).exists()
+    again: list[str] = []
+    trajectory(base, root, out=tmp_path / "out", progress=lambda at, of, name: again.append(name))
+    assert not set(done) & set(again) and len(again) + 5 == len(whole.content["by_tensor"])
+    for name in (JSON, TABLE):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")) == [JSON, TABLE]
+
+
+def test_what_cannot_be_predicted_is_refused_before_anything_is_written(
+    run: tuple[Path, Path, list[Weights]], tmp_path: Path
+) -> None:
+    base, root, _ = run
+    out = tmp_path / "out"
+    for wrong, said in (
+        ({"predict": -1.0}, "no step"),
+        ({"predict": float("nan")}, "no step"),
+        ({"predict": 200.0, "predict_by": "magic"}, "no prediction by"),
+        ({"predict": 200.0, "out": None}, "name one"),
+    ):
+        with pytest.raises(ArgumentError, match=said):
+            trajectory(base, root, **({"out": out} | wrong))  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="two checkpoints"):
+        trajectory(base, [root / "checkpoint-5"], predict=7, out=out)
+    assert not out.exists()
+    (out / "predicted-200").mkdir(parents=True)
+    (out / "predicted-200" / "precious.txt").write_text("mine")
+    with pytest.raises(FileError, match="predicted-200"):
+        trajectory(base, root, predict=200, out=out)
+    assert (out / "predicted-200" / "precious.txt").read_text() == "mine"
+    assert json.loads((out / JSON).read_text())["prediction"] is None  # what was measured is not lost

@@ -279,6 +279,13 @@ def trajectory(
     skip_broken: Annotated[
         bool, typer.Option("--skip-broken", help="Go on without checkpoints that cannot be opened, and say which.")
     ] = False,
+    predict: Annotated[
+        float | None,
+        typer.Option(metavar="STEP", help="Write the model as it would be at a step, to predicted-STEP in --out."),
+    ] = None,
+    predict_by: Annotated[
+        str, typer.Option(help="linear: each weight along its own line; rank1: all of them along one direction.")
+    ] = "linear",
     as_json: Annotated[bool, typer.Option("--json", help="Print trajectory.json instead of tables.")] = False,
     report: Annotated[bool, typer.Option(help="Write trajectory.html too.")] = True,
 ) -> None:
@@ -292,6 +299,7 @@ def trajectory(
 
     at = None if steps is None else _numbers(steps)
     options: Any = {"steps": at, "out": out, "threads": threads, "skip_broken": skip_broken}
+    options |= {"predict": predict, "predict_by": predict_by}
     with _matrix_progress() as progress:
         found = follow(base, checkpoints, **options, progress=progress)
     if report:
@@ -304,6 +312,8 @@ def trajectory(
         _say(f"note: {warning}", style="yellow")
     for sentence in trajectory_sentences(found.content):
         _say(sentence, soft_wrap=False)
+    if prediction := found.content["prediction"]:
+        _say(f"the model at step {prediction['step']:g}: {out / prediction['model']}")
     _say(f"tables{' and figures' if report else ''}: {out}")
 
 

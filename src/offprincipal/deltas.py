@@ -1,7 +1,7 @@
 """Make a delta between two checkpoints, and apply one: tensor by tensor, without loss, guarded by hashes of both."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from offprincipal.checkpoints import Array, Checkpoint, TensorInfo, open_checkpoint
+from offprincipal.checkpoints import Checkpoint, TensorInfo, open_checkpoint
 from offprincipal.checkpoints.alignment import key_of
 from offprincipal.checkpoints.checkpoint import FLOATS, INTEGERS
 from offprincipal.checkpoints.delta import (
@@ -23,22 +23,16 @@ from offprincipal.checkpoints.delta import (
     Stored,
     as_stored,
     digest,
-    is_plain,
 )
 from offprincipal.checkpoints.delta_codec import compressed, encode
 from offprincipal.checkpoints.hostile import is_file
 from offprincipal.checkpoints.safetensors_folder import INDEX, WEIGHTS
+from offprincipal.checkpoints.writing import Progress, as_tensor, files_beside, write_model
 from offprincipal.errors import ArgumentError, CheckpointError
-from offprincipal.files import new_folder, require_folder, write_atomically, write_json
+from offprincipal.files import new_folder, require_folder, write_atomically
 
 FORMATS = ("delta", "sparse-safetensors")
-_BESIDE = (".json", ".txt", ".jinja", ".model", ".tiktoken")  # what a model's folder holds beside its weights
-_NOT_BESIDE = (".safetensors.index.json", ".bin.index.json", "adapter_config.json", "trainer_state.json")
-_MOST_BESIDE = 1 << 26
-_SHARD = 4 << 30
 _STORED = FLOATS | INTEGERS
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -106,7 +100,7 @@ def apply_delta(
     opened = open_checkpoint(base)
     file = DeltaFile(path, as_stored(opened))
     with new_folder(folder, (WEIGHTS, INDEX), overwrite, (*opened.folders, path.parent), "a model") as made:
-        _write_model(made, file, progress)
+        write_model(made, file.tensors, file.read, {name: file.text(name) for name in file.index.files}, progress)
     return folder
 
 
@@ -135,7 +129,7 @@ def _write_delta(
             places = sum(len(encoded.parts.get(part, b"")) for part in ("classes", "gaps"))
             counts["places"] += 8 * places
             counts["values"] += 8 * (encoded.size - places)
-    files = _beside(run)
+    files = files_beside(run)
     blobs |= {f"file.{name}": compressed(content) for name, content in files.items()}
     sizes = {name: len(content) for name, content in files.items()}
     index = Index(base=base.source, tuned=run.source, tensors=entries, files=sizes)
@@ -162,7 +156,7 @@ def _write_sparse(
             raise CheckpointError(f"{info.name} has more entries than 32-bit places can tell: give --format delta")
         if len(places):
             tensors[f"{info.name}.idx"] = torch.from_numpy(places.astype(np.int32))
-            tensors[f"{info.name}.val"] = _tensor(after[places], info.dtype, (len(places),))
+            tensors[f"{info.name}.val"] = as_tensor(after[places], info.dtype, (len(places),))
     about = {
         "sparse": True,
         "model_version": 0,
@@ -200,56 +194,8 @@ def _pairs(
             progress(done, total, name)
 
 
-def _beside(run: Checkpoint) -> dict[str, bytes]:
-    """The small files beside the weights: configuration, tokenizer, templates."""
-    found: dict[str, bytes] = {}
-    for path in sorted(run.folders[0].iterdir()) if run.folders else ():
-        wanted = path.name.endswith(_BESIDE) and not path.name.endswith(_NOT_BESIDE) and is_plain(path.name)
-        if wanted and is_file(path) and path.stat().st_size <= _MOST_BESIDE:
-            found[path.name] = path.read_bytes()
-    return found
-
-
-def _write_model(folder: Path, file: DeltaFile, progress: Progress | None) -> None:
-    shards: list[list[str]] = [[]]
-    sizes = {name: info.numel * _STORED[info.dtype].itemsize for name, info in file.tensors.items()}
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > _SHARD:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    placed: dict[str, str] = {}
-    total, done = sum(info.numel for info in file.tensors.values()), 0
-    for number, names in enumerate(shards, start=1):
-        called = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {}
-        for name in names:
-            info = file.tensors[name]
-            tensors[name] = _tensor(file.read(name), info.dtype, info.shape)
-            done += info.numel
-            if progress:
-                progress(done, total, name)
-        save_file(tensors, folder / called, {"format": "pt"})
-        placed |= dict.fromkeys(names, called)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": placed}
-        write_json(folder / "model.safetensors.index.json", index)
-    for name in file.index.files:
-        (folder / name).write_bytes(file.text(name))
-
-
 def _write_bytes(path: Path, blobs: dict[str, bytes], metadata: dict[str, str]) -> None:
     tensors = {
-        name: _tensor(np.frombuffer(content, np.uint8), "uint8", (len(content),)) for name, content in blobs.items()
+        name: as_tensor(np.frombuffer(content, np.uint8), "uint8", (len(content),)) for name, content in blobs.items()
     }
     write_atomically(path, lambda part: save_file(tensors, part, metadata))
-
-
-def _tensor(values: Array, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Entries as a tensor of the type that they are stored in."""
-    kind: torch.dtype = getattr(torch, dtype)
-    if not values.size:
-        return torch.empty(shape, dtype=kind)
-    return torch.from_numpy(values.view(np.uint8).copy()).view(kind).reshape(shape)

@@ -1,27 +1,23 @@
 """Compare a base with checkpoints tuned from it: plan the tensors, have them measured, pool, write the tables."""
 
-import hashlib
-import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from offprincipal.checkpoints import Part
 from offprincipal.comparison.cache import cache_folder
 from offprincipal.comparison.execution import run_in_threads, run_on_ray
-from offprincipal.comparison.journal import Journal
+from offprincipal.comparison.journal import resumable, versions
 from offprincipal.comparison.measure import Row, TensorRows
 from offprincipal.comparison.memory import SHARE, bytes_needed, free_memory
 from offprincipal.comparison.tables import TABLES, write_tables
 from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError, FileError
-from offprincipal.files import Identities, exclusively, identities, require_folder, require_unchanged, sweep
+from offprincipal.files import identities, require_unchanged
 from offprincipal.measures.pooling import anatomy, pool_pair, pool_run
 
 Progress = Callable[[int, int, str], None]
@@ -98,7 +94,7 @@ def compare(
 
         chosen_device(work.settings.matrix.device)
     opened, total = identities(work.files), sum(part.numel for part in work.parts)
-    with _journal(work, out, opened) as (journal, measured):
+    with resumable(work, out, opened, TensorRows) as (journal, measured):
         waiting = [part for part in work.parts if part.name not in measured]
         done = total - sum(part.numel for part in waiting)
         found: Iterable[tuple[Part, TensorRows]] = ()
@@ -170,31 +166,6 @@ def name_runs(tuned: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[st
     return dict(named)
 
 
-@contextmanager
-def _journal(
-    work: Work, out: str | Path | None, files: Identities
-) -> Iterator[tuple[Journal | None, dict[str, TensorRows]]]:
-    """The journal in an output folder held against other processes, and what it already knows."""
-    if out is None:
-        yield None, {}
-        return
-    folder = Path(out)
-    require_folder(folder)
-    journal = Journal(folder, _key(work, files))
-    with exclusively(folder):
-        sweep(folder)
-        with journal.opened() as measured:
-            yield journal, measured
-
-
-def _key(work: Work, opened: Identities) -> str:
-    """What is compared and how: settings, versions, configurations, and every file's path, size and time."""
-    files = [[str(path), *identity[:2]] for path, identity in opened.items()]
-    configs = [dict(checkpoint.config) for checkpoint in (work.base_checkpoint, *work.runs.values())]
-    about = [asdict(work.settings), list(work.tuned), files, configs, _versions()]
-    return hashlib.sha256(json.dumps(about, default=str, sort_keys=True).encode()).hexdigest()
-
-
 def _comparison(work: Work, measured: list[TensorRows]) -> Comparison:
     tables: dict[str, list[Row]] = {
         table: [row for rows in measured for row in getattr(rows, table)] for table in TABLES
@@ -231,7 +202,7 @@ def _summary(work: Work, measured: list[TensorRows], matrices: list[Row], pairs:
         "arguments": {
             key: list(value) if isinstance(value, tuple) else value for key, value in flat.items() if key != "matrix"
         },
-        "versions": _versions(),
+        "versions": versions(),
         "only_in_base": work.only_in_base,
         "runs": entries,
         "pairs": [
@@ -239,10 +210,6 @@ def _summary(work: Work, measured: list[TensorRows], matrices: list[Row], pairs:
             for a, b in couples
         ],
     }
-
-
-def _versions() -> dict[str, str]:
-    return {package: version(package) for package in ("offprincipal", "numpy", "torch", "safetensors")}
 
 
 def _certificates(rows: list[Row]) -> list[str]:

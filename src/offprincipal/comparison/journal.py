@@ -1,4 +1,4 @@
-"""The journal of a comparison: the rows of every tensor that is done, so that a killed comparison goes on where it was.
+"""A journal: what was measured of every tensor that is done, so that what is killed goes on where it was.
 
 One line of JSON a tensor behind its digest, numbers as they are (JSON keeps every digit of a float64), arrays in
 base64. A line that a kill cut short or that was damaged is dropped with all that follow, and their tensors are measured
@@ -11,36 +11,77 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Generic, TypeVar
 
 import numpy as np
 
-from offprincipal.comparison.measure import TensorRows
+from offprincipal.comparison.work import Work
 from offprincipal.errors import FileError
+from offprincipal.files import Identities, exclusively, require_folder, sweep
 
 NAME = "journal.jsonl"
 LOG = logging.getLogger("offprincipal")
+T = TypeVar("T")
 _DIGITS = 16  # of a line's digest, in hexadecimal
 
 
-class Journal:
-    """Rows by the name of their tensor, kept in a folder until the comparison is whole.
+@contextmanager
+def resumable(
+    work: Work,
+    out: str | Path | None,
+    files: Identities,
+    restore: Callable[..., T],
+    name: str = NAME,
+) -> Iterator[tuple["Journal[T] | None", dict[str, T]]]:
+    """The journal in an output folder held against other processes, and what it already knows; none without a folder.
 
     Args:
-        folder: where the comparison is written.
-        key: what is compared, as text.
+        files: what is read, as it was when it was opened; restore, name: as `Journal` takes them.
+    """
+    if out is None:
+        yield None, {}
+        return
+    folder = Path(out)
+    require_folder(folder)
+    journal = Journal(folder, _key(work, files), restore, name)
+    with exclusively(folder):
+        sweep(folder)
+        with journal.opened() as measured:
+            yield journal, measured
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide numbers."""
+    return {package: version(package) for package in ("offprincipal", "numpy", "torch", "safetensors")}
+
+
+class Journal(Generic[T]):
+    """What was measured by the name of its tensor, kept in a folder until all is.
+
+    Args:
+        folder: where it is; name: of the file there.
+        key: what is measured, as text.
+        restore: makes what was measured from the attributes that `add` kept of it.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
-        self.path = folder / NAME
-        self._key = key
+    def __init__(
+        self,
+        folder: Path,
+        key: str,
+        restore: Callable[..., T],
+        name: str = NAME,
+    ) -> None:
+        self.path = folder / name
+        self._key, self._restore = key, restore
         self._file: IO[bytes] | None = None
 
     @contextmanager
-    def opened(self) -> Iterator[dict[str, TensorRows]]:
+    def opened(self) -> Iterator[dict[str, T]]:
         """What is already done; while open, `add` keeps more.
 
         Raises:
@@ -62,8 +103,8 @@ class Journal:
             with self._reported():
                 file.close()
 
-    def add(self, name: str, rows: TensorRows) -> None:
-        """Keep the rows of one tensor; they outlive this process.
+    def add(self, name: str, rows: T) -> None:
+        """Keep what was measured of one tensor; it outlives this process.
 
         Raises:
             FileError: another process has taken the journal for itself.
@@ -100,22 +141,32 @@ class Journal:
                 f"cannot write {self.path}: {error.strerror or error}. Free some space or choose another --out"
             ) from error
 
-    def _read(self, file: IO[bytes]) -> tuple[dict[str, TensorRows], int]:
+    def _read(self, file: IO[bytes]) -> tuple[dict[str, T], int]:
         """Rows by tensor, and the length of the lines that are whole; nothing where the key is another."""
-        done: dict[str, TensorRows] = {}
+        done: dict[str, T] = {}
         length = 0
         file.seek(0)
         for number, line in enumerate(file):
             content = _content(line)
             if content is None or (number == 0 and content.get("key") != self._key):
                 if content is None and line.endswith(b"\n"):
-                    LOG.warning("%s was damaged after %d tensors: the others are measured again", NAME, len(done))
+                    LOG.warning(
+                        "%s was damaged after %d tensors: the others are measured again", self.path.name, len(done)
+                    )
                 break
             length += len(line)
             if number:
                 name = content.pop("tensor")
-                done[name] = TensorRows(**content)
+                done[name] = self._restore(**content)
         return done, length
+
+
+def _key(work: Work, opened: Identities) -> str:
+    """What is compared and how: settings, versions, configurations, and every file's path, size and time."""
+    files = [[str(path), *identity[:2]] for path, identity in opened.items()]
+    configs = [dict(checkpoint.config) for checkpoint in (work.base_checkpoint, *work.runs.values())]
+    about = [asdict(work.settings), list(work.tuned), files, configs, versions()]
+    return hashlib.sha256(json.dumps(about, default=str, sort_keys=True).encode()).hexdigest()
 
 
 def _own_file(path: Path) -> IO[bytes]:

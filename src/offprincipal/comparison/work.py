@@ -123,7 +123,7 @@ class Work:
         """Every floating-point part that all checkpoints have."""
         parts = [
             part
-            for info in self._common.values()
+            for info in self.common.values()
             if info.floating
             for part in parts_of(info, self.base_checkpoint.config)
         ]
@@ -253,7 +253,7 @@ class Work:
         return list(self._pairings[run].only_in_tuned)
 
     @cached_property
-    def _common(self) -> dict[str, TensorInfo]:
+    def common(self) -> dict[str, TensorInfo]:
         """The base's tensors that every run has, with the rows that all of them have."""
         paired = [pairing.tensors for pairing in self._pairings.values()]
         names = {name: None for tensors in paired for name in tensors}

@@ -21,6 +21,7 @@ FIGURES = {
     "rank2_share": "rank-2 share",
     "linearity_r2": "linearity R²",
 }
+PREDICTED = {"linear": "line of\neach weight", "rank1": "line along\none direction", "last": "last one\nkept"}
 _WALK, _RUN = "#8899a6", "#1c2733"
 
 
@@ -55,7 +56,17 @@ def trajectory_table(content: Mapping[str, Any]) -> Group:
         roles.add_column(title, justify="right")
     for role, found in content["by_role"].items():
         roles.add_row(shown(role), *(_with_null(found[name]) for name in FIGURES), found["verdict"])
-    return Group(beside, steps, roles)
+    return Group(beside, steps, roles, *([] if content["held_out"] is None else [_held_out_table(content)]))
+
+
+def _held_out_table(content: Mapping[str, Any]) -> Table:
+    title = "checkpoints predicted from those before: how far off, over their distance from the base (random walk)"
+    table = Table(Column("step", no_wrap=True, justify="right"), box=SIMPLE, title=title)
+    for method in PREDICTED.values():
+        table.add_column(method, justify="right")
+    for row in content["held_out"]:
+        table.add_row(f"{row['step']:g}", *(_with_null(row[method]) for method in PREDICTED))
+    return table
 
 
 def trajectory_sentences(content: Mapping[str, Any]) -> list[str]:
@@ -77,6 +88,23 @@ def trajectory_sentences(content: Mapping[str, Any]) -> list[str]:
         f"has {numbers.percent(share['random_walk_null'])} along one. A line through the checkpoints explains "
         f"{numbers.percent(line['value'])} of where they are; of that walk, "
         f"{numbers.percent(line['random_walk_null'])}.",
+        *_prediction_sentences(content),
+    ]
+
+
+def _prediction_sentences(content: Mapping[str, Any]) -> list[str]:
+    """How the predicted model is to be taken; nothing where none was asked for."""
+    wanted, rows = content["prediction"], content["held_out"]
+    if not wanted or not rows:
+        return []
+    ours, kept = (rows[-1][name]["value"] for name in (wanted["by"], "last"))
+    if ours is None:
+        return []
+    worse = "no nearer than" if ours >= kept else "nearer than"
+    return [
+        f"Predicted from the checkpoints before it in the same way, step {rows[-1]['step']:g} is missed by "
+        f"{numbers.percent(ours)} of its distance from the base: {worse} the last of those as it was, which misses it "
+        f"by {numbers.percent(kept)}."
     ]
 
 

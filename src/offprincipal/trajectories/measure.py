@@ -42,6 +42,18 @@ class Moved:
         return Moved(*(one + two for one, two in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
+def restored(**kept: Any) -> Moved:
+    """What was measured, from its attributes as a journal keeps them: arrays flat, and in float64.
+
+    Raises:
+        ValueError: they are something else's.
+    """
+    count = len(kept["changed"])
+    grams = {name: np.array(kept[name]).reshape(count, count) for name in ("gram", "stored_gram")}
+    counts = {name: np.array(kept[name]).astype(np.int64) for name in ("changed", "since_last", "reverted")}
+    return Moved(**(kept | grams | counts))
+
+
 def measure(name: str, base: Read, checkpoints: Sequence[Read], start: int, stop: int) -> Moved:
     """Stream a tensor's entries `start` to `stop` of a base and of every checkpoint.
 

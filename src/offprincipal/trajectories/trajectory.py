@@ -19,23 +19,19 @@ import pyarrow.parquet as pq
 from offprincipal.checkpoints import Checkpoint, Part, hub, open_checkpoint
 from offprincipal.checkpoints.delta import SUFFIX
 from offprincipal.comparison.execution import in_threads, one_core_each
+from offprincipal.comparison.journal import resumable
 from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
-from offprincipal.files import (
-    exclusively,
-    identities,
-    require_folder,
-    require_unchanged,
-    sweep,
-    write_atomically,
-    write_json,
-)
+from offprincipal.files import identities, require_folder, require_unchanged, write_atomically, write_json
 from offprincipal.geometry import walks
-from offprincipal.trajectories.measure import Moved, Read, measure
+from offprincipal.geometry.extrapolation import METHODS, Method
+from offprincipal.trajectories.measure import Moved, Read, measure, restored
+from offprincipal.trajectories.prediction import predictions_of, require_predictable, write_prediction
 
 Progress = Callable[[int, int, str], None]
 Row = dict[str, Any]
 JSON, TABLE = "trajectory.json", "trajectory.parquet"
+JOURNAL = "trajectory.journal.jsonl"
 _STEP = re.compile(r"(?:^|[-_=.@])(?:checkpoint|global_step|step|iter|epoch)?s?[-_=]?([0-9]{1,12})$")
 _ENDING = re.compile(r"\.(?:delta|safetensors|gguf|bin|pt|pth|ckpt)$")
 _FIGURES = ("straightness", "rank1_share", "rank2_share", "linearity_r2")
@@ -74,6 +70,8 @@ def trajectory(
     out: str | Path | None = None,
     threads: int | None = None,
     skip_broken: bool = False,
+    predict: float | None = None,
+    predict_by: Method = "linear",
     progress: Progress | None = None,
 ) -> Trajectory:
     """How weights moved over the checkpoints of a run, every figure beside the random walk of its steps.
@@ -83,14 +81,17 @@ def trajectory(
         checkpoints: in any order, whatever `compare` opens; the run's root, whose `checkpoint-*` and the like are
             taken; or branches on the Hub by a pattern, `org/name@step_*`.
         steps: of the checkpoints, in their order; by default told from their names, or 1, 2, … where these do not tell.
-        out: folder for `trajectory.json` and `trajectory.parquet`; nothing is written without it.
+        out: folder for `trajectory.json` and `trajectory.parquet`; nothing is written without it. What was killed goes
+            on from the journal there.
         threads: tensors measured at once; all cores by default. The numbers do not depend on it.
         skip_broken: go on without checkpoints that cannot be opened, and say so.
+        predict: a step; the model that the run would be there is written to `predicted-STEP` in `out`.
+        predict_by: `linear`, each weight along its own line; `rank1`, all of them along one direction.
         progress: called with entries done, entries in all, and the tensor's name.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or is no pair with the base.
-        ArgumentError: there is none, or steps are repeated or not as many as checkpoints.
+        ArgumentError: there is none, steps are repeated or not as many as checkpoints, or nothing can be predicted.
         FileError: the files cannot be written, or checkpoints changed meanwhile.
 
     >>> from offprincipal.assets import embedded_base
@@ -109,25 +110,44 @@ def trajectory(
         raise ArgumentError("no checkpoint is left: name at least one that can be opened")
     times = [float(label) for label in labels]
     work = Work(str(base), labels, CompareSettings(metrics=("changes",)))
+    if predict is not None:
+        _require_prediction(work, times, predict, predict_by, out)
     parts = [part for part in work.parts if part.numel]
-    opened, total, done = identities(work.files), sum(part.numel for part in parts), 0
-    found: dict[str, Moved] = {}
-    same = {part.name: 0 for part in parts}  # blocks are small, however large a tensor is
-    with one_core_each(work):
-        for part, moved in in_threads(partial(_measured, work), parts, threads or os.cpu_count() or 1, same, 0):
-            found[part.name] = moved
-            done += part.numel
-            if progress:
-                progress(done, total, part.name)
-    require_unchanged(opened)
-    notes = dict.fromkeys(note for said in work.notes.values() for note in said)
-    result = _result(work, parts, found, times, [*warnings, *notes])
-    if out is not None:
-        require_folder(Path(out))
-        with exclusively(Path(out)):
-            sweep(Path(out))
+    opened, total = identities(work.files), sum(part.numel for part in parts)
+    with resumable(work, out, opened, restored, JOURNAL) as (journal, found):
+        waiting = [part for part in parts if part.name not in found]
+        done = total - sum(part.numel for part in waiting)
+        same = {part.name: 0 for part in waiting}  # blocks are small, however large a tensor is
+        with one_core_each(work):
+            for part, moved in in_threads(partial(_measured, work), waiting, threads or os.cpu_count() or 1, same, 0):
+                found[part.name] = moved
+                if journal:
+                    journal.add(part.name, moved)
+                done += part.numel
+                if progress:
+                    progress(done, total, part.name)
+        require_unchanged(opened)
+        notes = dict.fromkeys(note for said in work.notes.values() for note in said)
+        result = _result(work, parts, found, times, [*warnings, *notes])
+        if out is not None:
             result.write(out)
+            if predict is not None:
+                model = f"predicted-{_label(predict)}"
+                gram = np.asarray(result.content["pooled"]["gram"])
+                write_prediction(work, gram, times, predict, predict_by, Path(out) / model, progress)
+                result.content["prediction"] = {"step": predict, "by": predict_by, "model": model}
+                result.write(out)
+    if journal:
+        journal.discard()
     return result
+
+
+def _require_prediction(work: Work, steps: Sequence[float], at: float, by: str, out: str | Path | None) -> None:
+    if by not in METHODS:
+        raise ArgumentError(f"no prediction by '{by}': choose of {', '.join(METHODS)}")
+    if out is None:
+        raise ArgumentError("a predicted model is written into the folder `out`: name one")
+    require_predictable(work, steps, at)
 
 
 def expanded(checkpoints: str | Path | Sequence[str | Path]) -> list[str]:
@@ -248,6 +268,8 @@ def _result(
         "by_role": {r: figures(pooled(p for p in parts if p.place.role == r), steps) for r in roles},
         "by_layer": {str(n): figures(pooled(p for p in parts if p.place.layer == n), steps) for n in layers},
         "by_tensor": {name: _brief(told) for name, told in own.items()},
+        "held_out": predictions_of(pooled(parts).gram, steps),
+        "prediction": None,
     }
     return Trajectory(content, [row for part in parts for row in _rows(part, found[part.name], own[part.name], steps)])
 
