@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from offprincipal.training.monitor.matrices import WatchedMatrix, watched_matric
 from offprincipal.training.monitor.processes import in_main, is_main
 from offprincipal.training.monitor.table import MonitorTable, Row, pooled
 from offprincipal.training.monitor.verdicts import parse_watch
+from offprincipal.training.monitor.walk import BUCKETS, Walk, sketch_of
 
 if TYPE_CHECKING:
     from offprincipal.training.monitor.callback import MonitorCallback
@@ -235,6 +237,7 @@ class Monitor:
 
     def _open_table(self, after_step: int) -> None:
         self._table = MonitorTable(self.out, after_step)
+        self._walk = Walk(self.out, after_step)
 
     def _decompose(self) -> None:
         for matrix in self._matrices:
@@ -262,15 +265,18 @@ class Monitor:
         """Measure, record and judge; the row that every process sees, and what the policy says now."""
         after = None if self._sequences is None else log_probabilities(model, self._sequences)
         rows: list[dict[str, Any]] = []
+        sketch = np.zeros(BUCKETS)
         for matrix in self._matrices:
             weight = matrix.now()
             if is_main():
                 rows.append({"step": step} | matrix.part.keys | self._bases[matrix.name].figures(weight))
-        row = in_main(lambda: self._record(step, rows, self._divergences(after), began))
+                moved = weight.float() - self._base.weights[matrix.name].float()
+                sketch += sketch_of(matrix.name, moved.cpu().numpy())
+        row = in_main(lambda: self._record(step, rows, self._divergences(after) | self._way(step, rows, sketch), began))
         self.stopped = row["stopped"]
         return row, after
 
-    def _divergences(self, after: Tensor | None) -> Row:
+    def _divergences(self, after: Tensor | None) -> dict[str, Any]:
         if after is None or self._base.log_p is None:
             return {}
         return {
@@ -278,6 +284,10 @@ class Monitor:
             "kl_cumulative": mean_divergence(after, self._base.log_p.to(after.device)),
             "kl_tokens": len(after),
         }
+
+    def _way(self, step: int, rows: list[dict[str, Any]], sketch: Any) -> dict[str, Any]:
+        """Whether the run goes straight ahead, or as a random walk would; nothing of weights that are not finite."""
+        return dict(self._walk.add(step, sketch)) if all("update_norm" in row for row in rows) else {}
 
     def _record(self, step: int, rows: list[dict[str, Any]], divergences: Row, began: float) -> dict[str, Any]:
         """Pool, judge and write the rows of one step."""

@@ -16,6 +16,7 @@ from offprincipal.errors import FileError
 from offprincipal.files import write_atomically
 from offprincipal.measures.pooling import pool_run
 from offprincipal.training.monitor.figures import COLUMNS
+from offprincipal.training.monitor.walk import COLUMNS as WALK
 
 NAME = "monitor.parquet"
 Row = Mapping[str, Any]
@@ -23,6 +24,7 @@ Row = Mapping[str, Any]
 _OF_THE_RUN = {
     "kl_step": ("KL of the policy after this step from that before it, mean over tokens", "nats"),
     "kl_cumulative": ("KL of the policy from the base, mean over tokens", "nats"),
+    **WALK,
     "monitor_seconds": ("time spent observing so far, in this sitting", "seconds"),
     "monitor_share": ("the same over the training's own time", "1"),
     "setup_seconds": ("time spent decomposing bases before the first step, in this sitting; in no share", "seconds"),
