@@ -15,6 +15,7 @@ import numpy
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 COPY_BLOCK = 1 << 24
@@ -147,9 +148,26 @@ def largest(scores: Tensor, density: float) -> Tensor:
     return scores >= scores.flatten().kthvalue(scores.numel() - count + 1).values
 
 
+def stack_differences(base: Path, run: Path) -> Tensor:
+    """What scripts about trajectories do: every difference at once, one row a checkpoint; their inner products."""
+    folders = sorted(run.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+    before = loaded(base)
+    rows = []
+    for folder in folders:
+        after = loaded(folder)
+        rows.append(torch.cat([(after[name].float() - weight.float()).flatten() for name, weight in before.items()]))
+    stacked = torch.stack(rows)
+    return stacked @ stacked.T
+
+
+def loaded(folder: Path) -> dict[str, Tensor]:
+    """A model's tensors, in memory."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["load-and-compare", "full-svd"])
+    parser.add_argument("what", choices=["load-and-compare", "full-svd", "stack"])
     parser.add_argument("base", type=Path)
     parser.add_argument("tuned", type=Path)
     parser.add_argument("--dtype", default="float32", help="float32, or auto: as it is stored")
@@ -157,6 +175,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "full-svd":
         masks_and_angles(arguments.base, arguments.tuned)
+        return
+    if arguments.what == "stack":
+        print(stack_differences(arguments.base, arguments.tuned))
         return
     changed, total = load_and_compare(arguments.base, arguments.tuned, arguments.dtype, arguments.count)
     print(f"{changed} of {total} entries changed")

@@ -6,7 +6,7 @@
 Machines differ and are noisy, so a result is a ratio; absolute figures stand beside it as context for one machine on
 one day. Writes benchmarks/RESULTS.md after each group of rows: all of it anew, or with `--only` those groups in place
 of what they were, each with the day and the machine. (a) to (g) measure `compare`, (h) to (j) training, (k) the
-rules of claims, (l) the sizes of deltas, (m) `compare` against other tools.
+rules of claims, (l) the sizes of deltas, (m) `compare` against other tools, (n) trajectories.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from peers import against_peers
 from scaling import ALL_METRICS, Point, measure_scaling, memory_table, time_table
 from sparse import sparse_steps
 from spectra import against_weightwatcher
+from trajectories import against_stacking
 
 HERE = Path(__file__).parent
 WORK = Path(tempfile.gettempdir()) / "offprincipal-bench"
@@ -42,7 +43,7 @@ HEADING = """# Benchmark
 
 `make bench` makes this file; under each group stands when and where it was measured.
 
-(a) to (g) and (m): a ratio is the alternative's cost over ours, so above 1 ours needs less: the **median** of the
+(a) to (g), (m) and (n): a ratio is the alternative's cost over ours, so above 1 ours needs less: the **median** of the
 rounds, with the least and the most in brackets. Both sides run in turn on the same files. The models are synthetic,
 with the shapes of Qwen2 and a power-law spectrum (`scripts/make_synthetic.py`). (h) to (j): a ratio is ours over the
 other's, so below 1 ours needs less. (k) is no measurement of cost, and (l) is of sizes.
@@ -54,6 +55,7 @@ class Plan:
     """On which pairs, and with how many rounds, the groups are measured.
 
     Args:
+        trajectories: model, checkpoints side by side, and alone.
         sparse: side of the matrix, rounds. adapters: model, (batch, length, rounds) of each size, methods.
         isospectral: rounds, steps, batch. calibration: studies of each kind.
     """
@@ -70,6 +72,7 @@ class Plan:
     calibration: int
     deltas: tuple[str, int]
     peers: tuple[str, ...]
+    trajectories: tuple[str, int, int]
 
 
 FULL = Plan(
@@ -90,6 +93,7 @@ FULL = Plan(
     calibration=100,
     deltas=("0.5b", 4),
     peers=("0.5b-24:896,4864,24,14,2,512", "1.5b-2:1536,8960,2,12,2,512", "7b-1:4096,11008,1,32,8,512"),
+    trajectories=("0.5b-4:896,4864,4,14,2,512", 20, 200),
 )
 QUICK = Plan(
     scan=(TINY, None),
@@ -104,6 +108,7 @@ QUICK = Plan(
     calibration=1,
     deltas=(TINY, 1),
     peers=(TINY,),
+    trajectories=(TINY, 3, 6),
 )
 
 
@@ -161,6 +166,7 @@ def groups_of(plan: Plan, work: Path, rounds: int) -> dict[str, Callable[[], Tab
         "j": lambda: isospectral_steps(*plan.isospectral),
         "l": lambda: delta_sizes(folder.pair(*plan.deltas), work),
         "m": lambda: against_peers(folder, plan.peers, min(rounds, 3), work),
+        "n": lambda: against_stacking(folder.pair(plan.trajectories[0]), *plan.trajectories[1:], min(rounds, 3), work),
         "k": lambda: calibration(plan.calibration, kept=work / f"calibration-{plan.calibration}.jsonl"),
     }
 

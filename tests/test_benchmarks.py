@@ -45,7 +45,7 @@ def test_every_group_of_the_quick_benchmark_has_its_table(tmp_path: Path) -> Non
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = results.read_text()
-    assert [line[4] for line in text.splitlines() if line.startswith("## (")] == list("abcefhijk")
+    assert [line[4] for line in text.splitlines() if line.startswith("## (")] == list("abcefhijkn")
     assert "Not measured" not in text
 
 

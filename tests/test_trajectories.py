@@ -16,6 +16,7 @@ from torch import Tensor
 
 from offprincipal import make_delta, trajectory
 from offprincipal.errors import ArgumentError, CheckpointError, FileError
+from offprincipal.reports.trajectory import _figure as page_of
 from offprincipal.trajectories import measure
 from offprincipal.trajectories.trajectory import JSON, TABLE, _label, steps_of
 
@@ -269,3 +270,21 @@ def test_what_cannot_be_predicted_is_refused_before_anything_is_written(
         trajectory(base, root, predict=200, out=out)
     assert (out / "predicted-200" / "precious.txt").read_text() == "mine"
     assert json.loads((out / JSON).read_text())["prediction"] is None  # what was measured is not lost
+
+
+def test_the_page_shows_the_whole_model_and_in_its_place_a_role_or_a_layer(
+    run: tuple[Path, Path, list[Weights]],
+) -> None:
+    content = trajectory(*run[:2]).content
+    figure = page_of(content)
+    (menu,) = figure.layout.updatemenus
+    labels = [button.label for button in menu.buttons]
+    assert labels == ["the whole model", *content["by_role"], *(f"layer {layer}" for layer in content["by_layer"])]
+    shown = [trace.visible is not False for trace in figure.data]
+    assert list(menu.buttons[0].args[1]) == shown
+    roles = list(content["by_role"])
+    for button in menu.buttons[1 : 1 + len(roles)]:
+        traces = [trace for trace, seen in zip(figure.data, button.args[1], strict=True) if seen]
+        assert len(traces) == sum(shown)
+        (way,) = (trace for trace in traces if trace.name == "run")
+        np.testing.assert_allclose(way.y, content["by_role"][button.label]["norms"])

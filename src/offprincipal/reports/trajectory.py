@@ -1,7 +1,7 @@
 """A trajectory on the terminal, in words, and as a page of figures. Reads and formats; computes nothing of its own."""
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ FIGURES = {
 }
 PREDICTED = {"linear": "line of\neach weight", "rank1": "line along\none direction", "last": "last one\nkept"}
 _WALK, _RUN = "#8899a6", "#1c2733"
+_METHODS = ("#0b6e99", "#c2570c", "#1c2733")
 
 
 def trajectory_table(content: Mapping[str, Any]) -> Group:
@@ -109,7 +110,7 @@ def _prediction_sentences(content: Mapping[str, Any]) -> list[str]:
 
 
 def write_figure(out: Path, content: Mapping[str, Any]) -> Path:
-    """Write one HTML file: distance from the base, cosines of the steps, shares of the directions, and the path.
+    """Write one HTML file: distance from the base, cosines of the steps, shares, the path, and predictions.
 
     Raises:
         FileError: it cannot be written.
@@ -118,61 +119,97 @@ def write_figure(out: Path, content: Mapping[str, Any]) -> Path:
 
 
 def _figure(content: Mapping[str, Any]) -> graph_objects.Figure:
-    whole, steps = content["pooled"], content["steps"]
+    """Every panel, of the whole model at first; a menu shows a role's or a layer's in its place."""
     titles = (
         "distance from the base",
         "cosine of every two steps",
-        "rank-1 share by role",
         "first two principal components",
+        "rank-1 share by role",
+        "checkpoints predicted from those before",
     )
-    figure = make_subplots(rows=2, cols=2, subplot_titles=titles, horizontal_spacing=0.12, vertical_spacing=0.14)
+    figure = make_subplots(
+        rows=3,
+        cols=2,
+        specs=[[{}, {}], [{}, {}], [{"colspan": 2}, None]],
+        subplot_titles=titles,
+        horizontal_spacing=0.12,
+        vertical_spacing=0.1,
+    )
+    chosen = {"the whole model": content["pooled"]}
+    chosen |= {plain(role): found for role, found in content["by_role"].items()}
+    chosen |= {f"layer {layer}": found for layer, found in content["by_layer"].items()}
+    of: list[str | None] = []  # of each trace, by whose choice it is shown; None: always
+    for name, found in chosen.items():
+        before = len(figure.data)
+        _add_way(figure, found, content["steps"], shown=name == "the whole model")
+        of += [name] * (len(figure.data) - before)
+    _add_roles(figure, content["by_role"])
+    _add_held_out(figure, content["held_out"] or ())
+    of += [None] * (len(figure.data) - len(of))
+    buttons = [
+        {"label": name, "method": "restyle", "args": ["visible", [owner in (None, name) for owner in of]]}
+        for name in chosen
+    ]
+    count, base = len(content["steps"]), html.escape(plain(Path(content["base"]).name))
+    figure.update_layout(
+        template="plotly_white",
+        title=f"{count} checkpoints from {base}: {content['pooled']['verdict']}",
+        height=1150,
+        barmode="group",
+        legend={"orientation": "h", "y": -0.06},
+        updatemenus=[{"buttons": buttons, "x": 0.5, "xanchor": "center", "y": 1.04, "yanchor": "bottom"}],
+    )
+    return figure
+
+
+def _add_way(figure: graph_objects.Figure, found: Mapping[str, Any], steps: Sequence[float], shown: bool) -> None:
+    """The panels of one choice: distances, cosines and the path along the first two components."""
     reached, squares = [], 0.0
-    for increment in whole["increments"]:
+    for increment in found["increments"]:
         squares += increment**2
         reached.append(squares**0.5)
-    straight = [sum(whole["increments"][: t + 1]) for t in range(len(steps))]
+    straight = [sum(found["increments"][: t + 1]) for t in range(len(steps))]
     for name, values, line in (
-        ("run", whole["norms"], {"color": _RUN, "width": 3}),
+        ("run", found["norms"], {"color": _RUN, "width": 3}),
         ("random walk of its steps", reached, {"color": _WALK, "dash": "dash"}),
         ("straight line of its steps", straight, {"color": _WALK, "dash": "dot"}),
     ):
-        figure.add_scatter(x=steps, y=values, name=name, line=line, mode="lines+markers", row=1, col=1)
+        style: dict[str, Any] = {"mode": "lines+markers", "visible": shown, "legendgroup": name}
+        figure.add_scatter(x=steps, y=values, name=name, line=line, row=1, col=1, **style)
     labels = [f"{step:g}" for step in steps]
-    scale: dict[str, Any] = {"zmin": -1, "zmax": 1, "colorscale": "RdBu", "reversescale": True}
-    bar = {"len": 0.4, "y": 0.8, "title": "cosine"}
-    figure.add_heatmap(z=whole["increment_cosine"], x=labels, y=labels, colorbar=bar, row=1, col=2, **scale)
-    roles = list(content["by_role"])
-    for key, name, colour in (("value", "rank-1 share", _RUN), ("random_walk_null", "that of its random walk", _WALK)):
-        values = [content["by_role"][role]["rank1_share"][key] for role in roles]
-        figure.add_bar(x=[plain(role) for role in roles], y=values, name=name, marker_color=colour, row=2, col=1)
+    scale: dict[str, Any] = {"zmin": -1, "zmax": 1, "colorscale": "RdBu", "reversescale": True, "visible": shown}
+    bar = {"len": 0.26, "y": 0.87, "title": "cosine"}
+    figure.add_heatmap(z=found["increment_cosine"], x=labels, y=labels, colorbar=bar, row=1, col=2, **scale)
     for key, name, colour in (("components", "run", _RUN), ("components_random_walk_null", "random walk", _WALK)):
-        x, y = zip(*([[0.0, 0.0], *whole[key]]), strict=True)
+        x, y = zip(*([[0.0, 0.0], *found[key]]), strict=True)
         line = {"color": colour, "dash": "solid" if key == "components" else "dash"}
-        figure.add_scatter(
-            x=x,
-            y=y,
-            name=f"path of the {name}",
-            line=line,
-            text=["base", *labels],
-            mode="lines+markers",
-            row=2,
-            col=2,
-        )
+        style = {"mode": "lines+markers", "visible": shown, "text": ["base", *labels]}
+        figure.add_scatter(x=x, y=y, name=f"path of the {name}", line=line, row=2, col=1, **style)
     figure.update_xaxes(title="step", row=1, col=1)
     figure.update_yaxes(title="‖W − base‖", rangemode="tozero", row=1, col=1)
     figure.update_xaxes(type="category", title="step", row=1, col=2)
     figure.update_yaxes(type="category", title="step", row=1, col=2)
-    figure.update_yaxes(range=[0, 1.02], tickformat=".0%", row=2, col=1)
-    figure.update_xaxes(title="first", row=2, col=2)
-    figure.update_yaxes(title="second", scaleanchor="x4", row=2, col=2)
-    figure.update_layout(
-        template="plotly_white",
-        title=f"{len(steps)} checkpoints from {html.escape(plain(Path(content['base']).name))}: {whole['verdict']}",
-        height=900,
-        barmode="group",
-        legend={"orientation": "h", "y": -0.1},
-    )
-    return figure
+    figure.update_xaxes(title="first", row=2, col=1)
+    figure.update_yaxes(title="second", row=2, col=1)
+
+
+def _add_roles(figure: graph_objects.Figure, by_role: Mapping[str, Any]) -> None:
+    for key, name, colour in (("value", "rank-1 share", _RUN), ("random_walk_null", "that of its random walk", _WALK)):
+        values = [found["rank1_share"][key] for found in by_role.values()]
+        figure.add_bar(x=[plain(role) for role in by_role], y=values, name=name, marker_color=colour, row=2, col=2)
+    figure.update_yaxes(range=[0, 1.02], tickformat=".0%", row=2, col=2)
+
+
+def _add_held_out(figure: graph_objects.Figure, rows: Sequence[Mapping[str, Any]]) -> None:
+    steps = [row["step"] for row in rows]
+    for (method, words), colour in zip(PREDICTED.items(), _METHODS, strict=True):
+        for key, dash, ending in (("value", "solid", ""), ("random_walk_null", "dash", ", of a random walk")):
+            values = [row[method][key] for row in rows]
+            line = {"color": colour, "dash": dash}
+            name = words.replace("\n", " ") + ending
+            figure.add_scatter(x=steps, y=values, name=name, line=line, mode="lines+markers", row=3, col=1)
+    figure.update_xaxes(title="step", row=3, col=1)
+    figure.update_yaxes(title="missed by, of its distance", rangemode="tozero", tickformat=".0%", row=3, col=1)
 
 
 def _with_null(row: Mapping[str, Any]) -> str:
