@@ -17,7 +17,7 @@ from offprincipal.comparison import CompareSettings, compare, read_summary
 from offprincipal.errors import FileError
 from offprincipal.reports.figures import choose_matrices, heatmaps
 from offprincipal.reports.report import write_report, write_report_of
-from offprincipal.reports.words import answers, run_paragraph, verdict_paragraph
+from offprincipal.reports.words import answers, decisions, run_paragraph, verdict_paragraph
 
 HOSTILE_RUN = "<script>alert(1)</script>"
 HOSTILE_TENSOR = '"><img src=x onerror=alert(2)>'
@@ -120,6 +120,60 @@ def test_a_significant_effect_is_named_by_its_size() -> None:
     assert "a large effect beyond that (+10.00" in run_paragraph("grpo", overlap_metrics(0.53, 0.43, 40.0))
 
 
+def rungs_of(rungs: tuple[float, ...], z: float | None, **more: float) -> dict[str, Any]:
+    """A principal mask whose share of the changed entries each rung of the ladder moves."""
+    names = ("_random", "_rounding_null", "_spacing_null", "_margin_null", "")
+    shares = {f"principal_overlap{name}": share for name, share in zip(names, rungs, strict=True)}
+    return metrics_of(unchanged_fraction=0.6, relative_update_norm=0.002, principal_z=z, **shares, **more)
+
+
+@pytest.mark.parametrize(
+    ("rungs", "z", "said"),
+    [
+        ((0.5, 0.5, 0.5, 0.5, 0.501), 0.2, "where chance would put them (nothing beyond that)"),
+        ((0.5, 0.4, 0.4, 0.4, 0.4), 0.2, "where precision would put them (nothing beyond that)"),
+        ((0.5, 0.4, 0.4, 0.43, 0.433), 9.0, "where precision and neurons would put them (a tiny rest beyond that)"),
+        (
+            (0.5, 0.4, 0.42, 0.45, 0.5),
+            9.0,
+            "where precision, magnitude and neurons would put them (beyond that +5.00",
+        ),
+        ((0.5, 0.4, 0.4, 0.4, 0.4), None, "where precision would put them."),
+    ],
+)
+def test_one_sentence_a_run_names_what_explains_it(rungs: tuple[float, ...], z: float | None, said: str) -> None:
+    (sentence,) = decisions({"runs": {"run": {"metrics": rungs_of(rungs, z)}}, "pairs": []})
+    assert sentence.startswith("run: 40.0") and said in sentence
+
+
+@pytest.mark.parametrize(
+    ("shift", "angle", "said"),
+    [
+        (1.1, 0.9, "about what step length"),
+        (0.5, 0.6, "less than"),
+        (2.0, 3.0, "more than"),
+        (0.5, 2.0, "0.50 to 2.00"),
+    ],
+)
+def test_it_says_whether_step_length_explains_how_far(shift: float, angle: float, said: str) -> None:
+    lengths = {"spectral_shift": shift, "spectral_shift_stored_null": 1.0}
+    lengths |= {"principal_angle_left_max_deg": angle, "principal_angle_left_max_deg_stored_null": 1.0}
+    metrics = rungs_of((0.5, 0.4, 0.4, 0.4, 0.4), 0.0, **lengths)
+    (sentence,) = decisions({"runs": {"run": {"metrics": metrics}}, "pairs": []})
+    assert said in sentence
+
+
+def test_of_many_pairs_the_few_that_agree_beyond_the_ladder_are_told_of() -> None:
+    def pair(b: str, found: float, z: float) -> dict[str, Any]:
+        nulls = {"jaccard_random": 0.2, "jaccard_rounding_null": 0.3, "jaccard_margin_null": 0.3}
+        return {"run_a": "a", "run_b": b, "jaccard": found, "jaccard_z": z} | nulls
+
+    pairs = [pair(f"b{i}", 0.31, 1.0) for i in range(5)] + [pair("close", 0.9, 80.0), pair("near", 0.5, 20.0)]
+    said = decisions({"runs": {}, "pairs": pairs})
+    assert said[0].startswith("a and close") and said[1].startswith("a and near") and len(said) == 4
+    assert said[-1] == "4 more pairs of runs: --explain tells of each."
+
+
 def test_where_rounding_decides_everything_nothing_is_claimed_beyond_it() -> None:
     assert "these leave nothing to chance here" in run_paragraph("grpo", overlap_metrics(1.0, 1.0, None))
 
@@ -141,7 +195,11 @@ def test_control_characters_in_names_do_not_reach_the_terminal() -> None:
 
 
 def test_words_of_a_real_comparison_name_every_run_and_pair_and_no_missing_value(hostile: Path) -> None:
-    paragraphs = verdict_paragraph(read_summary(hostile))
+    for sentences in (verdict_paragraph, decisions):
+        _require_words(sentences(read_summary(hostile)))
+
+
+def _require_words(paragraphs: list[str]) -> None:
     assert [text.split(":")[0] for text in paragraphs[:2]] == [HOSTILE_RUN, "sft"]
     assert len(paragraphs) == 3 and "Jaccard" in paragraphs[2]
     assert not re.search(r"\b(None|nan|NaN|inf)\b", " ".join(paragraphs))

@@ -184,6 +184,9 @@ def compare(
     contract: Annotated[
         Path | None, typer.Option(help="A YAML file of such expectations, `model.visual.*: unchanged` a line.")
     ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say of every figure what its nulls say, as the report does.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json instead of tables.")] = False,
     report: Annotated[bool, typer.Option(help="Write report.html too.")] = True,
 ) -> None:
@@ -197,7 +200,7 @@ def compare(
     from offprincipal.comparison.memory import parse_size
     from offprincipal.measures.columns import GROUPS
     from offprincipal.reports.terminal import as_shown_json, comparison_table
-    from offprincipal.reports.words import contract_lines, verdict_paragraph, warnings_of
+    from offprincipal.reports.words import contract_lines, decisions, verdict_paragraph, warnings_of
 
     groups: Any = GROUPS if metrics is None else tuple(part.strip() for part in metrics.split(","))
     chosen: Any = {"solver": solver, "tolerance": tolerance, "device": device}
@@ -224,7 +227,7 @@ def compare(
                 _say(kept)
             for warning in warnings_of(found.summary):
                 _say(f"note: {warning}", style="yellow")
-            for sentence in verdict_paragraph(found.summary):
+            for sentence in (verdict_paragraph if explain else decisions)(found.summary):
                 _say(sentence, soft_wrap=False)
             _say(f"tables{' and report' if report else ''}: {out}")
     finally:  # a pipeline asks for this, whatever became of the printing

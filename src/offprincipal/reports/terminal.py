@@ -64,18 +64,18 @@ def anatomy_table(summary: Mapping[str, Any]) -> list[Any]:
     Args:
         summary: `summary.json`.
     """
-    table = Table(box=SIMPLE)
-    for title in ("run", "mask"):
-        table.add_column(title)
-    for title in ("chance", "+ precision", "+ magnitude", "+ neurons", "measured", "z"):
-        table.add_column(title, justify="right")
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("run")
+    for title in ("mask", "chance", "precision", "magnitude", "neurons", "measured", "z"):
+        table.add_column(title, justify="left" if title == "mask" else "right", no_wrap=True)
     for name, run in summary["runs"].items():
         for mask in ("principal", "low_magnitude"):
             if rungs := run.get("anatomy", {}).get(mask):
                 z = run["metrics"].get(f"{mask}_z", {}).get("value")
                 cells = (_format(rungs[rung], 100) for rung in ("random", "rounding", "spacing", "margins", "measured"))
                 table.add_row(shown(name), mask.replace("_", "-"), *cells, _format(z))
-    return ["of the changed entries, % in the mask: what each null explains", table] if table.row_count else []
+    said = "of the changed entries, % in the mask; each null from left to right knows one thing more"
+    return [said, table] if table.row_count else []
 
 
 def proof_lines(proof: Mapping[str, float], dtype: str, *, undone: bool) -> list[str]:

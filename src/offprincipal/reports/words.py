@@ -6,7 +6,8 @@ Reads the pooled values of `summary.json` and computes no metric. The rules are 
   exceeds `Z_BEYOND`, and never without the size of the effect, because millions of entries make the smallest
   difference significant;
 - *about what step length gives* means within a factor of `ABOUT` of a random update of equal length,
-  stored alike (the stored null).
+  stored alike (the stored null);
+- a run's one sentence names precision, magnitude or neurons where that rung moves a share by `TINY` or more.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,13 @@ from offprincipal.reports.numbers import degrees, number, percent, points, signe
 Z_BEYOND = 3.0
 TINY, SMALL = 0.01, 0.05
 ABOUT = 1.25
+_NOTHING = "none of the metrics that a sentence could be about was measured"
+_NOTABLE = 3  # pairs of runs that are told of unasked
+_RUNGS = {  # what explains where changed entries lie -> the rungs of the ladder that it lies between
+    "precision": ("random", "rounding_null"),
+    "magnitude": ("rounding_null", "spacing_null"),
+    "neurons": ("spacing_null", "margin_null"),
+}
 _TOLD = ("_random", "_rounding_null", "_margin_null", "_z")  # of the ladder of nulls
 MASKS = {"principal": "principal weights", "low_magnitude": "low-magnitude weights"}
 
@@ -61,8 +69,84 @@ def run_paragraph(name: str, metrics: Metrics, differing: int = 0, alone: int = 
     if is_unchanged(metrics):
         return _unchanged(name, value, differing, alone)
     parts = [_amount(value), _distance(value), _turn(value), *(_place(mask, value) for mask in MASKS)]
-    said = [part for part in parts if part] or ["none of the metrics that a sentence could be about was measured."]
+    said = [part for part in parts if part] or [f"{_NOTHING}."]
     return f"{plain(name)}: " + " ".join(said)
+
+
+def decisions(summary: Mapping[str, Any]) -> list[str]:
+    """One sentence a run: how much changed, and whether precision, neurons or step length explain it, or more is left.
+
+    Then one for each of the few pairs of runs whose agreement is furthest from what the ladder explains.
+
+    Args:
+        summary: the content of `summary.json`.
+
+    Returns:
+        As of `verdict_paragraph`, which says all of it.
+    """
+    said = [
+        plain(f"{name}: {', '.join(clause for clause in _decided(run['metrics']) if clause)}.")
+        if not is_unchanged(run["metrics"])
+        else run_paragraphs({**summary, "runs": {name: run}})[name]
+        for name, run in summary["runs"].items()
+    ]
+    pairs = sorted(summary["pairs"], key=_agreement_left_over, reverse=True)
+    more = len(pairs) - _NOTABLE
+    return [
+        *said,
+        *(pair_sentence(pair) for pair in pairs[:_NOTABLE]),
+        *([f"{more} more pairs of runs: --explain tells of each."] if more > 0 else []),
+    ]
+
+
+def _decided(metrics: Metrics) -> list[str]:
+    value = _reader(metrics)
+    unchanged = value("unchanged_fraction")
+    amount = "" if unchanged is None else f"{percent(1 - unchanged)} of the weights changed"
+    if value("relative_update_norm") == 0:
+        return [amount, "none of them in a linear matrix"]
+    clauses = [amount, _where(value), _how_far(value)]
+    return clauses if any(clauses) else [_NOTHING]
+
+
+def _where(value: _Reader) -> str:
+    """What explains where the changed entries lie, in principal and low-magnitude masks."""
+    known = [mask for mask in MASKS if value(f"{mask}_overlap") is not None]
+    if not known:
+        return ""
+    explain = []
+    for what, (below, above) in _RUNGS.items():
+        ends = [(value(f"{mask}_overlap_{below}"), value(f"{mask}_overlap_{above}")) for mask in known]
+        if any(low is not None and high is not None and abs(high - low) >= TINY for low, high in ends):
+            explain.append(what)
+    places = f"where {_listed(explain) if explain else 'chance'} would put them"
+    zs = {mask: z for mask in known if (z := value(f"{mask}_z")) is not None}
+    left = {mask: gap for mask in zs if (gap := _gap(mask, value)) is not None}
+    if left and max(map(abs, left.values())) >= TINY:
+        mask = max(left, key=lambda mask: abs(left[mask]))
+        return f"{places} (beyond that {_spelled(left[mask])} on {MASKS[mask]})"
+    rest = "a tiny rest beyond that" if left else "nothing beyond that" if zs else ""
+    return f"{places} ({rest})" if rest else places
+
+
+def _how_far(value: _Reader) -> str:
+    """Whether spectrum and subspaces moved as far as a random update of equal length would move them."""
+    pairs = [(value(name), value(f"{name}_stored_null")) for name in ("spectral_shift", "principal_angle_left_max_deg")]
+    ratios = [found / null for found, null in pairs if found is not None and null]
+    if not ratios:
+        return ""
+    verdicts = {_explained([ratio]) for ratio in ratios}
+    told = verdicts.pop() if len(verdicts) == 1 else f"{_span(ratios, _times)} times what step length alone gives"
+    return f"and spectrum and subspaces moved {told}" if len(ratios) > 1 else f"and it moved {told}"
+
+
+def _agreement_left_over(pair: Mapping[str, Any]) -> float:
+    found, null, z = (pair[f"jaccard{suffix}"] for suffix in ("", "_margin_null", "_z"))
+    return abs(found - null) if None not in (found, null, z) and abs(z) > Z_BEYOND else 0.0
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def pair_sentence(pair: Mapping[str, Any]) -> str:

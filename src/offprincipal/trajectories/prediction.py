@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from offprincipal.checkpoints import Array
 from offprincipal.checkpoints.checkpoint import FLOATS
 from offprincipal.checkpoints.safetensors_folder import INDEX, WEIGHTS
-from offprincipal.checkpoints.writing import Progress, files_beside, write_model
 from offprincipal.comparison.work import Work
 from offprincipal.errors import ArgumentError
 from offprincipal.files import new_folder
 from offprincipal.geometry import extrapolation, walks
 from offprincipal.geometry.extrapolation import Method
 
+Progress = Callable[[int, int, str], None]
 _BLOCK = 1 << 22  # entries of one checkpoint that are held at once
 
 
@@ -74,6 +74,8 @@ def write_prediction(
     Raises:
         FileError: the folder cannot be written, or holds something else than a model.
     """
+    from offprincipal.checkpoints.writing import files_beside, write_model  # needs torch, which measuring does not
+
     weights = extrapolation.coefficients_of(gram, steps, at, method)
     base = work.base_checkpoint
     sources = (*base.folders, *(folder for run in work.runs.values() for folder in run.folders))
