@@ -288,3 +288,10 @@ def test_the_page_shows_the_whole_model_and_in_its_place_a_role_or_a_layer(
         assert len(traces) == sum(shown)
         (way,) = (trace for trace in traces if trace.name == "run")
         np.testing.assert_allclose(way.y, content["by_role"][button.label]["norms"])
+
+
+def test_torch_is_not_even_imported_where_nothing_is_predicted(run: tuple[Path, Path, list[Weights]]) -> None:
+    follow = f"offprincipal.trajectory({str(run[0])!r}, {str(run[1])!r})"
+    code = f"import sys, offprincipal; {follow}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
