@@ -101,7 +101,7 @@ def test_threads_and_order_change_nothing(run: tuple[Path, Path, list[Weights]],
     assert json.loads((tmp_path / "one" / JSON).read_text()) == one.content
 
 
-@pytest.mark.parametrize(("drift", "verdict"), [(0.0, "diffusive"), (1.0, "diffusive with drift"), (30.0, "ballistic")])
+@pytest.mark.parametrize(("drift", "verdict"), [(0.0, "diffusive"), (0.5, "diffusive with drift"), (30.0, "ballistic")])
 def test_walks_with_and_without_drift_are_told_apart(drift: float, verdict: str, tmp_path: Path) -> None:
     weights = walked(12, drift, seed=3)
     base = write_model(tmp_path / "base", weights[0])

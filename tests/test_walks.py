@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from offprincipal.geometry.walks import (
     drift_of,
     increment_gram,
     random_walk_gram,
+    stored_line_gram,
     stored_walk_gram,
     verdict_of,
     walk_of,
@@ -140,8 +142,6 @@ def test_planted_walks_are_told_apart(kind: str, steps: int) -> None:
 
 
 def test_a_stored_walk_in_float32_is_a_random_walk_and_in_bfloat16_hides_short_steps() -> None:
-    import ml_dtypes
-
     rng = np.random.default_rng(0)
     base, steps = rng.standard_normal(20_000).astype(np.float32), 12
     updates = (1e-4 * rng.standard_normal((steps, base.size))).astype(np.float32)
@@ -150,3 +150,36 @@ def test_a_stored_walk_in_float32_is_a_random_walk_and_in_bfloat16_hides_short_s
     np.testing.assert_allclose(wide, random_walk_gram(lengths), rtol=0.1)
     narrow = stored_walk_gram(base.astype(ml_dtypes.bfloat16), updates, np.random.default_rng(1))
     assert 0 < np.trace(narrow) < 0.9 * np.trace(wide) or np.trace(narrow) > 1.1 * np.trace(wide)
+
+
+def stored_run(kind: str, steps: int, length: float, rng: np.random.Generator) -> str:
+    """The verdict on a planted run of 4,096 weights in bfloat16, whose steps are so many times their usual spacing."""
+    base = (0.03 * rng.standard_normal(4096)).astype(ml_dtypes.bfloat16)
+    direction = rng.standard_normal(4096)
+    moves = np.tile(direction, (steps, 1)) if kind == "line" else rng.standard_normal((steps, 4096))
+    start, lengths = base.astype(np.float32), length * 2e-4
+    now = (start + lengths * moves.cumsum(axis=0)).astype(np.float32).astype(ml_dtypes.bfloat16)
+    D = now.astype(np.float64) - start
+    line = stored_line_gram(base, D[-1].astype(np.float32), np.arange(1, steps + 1) / steps, rng)
+    return verdict_of(drift_of(gram(D)), drift_of(line).value)
+
+
+@pytest.mark.parametrize("length", [0.03, 0.3, 1.0])
+@pytest.mark.parametrize(("kind", "right"), [("line", "ballistic"), ("walk", "diffusive")])
+def test_storing_makes_no_walk_of_a_line_and_no_line_of_a_walk(kind: str, right: str, length: float) -> None:
+    rng = np.random.default_rng(0)
+    found = Counter(stored_run(kind, steps, length, rng) for steps in (12, 24) for _ in range(50))
+    assert found.total() - found[right] - found["cannot tell"] <= 5, found
+    assert length < 0.3 or found[right] >= 90, found
+
+
+def test_a_stored_line_is_as_long_as_the_run_and_in_float32_is_a_line() -> None:
+    rng = np.random.default_rng(0)
+    base, last = rng.standard_normal((2, 5000)).astype(np.float32)
+    for dtype, straight in ((np.float32, 0.999), (ml_dtypes.bfloat16, 0.0)):
+        G = stored_line_gram(base.astype(dtype), 1e-3 * last, [0.25, 0.5, 0.75, 1.0], rng)
+        assert G[-1, -1] == pytest.approx(1e-6 * float(last @ last), rel=1e-3)
+        found = walk_of(G, [1, 2, 3, 4]).straightness
+        assert found is not None and found > straight and (dtype is np.float32) == (found > 0.99)
+    assert not stored_line_gram(base, np.zeros(5000, np.float32), [0.5, 1.0], rng).any()
+    assert np.isfinite(stored_line_gram(base[:1], last[:1], [1.0], rng)).all()

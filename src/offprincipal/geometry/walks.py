@@ -21,6 +21,7 @@ BLOCKS = 8  # of steps, which the interval of the drift leaves out in turn
 LEAST_STEPS = 6  # fewer cannot tell a walk from anything
 SMALL = 0.05  # mean cosine of far steps up to which there is no drift worth the name
 BALLISTIC = 0.5  # and above which they go one way
+_HALVINGS = 40
 WIDE = 0.5  # an interval of it that is wider tells nothing
 
 
@@ -174,22 +175,31 @@ def drift_of(G: Floats) -> Drift:
     return Drift(value, value - half, value + half, lag)
 
 
-def verdict_of(drift: Drift) -> str:
+def verdict_of(drift: Drift, line: float | None = 1.0) -> str:
     """`ballistic`, `diffusive with drift`, `diffusive` or `cannot tell`.
 
-    The rule, fixed before any run was looked at: steps far apart go one way where the interval of their mean cosine
-    lies above a half; they have a drift where it lies above .05; else they are a random walk's. It cannot tell with
-    fewer than six checkpoints, where the interval is wider than a half, or where far steps go back, as on an orbit; nor
-    can it tell a drift from inertia that lasts for half of the checkpoints.
+    All is over the mean cosine that a straight line would show: 1, or less once it is stored. Steps far apart go one
+    way where the interval of their mean cosine lies above a half of that; they have a drift where it lies above .05 of
+    it; else they are a random walk's. It cannot tell with fewer than six checkpoints, where the interval is wider than
+    a half, or where far steps go back, as on an orbit; nor can it tell a drift from inertia that lasts for half of the
+    checkpoints.
+
+    Args:
+        line: the `drift_of` a straight line that is stored as the checkpoints are.
 
     >>> verdict_of(Drift(0.01, -0.02, 0.04, 5)), verdict_of(Drift(0.9, 0.8, 1.0, 5))
     ('diffusive', 'ballistic')
+    >>> verdict_of(Drift(0.01, -0.02, 0.04, 5), line=0.08)
+    'cannot tell'
     """
-    if drift.low is None or drift.high is None or drift.high - drift.low > WIDE or drift.high < -SMALL:
+    if drift.low is None or drift.high is None or line is None or line <= 0:
         return "cannot tell"
-    if drift.low > BALLISTIC:
+    low, high = drift.low / line, drift.high / line
+    if high - low > WIDE or high < -SMALL:
+        return "cannot tell"
+    if low > BALLISTIC:
         return "ballistic"
-    return "diffusive with drift" if drift.low > SMALL else "diffusive"
+    return "diffusive with drift" if low > SMALL else "diffusive"
 
 
 def stored_walk_gram(base: Array, updates: Array, rng: np.random.Generator) -> Floats:
@@ -213,6 +223,40 @@ def stored_walk_gram(base: Array, updates: Array, rng: np.random.Generator) -> F
         now = (now + signs * rng.permutation(update)).astype(base.dtype).astype(np.float32)
         found[t] = now - start
     wide = found.astype(np.float64)
+    return wide @ wide.T
+
+
+def stored_line_gram(base: Array, last: Array, shares: Sequence[float], rng: np.random.Generator) -> Floats:
+    """G of a straight line that knows nothing of the weights, as long as the run once it is stored.
+
+    Rounding lets a weight wait and then jump, each at a time of its own, so that steps of a straight line share little
+    direction once they are stored.
+
+    Args:
+        base: (b,), some entries in their stored type; last: (b,), float32, their displacement at the last checkpoint.
+        shares: (T,), how much of the way has been gone at each, the last of them 1.
+
+    Returns:
+        (T, T), of these entries. The line's displacements before storing are Gaussian, in proportion to `shares`.
+
+    >>> found = stored_line_gram(np.zeros(2, np.float32), np.full(2, 3.0), [0.5, 1.0], np.random.default_rng(0))
+    >>> found.round(3).tolist()
+    [[4.5, 9.0], [9.0, 18.0]]
+    """
+    start, direction = base.astype(np.float32), rng.standard_normal(len(base), np.float32)
+
+    def stored(length: float) -> NDArray[np.float32]:
+        moved: NDArray[np.float32] = (start + np.float32(length) * direction).astype(base.dtype).astype(np.float32)
+        return moved - start
+
+    wanted, reach = float(np.linalg.norm(last)), float(np.linalg.norm(direction))
+    low, high = 0.0, 2 * wanted / reach if reach > 0 else 0.0
+    while high > 0 and np.linalg.norm(stored(high)) < wanted:
+        high *= 2
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.linalg.norm(stored(middle)) < wanted else (low, middle)
+    wide = np.stack([stored(share * high) for share in shares]).astype(np.float64)
     return wide @ wide.T
 
 

@@ -23,6 +23,7 @@ FIGURES = {
 }
 PREDICTED = {"linear": "line of\neach weight", "rank1": "line along\none direction", "last": "last one\nkept"}
 _WALK, _RUN = "#8899a6", "#1c2733"
+_NULLS = ("random_walk_null", "stored_walk_null", "stored_line_null")
 _METHODS = ("#0b6e99", "#c2570c", "#1c2733")
 
 
@@ -33,14 +34,14 @@ def trajectory_table(content: Mapping[str, Any]) -> Group:
         content: `trajectory.json`.
     """
     whole = content["pooled"]
-    beside = Table(Column("", no_wrap=True), box=SIMPLE, title="the run beside a random walk of its own steps")
-    for title in ("run", "random walk", "stored walk"):
+    beside = Table(Column("", no_wrap=True), box=SIMPLE, title="the run, between a walk and a line")
+    for title in ("run", "random walk", "the same stored", "straight line stored"):
         beside.add_column(title, justify="right")
     for name, title in FIGURES.items():
         row = whole[name]
-        beside.add_row(title, *(numbers.number(row[key]) for key in ("value", "random_walk_null", "stored_walk_null")))
+        beside.add_row(title, *(numbers.number(row[key]) for key in ("value", *_NULLS)))
     drift = whole["drift"]
-    beside.add_row("cosine of far steps", _interval(drift), "0", _decimals(drift["stored_walk_null"]))
+    beside.add_row("cosine of far steps", _interval(drift), "0", *(_decimals(drift[null]) for null in _NULLS[1:]))
     steps = Table(Column("step", no_wrap=True, justify="right"), box=SIMPLE)
     for title in ("from base", "step's length", "unchanged\nsince base", "unchanged\nsince last", "gone back"):
         steps.add_column(title, justify="right")
@@ -80,15 +81,22 @@ def trajectory_sentences(content: Mapping[str, Any]) -> list[str]:
         "ballistic": "Ballistic: steps far apart in time go the same way",
         "diffusive with drift": "Diffusive with drift: steps far apart share some direction",
         "diffusive": "Diffusive: steps far apart share next to no direction",
-        "cannot tell": f"These {count} checkpoints cannot tell a walk from a drift",
+        "cannot tell": f"These {count} checkpoints, as they are stored, cannot tell a walk from a line",
     }[whole["verdict"]]
-    cosine = "" if drift["value"] is None else f" (mean cosine {_interval(drift)}; a random walk's is 0)"
+    line_cosine = _decimals(drift["stored_line_null"])
+    cosine = (
+        f" (mean cosine {_interval(drift)}; a random walk's is 0, that of a straight line of this length, stored "
+        f"alike, {line_cosine})"
+        if drift["value"] is not None
+        else ""
+    )
     return [
         f"{said}{cosine}.",
         f"One direction holds {numbers.percent(share['value'])} of the displacements; a random walk of the same steps "
-        f"has {numbers.percent(share['random_walk_null'])} along one. A line through the checkpoints explains "
+        f"has {numbers.percent(share['random_walk_null'])} along one, a straight line, stored, "
+        f"{numbers.percent(share['stored_line_null'])}. A line through the checkpoints explains "
         f"{numbers.percent(line['value'])} of where they are; of that walk, "
-        f"{numbers.percent(line['random_walk_null'])}.",
+        f"{numbers.percent(line['random_walk_null'])}, of that line {numbers.percent(line['stored_line_null'])}.",
         *_prediction_sentences(content),
     ]
 

@@ -23,8 +23,8 @@ class Moved:
     """What one tensor did over T checkpoints.
 
     Args:
-        gram: (T, T), ⟨D_s, D_t⟩ of the displacements from the base; stored_gram: that of the stored walk, on a sample
-            and scaled to the whole.
+        gram: (T, T), ⟨D_s, D_t⟩ of the displacements from the base; stored_gram, line_gram: those of the stored walk
+            and of the stored line, on a sample and scaled to the whole.
         base_square: ‖W_0‖²; entries: how many it has.
         changed: (T,), entries that differ from the base once both are stored in bfloat16; since_last: from the
             checkpoint before; reverted: that differed before, and are the base's again.
@@ -32,6 +32,7 @@ class Moved:
 
     gram: Floats
     stored_gram: Floats
+    line_gram: Floats
     base_square: float
     entries: int
     changed: NDArray[np.int64]
@@ -49,16 +50,17 @@ def restored(**kept: Any) -> Moved:
         ValueError: they are something else's.
     """
     count = len(kept["changed"])
-    grams = {name: np.array(kept[name]).reshape(count, count) for name in ("gram", "stored_gram")}
+    grams = {name: np.array(kept[name]).reshape(count, count) for name in ("gram", "stored_gram", "line_gram")}
     counts = {name: np.array(kept[name]).astype(np.int64) for name in ("changed", "since_last", "reverted")}
     return Moved(**(kept | grams | counts))
 
 
-def measure(name: str, base: Read, checkpoints: Sequence[Read], start: int, stop: int) -> Moved:
+def measure(name: str, base: Read, checkpoints: Sequence[Read], start: int, stop: int, steps: Sequence[float]) -> Moved:
     """Stream a tensor's entries `start` to `stop` of a base and of every checkpoint.
 
     Args:
-        name: seeds the sample of the stored walk.
+        name: seeds the sample that the stored walk and line are drawn on; steps: of the checkpoints, which the line
+            goes along evenly.
 
     Raises:
         NonFiniteTensor: one holds NaN or infinity.
@@ -88,7 +90,9 @@ def measure(name: str, base: Read, checkpoints: Sequence[Read], start: int, stop
         double = moves.astype(np.float64)
         gram += double @ double.T
         sampled.take(first, origin, moves)
-    return Moved(gram, sampled.gram(), square, stop - start, changed, since_last, reverted)
+    return Moved(
+        gram, *sampled.grams([step / steps[-1] for step in steps]), square, stop - start, changed, since_last, reverted
+    )
 
 
 class _Sample:
@@ -108,10 +112,13 @@ class _Sample:
             self.base.append(base[low - first : high - first].copy())
             self.moves.append(moves[:, low - first : high - first].copy())
 
-    def gram(self) -> Floats:
+    def grams(self, shares: Sequence[float]) -> tuple[Floats, Floats]:
+        """Of the stored walk, and of the stored line."""
         base, moves = np.concatenate(self.base), np.concatenate(self.moves, axis=1)
         steps = np.diff(moves, axis=0, prepend=np.zeros((1, moves.shape[1]), np.float32))
-        return walks.stored_walk_gram(base, steps, self.rng) * (self.entries / len(base))
+        scale = self.entries / len(base)
+        walk = walks.stored_walk_gram(base, steps, self.rng)
+        return walk * scale, walks.stored_line_gram(base, moves[-1], shares, self.rng) * scale
 
 
 def _finite(values: Array) -> NDArray[Any]:

@@ -119,7 +119,9 @@ def trajectory(
         done = total - sum(part.numel for part in waiting)
         same = {part.name: 0 for part in waiting}  # blocks are small, however large a tensor is
         with one_core_each(work):
-            for part, moved in in_threads(partial(_measured, work), waiting, threads or os.cpu_count() or 1, same, 0):
+            for part, moved in in_threads(
+                partial(_measured, work, times), waiting, threads or os.cpu_count() or 1, same, 0
+            ):
                 found[part.name] = moved
                 if journal:
                     journal.add(part.name, moved)
@@ -226,7 +228,7 @@ def _opening(labels: dict[str, str], base: Checkpoint, warnings: list[str]) -> I
             yield label, source
 
 
-def _measured(work: Work, part: Part) -> Moved:
+def _measured(work: Work, steps: Sequence[float], part: Part) -> Moved:
     sides = [work.base_checkpoint, *work.runs.values()]
     if part.numel == part.stop - part.start:
         reads = [_in_place(work, side, part) for side in sides]
@@ -234,7 +236,7 @@ def _measured(work: Work, part: Part) -> Moved:
     else:  # interleaved with others
         reads, start, stop = [_put_together(work, side, part) for side in sides], 0, part.numel
     try:
-        return measure(part.name, reads[0], reads[1:], start, stop)
+        return measure(part.name, reads[0], reads[1:], start, stop, steps)
     except NonFiniteTensor as error:
         raise CheckpointError(f"{part.name}: {error}. Look at how it was trained or converted") from error
 
@@ -281,12 +283,13 @@ def figures(moved: Moved, steps: Sequence[float]) -> dict[str, Any]:
         `gram`, `norms`, `relative_norms` (over the base's), `increments`, `increment_cosine`, `components` (the
         first two, of every checkpoint), `components_random_walk_null`, `path_length`;
         `straightness`, `rank1_share`, `rank2_share`, `linearity_r2`, each with `value`, `random_walk_null`,
-        `stored_walk_null`; `drift` with `value`, `low`, `high`, `lag`, `stored_walk_null`; `verdict`; and for each step
-        `unchanged_fraction`, `unchanged_since_last`, `reverted_fraction`.
+        `stored_walk_null`, `stored_line_null`; `drift` with `value`, `low`, `high`, `lag` and both; `verdict`; and for
+        each step `unchanged_fraction`, `unchanged_since_last`, `reverted_fraction`.
     """
     walk, drift = walks.walk_of(moved.gram, steps), walks.drift_of(moved.gram)
     random_walk = walks.random_walk_gram(walk.increments)
-    nulls = [walks.walk_of(G, steps) for G in (random_walk, moved.stored_gram)]
+    nulls = [walks.walk_of(G, steps) for G in (random_walk, moved.stored_gram, moved.line_gram)]
+    of_walk, of_line = (walks.drift_of(G).value for G in (moved.stored_gram, moved.line_gram))
     base = moved.base_square**0.5
     return {
         "gram": moved.gram.tolist(),
@@ -302,11 +305,12 @@ def figures(moved: Moved, steps: Sequence[float]) -> dict[str, Any]:
                 "value": getattr(walk, name),
                 "random_walk_null": getattr(nulls[0], name),
                 "stored_walk_null": getattr(nulls[1], name),
+                "stored_line_null": getattr(nulls[2], name),
             }
             for name in _FIGURES
         },
-        "drift": asdict(drift) | {"stored_walk_null": walks.drift_of(moved.stored_gram).value},
-        "verdict": walks.verdict_of(drift),
+        "drift": asdict(drift) | {"stored_walk_null": of_walk, "stored_line_null": of_line},
+        "verdict": walks.verdict_of(drift, of_line),
         "unchanged_fraction": (1 - moved.changed / moved.entries).tolist(),
         "unchanged_since_last": (1 - moved.since_last / moved.entries).tolist(),
         "reverted_fraction": (moved.reverted / moved.entries).tolist(),
