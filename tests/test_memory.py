@@ -46,6 +46,16 @@ def test_the_tables_do_not_depend_on_it(sources: tuple[Path, dict[str, Path]], t
     assert written[0] == written[1] == written[2]
 
 
+def test_a_matrix_that_would_end_the_process_is_refused_before_anything_is_measured(
+    sources: tuple[Path, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offprincipal.comparison.comparison.free_memory", lambda: 1 << 12)
+    with pytest.raises(ArgumentError, match=r"takes some .* GB are free: measure less of it"):
+        compare(*sources, APPROXIMATE, out=tmp_path / "out", cache=False)
+    assert not (tmp_path / "out" / "matrices.parquet").exists()
+    compare(*sources, APPROXIMATE, out=tmp_path / "out", cache=False, memory=1 << 30)  # who knows better may say so
+
+
 def test_a_budget_below_one_matrix_is_said(
     sources: tuple[Path, dict[str, Path]], caplog: pytest.LogCaptureFixture
 ) -> None:

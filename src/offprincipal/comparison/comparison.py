@@ -23,6 +23,7 @@ from offprincipal.measures.pooling import anatomy, pool_pair, pool_run
 Progress = Callable[[int, int, str], None]
 
 LOG = logging.getLogger("offprincipal")
+_HOPELESS = 2  # times what is free that a matrix has to be said to need, which is said generously, to be refused
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,23 @@ def compare(
 
 
 def _budget(work: Work, memory: int | None) -> int:
-    """Bytes for the matrices in flight; said where the largest needs more, and is then measured alone."""
+    """Bytes for the matrices in flight; said where the largest needs more, and is then measured alone.
+
+    Raises:
+        ArgumentError: it needs so much more than this machine has that it would end the process.
+    """
     if memory is not None and memory < 1:
         raise ArgumentError(f"memory is {memory} bytes: give at least 1")
-    budget = int(SHARE * free_memory()) if memory is None else memory
-    largest = max(bytes_needed(work, part) for part in work.parts)
+    free = free_memory()
+    budget = int(SHARE * free) if memory is None else memory
+    widest = max(work.parts, key=lambda part: bytes_needed(work, part))
+    largest = bytes_needed(work, widest)
+    if largest > _HOPELESS * max(free, budget):
+        raise ArgumentError(
+            f"{widest.name} of {widest.numel:,} entries takes some {largest / 1e9:.0f} GB, and "
+            f"{max(free, budget) / 1e9:.0f} GB are free: measure less of it, as with --metrics changes, leave "
+            "--include-embeddings out, or take a larger machine"
+        )
     if largest > budget:
         LOG.warning(
             "the largest matrix takes some %.1f GB, more than the %.1f GB that may be used: the largest are measured "
