@@ -295,3 +295,39 @@ def test_torch_is_not_even_imported_where_nothing_is_predicted(run: tuple[Path, 
     code = f"import sys, offprincipal; {follow}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(("dtype", "verdict"), [(torch.float32, "ballistic"), (torch.bfloat16, "cannot tell")])
+def test_a_straight_run_is_seen_in_float32_checkpoints_and_may_not_be_in_bfloat16(
+    dtype: torch.dtype, verdict: str, tmp_path: Path
+) -> None:
+    """The base is in bfloat16 either way: what counts is what the checkpoints are stored in."""
+    weights = base_weights()
+    base = write_model(tmp_path / "base", weights)
+    generator = torch.Generator().manual_seed(0)
+    direction = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in weights.items()}
+    for t in range(1, 13):
+        moved = {name: (w.float() + 5e-6 * t * direction[name]).to(dtype) for name, w in weights.items()}
+        write_model(tmp_path / "run" / f"step_{t}", moved)
+    found = trajectory(base, tmp_path / "run").content["pooled"]
+    assert found["verdict"] == verdict, found["drift"]
+    assert found["drift"]["stored_line_null"] == pytest.approx(found["drift"]["value"], abs=0.05)
+
+
+def test_masters_beside_the_checkpoints_show_the_way_that_storing_hides(tmp_path: Path) -> None:
+    weights = base_weights()
+    base = write_model(tmp_path / "base", weights)
+    generator = torch.Generator().manual_seed(0)
+    direction = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in weights.items()}
+    for t in range(1, 13):
+        moved = {name: w.float() + 5e-6 * t * direction[name] for name, w in weights.items()}
+        folder = write_model(tmp_path / "run" / f"step_{t}", stored(moved))
+        write_model(folder / "masters", moved)
+    seen = {masters: trajectory(base, tmp_path / "run", masters=masters).content["pooled"] for masters in (False, True)}
+    assert seen[False]["verdict"] == "cannot tell" and seen[True]["verdict"] == "ballistic"
+    assert seen[True]["straightness"]["value"] > 0.99 > 0.6 > seen[False]["straightness"]["value"]
+    (tmp_path / "run" / "step_7" / "masters" / "model.safetensors").unlink()
+    (tmp_path / "run" / "step_7" / "masters" / "config.json").unlink(missing_ok=True)
+    (tmp_path / "run" / "step_7" / "masters").rmdir()
+    with pytest.raises(CheckpointError, match="step_7 has no float32 weights beside it"):
+        trajectory(base, tmp_path / "run", masters=True)

@@ -145,10 +145,10 @@ def test_a_stored_walk_in_float32_is_a_random_walk_and_in_bfloat16_hides_short_s
     rng = np.random.default_rng(0)
     base, steps = rng.standard_normal(20_000).astype(np.float32), 12
     updates = (1e-4 * rng.standard_normal((steps, base.size))).astype(np.float32)
-    wide = stored_walk_gram(base, updates, np.random.default_rng(1))
+    wide = stored_walk_gram(base, updates, base.dtype, np.random.default_rng(1))
     lengths = np.linalg.norm(updates, axis=1)
     np.testing.assert_allclose(wide, random_walk_gram(lengths), rtol=0.1)
-    narrow = stored_walk_gram(base.astype(ml_dtypes.bfloat16), updates, np.random.default_rng(1))
+    narrow = stored_walk_gram(base, updates, np.dtype(ml_dtypes.bfloat16), np.random.default_rng(1))
     assert 0 < np.trace(narrow) < 0.9 * np.trace(wide) or np.trace(narrow) > 1.1 * np.trace(wide)
 
 
@@ -160,7 +160,7 @@ def stored_run(kind: str, steps: int, length: float, rng: np.random.Generator) -
     start, lengths = base.astype(np.float32), length * 2e-4
     now = (start + lengths * moves.cumsum(axis=0)).astype(np.float32).astype(ml_dtypes.bfloat16)
     D = now.astype(np.float64) - start
-    line = stored_line_gram(base, D[-1].astype(np.float32), np.arange(1, steps + 1) / steps, rng)
+    line = stored_line_gram(base, D[-1].astype(np.float32), np.arange(1, steps + 1) / steps, base.dtype, rng)
     return verdict_of(drift_of(gram(D)), drift_of(line).value)
 
 
@@ -177,9 +177,9 @@ def test_a_stored_line_is_as_long_as_the_run_and_in_float32_is_a_line() -> None:
     rng = np.random.default_rng(0)
     base, last = rng.standard_normal((2, 5000)).astype(np.float32)
     for dtype, straight in ((np.float32, 0.999), (ml_dtypes.bfloat16, 0.0)):
-        G = stored_line_gram(base.astype(dtype), 1e-3 * last, [0.25, 0.5, 0.75, 1.0], rng)
+        G = stored_line_gram(base.astype(dtype), 1e-3 * last, [0.25, 0.5, 0.75, 1.0], np.dtype(dtype), rng)
         assert G[-1, -1] == pytest.approx(1e-6 * float(last @ last), rel=1e-3)
         found = walk_of(G, [1, 2, 3, 4]).straightness
         assert found is not None and found > straight and (dtype is np.float32) == (found > 0.99)
-    assert not stored_line_gram(base, np.zeros(5000, np.float32), [0.5, 1.0], rng).any()
-    assert np.isfinite(stored_line_gram(base[:1], last[:1], [1.0], rng)).all()
+    assert not stored_line_gram(base, np.zeros(5000, np.float32), [0.5, 1.0], base.dtype, rng).any()
+    assert np.isfinite(stored_line_gram(base[:1], last[:1], [1.0], base.dtype, rng)).all()

@@ -279,6 +279,9 @@ def trajectory(
         typer.Option(metavar="N,N,...", help="Of the checkpoints, in their order; default: from their names."),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Tensors measured at once; default: all cores.")] = None,
+    masters: Annotated[
+        bool, typer.Option("--masters", help="Follow the float32 weights that trainers keep beside the checkpoints.")
+    ] = False,
     skip_broken: Annotated[
         bool, typer.Option("--skip-broken", help="Go on without checkpoints that cannot be opened, and say which.")
     ] = False,
@@ -302,7 +305,7 @@ def trajectory(
 
     at = None if steps is None else _numbers(steps)
     options: Any = {"steps": at, "out": out, "threads": threads, "skip_broken": skip_broken}
-    options |= {"predict": predict, "predict_by": predict_by}
+    options |= {"masters": masters, "predict": predict, "predict_by": predict_by}
     with _matrix_progress() as progress:
         found = follow(base, checkpoints, **options, progress=progress)
     if report:

@@ -202,51 +202,56 @@ def verdict_of(drift: Drift, line: float | None = 1.0) -> str:
     return "diffusive with drift" if low > SMALL else "diffusive"
 
 
-def stored_walk_gram(base: Array, updates: Array, rng: np.random.Generator) -> Floats:
+def stored_walk_gram(base: Array, updates: Array, dtype: np.dtype[Any], rng: np.random.Generator) -> Floats:
     """G of a walk that takes the measured steps, each dealt out anew to entries of which it knows nothing, and stored.
 
     What storing rounds away of one step it may release with the next, so that stored steps are not independent.
 
     Args:
-        base: (b,), some entries in their stored type; updates: (T, b), float32, the steps d_t there.
+        base: (b,), some entries; updates: (T, b), float32, the steps d_t there; dtype: what checkpoints are stored in.
 
     Returns:
         (T, T), of these entries.
 
-    >>> stored_walk_gram(np.zeros(4, np.float32), np.eye(2, 4, dtype=np.float32), np.random.default_rng(0)).shape
+    >>> updates, rng = np.eye(2, 4, dtype=np.float32), np.random.default_rng(0)
+    >>> stored_walk_gram(np.zeros(4, np.float32), updates, np.dtype(np.float32), rng).shape
     (2, 2)
     """
     start = base.astype(np.float32)
     now, found = start, np.empty(updates.shape, np.float32)
     for t, update in enumerate(updates):
         signs = rng.choice(np.array([-1.0, 1.0], np.float32), len(update))
-        now = (now + signs * rng.permutation(update)).astype(base.dtype).astype(np.float32)
+        now = (now + signs * rng.permutation(update)).astype(dtype).astype(np.float32)
         found[t] = now - start
     wide = found.astype(np.float64)
     return wide @ wide.T
 
 
-def stored_line_gram(base: Array, last: Array, shares: Sequence[float], rng: np.random.Generator) -> Floats:
+def stored_line_gram(
+    base: Array, last: Array, shares: Sequence[float], dtype: np.dtype[Any], rng: np.random.Generator
+) -> Floats:
     """G of a straight line that knows nothing of the weights, as long as the run once it is stored.
 
     Rounding lets a weight wait and then jump, each at a time of its own, so that steps of a straight line share little
     direction once they are stored.
 
     Args:
-        base: (b,), some entries in their stored type; last: (b,), float32, their displacement at the last checkpoint.
+        base: (b,), some entries; last: (b,), float32, their displacement at the last checkpoint.
         shares: (T,), how much of the way has been gone at each, the last of them 1.
+        dtype: what checkpoints are stored in.
 
     Returns:
         (T, T), of these entries. The line's displacements before storing are Gaussian, in proportion to `shares`.
 
-    >>> found = stored_line_gram(np.zeros(2, np.float32), np.full(2, 3.0), [0.5, 1.0], np.random.default_rng(0))
+    >>> rng, dtype = np.random.default_rng(0), np.dtype(np.float32)
+    >>> found = stored_line_gram(np.zeros(2, np.float32), np.full(2, 3.0), [0.5, 1.0], dtype, rng)
     >>> found.round(3).tolist()
     [[4.5, 9.0], [9.0, 18.0]]
     """
     start, direction = base.astype(np.float32), rng.standard_normal(len(base), np.float32)
 
     def stored(length: float) -> NDArray[np.float32]:
-        moved: NDArray[np.float32] = (start + np.float32(length) * direction).astype(base.dtype).astype(np.float32)
+        moved: NDArray[np.float32] = (start + np.float32(length) * direction).astype(dtype).astype(np.float32)
         return moved - start
 
     wanted, reach = float(np.linalg.norm(last)), float(np.linalg.norm(direction))

@@ -89,7 +89,7 @@ def measure(name: str, base: Read, checkpoints: Sequence[Read], start: int, stop
             codes_before, ever = codes, ever | differs
         double = moves.astype(np.float64)
         gram += double @ double.T
-        sampled.take(first, origin, moves)
+        sampled.take(first, origin, moves, stored.dtype)
     return Moved(
         gram, *sampled.grams([step / steps[-1] for step in steps]), square, stop - start, changed, since_last, reverted
     )
@@ -106,7 +106,8 @@ class _Sample:
         self.base: list[Array] = []
         self.moves: list[NDArray[np.float32]] = []
 
-    def take(self, first: int, base: Array, moves: NDArray[np.float32]) -> None:
+    def take(self, first: int, base: Array, moves: NDArray[np.float32], dtype: np.dtype[Any]) -> None:
+        self.dtype = dtype
         low, high = max(self.first, first), min(self.last, first + len(base))
         if low < high:
             self.base.append(base[low - first : high - first].copy())
@@ -117,8 +118,8 @@ class _Sample:
         base, moves = np.concatenate(self.base), np.concatenate(self.moves, axis=1)
         steps = np.diff(moves, axis=0, prepend=np.zeros((1, moves.shape[1]), np.float32))
         scale = self.entries / len(base)
-        walk = walks.stored_walk_gram(base, steps, self.rng)
-        return walk * scale, walks.stored_line_gram(base, moves[-1], shares, self.rng) * scale
+        walk = walks.stored_walk_gram(base, steps, self.dtype, self.rng)
+        return walk * scale, walks.stored_line_gram(base, moves[-1], shares, self.dtype, self.rng) * scale
 
 
 def _finite(values: Array) -> NDArray[Any]:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ def trajectory(
     steps: Sequence[float] | None = None,
     out: str | Path | None = None,
     threads: int | None = None,
+    masters: bool = False,
     skip_broken: bool = False,
     predict: float | None = None,
     predict_by: Method = "linear",
@@ -84,6 +85,7 @@ def trajectory(
         out: folder for `trajectory.json` and `trajectory.parquet`; nothing is written without it. What was killed goes
             on from the journal there.
         threads: tensors measured at once; all cores by default. The numbers do not depend on it.
+        masters: follow the float32 weights that trainers keep beside checkpoints, in which storing hides no step.
         skip_broken: go on without checkpoints that cannot be opened, and say so.
         predict: a step; the model that the run would be there is written to `predicted-STEP` in `out`.
         predict_by: `linear`, each weight along its own line; `rank1`, all of them along one direction.
@@ -109,7 +111,7 @@ def trajectory(
     if not labels:
         raise ArgumentError("no checkpoint is left: name at least one that can be opened")
     times = [float(label) for label in labels]
-    work = Work(str(base), labels, CompareSettings(metrics=("changes",)))
+    work = (_OfMasters if masters else Work)(str(base), labels, CompareSettings(metrics=("changes",)))
     if predict is not None:
         _require_prediction(work, times, predict, predict_by, out)
     parts = [part for part in work.parts if part.numel]
@@ -150,6 +152,20 @@ def _require_prediction(work: Work, steps: Sequence[float], at: float, by: str, 
     if out is None:
         raise ArgumentError("a predicted model is written into the folder `out`: name one")
     require_predictable(work, steps, at)
+
+
+class _OfMasters(Work):
+    """The same of the float32 weights beside the checkpoints."""
+
+    @cached_property
+    def runs(self) -> dict[str, Checkpoint]:
+        found = {}
+        for name, source in self.tuned.items():
+            kept = open_checkpoint(source, self.base_checkpoint).masters()
+            if kept is None:
+                raise CheckpointError(f"{source} has no float32 weights beside it: leave masters out, or keep them")
+            found[name] = kept
+        return found
 
 
 def expanded(checkpoints: str | Path | Sequence[str | Path]) -> list[str]:
