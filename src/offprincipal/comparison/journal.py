@@ -32,11 +32,7 @@ _DIGITS = 16  # of a line's digest, in hexadecimal
 
 @contextmanager
 def resumable(
-    work: Work,
-    out: str | Path | None,
-    files: Identities,
-    restore: Callable[..., T],
-    name: str = NAME,
+    work: Work, out: str | Path | None, files: Identities, restore: Callable[..., T], name: str = NAME
 ) -> Iterator[tuple["Journal[T] | None", dict[str, T]]]:
     """The journal in an output folder held against other processes, and what it already knows; none without a folder.
 
@@ -69,13 +65,7 @@ class Journal(Generic[T]):
         restore: makes what was measured from the attributes that `add` kept of it.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        key: str,
-        restore: Callable[..., T],
-        name: str = NAME,
-    ) -> None:
+    def __init__(self, folder: Path, key: str, restore: Callable[..., T], name: str = NAME) -> None:
         self.path = folder / name
         self._key, self._restore = key, restore
         self._file: IO[bytes] | None = None

@@ -136,7 +136,7 @@ def decompose_by_gram(W: Tensor, k: int) -> Svd:
     ([4.0, 2.0, 1.0], True)
     """
     A = _tall(W)
-    if W.dtype == torch.float32 and (found := _by_float32gram(A, k, W)):
+    if W.dtype == torch.float32 and (found := _by_float32_gram(A, k, W)):
         return found
     values, vectors = torch.linalg.eigh(gram(A, torch.float64))
     S, basis = values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
@@ -286,7 +286,7 @@ def gram(A: Tensor, dtype: torch.dtype) -> Tensor:
         A: (l, r).
 
     Returns:
-        (r, r), exactly symmetric.
+        (r, r), symmetric.
 
     >>> gram(torch.tensor([[1.0, 2.0]]), torch.float64)
     tensor([[1., 2.],
@@ -317,7 +317,7 @@ def largest_entry(x: Tensor) -> float:
     return max(-low.item(), high.item())
 
 
-def _by_float32gram(A: Tensor, k: int, W: Tensor) -> Svd | None:
+def _by_float32_gram(A: Tensor, k: int, W: Tensor) -> Svd | None:
     """As `decompose_by_gram`, from squares in float32; None where these are too coarse for the first k."""
     if not _SQUARES_FIT <= largest_entry(A) <= 1 / _SQUARES_FIT:
         return None
