@@ -168,16 +168,17 @@ def test_a_tolerance_that_is_missed_ends_in_a_whole_solution_and_a_warning(folde
         assert "2 matrices missed the tolerance" in found.summary["runs"]["near"]["warnings"][-1]
 
 
+@pytest.mark.parametrize("float64_up_to", [0, 1000])
 @pytest.mark.parametrize("solver", ["auto", "randomized"])
 def test_an_update_too_small_for_float32_is_worked_on_in_float64(
-    solver: str, folders: dict[str, Path], tmp_path: Path
+    solver: str, float64_up_to: int, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     weights = weights_of()
     name = next(iter(SHAPES))
     row, column = divmod(int(weights[name].abs().argmin()), SHAPES[name][1])
     weights[name][row, column] *= 2
     tiny = write_model(tmp_path / "tiny", weights)
-    found = compare(folders["base"], [tiny], settings_of(solver=solver), cache=False)
+    found = compare(folders["base"], [tiny], settings_of(solver=solver, float64_up_to=float64_up_to), cache=False)
     moved, same = sorted(found.matrices, key=lambda line: -line["changed_count"])
     assert moved["changed_count"] == 1 and moved["solver"] == "warm"
     assert same["changed_count"] == 0 and same["spectral_shift"] == 0 == same["principal_angle_left_max_deg"]

@@ -129,10 +129,15 @@ class BaseSpectrum:
     def svd(self) -> Svd:
         return self.decomposition.svd.to(self.device)
 
+    @property
+    def is_sharp(self) -> bool:
+        """Whether it is worked on in float64, by a solver that corrects to second order."""
+        return self.dtype == torch.float64 and self.settings.solver == "auto"
+
     @once
     def sharp(self) -> "BaseSpectrum":
         """The same worked on in float64, for what moved so little that float32 cannot tell."""
-        if self.dtype == torch.float64:
+        if self.is_sharp:
             return self
         settings = replace(self.settings, float64_up_to=min(self.shape), solver="auto")
         return BaseSpectrum(self.weight, settings, self.seed, self.cache)
@@ -244,8 +249,9 @@ class PairSpectrum:
     def base(self) -> BaseSpectrum:
         """As given; in float64 where the update is too small for less."""
         given = self._given
-        wide = given.dtype == torch.float64 and given.settings.solver == "auto"
-        if given.exact or wide or self._norm == 0 or self._is_larger_than(_LEAST_STEP * given.svd.S[0].item()):
+        if given.exact or given.is_sharp or self._norm == 0:
+            return given
+        if self._is_larger_than(_LEAST_STEP * given.svd.S[0].item()):
             return given
         sharp: BaseSpectrum = given.sharp
         return sharp
