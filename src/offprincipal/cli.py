@@ -306,7 +306,7 @@ def trajectory(
     at = None if steps is None else _numbers(steps)
     options: Any = {"steps": at, "out": out, "threads": threads, "skip_broken": skip_broken}
     options |= {"masters": masters, "predict": predict, "predict_by": predict_by}
-    with _matrix_progress() as progress:
+    with _resumable(), _matrix_progress() as progress:
         found = follow(base, checkpoints, **options, progress=progress)
     if report:
         write_figure(out / "trajectory.html", found.content)

@@ -11,7 +11,7 @@ from typing import Any
 from offprincipal.checkpoints import Part
 from offprincipal.comparison.cache import cache_folder
 from offprincipal.comparison.execution import run_in_threads, run_on_ray
-from offprincipal.comparison.journal import resumable, versions
+from offprincipal.comparison.journal import gather, resumable, versions
 from offprincipal.comparison.measure import Row, TensorRows
 from offprincipal.comparison.memory import SHARE, bytes_needed, free_memory
 from offprincipal.comparison.tables import TABLES, write_tables
@@ -94,23 +94,15 @@ def compare(
         from offprincipal.measures.spectral import chosen_device
 
         chosen_device(work.settings.matrix.device)
-    opened, total = identities(work.files), sum(part.numel for part in work.parts)
+
+    def measure(waiting: Sequence[Part]) -> Iterable[tuple[Part, TensorRows]]:
+        if ray:
+            return run_on_ray(work, waiting, ray)
+        return run_in_threads(work, waiting, threads or os.cpu_count() or 1, _budget(work, memory))
+
+    opened = identities(work.files)
     with resumable(work, out, opened, TensorRows) as (journal, measured):
-        waiting = [part for part in work.parts if part.name not in measured]
-        done = total - sum(part.numel for part in waiting)
-        found: Iterable[tuple[Part, TensorRows]] = ()
-        if waiting:
-            cores = threads or os.cpu_count() or 1
-            found = (
-                run_on_ray(work, waiting, ray) if ray else run_in_threads(work, waiting, cores, _budget(work, memory))
-            )
-        for part, rows in found:
-            measured[part.name] = rows
-            if journal:
-                journal.add(part.name, rows)
-            done += part.numel
-            if progress:
-                progress(done, total, part.name)
+        gather(work.parts, measured, measure, journal, progress)
         result = _comparison(work, [measured[part.name] for part in work.parts])
         require_unchanged(opened)
         if out is not None:

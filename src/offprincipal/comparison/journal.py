@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -20,6 +20,7 @@ from typing import IO, Any, Generic, TypeVar
 
 import numpy as np
 
+from offprincipal.checkpoints import Part
 from offprincipal.comparison.work import Work
 from offprincipal.errors import FileError
 from offprincipal.files import Identities, exclusively, require_folder, sweep
@@ -49,6 +50,31 @@ def resumable(
         sweep(folder)
         with journal.opened() as measured:
             yield journal, measured
+
+
+def gather(
+    parts: Sequence[Part],
+    known: dict[str, T],
+    measure: Callable[[Sequence[Part]], Iterable[tuple[Part, T]]],
+    journal: "Journal[T] | None",
+    progress: Callable[[int, int, str], None] | None,
+) -> None:
+    """Have measured what is not known yet, if anything, and keep each tensor as it is done.
+
+    Args:
+        known: name -> what was measured, which is added to; measure: of some parts, in any order.
+        progress: called with entries done, entries in all, and the tensor's name.
+    """
+    waiting = [part for part in parts if part.name not in known]
+    total = sum(part.numel for part in parts)
+    done = total - sum(part.numel for part in waiting)
+    for part, found in measure(waiting) if waiting else ():
+        known[part.name] = found
+        if journal:
+            journal.add(part.name, found)
+        done += part.numel
+        if progress:
+            progress(done, total, part.name)
 
 
 def versions() -> dict[str, str]:

@@ -130,9 +130,9 @@ def _matrix_row(pair: MatrixPair, groups: tuple[Group, ...]) -> Row:
     metrics = metrics_of(groups)
     # Spectra first: what location keeps for masks and pairs would lie beside them, where memory is at its highest.
     measured_first = sorted(metrics, key=lambda metric: metric.group == "location")
-    found = {id(metric): metric.measure(pair) for metric in measured_first}
+    found = {metric: metric.measure(pair) for metric in measured_first}
     for metric in metrics:
-        row |= {column.name: value for column, value in zip(metric.columns, found[id(metric)], strict=True)}
+        row |= {column.name: value for column, value in zip(metric.columns, found[metric], strict=True)}
     return row
 
 

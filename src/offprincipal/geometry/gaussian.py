@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offprincipal.geometry.spectrum import Svd, block_size, first_order_steps, gram
+from offprincipal.geometry.spectrum import Svd, block_size, first_order_steps, gram, roots
 from offprincipal.geometry.subspace import principal_angles
 
 
@@ -74,14 +74,14 @@ def moved_isotropically(S: Tensor, shape: torch.Size, k: int, sigma: float, rng:
     outside = max(shape) - r
     first = beyond(outside, b)  # (t, b), the update's first b columns outside the base's column space
     Y = torch.cat([torch.diag(S)[:, :b] + sigma * noise(r, b), first])  # (r + t, b), A V_b
-    ritz, Q = _roots(gram(Y, torch.float64))
+    ritz, Q = roots(gram(Y, torch.float64))
     image = Y @ Q
     U = image / ritz.clamp(min=torch.finfo(torch.float64).tiny)
 
     H = noise(r - b, b)  # the update's other columns, along U, over sigma
     steps = first_order_steps(S[b:, None] * U[b:r] + sigma * H, ritz, S[b:])  # (r − b, b)
     taken = gram(steps, torch.float64)
-    lengths, along = _roots(taken)
+    lengths, along = roots(taken)
     spread = (along * lengths)[:, : len(steps)].T  # (q, b), so that spreadᵀ spread is stepsᵀ steps
     # The other columns taken `steps` far, but for their part along U: of second order, so that float32 will do.
     near = U.float()
@@ -93,7 +93,7 @@ def moved_isotropically(S: Tensor, shape: torch.Size, k: int, sigma: float, rng:
     corrected = torch.cat([Q, steps])  # (r, b), of which `moved` is the product
     upper = torch.linalg.cholesky(torch.eye(b, dtype=S.dtype, device=S.device) + taken).T  # of correctedᵀ corrected
     half = torch.linalg.solve_triangular(upper, gram(moved, torch.float64), upper=True, left=False)
-    values, Q = _roots(torch.linalg.solve_triangular(upper.T, half, upper=False))
+    values, Q = roots(torch.linalg.solve_triangular(upper.T, half, upper=False))
     turn = torch.linalg.solve_triangular(upper, Q[:, :k], upper=True)
     U = (moved @ turn) / values[:k].clamp(min=torch.finfo(torch.float64).tiny)
     return Svd(*_by_side(shape, U, values[:k], corrected @ turn), "warm")
@@ -116,12 +116,6 @@ def angles_from_axes(moved: Svd, k: int) -> tuple[Tensor, Tensor]:
         for side in (moved.U.float(), moved.Vh.T.float())
     )
     return left, right
-
-
-def _roots(G: Tensor) -> tuple[Tensor, Tensor]:
-    """Roots of the eigenvalues of a positive semidefinite G, from the largest down, and its eigenvectors."""
-    values, vectors = torch.linalg.eigh(G)
-    return values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
 
 
 def _by_side(shape: torch.Size, long: Tensor, S: Tensor, short: Tensor) -> tuple[Tensor, Tensor, Tensor]:

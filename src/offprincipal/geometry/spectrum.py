@@ -138,8 +138,7 @@ def decompose_by_gram(W: Tensor, k: int) -> Svd:
     A = _tall(W)
     if W.dtype == torch.float32 and (found := _by_float32_gram(A, k, W)):
         return found
-    values, vectors = torch.linalg.eigh(gram(A, torch.float64))
-    S, basis = values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
+    S, basis = roots(gram(A, torch.float64))
     b = block_size(k, len(S))
     found = _certified(A, _ritz(A, basis[:, :b].to(W.dtype)), k, W, "exact")
     return replace(found, S=S, tail_error=_tail_error(S, torch.float64), basis=basis.to(W.dtype))
@@ -305,6 +304,22 @@ def gram(A: Tensor, dtype: torch.dtype) -> Tensor:
     return G
 
 
+def roots(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Roots of the eigenvalues of a positive semidefinite matrix, from the largest down, and its eigenvectors.
+
+    Args:
+        G: (r, r), symmetric.
+
+    Returns:
+        (r,), float64, 0 where rounding left an eigenvalue below; (r, r), in the type of `G`.
+
+    >>> roots(torch.diag(torch.tensor([1.0, 4.0])))[0]
+    tensor([2., 1.], dtype=torch.float64)
+    """
+    values, vectors = torch.linalg.eigh(G)
+    return values.double().flip(0).clamp(min=0).sqrt(), vectors.flip(1)
+
+
 def largest_entry(x: Tensor) -> float:
     """max |x|, without a copy of x; 0 where it is empty.
 
@@ -321,8 +336,7 @@ def _by_float32_gram(A: Tensor, k: int, W: Tensor) -> Svd | None:
     """As `decompose_by_gram`, from squares in float32; None where these are too coarse for the first k."""
     if not _SQUARES_FIT <= largest_entry(A) <= 1 / _SQUARES_FIT:
         return None
-    values, vectors = torch.linalg.eigh(gram(A, torch.float32))
-    S, basis = values.double().flip(0).clamp(min=0).sqrt(), vectors.flip(1)
+    S, basis = roots(gram(A, torch.float32))
     b = block_size(k, len(S))
     corrected = _corrected(A, _ritz(A, basis[:, :b], refined=False), basis[:, b:], S[b:])
     found = _certified(A, _ritz(A, corrected), k, W, "exact")
@@ -356,8 +370,7 @@ def _ritz(A: Tensor, V: Tensor, refined: bool = True) -> tuple[Tensor, Tensor, T
         U (l, b), S (b,) in float64, V (r, b).
     """
     Y = A @ V  # (l, b)
-    values, Q = torch.linalg.eigh(gram(Y, torch.float64))
-    S, Q = values.flip(0).clamp(min=0).sqrt(), Q.flip(1)
+    S, Q = roots(gram(Y, torch.float64))
     work = torch.float64 if refined else A.dtype
     tiny = torch.finfo(work).eps * S[0].clamp(min=torch.finfo(work).tiny)
     U = (Y.to(work) @ Q.to(work)).div_(S.clamp(min=tiny).to(work))

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from offprincipal.checkpoints import Checkpoint, Part, hub, open_checkpoint
 from offprincipal.checkpoints.delta import SUFFIX
 from offprincipal.comparison.execution import in_threads, one_core_each
-from offprincipal.comparison.journal import resumable
+from offprincipal.comparison.journal import gather, resumable
 from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
 from offprincipal.files import identities, require_folder, require_unchanged, write_atomically, write_json
@@ -115,21 +115,18 @@ def trajectory(
     if predict is not None:
         _require_prediction(work, times, predict, predict_by, out)
     parts = [part for part in work.parts if part.numel]
-    opened, total = identities(work.files), sum(part.numel for part in parts)
+    opened = identities(work.files)
     with resumable(work, out, opened, restored, JOURNAL) as (journal, found):
-        waiting = [part for part in parts if part.name not in found]
-        done = total - sum(part.numel for part in waiting)
-        same = {part.name: 0 for part in waiting}  # blocks are small, however large a tensor is
+        same = {part.name: 0 for part in parts}  # blocks are small, however large a tensor is
+        cores = threads or os.cpu_count() or 1
         with one_core_each(work):
-            for part, moved in in_threads(
-                partial(_measured, work, times), waiting, threads or os.cpu_count() or 1, same, 0
-            ):
-                found[part.name] = moved
-                if journal:
-                    journal.add(part.name, moved)
-                done += part.numel
-                if progress:
-                    progress(done, total, part.name)
+            gather(
+                parts,
+                found,
+                lambda left: in_threads(partial(_measured, work, times), left, cores, same, 0),
+                journal,
+                progress,
+            )
         require_unchanged(opened)
         notes = dict.fromkeys(note for said in work.notes.values() for note in said)
         result = _result(work, parts, found, times, [*warnings, *notes])
@@ -273,6 +270,7 @@ def _result(
     def pooled(chosen: Iterable[Part]) -> Moved:
         return reduce(add, (found[part.name] for part in chosen))
 
+    whole = pooled(parts)
     own = {part.name: figures(found[part.name], steps) for part in parts}
     roles = dict.fromkeys(part.place.role for part in parts)
     layers = dict.fromkeys(part.place.layer for part in parts if part.place.layer is not None)
@@ -282,11 +280,11 @@ def _result(
         "checkpoints": [run.source for run in work.runs.values()],
         "steps": steps,
         "warnings": warnings,
-        "pooled": figures(pooled(parts), steps),
+        "pooled": figures(whole, steps),
         "by_role": {r: figures(pooled(p for p in parts if p.place.role == r), steps) for r in roles},
         "by_layer": {str(n): figures(pooled(p for p in parts if p.place.layer == n), steps) for n in layers},
         "by_tensor": {name: _brief(told) for name, told in own.items()},
-        "held_out": predictions_of(pooled(parts).gram, steps),
+        "held_out": predictions_of(whole.gram, steps),
         "prediction": None,
     }
     return Trajectory(content, [row for part in parts for row in _rows(part, found[part.name], own[part.name], steps)])
