@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from offprincipal.comparison.work import Work
 from offprincipal.measures import spectral
+from offprincipal.trajectories.work import Followed
 
 GPU = torch.device("meta")  # which every build of torch knows; those of GPUs want a driver
 
@@ -99,13 +100,16 @@ class Intercepting(TorchDispatchMode):
 @contextmanager
 def stand_in(monkeypatch: Any) -> Iterator[None]:
     """Whoever asks for `cuda` gets the stand-in, in this thread and in those that measure."""
-    measure: Callable[..., Any] = Work.measure
 
-    def measured(self: Work, part: Any) -> Any:
-        with Intercepting():
-            return measure(self, part)
+    def there(measure: Callable[..., Any]) -> Callable[..., Any]:
+        def measured(self: Work, part: Any) -> Any:
+            with Intercepting():
+                return measure(self, part)
 
-    monkeypatch.setattr(Work, "measure", measured)
+        return measured
+
+    monkeypatch.setattr(Work, "measure", there(Work.measure))
+    monkeypatch.setattr(Followed, "follow", there(Followed.follow))
     monkeypatch.setattr(spectral, "chosen_device", lambda wanted: GPU if wanted == "cuda" else torch.device("cpu"))
     with Intercepting():
         yield

@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -228,12 +229,21 @@ def test_what_a_killed_process_left_half_written_is_swept(
     assert left == {".notes.txt.abcdefgh", ".matrices.parquet.short"}
 
 
+def journal_of(folder: Path, found: dict[str, TensorRows]) -> Journal:
+    """Which gives what it holds back into `found`."""
+
+    def restore(name: str, kept: dict[str, Any]) -> None:
+        found[name] = TensorRows(**kept)
+
+    return Journal(folder, "ours", restore)
+
+
 @pytest.mark.parametrize("what", ["a link", "a pipe", "a folder"])
 def test_a_journal_that_is_no_file_is_refused_and_left_alone(what: str, tmp_path: Path) -> None:
     path, elsewhere = tmp_path / NAME, tmp_path / "elsewhere"
     elsewhere.write_text("not ours")
     {"a link": lambda: path.symlink_to(elsewhere), "a pipe": lambda: os.mkfifo(path), "a folder": path.mkdir}[what]()
-    with pytest.raises(FileError, match="cannot write"), Journal(tmp_path, "ours", TensorRows).opened():
+    with pytest.raises(FileError, match="cannot write"), journal_of(tmp_path, {}).opened():
         pass
     assert elsewhere.read_text() == "not ours"
 
@@ -241,9 +251,9 @@ def test_a_journal_that_is_no_file_is_refused_and_left_alone(what: str, tmp_path
 def test_a_damaged_journal_is_believed_up_to_the_damage(tmp_path: Path) -> None:
     """Whatever byte is another, no row that is given back is."""
     rows = {f"tensor {i}": TensorRows(matrices=[{"value": 0.1 * i}]) for i in range(4)}
-    with Journal(tmp_path, "ours", TensorRows).opened():
+    with journal_of(tmp_path, {}).opened():
         pass
-    journal = Journal(tmp_path, "ours", TensorRows)
+    journal = journal_of(tmp_path, {})
     with journal.opened():
         for name, row in rows.items():
             journal.add(name, row)
@@ -262,7 +272,8 @@ def test_a_damaged_journal_is_believed_up_to_the_damage(tmp_path: Path) -> None:
                 case _:
                     damaged[at:at] = chance.choice((b"0", b"\n", b"{}\n", bytes(damaged[at : at + 9])))
         journal.path.write_bytes(bytes(damaged))
-        with Journal(tmp_path, "ours", TensorRows).opened() as found:
+        found: dict[str, TensorRows] = {}
+        with journal_of(tmp_path, found).opened():
             assert all(found[name] == rows[name] for name in found)
             assert list(found) == list(rows)[: len(found)]
             kept[len(found)] += 1
@@ -272,7 +283,7 @@ def test_a_damaged_journal_is_believed_up_to_the_damage(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["replaced", "rewritten", "removed"])
 def test_no_row_lands_in_a_journal_that_another_process_has_taken(tmp_path: Path, how: str) -> None:
     """Where a file system has no locks, the key decides."""
-    journal = Journal(tmp_path, "ours", TensorRows)
+    journal = journal_of(tmp_path, {})
     with journal.opened():
         journal.add("a", TensorRows())
         if how == "removed":

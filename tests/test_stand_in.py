@@ -11,7 +11,8 @@ from checkpoint_folders import base_and_two_runs
 from stand_in import GPU, Elsewhere, stand_in
 
 from offprincipal.comparison import CompareSettings, MatrixSettings, compare
-from offprincipal.geometry import spectrum
+from offprincipal.geometry import overlaps, spectrum
+from offprincipal.trajectories import trajectory
 
 
 def test_it_computes_as_the_cpu_does_and_refuses_to_mix(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +93,21 @@ def test_where_its_memory_runs_out_a_matrix_is_measured_on_the_cpu_and_it_is_sai
         warning for run in there.summary["runs"].values() for warning in run["warnings"] if "did not fit" in warning
     ]
     assert len(said) == len(runs) and all(warning.startswith("2 matrices") for warning in said)
+
+
+def test_a_trajectory_there_is_the_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, runs = base_and_two_runs(tmp_path)
+    checkpoints = [*runs.values(), base]
+    here = trajectory(base, checkpoints, steps=[1, 2, 3], subspace_rank=2)
+    seen: list[str] = []
+    solve = overlaps._leading
+    monkeypatch.setattr(overlaps, "_leading", lambda D, k: (seen.append(D.device.type), solve(D, k))[1])
+    with stand_in(monkeypatch):
+        there = trajectory(base, checkpoints, steps=[1, 2, 3], subspace_rank=2, device="cuda", threads=2)
+    assert set(seen) == {GPU.type}
+    np.testing.assert_allclose(there.content["pooled"]["gram"], here.content["pooled"]["gram"], rtol=1e-12)
+    for one, two in zip(here.rows, there.rows, strict=True):
+        assert two == {k: pytest.approx(v, rel=1e-4, abs=1e-6) if isinstance(v, float) else v for k, v in one.items()}
 
 
 @pytest.fixture

@@ -460,17 +460,25 @@ def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(
 
 
 def test_weights_along_the_way_are_kept_as_deltas_and_make_a_trajectory(tiny_model: Path, tmp_path: Path) -> None:
-    run = settings(tiny_model, "sft_own", steps=4, learning_rate=1e-3, keep_deltas=2)
+    run = settings(tiny_model, "sft_own", steps=4, learning_rate=1e-3, keep_deltas=2, keep_masters=True)
     train(run, tmp_path / "run", quiet=True)
     train(settings(tiny_model, "sft_own", steps=4, learning_rate=1e-3), tmp_path / "without", quiet=True)
     stored = (tmp_path / "run" / "model.safetensors").read_bytes()
     assert stored == (tmp_path / "without" / "model.safetensors").read_bytes()
     deltas = tmp_path / "run" / "deltas"
-    assert {path.name for path in deltas.iterdir()} == {"step_2.delta", "step_4.delta"}
+    assert {path.name for path in deltas.iterdir()} == {"step_2.delta", "step_4.delta", "masters"}
+    assert {path.name for path in (deltas / "masters").iterdir()} == {"step_2.safetensors", "step_4.safetensors"}
     apply_delta(tiny_model, deltas / "step_4.delta", tmp_path / "last")
     last, result = (load_file(tmp_path / name / "model.safetensors") for name in ("last", "run"))
     assert last.keys() == result.keys() and all(torch.equal(last[name], result[name]) for name in result)
     found = trajectory(tiny_model, deltas).content
     assert found["steps"] == [2.0, 4.0] and found["pooled"]["path_length"] > 0
+    kept = load_file(tmp_path / "run" / "masters" / "model.safetensors")
+    base = load_file(tiny_model / "model.safetensors")
+    moved = sum(float((kept[name].double() - base[name].double()).square().sum()) for name in kept)
+    in_float32 = trajectory(tiny_model, deltas, masters=True).content["pooled"]
+    assert in_float32["norms"][-1] == pytest.approx(moved**0.5, rel=1e-6)
+    with pytest.raises(TrainingError, match="keep_masters keeps the float32 weights of the steps"):
+        settings(tiny_model, "sft_own", steps=4, keep_masters=True)
     with pytest.raises(TrainingError, match="keep_deltas keeps all weights"):
         settings(tiny_model, "sft_own", steps=4, keep_deltas=2, adapter={"method": "lora"})

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from offprincipal import make_delta, trajectory
 from offprincipal.errors import ArgumentError, CheckpointError, FileError
-from offprincipal.reports.trajectory import _figure as page_of
-from offprincipal.trajectories import measure
-from offprincipal.trajectories.trajectory import JSON, TABLE, _label, steps_of
+from offprincipal.reports.trajectory import figure_of as page_of
+from offprincipal.trajectories import figures, measure
+from offprincipal.trajectories.sources import label_of, steps_of
+from offprincipal.trajectories.trajectory import JSON, TABLE
 
 STEPS = (5, 10, 40, 100)
 Weights = dict[str, Tensor]
@@ -129,7 +130,7 @@ def test_steps_are_told_from_names() -> None:
     assert steps_of(["iter_0000100", "run/epoch-2"]) == [100.0, 2.0]
     assert steps_of(["first", "second"]) == [1.0, 2.0]
     assert steps_of(["checkpoint-7", "final"]) == [1.0, 2.0]  # where one has none
-    assert [_label(step) for step in (5.0, 1e6, 0.5, 123456.5)] == ["5", "1000000", "0.5", "123456.5"]
+    assert [label_of(step) for step in (5.0, 1e6, 0.5, 123456.5)] == ["5", "1000000", "0.5", "123456.5"]
     assert steps_of(["Qwen2.5-7B", "Llama-3"], [3, 4]) == [3.0, 4.0]
     for names, steps, says in (
         (["checkpoint-5", "other/checkpoint-5"], None, "are both at step 5"),
@@ -288,6 +289,61 @@ def test_the_page_shows_the_whole_model_and_in_its_place_a_role_or_a_layer(
         assert len(traces) == sum(shown)
         (way,) = (trace for trace in traces if trace.name == "run")
         np.testing.assert_allclose(way.y, content["by_role"][button.label]["norms"])
+
+
+def test_overlaps_of_leading_subspaces_are_pooled_over_linear_matrices(run: tuple[Path, Path, list[Weights]]) -> None:
+    """Against LAPACK on whole displacements, weighted by entries."""
+    base, root, weights = run
+    found = trajectory(base, root, subspace_rank=2)
+    overlap = found.content["pooled"]["subspace_overlap"]
+    sums, entries = np.zeros((2, len(STEPS))), 0
+    for row in (row for row in found.rows if row["step"] == STEPS[0] and row["subspace_overlap_left"] is not None):
+        first = weights[0][row["tensor"]].double()
+        svds = [torch.linalg.svd(w[row["tensor"]].double() - first, full_matrices=False) for w in weights[1:]]
+        last = svds[-1]
+        sums[0] += [first.numel() * float((svd.U[:, :2].T @ last.U[:, :2]).square().sum()) / 2 for svd in svds]
+        sums[1] += [first.numel() * float((svd.Vh[:2] @ last.Vh[:2].T).square().sum()) / 2 for svd in svds]
+        entries += first.numel()
+    assert entries > 0
+    np.testing.assert_allclose([overlap["left"]["value"], overlap["right"]["value"]], sums / entries, atol=1e-5)
+    assert overlap["rank"] == 2 and overlap["left"]["own_cosines_null"][-1] == pytest.approx(1)
+    embedded = [row for row in found.rows if row["role"] in ("embedding", "norm")]
+    assert embedded and all(row["subspace_overlap_left"] is None for row in embedded)
+    with pytest.raises(ArgumentError, match="subspace_rank is 0"):
+        trajectory(base, root, subspace_rank=0)
+
+
+def test_workers_of_ray_find_the_same(run: tuple[Path, Path, list[Weights]], tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    base, root, _ = run
+    one = trajectory(base, root, subspace_rank=2, threads=2)
+    two = trajectory(base, root, subspace_rank=2, ray="local", out=tmp_path / "out")
+    assert one.content == two.content and one.rows == two.rows
+
+
+def test_of_very_many_checkpoints_only_the_whole_model_keeps_its_matrices(
+    run: tuple[Path, Path, list[Weights]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, root, _ = run
+    few = trajectory(base, root).content
+    monkeypatch.setattr(figures, "_MATRICES_UP_TO", len(STEPS) - 1)
+    many = trajectory(base, root).content
+    assert many["pooled"] == few["pooled"]
+    for group in ("by_role", "by_layer"):
+        for name, found in many[group].items():
+            assert found == few[group][name] | {"gram": None, "increment_cosine": None}
+    (cosines,) = (trace for trace in page_of(many).data if trace.type == "heatmap")
+    np.testing.assert_array_equal(np.array(cosines.z, float), np.array(few["pooled"]["increment_cosine"], float))
+
+
+def test_a_notebook_shows_the_figures_of_the_page(run: tuple[Path, Path, list[Weights]]) -> None:
+    found = trajectory(*run[:2], subspace_rank=1)
+    figure = found.plot()
+    assert figure == page_of(found.content)
+    shared = {trace.name: trace for trace in figure.data if trace.visible and trace.name == "left: run"}
+    np.testing.assert_allclose(
+        np.array(shared["left: run"].y, float), found.content["pooled"]["subspace_overlap"]["left"]["value"]
+    )
 
 
 def test_torch_is_not_even_imported_where_nothing_is_predicted(run: tuple[Path, Path, list[Weights]]) -> None:

@@ -278,7 +278,21 @@ def trajectory(
         str | None,
         typer.Option(metavar="N,N,...", help="Of the checkpoints, in their order; default: from their names."),
     ] = None,
+    subspace_rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="K",
+            help="Measure what the leading K singular directions have in common with the last checkpoint's; slower.",
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Tensors measured at once; default: all cores.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Measure on a Ray cluster; `local` starts one here.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where products are summed and those directions found: cpu, cuda or auto.")
+    ] = "cpu",
     masters: Annotated[
         bool, typer.Option("--masters", help="Follow the float32 weights that trainers keep beside the checkpoints.")
     ] = False,
@@ -302,14 +316,16 @@ def trajectory(
     from offprincipal.reports.terminal import as_shown_json
     from offprincipal.reports.trajectory import trajectory_sentences, trajectory_table, write_figure
     from offprincipal.trajectories import trajectory as follow
+    from offprincipal.trajectories.trajectory import PAGE
 
     at = None if steps is None else _numbers(steps)
-    options: Any = {"steps": at, "out": out, "threads": threads, "skip_broken": skip_broken}
-    options |= {"masters": masters, "predict": predict, "predict_by": predict_by}
+    options: Any = {"steps": at, "out": out, "threads": threads, "ray": ray, "skip_broken": skip_broken}
+    options |= {"subspace_rank": subspace_rank, "device": device, "masters": masters}
+    options |= {"predict": predict, "predict_by": predict_by}
     with _resumable(), _matrix_progress() as progress:
         found = follow(base, checkpoints, **options, progress=progress)
     if report:
-        write_figure(out / "trajectory.html", found.content)
+        write_figure(out / PAGE, found.content)
     if as_json:
         print(as_shown_json(found.content))
         return

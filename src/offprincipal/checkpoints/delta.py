@@ -17,8 +17,9 @@ from safetensors import safe_open
 
 from offprincipal.checkpoints.checkpoint import FLOATS, INTEGERS, Array, Checkpoint, TensorInfo
 from offprincipal.checkpoints.delta_codec import DamagedDelta, Encoded, Kind, decode, expanded
+from offprincipal.checkpoints.hostile import is_file
 from offprincipal.checkpoints.safetensors_file import SafetensorsFile
-from offprincipal.checkpoints.safetensors_folder import SafetensorsFolder
+from offprincipal.checkpoints.safetensors_folder import MASTERS, SafetensorsFolder
 from offprincipal.errors import CheckpointError
 
 SUFFIX = ".delta"
@@ -165,6 +166,7 @@ class DeltaCheckpoint(SafetensorsFolder):
 
     def __init__(self, path: Path, source: str, base: Checkpoint) -> None:
         self.folder, self.folders, self.source = path.parent, (path.parent, *base.folders), source
+        self._name = path.stem
         file = DeltaFile(path, as_stored(base))
         self.config = json.loads(file.text("config.json")) if "config.json" in file.index.files else dict(base.config)
         self._base_files = list(base.files)
@@ -178,8 +180,9 @@ class DeltaCheckpoint(SafetensorsFolder):
     def notes(self) -> list[str]:
         return [*super().notes, f"{self.source} is a delta, applied to the given base"]
 
-    def masters(self) -> None:
-        return None
+    def masters(self) -> Checkpoint | None:
+        kept = self.folder / MASTERS / f"{self._name}.safetensors"
+        return SafetensorsFolder(kept.parent, str(kept), [kept]) if is_file(kept) else None
 
 
 def open_delta(path: Path, source: str, base: Checkpoint | None) -> DeltaCheckpoint:

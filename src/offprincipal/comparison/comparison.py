@@ -97,12 +97,17 @@ def compare(
 
     def measure(waiting: Sequence[Part]) -> Iterable[tuple[Part, TensorRows]]:
         if ray:
-            return run_on_ray(work, waiting, ray)
+            return run_on_ray(work, Work.measure, waiting, ray)
         return run_in_threads(work, waiting, threads or os.cpu_count() or 1, _budget(work, memory))
 
     opened = identities(work.files)
-    with resumable(work, out, opened, TensorRows) as (journal, measured):
-        gather(work.parts, measured, measure, journal, progress)
+    measured: dict[str, TensorRows] = {}
+
+    def restore(name: str, kept: dict[str, Any]) -> None:
+        measured[name] = TensorRows(**kept)
+
+    with resumable(work, out, opened, restore) as journal:
+        gather(work.parts, measured, measure, measured.__setitem__, journal, progress)
         result = _comparison(work, [measured[part.name] for part in work.parts])
         require_unchanged(opened)
         if out is not None:

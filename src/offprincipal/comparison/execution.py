@@ -7,7 +7,8 @@ depend on how many there are.
 import contextlib
 import ctypes
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import lru_cache
@@ -74,10 +75,23 @@ def _next(waiting: list[Part], needs: Mapping[str, int], left: int, alone: bool)
     return None
 
 
-def run_on_ray(work: Work, parts: Sequence[Part], address: str) -> Iterator[tuple[Part, TensorRows]]:
-    """Parts with their rows, as the workers of a Ray cluster are done with them; Ray retries lost workers.
+def in_order(parts: Sequence[Part], found: Iterable[tuple[Part, T]]) -> Iterator[tuple[Part, T]]:
+    """What comes in any order, in that of the parts: what is early is held back, so that sums do not depend on it."""
+    early: dict[str, T] = {}
+    left = deque(parts)
+    for part, measured in found:
+        early[part.name] = measured
+        while left and left[0].name in early:
+            yield left[0], early.pop(left.popleft().name)
+
+
+def run_on_ray(
+    work: Work, measure: Callable[[Any, Part], T], parts: Sequence[Part], address: str
+) -> Iterator[tuple[Part, T]]:
+    """Parts with what is measured of them, as workers of a Ray cluster are done with them; Ray retries lost workers.
 
     Args:
+        measure: of a work like this one, opened on the worker, and a part; a function that can be imported there.
         address: of a running cluster, or `local` for one on this machine. Its workers must see the same files.
 
     Raises:
@@ -96,9 +110,10 @@ def run_on_ray(work: Work, parts: Sequence[Part], address: str) -> Iterator[tupl
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ArgumentError(f"no Ray cluster at '{address}': {error}. Start one, or say --ray local") from error
     try:
-        measure = ray.remote(max_retries=3)(_measure_on_worker)
-        shared = ray.put((work.base, dict(work.tuned), work.settings, work.cache, dict(work.given_masters)))
-        waiting = {measure.remote(shared, part): part for part in parts}
+        remote = ray.remote(max_retries=3)(_measure_on_worker)
+        made_of = (work.base, dict(work.tuned), work.settings, work.cache, dict(work.given_masters))
+        shared = ray.put((measure, type(work), *made_of))
+        waiting = {remote.remote(shared, part): part for part in parts}
         while waiting:
             done, _ = ray.wait(list(waiting))
             for reference in done:
@@ -108,15 +123,16 @@ def run_on_ray(work: Work, parts: Sequence[Part], address: str) -> Iterator[tupl
             ray.shutdown()
 
 
-def _measure_on_worker(made_of: tuple[Any, ...], part: Part) -> TensorRows:
-    base, tuned, settings, cache, masters = made_of
-    work = _opened(base, tuple(tuned.items()), settings, cache, tuple(masters.items()))
+def _measure_on_worker(shared: tuple[Any, ...], part: Part) -> Any:
+    measure, kind, base, tuned, settings, cache, masters = shared
+    work = _opened(kind, base, tuple(tuned.items()), settings, cache, tuple(masters.items()))
     with one_core_each(work):
-        return work.measure(part)
+        return measure(work, part)
 
 
 @lru_cache(maxsize=1)
 def _opened(
+    kind: type[Work],
     base: str,
     tuned: tuple[tuple[str, str], ...],
     settings: CompareSettings,
@@ -124,7 +140,7 @@ def _opened(
     masters: tuple[tuple[str, str], ...],
 ) -> Work:
     """Checkpoints are opened once a worker."""
-    return Work(base, dict(tuned), settings, cache, dict(masters))
+    return kind(base, dict(tuned), settings, cache, dict(masters))
 
 
 def _ray() -> Any:
@@ -135,15 +151,14 @@ def _ray() -> Any:
     return ray
 
 
-def _result(ray: Any, reference: Any) -> TensorRows:
-    """The rows, or the error of ours that the worker met."""
+def _result(ray: Any, reference: Any) -> Any:
+    """What was measured, or the error of ours that the worker met."""
     try:
-        rows: TensorRows = ray.get(reference)
+        return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, OffPrincipalError):
             raise error.cause from None
         raise
-    return rows
 
 
 def _give_back_memory() -> None:

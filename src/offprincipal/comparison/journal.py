@@ -11,12 +11,12 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
@@ -33,45 +33,50 @@ _DIGITS = 16  # of a line's digest, in hexadecimal
 
 @contextmanager
 def resumable(
-    work: Work, out: str | Path | None, files: Identities, restore: Callable[..., T], name: str = NAME
-) -> Iterator[tuple["Journal[T] | None", dict[str, T]]]:
-    """The journal in an output folder held against other processes, and what it already knows; none without a folder.
+    work: Work,
+    out: str | Path | None,
+    files: Identities,
+    restore: Callable[[str, dict[str, Any]], None],
+    name: str = NAME,
+) -> Iterator["Journal | None"]:
+    """The journal in an output folder held against other processes, once it gave back all it knows; none without one.
 
     Args:
         files: what is read, as it was when it was opened; restore, name: as `Journal` takes them.
     """
     if out is None:
-        yield None, {}
+        yield None
         return
     folder = Path(out)
     require_folder(folder)
     journal = Journal(folder, _key(work, files), restore, name)
     with exclusively(folder):
         sweep(folder)
-        with journal.opened() as measured:
-            yield journal, measured
+        with journal.opened():
+            yield journal
 
 
 def gather(
     parts: Sequence[Part],
-    known: dict[str, T],
+    known: Collection[str],
     measure: Callable[[Sequence[Part]], Iterable[tuple[Part, T]]],
-    journal: "Journal[T] | None",
+    keep: Callable[[str, T], None],
+    journal: "Journal | None",
     progress: Callable[[int, int, str], None] | None,
 ) -> None:
     """Have measured what is not known yet, if anything, and keep each tensor as it is done.
 
     Args:
-        known: name -> what was measured, which is added to; measure: of some parts, in any order.
+        known: names of what was measured before; measure: of some parts, in any order; keep: takes each by its name.
         progress: called with entries done, entries in all, and the tensor's name.
     """
     waiting = [part for part in parts if part.name not in known]
     total = sum(part.numel for part in parts)
     done = total - sum(part.numel for part in waiting)
     for part, found in measure(waiting) if waiting else ():
-        known[part.name] = found
         if journal:
             journal.add(part.name, found)
+        keep(part.name, found)
         done += part.numel
         if progress:
             progress(done, total, part.name)
@@ -82,23 +87,25 @@ def versions() -> dict[str, str]:
     return {package: version(package) for package in ("offprincipal", "numpy", "torch", "safetensors")}
 
 
-class Journal(Generic[T]):
+class Journal:
     """What was measured by the name of its tensor, kept in a folder until all is.
 
     Args:
         folder: where it is; name: of the file there.
         key: what is measured, as text.
-        restore: makes what was measured from the attributes that `add` kept of it.
+        restore: given each tensor's name and the attributes that `add` kept of what was measured.
     """
 
-    def __init__(self, folder: Path, key: str, restore: Callable[..., T], name: str = NAME) -> None:
+    def __init__(
+        self, folder: Path, key: str, restore: Callable[[str, dict[str, Any]], None], name: str = NAME
+    ) -> None:
         self.path = folder / name
         self._key, self._restore = key, restore
         self._file: IO[bytes] | None = None
 
     @contextmanager
-    def opened(self) -> Iterator[dict[str, T]]:
-        """What is already done; while open, `add` keeps more.
+    def opened(self) -> Iterator[None]:
+        """Have restored what is already done; while open, `add` keeps more.
 
         Raises:
             FileError: it cannot be written, or is a link, a pipe or a folder.
@@ -107,19 +114,19 @@ class Journal(Generic[T]):
             file = _own_file(self.path)
         try:
             with self._reported():
-                done, length = self._read(file)
+                length = self._read(file)
                 file.truncate(length)
                 if not length:
                     file.write(_line({"key": self._key}))
                     file.flush()
             self._file = file
-            yield done
+            yield
         finally:
             self._file = None
             with self._reported():
                 file.close()
 
-    def add(self, name: str, rows: T) -> None:
+    def add(self, name: str, rows: object) -> None:
         """Keep what was measured of one tensor; it outlives this process.
 
         Raises:
@@ -157,24 +164,21 @@ class Journal(Generic[T]):
                 f"cannot write {self.path}: {error.strerror or error}. Free some space or choose another --out"
             ) from error
 
-    def _read(self, file: IO[bytes]) -> tuple[dict[str, T], int]:
-        """Rows by tensor, and the length of the lines that are whole; nothing where the key is another."""
-        done: dict[str, T] = {}
-        length = 0
+    def _read(self, file: IO[bytes]) -> int:
+        """The length of the lines that are whole, each of which is restored; nothing where the key is another."""
+        length, done = 0, 0
         file.seek(0)
         for number, line in enumerate(file):
             content = _content(line)
             if content is None or (number == 0 and content.get("key") != self._key):
                 if content is None and line.endswith(b"\n"):
-                    LOG.warning(
-                        "%s was damaged after %d tensors: the others are measured again", self.path.name, len(done)
-                    )
+                    LOG.warning("%s was damaged after %d tensors: the others are measured again", self.path.name, done)
                 break
             length += len(line)
             if number:
-                name = content.pop("tensor")
-                done[name] = self._restore(**content)
-        return done, length
+                self._restore(content.pop("tensor"), content)
+                done += 1
+        return length
 
 
 def _key(work: Work, opened: Identities) -> str:

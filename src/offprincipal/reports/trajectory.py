@@ -24,6 +24,13 @@ FIGURES = {
 PREDICTED = {"linear": "line of\neach weight", "rank1": "line along\none direction", "last": "last one\nkept"}
 _WALK, _RUN = "#8899a6", "#1c2733"
 _NULLS = ("random_walk_null", "stored_walk_null", "stored_line_null")
+_OVERLAPS = {
+    "value": ("run", "solid"),
+    "random_walk_null": ("random walk", "dash"),
+    "own_cosines_null": ("its own cosines alone", "dot"),
+}
+_SIDES = {"left": "#0b6e99", "right": "#c2570c"}
+_CELLS = 100  # a side that a heatmap shows at most
 _METHODS = ("#0b6e99", "#c2570c", "#1c2733")
 
 
@@ -58,7 +65,22 @@ def trajectory_table(content: Mapping[str, Any]) -> Group:
         roles.add_column(title, justify="right")
     for role, found in content["by_role"].items():
         roles.add_row(shown(role), *(_with_null(found[name]) for name in FIGURES), found["verdict"])
-    return Group(beside, steps, roles, *([] if content["held_out"] is None else [_held_out_table(content)]))
+    more = [] if whole["subspace_overlap"] is None else [_overlap_table(content)]
+    more += [] if content["held_out"] is None else [_held_out_table(content)]
+    return Group(beside, steps, roles, *more)
+
+
+def _overlap_table(content: Mapping[str, Any]) -> Table:
+    found = content["pooled"]["subspace_overlap"]
+    title = f"leading {found['rank']} directions of either side in common with the last checkpoint's"
+    table = Table(Column("step", no_wrap=True, justify="right"), box=SIMPLE, title=title)
+    for side in _SIDES:
+        for heading in (side, "random\nwalk", "own\ncosines"):
+            table.add_column(heading, justify="right")
+    for t, step in enumerate(content["steps"]):
+        values = (found[side][kind][t] for side in _SIDES for kind in _OVERLAPS)
+        table.add_row(f"{step:g}", *(_decimals(value) for value in values))
+    return table
 
 
 def _held_out_table(content: Mapping[str, Any]) -> Table:
@@ -97,7 +119,26 @@ def trajectory_sentences(content: Mapping[str, Any]) -> list[str]:
         f"{numbers.percent(share['stored_line_null'])}. A line through the checkpoints explains "
         f"{numbers.percent(line['value'])} of where they are; of that walk, "
         f"{numbers.percent(line['random_walk_null'])}, of that line {numbers.percent(line['stored_line_null'])}.",
+        *_overlap_sentences(content),
         *_prediction_sentences(content),
+    ]
+
+
+def _overlap_sentences(content: Mapping[str, Any]) -> list[str]:
+    """Whether the leading directions are found early; nothing where none were looked at."""
+    found = content["pooled"]["subspace_overlap"]
+    if found is None:
+        return []
+    half = (len(content["steps"]) - 1) // 2
+    said = [
+        f"{numbers.percent(found[side]['value'][half])} ({side}; a random walk of the same steps "
+        f"{numbers.percent(found[side]['random_walk_null'][half])}, displacements with these cosines and no structure "
+        f"but lengths of rows and columns {numbers.percent(found[side]['own_cosines_null'][half])})"
+        for side in _SIDES
+    ]
+    return [
+        f"At step {content['steps'][half]:g} the leading {found['rank']} directions share {said[0]} and {said[1]} with "
+        "those of the last checkpoint."
     ]
 
 
@@ -123,22 +164,24 @@ def write_figure(out: Path, content: Mapping[str, Any]) -> Path:
     Raises:
         FileError: it cannot be written.
     """
-    return write_page(out, _figure(content), f"offprincipal trajectory: {Path(content['base']).name}")
+    return write_page(out, figure_of(content), f"offprincipal trajectory: {Path(content['base']).name}")
 
 
-def _figure(content: Mapping[str, Any]) -> graph_objects.Figure:
+def figure_of(content: Mapping[str, Any]) -> graph_objects.Figure:
     """Every panel, of the whole model at first; a menu shows a role's or a layer's in its place."""
+    overlap = content["pooled"]["subspace_overlap"]
     titles = (
         "distance from the base",
         "cosine of every two steps",
         "first two principal components",
         "rank-1 share by role",
+        *([f"leading {overlap['rank']} directions in common with the last"] if overlap else []),
         "checkpoints predicted from those before",
     )
     figure = make_subplots(
         rows=3,
         cols=2,
-        specs=[[{}, {}], [{}, {}], [{"colspan": 2}, None]],
+        specs=[[{}, {}], [{}, {}], [{}, {}] if overlap else [{"colspan": 2}, None]],
         subplot_titles=titles,
         horizontal_spacing=0.12,
         vertical_spacing=0.1,
@@ -151,8 +194,9 @@ def _figure(content: Mapping[str, Any]) -> graph_objects.Figure:
         before = len(figure.data)
         _add_way(figure, found, content["steps"], shown=name == "the whole model")
         of += [name] * (len(figure.data) - before)
+    _name_axes(figure, overlap is not None)
     _add_roles(figure, content["by_role"])
-    _add_held_out(figure, content["held_out"] or ())
+    _add_held_out(figure, content["held_out"] or (), column=2 if overlap else 1)
     of += [None] * (len(figure.data) - len(of))
     buttons = [
         {"label": name, "method": "restyle", "args": ["visible", [owner in (None, name) for owner in of]]}
@@ -171,7 +215,7 @@ def _figure(content: Mapping[str, Any]) -> graph_objects.Figure:
 
 
 def _add_way(figure: graph_objects.Figure, found: Mapping[str, Any], steps: Sequence[float], shown: bool) -> None:
-    """The panels of one choice: distances, cosines and the path along the first two components."""
+    """The panels of one choice: distances, cosines, the path along the first two components, and shared directions."""
     reached, squares = [], 0.0
     for increment in found["increments"]:
         squares += increment**2
@@ -187,18 +231,32 @@ def _add_way(figure: graph_objects.Figure, found: Mapping[str, Any], steps: Sequ
     labels = [f"{step:g}" for step in steps]
     scale: dict[str, Any] = {"zmin": -1, "zmax": 1, "colorscale": "RdBu", "reversescale": True, "visible": shown}
     bar = {"len": 0.26, "y": 0.87, "title": "cosine"}
-    figure.add_heatmap(z=found["increment_cosine"], x=labels, y=labels, colorbar=bar, row=1, col=2, **scale)
+    if found["increment_cosine"] is not None:
+        some = slice(None, None, -(-len(steps) // _CELLS))
+        cells = [row[some] for row in found["increment_cosine"][some]]
+        figure.add_heatmap(z=cells, x=labels[some], y=labels[some], colorbar=bar, row=1, col=2, **scale)
     for key, name, colour in (("components", "run", _RUN), ("components_random_walk_null", "random walk", _WALK)):
         x, y = zip(*([[0.0, 0.0], *found[key]]), strict=True)
         line = {"color": colour, "dash": "solid" if key == "components" else "dash"}
         style = {"mode": "lines+markers", "visible": shown, "text": ["base", *labels]}
         figure.add_scatter(x=x, y=y, name=f"path of the {name}", line=line, row=2, col=1, **style)
+    overlap = found["subspace_overlap"]
+    for side, colour in _SIDES.items() if overlap else ():
+        for kind, (name, dash) in _OVERLAPS.items():
+            style = {"mode": "lines+markers", "visible": shown, "line": {"color": colour, "dash": dash}}
+            figure.add_scatter(x=steps, y=overlap[side][kind], name=f"{side}: {name}", row=3, col=1, **style)
+
+
+def _name_axes(figure: graph_objects.Figure, with_overlaps: bool) -> None:
     figure.update_xaxes(title="step", row=1, col=1)
     figure.update_yaxes(title="‖W − base‖", rangemode="tozero", row=1, col=1)
     figure.update_xaxes(type="category", title="step", row=1, col=2)
     figure.update_yaxes(type="category", title="step", row=1, col=2)
     figure.update_xaxes(title="first", row=2, col=1)
     figure.update_yaxes(title="second", row=2, col=1)
+    if with_overlaps:
+        figure.update_xaxes(title="step", row=3, col=1)
+        figure.update_yaxes(title="share in common", range=[0, 1.02], tickformat=".0%", row=3, col=1)
 
 
 def _add_roles(figure: graph_objects.Figure, by_role: Mapping[str, Any]) -> None:
@@ -208,16 +266,16 @@ def _add_roles(figure: graph_objects.Figure, by_role: Mapping[str, Any]) -> None
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%", row=2, col=2)
 
 
-def _add_held_out(figure: graph_objects.Figure, rows: Sequence[Mapping[str, Any]]) -> None:
+def _add_held_out(figure: graph_objects.Figure, rows: Sequence[Mapping[str, Any]], column: int) -> None:
     steps = [row["step"] for row in rows]
     for (method, words), colour in zip(PREDICTED.items(), _METHODS, strict=True):
         for key, dash, ending in (("value", "solid", ""), ("random_walk_null", "dash", ", of a random walk")):
             values = [row[method][key] for row in rows]
             line = {"color": colour, "dash": dash}
             name = words.replace("\n", " ") + ending
-            figure.add_scatter(x=steps, y=values, name=name, line=line, mode="lines+markers", row=3, col=1)
-    figure.update_xaxes(title="step", row=3, col=1)
-    figure.update_yaxes(title="missed by, of its distance", rangemode="tozero", tickformat=".0%", row=3, col=1)
+            figure.add_scatter(x=steps, y=values, name=name, line=line, mode="lines+markers", row=3, col=column)
+    figure.update_xaxes(title="step", row=3, col=column)
+    figure.update_yaxes(title="missed by, of its distance", rangemode="tozero", tickformat=".0%", row=3, col=column)
 
 
 def _with_null(row: Mapping[str, Any]) -> str:

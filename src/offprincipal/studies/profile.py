@@ -16,6 +16,7 @@ from offprincipal.studies.expansion import expand
 from offprincipal.studies.experiments import AgreementStage, GatesStage, GaussianStage, InterveneStage, PrecisionStage
 from offprincipal.studies.fine_tuning import MatchedStage, OutcomesStage
 from offprincipal.studies.stages import ClaimsStage, CompareStage, ReportStage, TrainStage
+from offprincipal.studies.trajectories import TrajectoryStage
 
 Stage = Annotated[
     TrainStage
@@ -27,6 +28,7 @@ Stage = Annotated[
     | AgreementStage
     | PrecisionStage
     | GatesStage
+    | TrajectoryStage
     | ClaimsStage
     | ReportStage,
     Field(discriminator="kind"),

@@ -21,7 +21,7 @@ from offprincipal.files import read_json, write_json
 from offprincipal.measures.columns import GROUPS, Group
 from offprincipal.models import model_name
 from offprincipal.studies.claims import CLAIMS, SOURCES, Evidence, judge
-from offprincipal.studies.claims.negative import negative_controls
+from offprincipal.studies.claims.negative import negative_controls, walk_controls
 from offprincipal.tasks import open_task
 from offprincipal.training import ShowProgress, TrainSettings, parse_settings, silent, train
 
@@ -242,6 +242,7 @@ class ClaimsStage(StageKind):
         alpha = read_json(space.folder(self.comparison) / "summary.json")["arguments"]["alpha"]
         base, threads = str(base_folder(space.base)), os.cpu_count() or 1
         found = negative_controls(evidence, self.claims, base, runs, self.negative_control, alpha, threads)
+        found |= walk_controls(evidence, self.claims)
         for claim in claims:
             for side, counts in found.get((claim["id"], claim["of"] or "", claim["contrast"] or ""), {}).items():
                 claim[side]["negative_control"] = counts

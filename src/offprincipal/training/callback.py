@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from offprincipal.adapters import Isospectral
+from offprincipal.checkpoints.safetensors_folder import MASTERS
 from offprincipal.deltas import make_delta
 from offprincipal.files import write_atomically
 from offprincipal.training.progress import ShowProgress, StepReport
@@ -59,22 +60,30 @@ class KeepDeltas(TrainerCallback):
     """Write what the weights have become since the base, stored in bfloat16, every so many steps.
 
     Args:
-        base: the source of the base; folder: which deltas are written into; every: steps.
+        base: the source of the base; folder: which deltas are written into; every: steps; masters: write the float32
+            weights beside them too.
     """
 
-    def __init__(self, base: str, folder: Path, every: int) -> None:
-        self._base, self._folder, self._every = base, folder, every
+    def __init__(self, base: str, folder: Path, every: int, masters: bool) -> None:
+        self._base, self._folder, self._every, self._masters = base, folder, every, masters
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if state.global_step % self._every or not state.is_world_process_zero:
             return
         model, tied = given["model"], given["model"].config.tie_word_embeddings
-        weights = {
-            name: tensor.detach().to("cpu", torch.bfloat16).contiguous() if tensor.is_floating_point() else tensor
+        masters = {
+            name: tensor.detach().cpu().contiguous()
             for name, tensor in model.state_dict().items()
             if not (tied and name == "lm_head.weight")
         }
+        weights = {name: t.to(torch.bfloat16) if t.is_floating_point() else t for name, t in masters.items()}
         self._folder.mkdir(exist_ok=True)
+        if self._masters:
+            (self._folder / MASTERS).mkdir(exist_ok=True)
+            write_atomically(
+                self._folder / MASTERS / f"step_{state.global_step}.safetensors",
+                lambda part: save_file(masters, part, {"format": "pt"}),
+            )
         with tempfile.TemporaryDirectory(dir=self._folder, prefix=".step.") as part:
             save_file(weights, Path(part) / "model.safetensors", {"format": "pt"})
             model.config.save_pretrained(part)

@@ -7,6 +7,7 @@
     OUT/run.json                                     the record; written last, so it marks a complete run
     OUT/monitor.parquet                              what the monitor saw, if asked for
     OUT/deltas/step_N.delta                          the weights along the way, if asked for
+    OUT/deltas/masters/step_N.safetensors            the same in float32, if asked for
     OUT/checkpoints/                                 only while the run is not complete
     OUT/runs/                                        what TensorBoard was told, if asked for
 
@@ -239,7 +240,8 @@ def _fit(
         if opened.trained.is_adapter:
             callbacks.append(ExactAdapter())
         if settings.keep_deltas is not None:
-            callbacks.append(KeepDeltas(settings.model, checkpoints.parent / DELTAS, settings.keep_deltas))
+            deltas = checkpoints.parent / DELTAS
+            callbacks.append(KeepDeltas(settings.model, deltas, settings.keep_deltas, settings.keep_masters))
         if isinstance(opened.trained.optimizer, Isospectral):
             callbacks.append(FrameErrors(opened.trained.optimizer))
         trainer = build_trainer(settings, opened, checkpoints, callbacks, show)

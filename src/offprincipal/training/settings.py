@@ -22,7 +22,17 @@ from offprincipal.training.monitor.verdicts import parse_watch
 _REWARDED: tuple[Recipe, ...] = ("grpo", "dr_grpo", "rloo")  # by groups of completions of one prompt
 _PREFERRING: tuple[Recipe, ...] = ("dpo", "kto")
 # which older runs have not
-_LATER = ("teacher", "beta", "monitor", "stop_if", "warn_if", "adapter", "trust_remote_code", "keep_deltas")
+_LATER = (
+    "teacher",
+    "beta",
+    "monitor",
+    "stop_if",
+    "warn_if",
+    "adapter",
+    "trust_remote_code",
+    "keep_deltas",
+    "keep_masters",
+)
 
 
 class TrainSettings(BaseModel):
@@ -90,6 +100,11 @@ class TrainSettings(BaseModel):
         description="steps between the weights that are kept, stored in bfloat16, as deltas from the model: "
         "deltas/step_N.delta, for `offprincipal trajectory`; None: none",
     )
+    keep_masters: bool = Field(
+        False,
+        description="keep the float32 weights of those steps too, in deltas/masters, for `trajectory --masters`, which "
+        "sees what storing in bfloat16 hides",
+    )
     trust_remote_code: bool = Field(
         False, description="execute Python that comes with the model or teacher, where it asks for that"
     )
@@ -119,6 +134,8 @@ class TrainSettings(BaseModel):
                 )
         if self.keep_deltas is not None and self.adapter is not None:
             raise TrainingError("keep_deltas keeps all weights, which an adapter leaves as they are: leave it out")
+        if self.keep_masters and self.keep_deltas is None:
+            raise TrainingError("keep_masters keeps the float32 weights of the steps of keep_deltas: set that too")
         if self.recipe == "kto" and self.sequences_at_once == 1:
             raise TrainingError(
                 "kto compares sequences with their neighbours: choose a micro_batch that allows 2 at once"

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ class Moved:
         base_square: ‖W_0‖²; entries: how many it has.
         changed: (T,), entries that differ from the base once both are stored in bfloat16; since_last: from the
             checkpoint before; reverted: that differed before, and are the base's again.
+        overlaps: (3, 2, T), as `subspace_overlaps` gives them, times the entries of the matrices where they are known,
+            which `overlapping` (3, 2, T) counts; zeros where none was asked for. angle_error: the largest, degrees.
     """
 
     gram: Floats
@@ -38,12 +40,22 @@ class Moved:
     changed: NDArray[np.int64]
     since_last: NDArray[np.int64]
     reverted: NDArray[np.int64]
+    overlaps: Floats
+    overlapping: Floats
+    angle_error: float = 0.0
 
     def __add__(self, other: "Moved") -> "Moved":
-        return Moved(*(one + two for one, two in zip(vars(self).values(), vars(other).values(), strict=True)))
+        summed = {name: value + getattr(other, name) for name, value in vars(self).items()}
+        return Moved(**(summed | {"angle_error": max(self.angle_error, other.angle_error)}))
+
+    def with_overlaps(self, found: Floats, angle_error: float) -> "Moved":
+        """The same with overlaps of its leading subspaces, (3, 2, T), NaN where they are not defined."""
+        known = np.isfinite(found)
+        weighted = np.where(known, found, 0.0) * self.entries
+        return replace(self, overlaps=weighted, overlapping=known * float(self.entries), angle_error=angle_error)
 
 
-def restored(**kept: Any) -> Moved:
+def restored(kept: dict[str, Any]) -> Moved:
     """What was measured, from its attributes as a journal keeps them: arrays flat, and in float64.
 
     Raises:
@@ -52,15 +64,31 @@ def restored(**kept: Any) -> Moved:
     count = len(kept["changed"])
     grams = {name: np.array(kept[name]).reshape(count, count) for name in ("gram", "stored_gram", "line_gram")}
     counts = {name: np.array(kept[name]).astype(np.int64) for name in ("changed", "since_last", "reverted")}
-    return Moved(**(kept | grams | counts))
+    overlaps = {name: np.array(kept[name]).reshape(3, 2, count) for name in ("overlaps", "overlapping")}
+    return Moved(**(kept | grams | counts | overlaps))
 
 
-def measure(name: str, base: Read, checkpoints: Sequence[Read], start: int, stop: int, steps: Sequence[float]) -> Moved:
+def in_float64(moves: NDArray[np.float32]) -> Floats:
+    """(T, T), the inner products of rows (T, b)."""
+    wide = moves.astype(np.float64)
+    return wide @ wide.T
+
+
+def measure(
+    name: str,
+    base: Read,
+    checkpoints: Sequence[Read],
+    start: int,
+    stop: int,
+    steps: Sequence[float],
+    products: Callable[[NDArray[np.float32]], Floats] = in_float64,
+) -> Moved:
     """Stream a tensor's entries `start` to `stop` of a base and of every checkpoint.
 
     Args:
         name: seeds the sample that the stored walk and line are drawn on; steps: of the checkpoints, which the line
             goes along evenly.
+        products: of the displacements in a block, (T, b), one with another, summed in float64.
 
     Raises:
         NonFiniteTensor: one holds NaN or infinity.
@@ -87,19 +115,40 @@ def measure(name: str, base: Read, checkpoints: Sequence[Read], start: int, stop
             since_last[t] += np.count_nonzero(scan.mark_changed(codes_before, codes))
             reverted[t] += np.count_nonzero(ever & ~differs)
             codes_before, ever = codes, ever | differs
-        double = moves.astype(np.float64)
-        gram += double @ double.T
+        gram += products(moves)
         sampled.take(first, origin, moves, stored.dtype)
-    return Moved(
-        gram, *sampled.grams([step / steps[-1] for step in steps]), square, stop - start, changed, since_last, reverted
-    )
+    stored, line = sampled.walk(sampled.rng), sampled.line([step / steps[-1] for step in steps])
+    none = np.zeros((3, 2, count))
+    return Moved(gram, stored, line, square, stop - start, changed, since_last, reverted, none, none)
+
+
+def walk_blindly(name: str, base: Read, checkpoints: Sequence[Read], start: int, stop: int, draws: int) -> Floats:
+    """Inner products of walks whose steps are those of a tensor, each dealt out blindly, stored as the checkpoints are.
+
+    Args:
+        name: chooses the sample that walks are drawn on, and their randomness.
+
+    Returns:
+        (draws, T, T), scaled to the whole tensor.
+    """
+    sampled = _Sample(name, start, stop)
+    origin, stored = base(sampled.first, sampled.last), [read(sampled.first, sampled.last) for read in checkpoints]
+    wide = _finite(origin)
+    sampled.take(sampled.first, origin, np.stack([_finite(one) - wide for one in stored]), stored[-1].dtype)
+    rng = np.random.default_rng([1, seed_of(name)])  # others than those of its own null
+    return np.stack([sampled.walk(rng) for _ in range(draws)])
+
+
+def seed_of(name: str) -> int:
+    """A tensor's own, the same on every machine."""
+    return zlib.crc32(name.encode("utf-8", "surrogatepass"))
 
 
 class _Sample:
     """Some contiguous entries of a tensor, on which a walk is drawn anew; chosen by its name."""
 
     def __init__(self, name: str, start: int, stop: int) -> None:
-        self.rng = np.random.default_rng(zlib.crc32(name.encode("utf-8", "surrogatepass")))
+        self.rng = np.random.default_rng(seed_of(name))
         size = min(SAMPLE, stop - start)
         self.first = start + int(self.rng.integers(0, stop - start - size + 1))
         self.last, self.entries = self.first + size, stop - start
@@ -113,13 +162,19 @@ class _Sample:
             self.base.append(base[low - first : high - first].copy())
             self.moves.append(moves[:, low - first : high - first].copy())
 
-    def grams(self, shares: Sequence[float]) -> tuple[Floats, Floats]:
-        """Of the stored walk, and of the stored line."""
-        base, moves = np.concatenate(self.base), np.concatenate(self.moves, axis=1)
+    def walk(self, rng: np.random.Generator) -> Floats:
+        """Of a stored walk."""
+        base, moves = self._whole()
         steps = np.diff(moves, axis=0, prepend=np.zeros((1, moves.shape[1]), np.float32))
-        scale = self.entries / len(base)
-        walk = walks.stored_walk_gram(base, steps, self.dtype, self.rng)
-        return walk * scale, walks.stored_line_gram(base, moves[-1], shares, self.dtype, self.rng) * scale
+        return walks.stored_walk_gram(base, steps, self.dtype, rng) * (self.entries / len(base))
+
+    def line(self, shares: Sequence[float]) -> Floats:
+        """Of a stored line."""
+        base, moves = self._whole()
+        return walks.stored_line_gram(base, moves[-1], shares, self.dtype, self.rng) * (self.entries / len(base))
+
+    def _whole(self) -> tuple[Array, NDArray[np.float32]]:
+        return np.concatenate(self.base), np.concatenate(self.moves, axis=1)
 
 
 def _finite(values: Array) -> NDArray[Any]:

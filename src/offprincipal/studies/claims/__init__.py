@@ -12,6 +12,7 @@ from offprincipal.studies.claims import (  # noqa: F401  # the claims enter them
     masks,
     precision,
     signatures,
+    trajectories,
     transfer,
 )
 from offprincipal.studies.claims.evidence import SOURCES, Evidence

@@ -24,6 +24,7 @@ SOURCES = {
     "watched_sft": "monitor.parquet",
     "outcomes": "outcomes.parquet",
     "kl_curves": "kl_curves.parquet",
+    "trajectories": "trajectories.parquet",
 }
 
 Row = dict[str, Any]
@@ -41,6 +42,7 @@ class Evidence:
         beyond: runs that learn from preferences or a teacher, by their kind.
         contrast: the kind of SFT that RLVR is held against; kind: that of `beyond` which stands in RLVR's place, as
             `rl`; set by `contrasts`.
+        draw: which of the blind walks stands in each run's place in the source `trajectories`; None: the run itself.
     """
 
     matrices: Mapping[str, list[Row]]
@@ -54,6 +56,7 @@ class Evidence:
     beyond: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     contrast: str = ""
     kind: str = ""
+    draw: int | None = None
 
     @classmethod
     def read(
@@ -184,6 +187,11 @@ class Evidence:
         for row in self.rows(source):
             runs.setdefault(row["run"], []).append(row)
         return runs
+
+    def followed(self, weights: Literal["stored", "float32"]) -> dict[str, Row]:
+        """Run -> how it moved over its checkpoints, or how the blind walk did that stands in its place."""
+        rows = self.rows("trajectories")
+        return {row["run"]: row for row in rows if row["weights"] == weights and row["draw"] == self.draw}
 
     def watched(self, kind: Literal["rl", "sft"]) -> dict[str, list[Row]]:
         """Run -> the pooled row of each step that a monitor saw, in order."""

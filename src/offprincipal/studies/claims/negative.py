@@ -51,14 +51,29 @@ def negative_controls(
     judged = [id for id in ids if CLAIMS[id].tables]
     found: dict[tuple[str, str, str], dict[str, Counts]] = {}
     for blind in blind_evidence(evidence, base, runs, draws, alpha, threads) if judged and draws else []:
-        for id in judged:
-            for one in CLAIMS[id].contrasts(blind):
-                sides = found.setdefault((id, one.kind, one.contrast), {side: _none() for side in _SIDES})
-                for side, judgement in zip(_SIDES, CLAIMS[id].judge(one), strict=True):
-                    sides[side]["draws"] += 1
-                    if judgement.verdict in ("supported", "contradicted"):
-                        sides[side][judgement.verdict] += 1
+        _count(found, blind, judged)
     return found
+
+
+def walk_controls(evidence: Evidence, ids: Sequence[str]) -> dict[tuple[str, str, str], dict[str, Counts]]:
+    """The same of the claims that rest on trajectories, from the blind walks that their stages drew; as above."""
+    judged = [id for id in ids if "trajectories" in CLAIMS[id].needs]
+    draws = {row["draw"] for row in evidence.rows("trajectories")} - {None} if judged else set()
+    found: dict[tuple[str, str, str], dict[str, Counts]] = {}
+    for draw in sorted(draws):
+        _count(found, replace(evidence, draw=draw), judged)
+    return found
+
+
+def _count(found: dict[tuple[str, str, str], dict[str, Counts]], blind: Evidence, ids: Sequence[str]) -> None:
+    """Enter what the rules of claims say of one blind evidence."""
+    for id in ids:
+        for one in CLAIMS[id].contrasts(blind):
+            sides = found.setdefault((id, one.kind, one.contrast), {side: _none() for side in _SIDES})
+            for side, judgement in zip(_SIDES, CLAIMS[id].judge(one), strict=True):
+                sides[side]["draws"] += 1
+                if judgement.verdict in ("supported", "contradicted"):
+                    sides[side][judgement.verdict] += 1
 
 
 def blind_evidence(
