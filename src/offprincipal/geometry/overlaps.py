@@ -18,6 +18,7 @@ from offprincipal.geometry.walks import increment_gram
 Floats = NDArray[np.float64]
 Subspaces = tuple[Tensor, Tensor]
 _BINARY = 100
+_LAPACK_UP_TO, _WHOLE_UP_TO = 64, 1024  # min(n, m): of a few directions, where each solver is the fastest
 _ANGLE = 1.0  # degrees that an iterated subspace may be off; one that may be more is solved whole
 
 
@@ -79,7 +80,9 @@ def _leading(D: Tensor, k: int) -> tuple[Subspaces | None, float]:
     if k >= min(D.shape) or largest == 0:
         return None, 0.0
     exponent = min(max(-math.frexp(largest)[1], -_BINARY), _BINARY)  # a power of two rounds nothing
-    svd = principal_triplets(D * 2.0**exponent, k, angle_deg=_ANGLE, whole_up_to=0)
+    svd = principal_triplets(
+        D * 2.0**exponent, k, angle_deg=_ANGLE, exact_up_to=_LAPACK_UP_TO, whole_up_to=_WHOLE_UP_TO
+    )
     if not has_principal_subspace(svd, k, D.shape):
         return None, 0.0
     return (svd.U[:, :k], svd.Vh[:k].T), svd.angle_error_deg(k) or 0.0

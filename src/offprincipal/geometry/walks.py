@@ -137,6 +137,20 @@ def components_of(G: Floats, count: int = 2) -> Floats:
     return np.where(found[-1] < 0, -found, found) + 0.0
 
 
+def shares_of(G: Floats, count: int = 8) -> Floats:
+    """The largest eigenvalues in the trace, from the largest down: how many directions hold the displacements.
+
+    Returns:
+        (min(count, T),), NaN where nothing moved.
+
+    >>> shares_of(random_walk_gram(np.ones(100)), 3).round(3).tolist()
+    [0.811, 0.09, 0.032]
+    """
+    values = np.clip(np.linalg.eigvalsh(np.asarray(G, np.float64))[::-1][:count], 0.0, None)
+    trace = float(np.trace(G))
+    return values / trace if trace > 0 else np.full(len(values), np.nan)
+
+
 def drift_of(G: Floats) -> Drift:
     """Whether steps that are far apart go the same way.
 

@@ -175,13 +175,15 @@ def figure_of(content: Mapping[str, Any]) -> graph_objects.Figure:
         "cosine of every two steps",
         "first two principal components",
         "rank-1 share by role",
-        *([f"leading {overlap['rank']} directions in common with the last"] if overlap else []),
+        "displacements along each principal component",
         "checkpoints predicted from those before",
+        *([f"leading {overlap['rank']} directions in common with the last"] if overlap else []),
     )
+    rows = 4 if overlap else 3
     figure = make_subplots(
-        rows=3,
+        rows=rows,
         cols=2,
-        specs=[[{}, {}], [{}, {}], [{}, {}] if overlap else [{"colspan": 2}, None]],
+        specs=[[{}, {}]] * 3 + [[{"colspan": 2}, None]] * (rows - 3),
         subplot_titles=titles,
         horizontal_spacing=0.12,
         vertical_spacing=0.1,
@@ -196,7 +198,7 @@ def figure_of(content: Mapping[str, Any]) -> graph_objects.Figure:
         of += [name] * (len(figure.data) - before)
     _name_axes(figure, overlap is not None)
     _add_roles(figure, content["by_role"])
-    _add_held_out(figure, content["held_out"] or (), column=2 if overlap else 1)
+    _add_held_out(figure, content["held_out"] or ())
     of += [None] * (len(figure.data) - len(of))
     buttons = [
         {"label": name, "method": "restyle", "args": ["visible", [owner in (None, name) for owner in of]]}
@@ -206,7 +208,7 @@ def figure_of(content: Mapping[str, Any]) -> graph_objects.Figure:
     figure.update_layout(
         template="plotly_white",
         title=f"{count} checkpoints from {base}: {content['pooled']['verdict']}",
-        height=1150,
+        height=1150 if rows == 3 else 1500,
         barmode="group",
         legend={"orientation": "h", "y": -0.06},
         updatemenus=[{"buttons": buttons, "x": 0.5, "xanchor": "center", "y": 1.04, "yanchor": "bottom"}],
@@ -215,7 +217,7 @@ def figure_of(content: Mapping[str, Any]) -> graph_objects.Figure:
 
 
 def _add_way(figure: graph_objects.Figure, found: Mapping[str, Any], steps: Sequence[float], shown: bool) -> None:
-    """The panels of one choice: distances, cosines, the path along the first two components, and shared directions."""
+    """The panels of one choice: distances, cosines, the path and shares of components, and shared directions."""
     reached, squares = [], 0.0
     for increment in found["increments"]:
         squares += increment**2
@@ -230,7 +232,7 @@ def _add_way(figure: graph_objects.Figure, found: Mapping[str, Any], steps: Sequ
         figure.add_scatter(x=steps, y=values, name=name, line=line, row=1, col=1, **style)
     labels = [f"{step:g}" for step in steps]
     scale: dict[str, Any] = {"zmin": -1, "zmax": 1, "colorscale": "RdBu", "reversescale": True, "visible": shown}
-    bar = {"len": 0.26, "y": 0.87, "title": "cosine"}
+    bar = {"len": 0.2, "y": 0.89, "title": "cosine"}
     if found["increment_cosine"] is not None:
         some = slice(None, None, -(-len(steps) // _CELLS))
         cells = [row[some] for row in found["increment_cosine"][some]]
@@ -240,11 +242,15 @@ def _add_way(figure: graph_objects.Figure, found: Mapping[str, Any], steps: Sequ
         line = {"color": colour, "dash": "solid" if key == "components" else "dash"}
         style = {"mode": "lines+markers", "visible": shown, "text": ["base", *labels]}
         figure.add_scatter(x=x, y=y, name=f"path of the {name}", line=line, row=2, col=1, **style)
+    for key, name, colour in (("", "run", _RUN), ("_random_walk_null", "random walk", _WALK)):
+        shares = found[f"eigenvalue_shares{key}"]
+        style = {"visible": shown, "marker_color": colour, "legendgroup": f"shares {name}", "showlegend": False}
+        figure.add_bar(x=list(range(1, len(shares) + 1)), y=shares, name=name, row=3, col=1, **style)
     overlap = found["subspace_overlap"]
     for side, colour in _SIDES.items() if overlap else ():
         for kind, (name, dash) in _OVERLAPS.items():
             style = {"mode": "lines+markers", "visible": shown, "line": {"color": colour, "dash": dash}}
-            figure.add_scatter(x=steps, y=overlap[side][kind], name=f"{side}: {name}", row=3, col=1, **style)
+            figure.add_scatter(x=steps, y=overlap[side][kind], name=f"{side}: {name}", row=4, col=1, **style)
 
 
 def _name_axes(figure: graph_objects.Figure, with_overlaps: bool) -> None:
@@ -254,9 +260,11 @@ def _name_axes(figure: graph_objects.Figure, with_overlaps: bool) -> None:
     figure.update_yaxes(type="category", title="step", row=1, col=2)
     figure.update_xaxes(title="first", row=2, col=1)
     figure.update_yaxes(title="second", row=2, col=1)
+    figure.update_xaxes(title="principal component", dtick=1, row=3, col=1)
+    figure.update_yaxes(type="log", tickformat=".2~%", row=3, col=1)
     if with_overlaps:
-        figure.update_xaxes(title="step", row=3, col=1)
-        figure.update_yaxes(title="share in common", range=[0, 1.02], tickformat=".0%", row=3, col=1)
+        figure.update_xaxes(title="step", row=4, col=1)
+        figure.update_yaxes(title="share in common", range=[0, 1.02], tickformat=".0%", row=4, col=1)
 
 
 def _add_roles(figure: graph_objects.Figure, by_role: Mapping[str, Any]) -> None:
@@ -266,16 +274,16 @@ def _add_roles(figure: graph_objects.Figure, by_role: Mapping[str, Any]) -> None
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%", row=2, col=2)
 
 
-def _add_held_out(figure: graph_objects.Figure, rows: Sequence[Mapping[str, Any]], column: int) -> None:
+def _add_held_out(figure: graph_objects.Figure, rows: Sequence[Mapping[str, Any]]) -> None:
     steps = [row["step"] for row in rows]
     for (method, words), colour in zip(PREDICTED.items(), _METHODS, strict=True):
         for key, dash, ending in (("value", "solid", ""), ("random_walk_null", "dash", ", of a random walk")):
             values = [row[method][key] for row in rows]
             line = {"color": colour, "dash": dash}
             name = words.replace("\n", " ") + ending
-            figure.add_scatter(x=steps, y=values, name=name, line=line, mode="lines+markers", row=3, col=column)
-    figure.update_xaxes(title="step", row=3, col=column)
-    figure.update_yaxes(title="missed by, of its distance", rangemode="tozero", tickformat=".0%", row=3, col=column)
+            figure.add_scatter(x=steps, y=values, name=name, line=line, mode="lines+markers", row=3, col=2)
+    figure.update_xaxes(title="step", row=3, col=2)
+    figure.update_yaxes(title="missed by, of its distance", rangemode="tozero", tickformat=".0%", row=3, col=2)
 
 
 def _with_null(row: Mapping[str, Any]) -> str:

@@ -104,7 +104,8 @@ def figures(moved: Moved, steps: Sequence[float], rank: int | None = None) -> Ro
 
     Returns:
         `gram`, `norms`, `relative_norms` (over the base's), `increments`, `increment_cosine`, `components` (the
-        first two, of every checkpoint), `components_random_walk_null`, `path_length`;
+        first two, of every checkpoint), `components_random_walk_null`, `eigenvalue_shares` (of G, the first eight),
+        `eigenvalue_shares_random_walk_null`, `path_length`;
         `straightness`, `rank1_share`, `rank2_share`, `linearity_r2`, each with `value`, `random_walk_null`,
         `stored_walk_null`, `stored_line_null`; `drift` with `value`, `low`, `high`, `lag` and both; `verdict`; and for
         each step `unchanged_fraction`, `unchanged_since_last`, `reverted_fraction`; `subspace_overlap` where a rank was
@@ -126,6 +127,8 @@ def figures(moved: Moved, steps: Sequence[float], rank: int | None = None) -> Ro
         "increment_cosine": [_listed(row) for row in walk.cosines],
         "components": walks.components_of(moved.gram).tolist(),
         "components_random_walk_null": walks.components_of(random_walk).tolist(),
+        "eigenvalue_shares": _listed(walks.shares_of(moved.gram)),
+        "eigenvalue_shares_random_walk_null": _listed(walks.shares_of(random_walk)),
         "path_length": walk.path_length,
         **{
             name: {"value": getattr(walk, name)} | {null: getattr(found, name) for null, found in nulls.items()}

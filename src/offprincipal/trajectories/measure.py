@@ -15,6 +15,7 @@ from offprincipal.geometry import scan, walks
 Floats = NDArray[np.float64]
 HELD = 1 << 22  # entries of all checkpoints together that are held at once
 SAMPLE = 1 << 14  # entries of a tensor that the stored walk is drawn on
+BLIND_SAMPLE = 1 << 12  # and each of many blind ones
 Read = Callable[[int, int], Array]  # entries from one to another, flat
 
 
@@ -131,7 +132,7 @@ def walk_blindly(name: str, base: Read, checkpoints: Sequence[Read], start: int,
     Returns:
         (draws, T, T), scaled to the whole tensor.
     """
-    sampled = _Sample(name, start, stop)
+    sampled = _Sample(name, start, stop, BLIND_SAMPLE)
     origin, stored = base(sampled.first, sampled.last), [read(sampled.first, sampled.last) for read in checkpoints]
     wide = _finite(origin)
     sampled.take(sampled.first, origin, np.stack([_finite(one) - wide for one in stored]), stored[-1].dtype)
@@ -147,9 +148,9 @@ def seed_of(name: str) -> int:
 class _Sample:
     """Some contiguous entries of a tensor, on which a walk is drawn anew; chosen by its name."""
 
-    def __init__(self, name: str, start: int, stop: int) -> None:
+    def __init__(self, name: str, start: int, stop: int, most: int = SAMPLE) -> None:
         self.rng = np.random.default_rng(seed_of(name))
-        size = min(SAMPLE, stop - start)
+        size = min(most, stop - start)
         self.first = start + int(self.rng.integers(0, stop - start - size + 1))
         self.last, self.entries = self.first + size, stop - start
         self.base: list[Array] = []

@@ -22,7 +22,7 @@ _MOST = 0.5  # of the displacements: what is more than a half of it
 @claim(
     "C14",
     "linear motion",
-    "RLVR moves the weights along one direction, nearly linearly in the step",
+    "RLVR moves the weights along one direction, nearly linearly in the step (Alpha-RL, RLVR-Linearity)",
     "random walk: independent steps of the same lengths; in float32, where storing hides no step",
     tables=(),
     needs=("trajectories",),
