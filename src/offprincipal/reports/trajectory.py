@@ -244,8 +244,9 @@ def _add_way(figure: graph_objects.Figure, found: Mapping[str, Any], steps: Sequ
         figure.add_scatter(x=x, y=y, name=f"path of the {name}", line=line, row=2, col=1, **style)
     for key, name, colour in (("", "run", _RUN), ("_random_walk_null", "random walk", _WALK)):
         shares = found[f"eigenvalue_shares{key}"]
-        style = {"visible": shown, "marker_color": colour, "legendgroup": f"shares {name}", "showlegend": False}
-        figure.add_bar(x=list(range(1, len(shares) + 1)), y=shares, name=name, row=3, col=1, **style)
+        style = {"visible": shown, "marker_color": colour, "showlegend": False}
+        at = list(range(1, len(shares) + 1))
+        figure.add_bar(x=at, y=shares, name=f"share of the {name}", row=3, col=1, **style)
     overlap = found["subspace_overlap"]
     for side, colour in _SIDES.items() if overlap else ():
         for kind, (name, dash) in _OVERLAPS.items():
