@@ -25,6 +25,7 @@ from offprincipal.recipe_names import RECIPES, Recipe
 from offprincipal.studies.console import _STEP
 from offprincipal.studies.stages import TrainStage, Workspace
 from offprincipal.tasks import mixture, open_task, split_of
+from offprincipal.tasks.prompting import prompting
 from offprincipal.training import StepReport, TrainSettings, evaluate, train
 from offprincipal.training.monitor import read_monitor
 from offprincipal.training.progress import silent
@@ -194,7 +195,8 @@ def run_of(run: TrainSettings, base: LanguageModel, checkpoints: Path = Path("no
     tasks = {name: open_task(name) for name in run.tasks}
     arguments = shared_arguments(run, base, checkpoints)
     trainer = {"model": base.model, "processing_class": base.tokenizer}
-    return Run(run, base, None, tasks, checkpoints, silent, arguments, trainer)
+    asking = prompting(run.prompt, base.tokenizer, tasks)
+    return Run(run, base, None, tasks, asking, checkpoints, silent, arguments, trainer)
 
 
 def log_likelihood(policy: LanguageModel, prompt: list[int], completion: list[int]) -> float:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from offprincipal.assets import EMBEDDED
 from offprincipal.errors import ArgumentError, OffPrincipalError
 from offprincipal.recipe_names import RECIPES
 
@@ -590,12 +591,44 @@ def settings() -> None:
 
 
 @app.command()
-def tasks() -> None:
-    """List the symbolic tasks, each with a prompt, its answer and a teacher's trace."""
-    from offprincipal.reports.terminal import tasks_table
+def tasks(
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Put some held-out problems to --model, and print what it makes of them.")
+    ] = False,
+    model: Annotated[str, typer.Option(help="Of the preview: a folder, a Hugging Face id, or `embedded`.")] = EMBEDDED,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="Of the preview, as train takes it; repeat for more.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="As train takes them: prompt.shots=8, max_new_tokens=64."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Problems of the preview, the tasks in turn.")] = 3,
+) -> None:
+    """List the symbolic tasks, each with a prompt, its answer and a teacher's trace; or put some to a model.
+
+    The preview asks as `train` would: with the tokenizer's chat template, else with a few solved problems before each.
+    """
+    from offprincipal.reports.terminal import preview_lines, tasks_table
     from offprincipal.tasks import open_task, symbolic_kinds
 
-    Console().print(tasks_table([open_task(kind) for kind in symbolic_kinds()]))
+    if not preview:
+        Console().print(tasks_table([open_task(kind) for kind in symbolic_kinds()]))
+        return
+    _require_training()
+    from offprincipal.studies.profile import apply_override
+    from offprincipal.training.preview import preview as ask
+    from offprincipal.training.settings import parse_settings
+
+    given: dict[str, Any] = {"recipe": "grpo", "tasks": task or ["add"], "model": model}
+    for override in overrides or []:
+        apply_override(given, override)
+    chosen = parse_settings(given)
+    length = chosen.max_new_tokens if "max_new_tokens" in given else None
+    options: Any = {"device": chosen.device, "trust_remote_code": chosen.trust_remote_code}
+    found = ask(chosen.model, chosen.tasks, chosen.prompt, count, length, chosen.seed, **options)
+    for line in preview_lines(found):
+        _say(line, soft_wrap=False)
 
 
 @app.command()

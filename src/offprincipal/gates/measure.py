@@ -38,6 +38,8 @@ from offprincipal.gates.sequences import (
 from offprincipal.gates.statistics import mean_with_interval
 from offprincipal.gates.updates import Tuned, Update, Weights, moved_by
 from offprincipal.models import LanguageModel, model_name, open_language_model
+from offprincipal.tasks import open_task
+from offprincipal.tasks.prompting import prompting
 
 GATES = "gates.json"
 ENOUGH_BATCHES = 16
@@ -170,9 +172,11 @@ def measure_gates(
         raise ArgumentError("no tuned checkpoint given: name at least one")
     names = [task] if isinstance(task, str) else list(task or ())
     asked = read_prompts(prompts) if prompts is not None else None
+    language_model = open_for_derivatives(base, settings, tokenizer=sequences is None)
     if names:
-        asked = task_prompts(names, settings.batches * settings.prompts_per_batch, settings.seed)
-    language_model = open_for_derivatives(base, settings, tokenizer=asked is not None)
+        asking = prompting(None, language_model.tokenizer, {name: open_task(name) for name in names})
+        language_model = replace(language_model, stops=asking.stop_ids)
+        asked = task_prompts(asking, settings.batches * settings.prompts_per_batch, settings.seed)
     checkpoint = open_checkpoint(model_name(base))
     opened = {run: Tuned(language_model, checkpoint, source, settings.weights) for run, source in tuned.items()}
     with computing_in(settings.dtype):

@@ -15,6 +15,8 @@ from offprincipal.errors import ArgumentError, FileError, ModelError
 from offprincipal.models import LanguageModel
 from offprincipal.models.decoding import complete
 from offprincipal.models.quiet import quiet_libraries
+from offprincipal.tasks import mixture
+from offprincipal.tasks.prompting import Prompting
 
 _PROMPTS_AT_ONCE = 64
 
@@ -58,15 +60,13 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def task_prompts(names: Sequence[str], count: int, seed: int) -> list[str]:
-    """Held-out prompts of tasks, in equal shares.
+def task_prompts(asking: Prompting, count: int, seed: int) -> list[str]:
+    """Held-out prompts of tasks, in equal shares, as the model is asked.
 
     Raises:
-        TaskError: no such task, or it has no held-out prompts.
+        TaskError: a task has no held-out prompts.
     """
-    from offprincipal.tasks import mixture, open_task
-
-    return [problem.prompt for problem in mixture([open_task(name) for name in names], "eval", count, seed)]
+    return [asking.prompt(problem) for problem in mixture(list(asking.tasks.values()), "eval", count, seed)]
 
 
 def read_sequences(path: str | Path, language_model: LanguageModel) -> Sequences:

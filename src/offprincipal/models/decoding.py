@@ -23,7 +23,7 @@ class Completions:
     """Completions of one batch of prompts, row by row: the greedy one of each prompt, then its samples.
 
     Args:
-        ids: tokens of each completion, without the one that ended it.
+        ids: tokens of each completion, without the one that ended it; ends: that one, None where it was cut off.
         tokens: generated tokens over all sampled rows, the ending ones included.
         entropy: the sum over those tokens of the policy's entropy, in nats.
         divergence: the sum of KL(policy‖reference) there, in nats; None without a reference.
@@ -33,6 +33,12 @@ class Completions:
     tokens: int
     entropy: float
     divergence: float | None
+    ends: list[int | None]
+
+    @property
+    def whole(self) -> list[list[int]]:
+        """Tokens of each completion, with the one that ended it."""
+        return [[*ids, *([] if end is None else [end])] for ids, end in zip(self.ids, self.ends, strict=True)]
 
 
 class _Decoder:
@@ -131,8 +137,11 @@ def complete(
         scores = [decoder.log_probabilities(token[:, None], mask) for decoder in decoders]
 
     ends = set(eos.tolist())
-    completions = [line[: next((i for i, t in enumerate(line) if t in ends), len(line))] for line in written.tolist()]
-    return Completions(completions, tokens, entropy, None if reference is None else divergence)
+    lines = written.tolist()
+    lengths = [next((i for i, t in enumerate(line) if t in ends), len(line)) for line in lines]
+    completions = [line[:length] for line, length in zip(lines, lengths, strict=True)]
+    ended = [line[length] if length < len(line) else None for line, length in zip(lines, lengths, strict=True)]
+    return Completions(completions, tokens, entropy, None if reference is None else divergence, ended)
 
 
 def _left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ Knows nothing of tasks or runs.
 import hashlib
 import importlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from offprincipal.assets import EMBEDDED, embedded_base
 from offprincipal.errors import ModelError
+from offprincipal.models.gguf import SUFFIX, folder_of
 from offprincipal.models.quiet import quiet_libraries
 
 _EXTRA = ("transformers", "trl", "datasets", "accelerate")
@@ -28,10 +30,12 @@ class LanguageModel:
         model: a transformers model, float32.
         tokenizer: its tokenizer, which has an end-of-sequence and a padding token; None where none was asked for and
             there is none.
+        stops: tokens that end a completion beside the model's own.
     """
 
     model: Any
     tokenizer: Any
+    stops: tuple[int, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -43,7 +47,19 @@ class LanguageModel:
         """Every token that ends a completion."""
         declared = self.model.generation_config.eos_token_id
         ids = declared if isinstance(declared, list) else [] if declared is None else [declared]
-        return sorted({self.tokenizer.eos_token_id, *ids})
+        return sorted({self.tokenizer.eos_token_id, *ids, *self.stops})
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """While it lasts, whoever reads the model's generation config ends at the same tokens."""
+        config = self.model.generation_config
+        before = config.eos_token_id
+        if self.stops:
+            config.eos_token_id = self.eos_ids
+        try:
+            yield
+        finally:
+            config.eos_token_id = before
 
     @property
     def context(self) -> int | None:
@@ -164,7 +180,7 @@ def open_tokenizer(name: str | Path, *, trust_remote_code: bool = False, **optio
 
 
 def model_name(source: str | Path) -> str:
-    """The folder or Hugging Face id that a source stands for.
+    """The folder or Hugging Face id that a source stands for; of a GGUF file, the folder that it is dequantised into.
 
     Raises:
         ModelError: it looks like a folder and is none, or a folder that holds no model.
@@ -172,6 +188,8 @@ def model_name(source: str | Path) -> str:
     if str(source) == EMBEDDED:
         return str(embedded_base())
     path = Path(source).expanduser()
+    if path.suffix == SUFFIX and path.is_file():
+        return str(folder_of(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"folder {path} holds no model: it has no config.json")

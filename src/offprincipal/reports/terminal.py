@@ -16,6 +16,7 @@ from offprincipal.tasks import Task, mixture
 
 if TYPE_CHECKING:
     from offprincipal.deltas import Made
+    from offprincipal.training.preview import Preview
 
 _SHOWN = (
     ("unchanged, %", "unchanged_fraction", "unchanged_fraction_isotropic_null", 100),
@@ -226,6 +227,30 @@ def tasks_table(tasks: Iterable[Task]) -> Table:
             task.name, *(shown(text) for text in (problem.prompt, problem.answer, task.teacher_trace(problem)))
         )
     return table
+
+
+def preview_lines(found: "Preview") -> list[str]:
+    """How problems were put to a model, each prompt whole, what it wrote, and what that comes to."""
+    how = ", ".join(f"{name} {value!r}" for name, value in found.settings.model_dump().items())
+    lines = [f"asked with {how}; at most {found.max_new_tokens} tokens"]
+    for one in found.shown:
+        verdicts = ["right" if right else "wrong" for right in one.right]
+        lines += [
+            "",
+            f"── {one.task}",
+            *one.prompt.split("\n"),
+            f"→ greedy: {one.greedy!r} ({verdicts[0]}); sampled: {one.sampled!r} ({verdicts[1]}); "
+            f"answer: {one.answer!r}",
+        ]
+    right = sum(sum(one.right) for one in found.shown)
+    lines += ["", f"{right} of {2 * len(found.shown)} completions are right"]
+    cut = sum(not one.ended for one in found.shown)
+    if cut:
+        lines.append(
+            f"{cut} of {len(found.shown)} problems had a completion that did not end by itself: raise max_new_tokens, "
+            "or choose a prompt.stop that the model writes"
+        )
+    return lines
 
 
 def _judgement(judged: Mapping[str, Any]) -> str:

@@ -101,12 +101,21 @@ class HubTask:
         given = _final_answer(completion)
         if given.casefold() == problem.answer.casefold():
             return True
-        reference = _parsed(problem.answer)
-        return bool(reference) and _equal(reference, _parsed(given))
+        return equal_as_mathematics(problem.answer, given)
 
     def teacher_trace(self, problem: Problem) -> str:
         """The whole answer column."""
         return str(problem.data["trace"])
+
+
+def equal_as_mathematics(answer: str, text: str) -> bool:
+    """Whether math-verify reads the same in both; not where it reads nothing in the answer.
+
+    Raises:
+        TaskError: math-verify is not installed.
+    """
+    reference = _parsed(answer)
+    return bool(reference) and _equal(reference, _parsed(text))
 
 
 def _final_answer(text: str) -> str:
@@ -149,7 +158,7 @@ def _need(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise TaskError(f"tasks 'hf:…' need {module.replace('_', '-')}: pip install 'offprincipal[train]'") from error
+        raise TaskError(f"this needs {module.replace('_', '-')}: pip install 'offprincipal[train]'") from error
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,5 +1,6 @@
 """The trainer's callbacks: what times every step and reports it, keeps an adapter as it is, logs frames' errors."""
 
+import logging
 import tempfile
 import time
 from pathlib import Path
@@ -14,6 +15,8 @@ from offprincipal.checkpoints.safetensors_folder import MASTERS
 from offprincipal.deltas import make_delta
 from offprincipal.files import write_atomically
 from offprincipal.training.progress import ShowProgress, StepReport
+
+LOG = logging.getLogger("offprincipal")
 
 
 class Timekeeper(TrainerCallback):
@@ -44,6 +47,33 @@ class Timekeeper(TrainerCallback):
         mean = sum(self._seconds) / len(self._seconds)
         value = entry.get(self._key)
         self._show(StepReport("training", state.global_step, state.max_steps, self._metric, value, mean))
+
+
+class NoSignal(TrainerCallback):
+    """Say once, and why, that no step so far had a prompt whose completions were judged differently."""
+
+    FIRST = 5  # steps
+
+    def __init__(self) -> None:
+        self._silent = 0
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        entry = state.log_history[-1]
+        alike = entry.get("frac_reward_zero_std")
+        if alike is None or self._silent < 0:
+            return
+        self._silent = self._silent + 1 if alike >= 1 else -1
+        if self._silent == self.FIRST:
+            reward, cut = entry["reward"], entry.get("completions/clipped_ratio", 0.0)
+            why = "none was verified" if reward <= -1 else "all were verified" if reward >= 1 else "each prompt's alike"
+            ended = f", and {cut:.0%} did not end within max_new_tokens" if cut else ""
+            LOG.warning(
+                "the first %d steps carry no signal: of the completions of every prompt %s%s. Look at them with "
+                "`offprincipal tasks --preview`, and choose other tasks, prompts or lengths",
+                self.FIRST,
+                why,
+                ended,
+            )
 
 
 class FrameErrors(TrainerCallback):

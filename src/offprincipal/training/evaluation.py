@@ -5,7 +5,7 @@ Knows tasks and models; knows nothing of recipes or runs.
 
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from offprincipal.models import LanguageModel, open_language_model
 from offprincipal.models.decoding import Completions, complete
 from offprincipal.models.quiet import quiet_libraries
 from offprincipal.tasks import Problem, mixture, open_task
+from offprincipal.tasks.prompt_settings import PromptSettings
+from offprincipal.tasks.prompting import Prompting, prompting
 
 _PROMPTS_AT_ONCE = 64
 
@@ -38,6 +40,7 @@ def evaluate(
     reference: str | Path | LanguageModel | None = None,
     max_new_tokens: int = 40,
     device: str = "auto",
+    prompt: PromptSettings | None = None,
 ) -> dict[str, Any]:
     """Measure a model on prompts that no training run sees.
 
@@ -50,6 +53,7 @@ def evaluate(
         reference: the base that the divergence is measured to.
         max_new_tokens: the longest completion; one that does not end by itself is judged as far as it got.
         device: `auto`, `cpu` or `cuda`, for models that are opened here.
+        prompt: how problems are put to the model; None: as its tokenizer suggests.
 
     Returns:
         `greedy_accuracy`, `sampled_accuracy` and `pass_at_k` (k = samples: some sample is right), each with its
@@ -66,17 +70,19 @@ def evaluate(
     by_name = {task.name: task for task in map(open_task, tasks)}
     problems = mixture(list(by_name.values()), "eval", prompts, seed)
     policy = _opened(model, device)
+    asking = prompting(prompt, policy.tokenizer, by_name)
+    policy = replace(policy, stops=asking.stop_ids)
     base = None if reference is None else _opened(reference, device)
     if base is not None and _vocabulary(base) != _vocabulary(policy):
         raise TrainingError("the reference model has another vocabulary than the model: measure without a reference")
 
     scores: list[_Score] = []
     tokens, entropy, divergence = 0, 0.0, 0.0
-    for asked, batch in _completed(policy, base, problems, samples, max_new_tokens, seed):
-        texts = policy.tokenizer.batch_decode(batch.ids, skip_special_tokens=True)
+    for asked, batch in _completed(policy, base, asking, problems, samples, max_new_tokens, seed):
+        texts = policy.tokenizer.batch_decode(batch.whole, skip_special_tokens=True)
         for place, problem in enumerate(asked):
             answers = texts[place * (1 + samples) : (place + 1) * (1 + samples)]
-            verdicts = [by_name[problem.task].verify(problem, answer) for answer in answers]
+            verdicts = [asking.verify(problem, answer) for answer in answers]
             scores.append(_Score(problem.task, verdicts[0], verdicts[1:]))
         tokens += batch.tokens
         entropy += batch.entropy
@@ -96,13 +102,14 @@ def evaluate(
 def _completed(
     policy: LanguageModel,
     base: LanguageModel | None,
+    asking: Prompting,
     problems: Sequence[Problem],
     samples: int,
     max_new_tokens: int,
     seed: int,
 ) -> Iterator[tuple[list[Problem], Completions]]:
     """The problems in batches of similar length, each with its completions."""
-    encoded = [policy.prompt_ids(problem.prompt, max_new_tokens) for problem in problems]
+    encoded = [policy.prompt_ids(asking.prompt(problem), max_new_tokens) for problem in problems]
     order = sorted(range(len(problems)), key=lambda i: len(encoded[i]))
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, len(order), _PROMPTS_AT_ONCE):

@@ -20,6 +20,7 @@ import platform
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from offprincipal.models import LanguageModel, identify, open_language_model, re
 from offprincipal.models.quiet import quiet_libraries, send_no_telemetry
 from offprincipal.recipe_names import Recipe
 from offprincipal.tasks import open_task
+from offprincipal.tasks.prompting import prompting
+from offprincipal.training.defaults import by_the_model
 from offprincipal.training.evaluation import evaluate
 from offprincipal.training.monitor import Monitor, base_file, table
 from offprincipal.training.progress import ShowProgress, StepReport, silent, terminal_progress
@@ -117,6 +120,7 @@ def train(
     send_no_telemetry()
     for name in settings.tasks:
         open_task(name)  # an unknown task is refused before a model is opened
+    settings = by_the_model(settings)
     folder = Path(out).expanduser()
     require_folder(folder.parent)
     with exclusively(folder, beside=True), disk_faults_reported(folder):
@@ -136,6 +140,8 @@ def train(
 def _run(settings: TrainSettings, out: Path, show: ShowProgress, siblings: Iterable[Path]) -> dict[str, Any]:
     metric = _LOGGED[_SHOWN.get(settings.recipe, "loss")]
     language_model = open_language_model(settings.model, settings.device, settings.trust_remote_code)
+    asking = prompting(settings.prompt, language_model.tokenizer, {name: open_task(name) for name in settings.tasks})
+    language_model = replace(language_model, stops=asking.stop_ids)
     teacher = _teacher(settings, language_model)
     models = {"base": identify(settings.model, language_model.model)}
     if teacher is not None:
@@ -153,7 +159,8 @@ def _run(settings: TrainSettings, out: Path, show: ShowProgress, siblings: Itera
 
     sizes = {"parameters": opened.trained.base_parameters, "trained_parameters": opened.trained.parameters}
     monitor = _monitor(settings, out)
-    log = _fit(settings, opened, out / CHECKPOINTS, started, show, monitor)
+    with language_model.ending():
+        log = _fit(settings, opened, out / CHECKPOINTS, started, show, monitor)
     _write_result(settings, opened, out)
     show(StepReport("measuring the result", len(log), settings.steps, metric))
     after = _measure(settings, out, settings.model)
@@ -188,14 +195,14 @@ def _teacher(settings: TrainSettings, language_model: LanguageModel) -> Language
 
 def _measured_by(siblings: Iterable[Path], settings: TrainSettings, base: dict[str, str]) -> dict[str, Any] | None:
     """What another run found of the same base on the same prompts, which would be found again."""
-    alike = ("tasks", "eval_prompts", "eval_samples", "eval_max_new_tokens", "device")
+    alike = ("tasks", "eval_prompts", "eval_samples", "eval_max_new_tokens", "device", "prompt")
     asked = settings.model_dump(mode="json")
     for folder in siblings:
         record: dict[str, Any] = {}
         with suppress(FileError):  # a damaged record is that run's affair
             record = _record(folder / RECORD) or {}
         theirs = record.get("settings", {})
-        if record.get("base") == base and all(theirs.get(name) == asked[name] for name in alike):
+        if record.get("base") == base and all(theirs.get(name) == asked.get(name) for name in alike):
             found: dict[str, Any] | None = record["accuracy"]["before"]
             return found
     return None
@@ -215,6 +222,7 @@ def _measure(
         reference=reference,
         max_new_tokens=settings.eval_max_new_tokens,
         device=settings.device,
+        prompt=settings.prompt,
     )
 
 
@@ -231,12 +239,12 @@ def _fit(
     What the run started from is noted only once its data have proved usable, so that a fault in the settings can be
     mended in the same folder.
     """
-    from offprincipal.training.callback import ExactAdapter, FrameErrors, KeepDeltas, Timekeeper
+    from offprincipal.training.callback import ExactAdapter, FrameErrors, KeepDeltas, NoSignal, Timekeeper
     from offprincipal.training.recipes import build_trainer
 
     key = _SHOWN.get(settings.recipe, "loss")
     with quiet_libraries():
-        callbacks: list[Any] = [Timekeeper(show, _LOGGED[key], key)]
+        callbacks: list[Any] = [Timekeeper(show, _LOGGED[key], key), NoSignal()]
         if opened.trained.is_adapter:
             callbacks.append(ExactAdapter())
         if settings.keep_deltas is not None:

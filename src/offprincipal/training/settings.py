@@ -16,6 +16,7 @@ from pydantic import (
 from offprincipal.assets import EMBEDDED
 from offprincipal.errors import TrainingError
 from offprincipal.recipe_names import RECIPES, Recipe
+from offprincipal.tasks.prompt_settings import PromptSettings
 from offprincipal.training.adapter_settings import AdapterSettings
 from offprincipal.training.monitor.verdicts import parse_watch
 
@@ -23,16 +24,27 @@ _REWARDED: tuple[Recipe, ...] = ("grpo", "dr_grpo", "rloo")  # by groups of comp
 _PREFERRING: tuple[Recipe, ...] = ("dpo", "kto")
 # which older runs have not
 _LATER = (
-    "teacher",
-    "beta",
-    "monitor",
-    "stop_if",
-    "warn_if",
-    "adapter",
-    "trust_remote_code",
-    "keep_deltas",
-    "keep_masters",
+    *(
+        "teacher",
+        "beta",
+        "monitor",
+        "stop_if",
+        "warn_if",
+        "adapter",
+        "trust_remote_code",
+        "keep_deltas",
+        "keep_masters",
+    ),
+    *("prompt", "compute", "vllm", "trl"),
 )
+
+
+_AS_TRL_HAS_IT = {
+    "max_steps": "steps",
+    "num_generations": "rollouts_per_prompt",
+    "max_completion_length": "max_new_tokens",
+    "save_steps": "save_every",
+}
 
 
 class TrainSettings(BaseModel):
@@ -108,6 +120,21 @@ class TrainSettings(BaseModel):
     trust_remote_code: bool = Field(
         False, description="execute Python that comes with the model or teacher, where it asks for that"
     )
+    prompt: PromptSettings | None = Field(
+        None, description="how problems are put to the model and answers read; None: as the tokenizer suggests"
+    )
+    compute: Literal["float32", "bfloat16"] | None = Field(
+        None,
+        description="of the passes, the weights staying float32; None: bfloat16 on GPUs, float32 on CPUs, of which "
+        "some can do either",
+    )
+    vllm: Literal["colocate", "server"] | None = Field(
+        None,
+        description="sample with vLLM, in the training process or from a server (grpo, dr_grpo, rloo); None: without",
+    )
+    trl: dict[str, Any] = Field(
+        default_factory=dict, description="any option of TRL's configuration for the recipe, as trl.beta=0.04"
+    )
     adapter: AdapterSettings | None = Field(
         None, description="train an adapter, masked entries or singular frames; None: all weights, by AdamW"
     )
@@ -134,6 +161,8 @@ class TrainSettings(BaseModel):
                 )
         if self.keep_deltas is not None and self.adapter is not None:
             raise TrainingError("keep_deltas keeps all weights, which an adapter leaves as they are: leave it out")
+        if self.vllm is not None and self.recipe not in _REWARDED:
+            raise TrainingError(f"vllm samples for {', '.join(_REWARDED)}, not for {self.recipe}: leave it out")
         if self.keep_masters and self.keep_deltas is None:
             raise TrainingError("keep_masters keeps the float32 weights of the steps of keep_deltas: set that too")
         if self.recipe == "kto" and self.sequences_at_once == 1:
@@ -155,7 +184,7 @@ class TrainSettings(BaseModel):
     def _without_what_is_unset(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A run without a monitor, say, is the same run, under the same key, as before there was one."""
         values: dict[str, Any] = whole(self)
-        return {name: value for name, value in values.items() if value not in (None, False) or name not in _LATER}
+        return {name: value for name, value in values.items() if value not in (None, False, {}) or name not in _LATER}
 
     @property
     def sequences_at_once(self) -> int:
@@ -179,21 +208,25 @@ def setting_fields() -> dict[str, Any]:
     >>> "adapter.rank" in setting_fields()
     True
     """
-    of_adapter = {f"adapter.{name}": field for name, field in AdapterSettings.model_fields.items()}
-    return {**TrainSettings.model_fields, **of_adapter}
+    nested: dict[str, type[BaseModel]] = {"adapter": AdapterSettings, "prompt": PromptSettings}
+    inner = {f"{of}.{name}": field for of, kind in nested.items() for name, field in kind.model_fields.items()}
+    return {**TrainSettings.model_fields, **inner}
 
 
 def parse_settings(values: Mapping[str, Any]) -> TrainSettings:
-    """Settings from a file's or a command line's values.
+    """Settings from a file's or a command line's values; TRL's own names for some of them are taken too.
 
     Raises:
-        TrainingError: a value is missing, unknown or of the wrong kind; the message names each.
+        TrainingError: a value is missing, unknown, of the wrong kind or given under both names; the message names it.
 
     >>> parse_settings({"recipe": "sft_own", "tasks": ["add"], "steps": "8"}).steps
     8
     """
+    twice = [name for name in values if _AS_TRL_HAS_IT.get(name) in values]
+    if twice:
+        raise TrainingError(f"{twice[0]} is TRL's name for {_AS_TRL_HAS_IT[twice[0]]}: give one of the two")
     try:
-        return TrainSettings.model_validate(values)
+        return TrainSettings.model_validate({_AS_TRL_HAS_IT.get(name, name): value for name, value in values.items()})
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
         raise TrainingError(f"training settings are not usable: {faults}") from error

@@ -11,6 +11,7 @@ from typing import Any
 from offprincipal.errors import TrainingError
 from offprincipal.recipe_names import Recipe
 from offprincipal.tasks import open_task
+from offprincipal.tasks.prompting import prompting
 from offprincipal.training.progress import ShowProgress, silent
 from offprincipal.training.recipes import distillation, online, preference, supervised
 from offprincipal.training.recipes.run import Run, shared_arguments
@@ -52,11 +53,13 @@ def build_trainer(
         TrainingError: a logger of `report_to` is not installed, or the base's completions are all alike to a verifier.
     """
     _require_loggers(settings)
+    tasks = {task.name: task for task in map(open_task, settings.tasks)}
     run = Run(
         settings,
         opened.base,
         opened.teacher,
-        tasks={task.name: task for task in map(open_task, settings.tasks)},
+        tasks=tasks,
+        prompting=prompting(settings.prompt, opened.base.tokenizer, tasks),
         checkpoints=checkpoints,
         show=show,
         arguments=shared_arguments(settings, opened.base, checkpoints),

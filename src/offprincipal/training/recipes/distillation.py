@@ -14,13 +14,13 @@ def distill(run: Run) -> Any:
     teacher = run.teacher
     assert teacher is not None, "the settings require a teacher"
     run.require_room(run.language_model, teacher)
-    arguments = trl.DistillationConfig(
-        **run.arguments,
+    arguments = run.configured(
+        trl.DistillationConfig,
         shuffle_dataset=False,
         max_completion_length=run.settings.max_new_tokens,
         temperature=run.settings.temperature,
     )
-    data = dataset({"prompt": [problem.prompt for problem in run.problems]})
+    data = dataset({"prompt": run.prompts})
     return trl.DistillationTrainer(
         **run.trainer, teacher_model=teacher.model.requires_grad_(False), args=arguments, train_dataset=data
     )

@@ -129,21 +129,17 @@ def _answered(run: Run, base: LanguageModel) -> Iterator[_Answered]:
     samples = settings.rollouts_per_prompt
     while True:
         asked = list(itertools.islice(stream, _PROMPTS_AT_ONCE))
-        prompts = [base.prompt_ids(problem.prompt, settings.max_new_tokens) for problem in asked]
+        prompts = [base.prompt_ids(run.prompting.prompt(problem), settings.max_new_tokens) for problem in asked]
         with quiet_libraries():
             batch = complete(
                 base, prompts, samples, settings.max_new_tokens, generator, temperature=settings.temperature
             )
-        texts = base.tokenizer.batch_decode(batch.ids, skip_special_tokens=True)
+        whole = batch.whole
+        texts = base.tokenizer.batch_decode(whole, skip_special_tokens=True)
         for place, (problem, prompt_ids) in enumerate(zip(asked, prompts, strict=True)):
             own = range(place * (1 + samples) + 1, (place + 1) * (1 + samples))  # the first of each is the greedy one
-            verdicts = [run.tasks[problem.task].verify(problem, texts[i]) for i in own]
-            yield _Answered(prompt_ids, [_ended(batch.ids[i], base, settings.max_new_tokens) for i in own], verdicts)
-
-
-def _ended(ids: list[int], base: LanguageModel, max_new_tokens: int) -> list[int]:
-    """A completion with the token that ended it; one that was cut off has none."""
-    return [*ids, base.tokenizer.eos_token_id] if len(ids) < max_new_tokens else ids
+            verdicts = [run.prompting.verify(problem, texts[i]) for i in own]
+            yield _Answered(prompt_ids, [whole[i] for i in own], verdicts)
 
 
 def _endless(tasks: dict[str, Task], seed: int) -> Iterator[Problem]:

@@ -1,9 +1,11 @@
 """Reinforcement learning on the policy's own completions, rewarded by the tasks' verifiers, without a KL term."""
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from offprincipal.errors import TrainingError
 from offprincipal.training.recipes.run import Run, dataset
 
 RIGHT, WRONG = 1.0, -1.0
@@ -33,8 +35,12 @@ def rloo(run: Run) -> Any:
 def _trainer(run: Run, trainer: Any, configuration: Any, **loss: Any) -> Any:
     run.require_room(run.language_model)
     settings = run.settings
-    arguments = configuration(
-        **run.arguments,
+    if settings.vllm is not None:
+        if importlib.util.find_spec("vllm") is None:
+            raise TrainingError("vllm is not installed: pip install vllm on a machine with a GPU, or leave vllm out")
+        loss |= {"use_vllm": True, "vllm_mode": settings.vllm}
+    arguments = run.configured(
+        configuration,
         **loss,
         beta=0.0,
         shuffle_dataset=False,
@@ -42,17 +48,17 @@ def _trainer(run: Run, trainer: Any, configuration: Any, **loss: Any) -> Any:
         max_completion_length=settings.max_new_tokens,
         temperature=settings.temperature,
     )
-    data = dataset({"prompt": [p.prompt for p in run.problems], "row": list(range(len(run.problems)))})
+    data = dataset({"prompt": run.prompts, "row": list(range(len(run.problems)))})
     return trainer(**run.trainer, reward_funcs=_verifier(run), args=arguments, train_dataset=data)
 
 
 def _verifier(run: Run) -> Callable[..., list[float]]:
     """The reward: +1 for a verified completion and -1 for any other."""
-    tasks, problems = run.tasks, run.problems
+    prompting, problems = run.prompting, run.problems
 
     def verified(completions: Sequence[str], row: Sequence[int], **_: Any) -> list[float]:
         return [
-            RIGHT if tasks[problems[i].task].verify(problems[i], completion) else WRONG
+            RIGHT if prompting.verify(problems[i], completion) else WRONG
             for i, completion in zip(row, completions, strict=True)
         ]
 

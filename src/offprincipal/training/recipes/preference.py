@@ -6,6 +6,7 @@ the base, opened anew, so that it does not matter how the trained model is wrapp
 
 import importlib
 import random
+from dataclasses import replace
 from typing import Any
 
 from offprincipal.models import LanguageModel, open_language_model
@@ -18,7 +19,7 @@ def dpo(run: Run) -> Any:
     trl: Any = importlib.import_module("trl")
     reference = _reference(run)
     pairs = kept_or_sampled(run, reference, sampled_pairs)
-    arguments = trl.DPOConfig(**run.arguments, **_beta(run), max_length=None)
+    arguments = run.configured(trl.DPOConfig, **_beta(run), max_length=None)
     return _taking_tokens(trl.DPOTrainer)(
         **run.trainer, ref_model=reference.model, args=arguments, train_dataset=dataset(pairs)
     )
@@ -34,7 +35,7 @@ def kto(run: Run) -> Any:
     reference = _reference(run)
     examples = _shuffled_steps(kept_or_sampled(run, reference, sampled_examples), run.settings.batch, run.settings.seed)
     examples["KL_completion_ids"] = _of_the_one_before(examples["completion_ids"], run.settings.sequences_at_once)
-    arguments = trl.KTOConfig(**run.arguments, **_beta(run), max_length=None)
+    arguments = run.configured(trl.KTOConfig, **_beta(run), max_length=None)
     return _taking_tokens(trl.KTOTrainer)(
         **run.trainer, ref_model=reference.model, args=arguments, train_dataset=dataset(examples)
     )
@@ -44,7 +45,7 @@ def _reference(run: Run) -> LanguageModel:
     settings = run.settings
     reference = open_language_model(settings.model, settings.device, settings.trust_remote_code)
     reference.model.requires_grad_(False)
-    return reference
+    return replace(reference, stops=run.prompting.stop_ids)
 
 
 def _beta(run: Run) -> dict[str, float]:

@@ -4,16 +4,50 @@ Knows nothing of losses.
 """
 
 import importlib
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from offprincipal.errors import TrainingError
 from offprincipal.models import LanguageModel
 from offprincipal.tasks import Problem, Task, mixture
+from offprincipal.tasks.prompting import Prompting
 from offprincipal.training.progress import ShowProgress
 from offprincipal.training.settings import TrainSettings
+
+LOG = logging.getLogger("offprincipal")
+# options of TRL that settings of ours decide
+DECIDED = {
+    "output_dir": "--out",
+    "max_steps": "steps",
+    "num_train_epochs": "steps",
+    "per_device_train_batch_size": "batch and micro_batch",
+    "gradient_accumulation_steps": "batch and micro_batch",
+    "learning_rate": "learning_rate",
+    "warmup_steps": "warmup_steps",
+    "adam_beta1": "adam_betas",
+    "adam_beta2": "adam_betas",
+    "adam_epsilon": "adam_epsilon",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+    "seed": "seed",
+    "use_cpu": "device",
+    "bf16": "compute",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "save_steps": "save_every",
+    "report_to": "report_to",
+    "num_generations": "rollouts_per_prompt",
+    "max_completion_length": "max_new_tokens",
+    "temperature": "temperature",
+    "use_vllm": "vllm",
+    "vllm_mode": "vllm",
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +58,7 @@ class Run:
         settings: the run's.
         language_model: what is trained.
         teacher: what `distill` learns from; None in other recipes.
-        tasks: by name.
+        tasks: by name; prompting: how their problems are put to the model.
         checkpoints: where the trainer keeps the checkpoint that it can continue from.
         show: told of whatever takes long before the first step.
         arguments: of any of TRL's configurations.
@@ -35,6 +69,7 @@ class Run:
     language_model: LanguageModel
     teacher: LanguageModel | None
     tasks: dict[str, Task]
+    prompting: Prompting
     checkpoints: Path
     show: ShowProgress
     arguments: dict[str, Any]
@@ -46,11 +81,40 @@ class Run:
         size = self.settings.steps * self.settings.prompts_per_step
         return mixture(list(self.tasks.values()), "train", size, self.settings.seed)
 
+    @cached_property
+    def prompts(self) -> list[str]:
+        """Of those, as the model reads them."""
+        return [self.prompting.prompt(problem) for problem in self.problems]
+
     def require_room(self, *language_models: LanguageModel) -> None:
         """Raises ModelError where a problem and the longest completion of it exceed a model's context."""
-        for problem in self.problems:
+        for prompt in self.prompts:
             for language_model in language_models:
-                language_model.prompt_ids(problem.prompt, self.settings.max_new_tokens)
+                language_model.prompt_ids(prompt, self.settings.max_new_tokens)
+
+    def configured(self, configuration: Any, **own: Any) -> Any:
+        """One of TRL's configurations: the shared arguments, the recipe's own, and over both what the user set.
+
+        Raises:
+            TrainingError: TRL has no such option, refuses its value, or a setting of ours decides it.
+        """
+        given = self.settings.trl
+        known = {field.name for field in fields(configuration)}
+        for name in given:
+            if name in DECIDED:
+                raise TrainingError(f"trl.{name} is decided by {DECIDED[name]}: set that instead")
+            if name not in known:
+                near = get_close_matches(name, known, n=3)
+                hint = f"did you mean {', '.join(near)}?" if near else "its documentation lists them"
+                raise TrainingError(f"{configuration.__name__} of TRL has no option '{name}': {hint}")
+        try:
+            return configuration(**(self.arguments | own | given))
+        except (TypeError, ValueError) as error:
+            if not given:
+                raise
+            raise TrainingError(
+                f"TRL refuses {', '.join(f'trl.{n}={v}' for n, v in given.items())}: {error}"
+            ) from error
 
 
 def shared_arguments(settings: TrainSettings, language_model: LanguageModel, checkpoints: Path) -> dict[str, Any]:
@@ -72,7 +136,7 @@ def shared_arguments(settings: TrainSettings, language_model: LanguageModel, che
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,
         "use_cpu": not on_cuda,
-        "bf16": on_cuda,
+        "bf16": on_cuda if settings.compute is None else computes_in_bfloat16(settings, on_cuda),
         "gradient_checkpointing": settings.gradient_checkpointing,
         "save_strategy": "steps",
         "save_steps": settings.save_every,
@@ -83,6 +147,16 @@ def shared_arguments(settings: TrainSettings, language_model: LanguageModel, che
         "dataloader_pin_memory": on_cuda,
         "train_sampling_strategy": "sequential",
     }
+
+
+def computes_in_bfloat16(settings: TrainSettings, on_cuda: bool) -> bool:
+    """Whether the forward and backward passes run in bfloat16, the weights staying float32; said where they cannot."""
+    if settings.compute == "float32":
+        return False
+    there = torch.cuda.is_bf16_supported() if on_cuda else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not there:
+        LOG.warning("compute=bfloat16 is not to be had on this machine: it is computed in float32")
+    return bool(there)
 
 
 def dataset(columns: dict[str, Any]) -> Any:

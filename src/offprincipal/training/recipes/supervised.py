@@ -24,17 +24,18 @@ def sft_own(run: Run) -> Any:
 def _trainer(run: Run, learn: Callable[[Task, Problem], str]) -> Any:
     """Cross-entropy on the completion alone, end of sequence included; the prompt is tokenized as for sampling."""
     trl: Any = importlib.import_module("trl")
-    examples = _by_length([(p.prompt, learn(run.tasks[p.task], p)) for p in run.problems], run.settings.batch)
+    learned = [run.prompting.completion(learn(run.tasks[p.task], p)) for p in run.problems]
+    examples = _by_length(list(zip(run.prompts, learned, strict=True)), run.settings.batch)
     tokenizer = run.language_model.tokenizer
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for prompt, completion in examples:
-        answer_ids = [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        answer_ids = [*tokenizer(completion, add_special_tokens=False).input_ids, run.prompting.end_id]
         prompt_ids = run.language_model.prompt_ids(prompt, len(answer_ids))
         run.language_model.require_rows(answer_ids)
         rows["input_ids"].append(prompt_ids + answer_ids)
         rows["labels"].append([_IGNORED] * len(prompt_ids) + answer_ids)
-    arguments = trl.SFTConfig(
-        **run.arguments, max_length=None, shuffle_dataset=False, dataset_kwargs={"skip_prepare_dataset": True}
+    arguments = run.configured(
+        trl.SFTConfig, max_length=None, shuffle_dataset=False, dataset_kwargs={"skip_prepare_dataset": True}
     )
     return trl.SFTTrainer(**run.trainer, args=arguments, train_dataset=dataset(rows))
 

@@ -1,0 +1,72 @@
+"""A GGUF file as an ordinary folder: dequantised by transformers' own loader, once, and kept in bfloat16."""
+
+import hashlib
+import importlib
+import importlib.util
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offprincipal.comparison.cache import cache_folder
+from offprincipal.errors import ModelError
+from offprincipal.files import exclusively, new_folder, require_folder, write_atomically
+from offprincipal.models.quiet import quiet_libraries
+
+SUFFIX = ".gguf"
+WEIGHTS = "model.safetensors"
+LOG = logging.getLogger("offprincipal")
+
+
+def folder_of(file: Path) -> Path:
+    """The folder that holds a GGUF file's model, made where it is not there yet.
+
+    Args:
+        file: which is whole; a first part of several stands for none of them.
+
+    Raises:
+        ModelError: it cannot be read, its architecture is none that transformers dequantises, or gguf is missing.
+        FileError: the folder cannot be written.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"{file} is a GGUF file, which needs gguf: pip install 'offprincipal[gguf]'")
+    try:
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "blake2b").hexdigest()[:16]
+    except OSError as error:
+        raise ModelError(f"cannot read {file}: {error.strerror or error}") from error
+    models = cache_folder() / "models"
+    require_folder(models)
+    folder = models / f"{file.stem}-{digest}"
+    with exclusively(models):
+        if not (folder / WEIGHTS).is_file():
+            LOG.warning("%s is dequantised to bfloat16 once, and kept in %s", file.name, folder)
+            _convert(file, folder)
+    return folder
+
+
+def _convert(file: Path, folder: Path) -> None:
+    transformers: Any = importlib.import_module("transformers")
+    options: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
+    try:
+        with quiet_libraries():
+            model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **options)
+    except Exception as error:  # unknown architectures, damaged files and odd tokenizers all differ
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"transformers cannot open {file}: {reason}. Give the model's own folder") from error
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    weights = {
+        name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items() if name not in tied
+    }
+    model.config.dtype = torch.bfloat16
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    save_file = importlib.import_module("safetensors.torch").save_file
+    with new_folder(folder, (WEIGHTS,), True, (file.parent,), "a model") as made:
+        model.config.save_pretrained(made)
+        model.generation_config.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        write_atomically(made / WEIGHTS, partial(save_file, weights, metadata={"format": "pt"}))

@@ -1,0 +1,74 @@
+"""Settings of how problems are put to a model, and how an answer is read from what it writes."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from offprincipal.errors import TaskError
+
+TEMPLATES = ("plain", "few_shot", "chat")
+ANSWERS = ("exact", "number", "boxed", "tag", "math")
+FUNCTION = ".py:"
+PLACE = "prompt"
+
+
+class PromptSettings(BaseModel):
+    """How problems are put to a model; what is left out follows from the template, and the template from the model.
+
+    Raises:
+        TaskError: no such template or answer, or a setting that the template does not have.
+
+    >>> PromptSettings(template="few_shot", shots=2).model_dump()
+    {'template': 'few_shot', 'shots': 2}
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    template: str | None = Field(
+        None,
+        description=f"{', '.join(TEMPLATES)}, or a Jinja template of {{{{ {PLACE} }}}} and `shots`; not given: chat "
+        "where the tokenizer has a template, plain for character models as the embedded one, else few_shot",
+    )
+    shots: int | None = Field(
+        None, ge=1, description="solved problems before each (few_shot, Jinja); 4 where not given"
+    )
+    system: str | None = Field(None, description="system prompt of chat")
+    chat_options: dict[str, Any] | None = Field(
+        None, description="passed on to the chat template, as {enable_thinking: false}"
+    )
+    answer: str | None = Field(
+        None,
+        description=f"how an answer is read: {', '.join(ANSWERS)} (the last number, \\boxed{{…}}, <answer>…</answer>; "
+        "math: compared by math-verify), or FILE.py:FUNCTION of (completion, answer); not given: tag for chat, else as "
+        "the task reads it",
+    )
+    stop: tuple[str, ...] | None = Field(
+        None, description="texts that end a completion, each within one token; a line's end for few_shot if not given"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "PromptSettings":
+        template = self.template
+        if template is not None and template not in TEMPLATES and "{{" not in template:
+            raise TaskError(
+                f"there is no prompt template '{template}': choose of {', '.join(TEMPLATES)}, or write Jinja with "
+                f"{{{{ {PLACE} }}}}"
+            )
+        if self.answer is not None and self.answer not in ANSWERS and FUNCTION not in self.answer:
+            raise TaskError(
+                f"there is no way '{self.answer}' to read an answer: choose of {', '.join(ANSWERS)}, or "
+                "FILE.py:FUNCTION"
+            )
+        for name, owners in (("shots", ("few_shot",)), ("system", ("chat",)), ("chat_options", ("chat",))):
+            given = getattr(self, name) is not None
+            own = template is None or template in owners or (name == "shots" and template not in TEMPLATES)
+            if given and not own:
+                raise TaskError(f"prompt.{name} belongs to the template {owners[0]}, not to {template}: leave it out")
+        if self.stop is not None and not all(self.stop):
+            raise TaskError("prompt.stop holds an empty text, which would end everything: leave it out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_is_given(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = whole(self)
+        return {name: value for name, value in values.items() if value is not None}
