@@ -1,7 +1,7 @@
 """`measure_gates`: a base, what was tuned from it, and sequences in; the entries of `gates.json` out."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
