@@ -57,7 +57,7 @@ def tokenizer_of(chat: bool) -> Any:
     return found
 
 
-def model_at(folder: Path, chat: bool) -> Path:
+def model_at(folder: Path, chat: bool, head_dim: int = 16) -> Path:
     torch.manual_seed(0)
     tokenizer = tokenizer_of(chat)
     config = Qwen3Config(
@@ -67,7 +67,7 @@ def model_at(folder: Path, chat: bool) -> Path:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=16,
+        head_dim=head_dim,
         max_position_embeddings=512,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,

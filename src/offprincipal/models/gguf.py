@@ -52,12 +52,16 @@ def _convert(file: Path, folder: Path) -> None:
     options: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     try:
         with quiet_libraries():
-            model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+            model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                file.parent, dtype=torch.float32, output_loading_info=True, **options
+            )
             tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **options)
     except Exception as error:  # unknown architectures, damaged files and odd tokenizers all differ
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"transformers cannot open {file}: {reason}. Give the model's own folder") from error
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    if missing := sorted(set(loaded["missing_keys"]) - tied):
+        raise ModelError(f"{file} has no {missing[0]}, which transformers would draw at random: give another file")
     weights = {
         name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items() if name not in tied
     }
