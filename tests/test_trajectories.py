@@ -16,6 +16,7 @@ from torch import Tensor
 
 from offprincipal import make_delta, trajectory
 from offprincipal.errors import ArgumentError, CheckpointError, FileError
+from offprincipal.reports.trajectory import _some_of as shown_of
 from offprincipal.reports.trajectory import figure_of as page_of
 from offprincipal.trajectories import figures, measure
 from offprincipal.trajectories.sources import label_of, steps_of
@@ -334,6 +335,14 @@ def test_of_very_many_checkpoints_only_the_whole_model_keeps_its_matrices(
             assert found == few[group][name] | {"gram": None, "increment_cosine": None}
     (cosines,) = (trace for trace in page_of(many).data if trace.type == "heatmap")
     np.testing.assert_array_equal(np.array(cosines.z, float), np.array(few["pooled"]["increment_cosine"], float))
+
+
+def test_a_table_of_a_thousand_checkpoints_fits_a_screen() -> None:
+    steps = [float(step) for step in range(1, 1001)]
+    some = shown_of(steps)
+    assert len(some) == 24 and some[0] == (0, 1.0) and some[-1] == (999, 1000.0)
+    assert all(steps[place] == step for place, step in some)
+    assert [step for _, step in shown_of(steps[:20])] == steps[:20]
 
 
 def test_a_notebook_shows_the_figures_of_the_page(run: tuple[Path, Path, list[Weights]]) -> None:

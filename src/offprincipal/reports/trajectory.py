@@ -30,6 +30,7 @@ _OVERLAPS = {
     "own_cosines_null": ("its own cosines alone", "dot"),
 }
 _SIDES = {"left": "#0b6e99", "right": "#c2570c"}
+_LINES = 24  # of a table
 _CELLS = 100  # a side that a heatmap shows at most
 _METHODS = ("#0b6e99", "#c2570c", "#1c2733")
 
@@ -52,7 +53,7 @@ def trajectory_table(content: Mapping[str, Any]) -> Group:
     steps = Table(Column("step", no_wrap=True, justify="right"), box=SIMPLE)
     for title in ("from base", "step's length", "unchanged\nsince base", "unchanged\nsince last", "gone back"):
         steps.add_column(title, justify="right")
-    for t, step in enumerate(content["steps"]):
+    for t, step in _some_of(content["steps"]):
         shares = ("unchanged_fraction", "unchanged_since_last", "reverted_fraction")
         steps.add_row(
             f"{step:g}",
@@ -77,7 +78,7 @@ def _overlap_table(content: Mapping[str, Any]) -> Table:
     for side in _SIDES:
         for heading in (side, "random\nwalk", "own\ncosines"):
             table.add_column(heading, justify="right")
-    for t, step in enumerate(content["steps"]):
+    for t, step in _some_of(content["steps"]):
         values = (found[side][kind][t] for side in _SIDES for kind in _OVERLAPS)
         table.add_row(f"{step:g}", *(_decimals(value) for value in values))
     return table
@@ -285,6 +286,13 @@ def _add_held_out(figure: graph_objects.Figure, rows: Sequence[Mapping[str, Any]
             figure.add_scatter(x=steps, y=values, name=name, line=line, mode="lines+markers", row=3, col=2)
     figure.update_xaxes(title="step", row=3, col=2)
     figure.update_yaxes(title="missed by, of its distance", rangemode="tozero", tickformat=".0%", row=3, col=2)
+
+
+def _some_of(steps: Sequence[float]) -> list[tuple[int, float]]:
+    """Steps with their places, at most as many as a screen has room for, evenly, the first and the last among them."""
+    count = len(steps)
+    places = range(count) if count <= _LINES else [round(i * (count - 1) / (_LINES - 1)) for i in range(_LINES)]
+    return [(place, steps[place]) for place in places]
 
 
 def _with_null(row: Mapping[str, Any]) -> str:

@@ -95,8 +95,8 @@ class Sums:
         return found
 
 
-def _plus(sum: Moved | None, moved: Moved) -> Moved:
-    return moved if sum is None else sum + moved
+def _plus(before: Moved | None, moved: Moved) -> Moved:
+    return moved if before is None else before + moved
 
 
 def figures(moved: Moved, steps: Sequence[float], rank: int | None = None) -> Row:
