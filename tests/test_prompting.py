@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from offprincipal.errors import ModelError, OffPrincipalError, TaskError, TrainingError
@@ -140,6 +141,15 @@ def test_every_token_that_holds_a_stop_ends_a_completion_there() -> None:
     assert len(few.stop_ids) > 1 and texts[few.end_id] == "\n"
     with pytest.raises(TaskError, match="no single token of the model holds the stop 'Question'"):
         asking(tokenizer, template="few_shot", stop=("Question",))
+
+
+def test_answers_that_a_stop_would_cut_are_refused(tmp_path: Path) -> None:
+    rows = [{"question": f"two lines of {i}", "answer": f"{i}\n{i}"} for i in range(60)]
+    data = tmp_path / "lines.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(TaskError, match=r"hold the stop '\\n', such as"):
+        asking(tokenizer_of(False), (f"hf:{data}",))
+    assert asking(tokenizer_of(False), (f"hf:{data}",), template="few_shot", stop=()).settings.stop == ()
 
 
 def test_chat_goes_through_the_tokenizers_template_with_one_first_token() -> None:
@@ -298,6 +308,23 @@ def test_vllm_where_there_is_none_is_refused_with_a_sentence(base_model: Path, t
         train(run_of(base_model, "grpo", vllm="colocate"), tmp_path / "run", quiet=True)
     with pytest.raises(TrainingError, match="vllm samples for grpo"):
         run_of(base_model, "sft_own", vllm="server")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_bfloat16_is_computed_in_where_it_can_be_and_else_it_is_said(
+    there: bool, base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Weights stay float32 either way; where the processor cannot, the run is that in float32."""
+    from offprincipal.training.recipes import run as recipe
+
+    monkeypatch.setattr(recipe, "bfloat16_on_cpu", lambda: there)
+    options: dict[str, Any] = {"eval_prompts": 0, "learning_rate": 1e-3}
+    for compute in ("float32", "bfloat16"):
+        train(run_of(base_model, "sft_own", compute=compute, **options), tmp_path / compute, quiet=True)
+    weights = [load_file(tmp_path / compute / "masters" / "model.safetensors") for compute in ("float32", "bfloat16")]
+    same = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert same is not there and ("is computed in float32" in caplog.text) is not there
+    assert all(tensor.dtype == torch.float32 for tensor in weights[1].values())
 
 
 def test_trls_names_are_taken_too() -> None:

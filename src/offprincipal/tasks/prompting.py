@@ -7,7 +7,7 @@ tokenizers; knows nothing of models or runs.
 import importlib.util
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from offprincipal.tasks.protocol import Problem, Task
 from offprincipal.tasks.split import problems
 
 _SHOTS = 4
+_TRIED = 8  # problems whose answers are looked at
 _SHOTS_SEED = 2**31  # a stream of training problems of its own
 _FEW_SHOT = "{% for shot in shots %}Q: {{ shot.prompt }}\nA: {{ shot.answer }}\n\n{% endfor %}Q: {{ prompt }}\nA:"
 _ASKED = {
@@ -121,6 +122,11 @@ class Prompting:
                 return int(special[0])
         return int(self.tokenizer.eos_token_id)
 
+    @cached_property
+    def _solved(self) -> dict[str, list[dict[str, str]]]:
+        """Task -> its shots, one more than are shown, in place of the one that is asked."""
+        return {}
+
     def _chat(self, prompt: str) -> str:
         asked = prompt + _ASKED.get(self.settings.answer or "", "")
         system = [{"role": "system", "content": self.settings.system}] if self.settings.system else []
@@ -144,9 +150,9 @@ class Prompting:
     def _rendered(self, problem: Problem) -> str:
         template = _FEW_SHOT if self.settings.template == "few_shot" else str(self.settings.template)
         count = self.settings.shots or (_SHOTS if "shots" in template else 0)
-        shots = (
-            [s for s in _shots_of(problem.task, count + 1) if s["prompt"] != problem.prompt][:count] if count else []
-        )
+        if count and problem.task not in self._solved:
+            self._solved[problem.task] = _shots_of(self.tasks[problem.task], count + 1)
+        shots = [shot for shot in self._solved.get(problem.task, ()) if shot["prompt"] != problem.prompt][:count]
         try:
             return str(_compiled(template).render(prompt=problem.prompt, shots=shots))
         except TemplateError as error:
@@ -157,13 +163,26 @@ def prompting(settings: PromptSettings | None, tokenizer: Any, tasks: Mapping[st
     """Settle what is left out by the tokenizer.
 
     Raises:
-        TaskError: the tokenizer has no template for chat, or no token for a stop.
+        TaskError: the tokenizer has no template for chat or no token for a stop, or answers hold a stop themselves.
     """
     found = Prompting(resolved(settings, tokenizer), tasks, tokenizer)
     if found.settings.template == "chat":
         found._chat("")
     found.stop_ids  # noqa: B018  # refuses
+    for task in tasks.values() if found.settings.stop else ():
+        _require_whole_answers(task, found.settings.stop or ())
     return found
+
+
+def _require_whole_answers(task: Task, stops: Sequence[str]) -> None:
+    """Refuse stops that the answers of a task themselves hold; a task without reference answers has none."""
+    for problem in itertools.islice(problems(task, "train", _SHOTS_SEED), _TRIED):
+        held = [stop for stop in stops if stop in problem.answer]
+        if held:
+            raise TaskError(
+                f"answers of task '{task.name}' hold the stop {held[0]!r}, such as {problem.answer[:60]!r}: set "
+                "prompt.stop to something else, a blank line ('\\n\\n') say"
+            )
 
 
 def resolved(settings: PromptSettings | None, tokenizer: Any) -> PromptSettings:
@@ -266,12 +285,9 @@ def _function(where: str) -> Callable[[str, str], Any]:
     return found
 
 
-@lru_cache(maxsize=64)
-def _shots_of(name: str, count: int) -> list[dict[str, str]]:
+def _shots_of(task: Task, count: int) -> list[dict[str, str]]:
     """Solved training problems of a task, always the same ones, each another."""
-    from offprincipal.tasks import open_task
-
-    task, found = open_task(name), dict[str, str]()
+    found: dict[str, str] = {}
     for problem in itertools.islice(problems(task, "train", _SHOTS_SEED), 100 * count):
         if problem.answer:
             found.setdefault(problem.prompt, problem.answer)

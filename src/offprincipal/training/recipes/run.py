@@ -153,10 +153,15 @@ def computes_in_bfloat16(settings: TrainSettings, on_cuda: bool) -> bool:
     """Whether the forward and backward passes run in bfloat16, the weights staying float32; said where they cannot."""
     if settings.compute == "float32":
         return False
-    there = torch.cuda.is_bf16_supported() if on_cuda else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    there = torch.cuda.is_bf16_supported() if on_cuda else bfloat16_on_cpu()
     if not there:
         LOG.warning("compute=bfloat16 is not to be had on this machine: it is computed in float32")
     return bool(there)
+
+
+def bfloat16_on_cpu() -> bool:
+    """Whether this processor multiplies in bfloat16 itself."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def dataset(columns: dict[str, Any]) -> Any:
