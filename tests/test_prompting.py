@@ -355,6 +355,9 @@ def test_evaluation_asks_as_it_is_told(base_model: Path) -> None:
     options: dict[str, Any] = {"prompts": 6, "samples": 2, "max_new_tokens": 8, "device": "cpu"}
     told = PromptSettings.model_validate({"template": "few_shot", "shots": 4, "stop": ("\n",)})
     assert evaluate(base_model, ["add@1"], **options) == evaluate(base_model, ["add@1"], **options, prompt=told)
+    opened = open_language_model(base_model, "cpu")
+    itself, another = (evaluate(opened, ["add@1"], **options, reference=of) for of in (opened, base_model))
+    assert itself == another and itself["kl_to_base"] == 0.0  # where it is the same, it is not even asked twice
     plain = PromptSettings.model_validate({"template": "plain"})
     assert evaluate(base_model, ["add@1"], **options, prompt=plain) != evaluate(base_model, ["add@1"], **options)
 

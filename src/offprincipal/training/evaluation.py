@@ -78,7 +78,8 @@ def evaluate(
 
     scores: list[_Score] = []
     tokens, entropy, divergence = 0, 0.0, 0.0
-    for asked, batch in _completed(policy, base, asking, problems, samples, max_new_tokens, seed):
+    other = None if reference is model else base  # a model is nowhere far from itself
+    for asked, batch in _completed(policy, other, asking, problems, samples, max_new_tokens, seed):
         texts = policy.tokenizer.batch_decode(batch.whole, skip_special_tokens=True)
         for place, problem in enumerate(asked):
             answers = texts[place * (1 + samples) : (place + 1) * (1 + samples)]
