@@ -157,6 +157,10 @@ def test_the_stage_follows_runs_as_stored_and_in_float32_with_blind_walks_beside
     (claim,) = json.loads((out / "study.json").read_text())["claims"]
     assert claim["id"] == "C14" and claim["controlled"]["negative_control"]["draws"] == 3
     assert "linear motion" in (out / "report.html").read_text()
+    without = load_profile(str(profile), ["stages.trajectories.negative_control=0"])
+    run_profile(without, out, 2, lambda stage, report: None)
+    assert [row for row in read_table(out / "trajectories", "trajectories") if row["draw"] is not None] == []
+    assert "negative_control" not in json.loads((out / "study.json").read_text())["claims"][0]["controlled"]
 
 
 def test_a_stage_without_checkpoints_of_the_way_says_what_to_set(profile: Path, tmp_path: Path) -> None:

@@ -66,9 +66,12 @@ class TrajectoryStage(StageKind):
         write_rows(space.folder(name) / SOURCES["trajectories"], rows)
 
     def _blind(self, base: Path, kept: Path, masters: bool) -> np.ndarray[Any, np.dtype[np.float64]]:
+        if not self.negative_control:
+            return np.zeros((0, 0, 0))
         work = followed(base, kept, masters=masters)
         walks = [work.walk_blindly(part, self.negative_control) for part in work.parts if part.numel]
-        return np.sum(walks, axis=0) if self.negative_control else np.zeros((0, 0, 0))
+        found: np.ndarray[Any, np.dtype[np.float64]] = np.sum(walks, axis=0)
+        return found
 
     def files(self, name: str, space: Workspace) -> list[Path]:
         return [space.folder(name) / SOURCES["trajectories"]]
