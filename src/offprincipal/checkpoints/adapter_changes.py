@@ -16,6 +16,9 @@ class Change(Protocol):
         ...
 
 
+_ROWS_AT_ONCE = 512
+
+
 @dataclass(frozen=True)
 class LowRank:
     """W0 + s·LR, in the orientation in which the matrix is stored; less an initial product where it was taken out.
@@ -36,8 +39,17 @@ class LowRank:
         here = slice(first, first + len(rows))
         if self.start is not None:
             left, right, stored = self.start
-            rows = (rows - left[here] @ right).astype(stored).astype(np.float32)
-        return np.asarray(rows + np.float32(self.scale) * (self.left[here] @ self.right))
+            rows = (rows - _product(left[here], right)).astype(stored).astype(np.float32)
+        return np.asarray(rows + np.float32(self.scale) * _product(self.left[here], self.right))
+
+
+def _product(left: Array, right: Array) -> Array:
+    """In float32, rounded from float64: whatever rows are read together, each comes out alike on every processor."""
+    found, wide = np.empty((len(left), right.shape[1]), np.float32), right.astype(np.float64)
+    for first in range(0, len(left), _ROWS_AT_ONCE):
+        last = first + _ROWS_AT_ONCE
+        found[first:last] = left[first:last].astype(np.float64) @ wide
+    return found
 
 
 @dataclass(frozen=True)

@@ -75,13 +75,14 @@ def principal_triplets(
     tolerance: float = TOLERANCE,
     angle_deg: float = 90.0,
     exact_up_to: int | None = None,
-    whole_up_to: int = WHOLE_UP_TO,
+    whole_up_to: int | None = None,
 ) -> Svd:
     """The first k singular triplets, and a few more, by the cheapest solver whose error bound is good enough.
 
     LAPACK up to `exact_up_to`, by default `EXACT_UP_TO`; above, the symmetric eigenproblem of the Gram matrix; above
-    `whole_up_to` first iterated from a random start, the same for every matrix, so that equal ones are decomposed
-    alike. In float64, what misses its bounds goes to LAPACK; in float32 it is returned, and says so.
+    `whole_up_to`, by default `WHOLE_UP_TO`, first iterated from a random start, the same for every matrix, so that
+    equal ones are decomposed alike. In float64, what misses its bounds goes to LAPACK; in float32 it is returned, and
+    says so.
 
     Args:
         W: (n, m), float32 or float64, finite.
@@ -96,7 +97,7 @@ def principal_triplets(
 
     if min(W.shape) <= (EXACT_UP_TO if exact_up_to is None else exact_up_to) or k + 1 >= min(W.shape):
         return decompose(W)
-    if min(W.shape) > whole_up_to:
+    if min(W.shape) > (WHOLE_UP_TO if whole_up_to is None else whole_up_to):
         found = decompose_randomized(W, k, tolerance, torch.Generator().manual_seed(0))
         if good(found):
             return found

@@ -49,13 +49,18 @@ def folder_of(file: Path) -> Path:
 
 def _convert(file: Path, folder: Path) -> None:
     transformers: Any = importlib.import_module("transformers")
-    options: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     try:
         with quiet_libraries():
             model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
-                file.parent, dtype=torch.float32, output_loading_info=True, **options
+                file.parent,
+                gguf_file=file.name,
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
             )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                file.parent, gguf_file=file.name, trust_remote_code=False
+            )
     except Exception as error:  # unknown architectures, damaged files and odd tokenizers all differ
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"transformers cannot open {file}: {reason}. Give the model's own folder") from error
