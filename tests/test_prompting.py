@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qw
 
 from offprincipal.errors import ModelError, OffPrincipalError, TaskError, TrainingError
 from offprincipal.models import open_language_model
+from offprincipal.reports.terminal import preview_lines
 from offprincipal.tasks import mixture, open_task, split_of
 from offprincipal.tasks.prompt_settings import PromptSettings
 from offprincipal.tasks.prompting import Prompting, is_character_level, prompting, read_answer
@@ -339,14 +340,11 @@ def test_a_preview_shows_prompts_completions_and_verdicts(base_model: Path) -> N
     found = preview(base_model, ["add@1", "sort@1"], count=3, max_new_tokens=6)
     assert found.settings.template == "few_shot" and [one.task for one in found.shown] == ["add@1", "sort@1", "add@1"]
     assert all(one.prompt.endswith("A:") and "\n" not in one.greedy for one in found.shown)
+    lines = preview_lines(found)
+    assert "shots 4" in lines[0] and any(line.startswith("Q: ") for line in lines)
+    assert sum(line.startswith("→ greedy") for line in lines) == 3
+    assert any(line.endswith("of 6 completions are right") for line in lines)
     command = [sys.executable, "-m", "offprincipal", "tasks", "--preview", "--model", str(base_model)]
-    done = subprocess.run(
-        [*command, "--task", "add@1", "--set", "prompt.shots=1", "--count", "1"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "shots 1" in done.stdout and "completions are right" in done.stdout and "Q: " in done.stdout
     wrong = subprocess.run([*command, "--set", "prompt.template=chat"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and "has no chat template" in wrong.stderr
 
