@@ -196,7 +196,7 @@ def run_of(run: TrainSettings, base: LanguageModel, checkpoints: Path = Path("no
     arguments = shared_arguments(run, base, checkpoints)
     trainer = {"model": base.model, "processing_class": base.tokenizer}
     asking = prompting(run.prompt, base.tokenizer, tasks)
-    return Run(run, base, None, tasks, asking, checkpoints, silent, arguments, trainer)
+    return Run(run, base, None, asking, checkpoints, silent, arguments, trainer)
 
 
 def log_likelihood(policy: LanguageModel, prompt: list[int], completion: list[int]) -> float:

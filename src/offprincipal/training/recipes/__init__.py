@@ -58,7 +58,6 @@ def build_trainer(
         settings,
         opened.base,
         opened.teacher,
-        tasks=tasks,
         prompting=prompting(settings.prompt, opened.base.tokenizer, tasks),
         checkpoints=checkpoints,
         show=show,

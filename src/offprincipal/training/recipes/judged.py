@@ -6,7 +6,7 @@ killed run continues on the same data. Knows nothing of losses.
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,7 +142,7 @@ def _answered(run: Run, base: LanguageModel) -> Iterator[_Answered]:
             yield _Answered(prompt_ids, [whole[i] for i in own], verdicts)
 
 
-def _endless(tasks: dict[str, Task], seed: int) -> Iterator[Problem]:
+def _endless(tasks: Mapping[str, Task], seed: int) -> Iterator[Problem]:
     streams = itertools.cycle([problems(task, "train", seed) for task in tasks.values()])
     return (next(stream) for stream in streams)
 

@@ -5,7 +5,7 @@ Knows nothing of losses.
 
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import cached_property
@@ -58,7 +58,7 @@ class Run:
         settings: the run's.
         language_model: what is trained.
         teacher: what `distill` learns from; None in other recipes.
-        tasks: by name; prompting: how their problems are put to the model.
+        prompting: how the tasks' problems are put to the model.
         checkpoints: where the trainer keeps the checkpoint that it can continue from.
         show: told of whatever takes long before the first step.
         arguments: of any of TRL's configurations.
@@ -68,12 +68,16 @@ class Run:
     settings: TrainSettings
     language_model: LanguageModel
     teacher: LanguageModel | None
-    tasks: dict[str, Task]
     prompting: Prompting
     checkpoints: Path
     show: ShowProgress
     arguments: dict[str, Any]
     trainer: dict[str, Any]
+
+    @property
+    def tasks(self) -> Mapping[str, Task]:
+        """By name."""
+        return self.prompting.tasks
 
     @cached_property
     def problems(self) -> Sequence[Problem]:
