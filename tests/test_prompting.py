@@ -92,7 +92,7 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def asking(tokenizer: Any, names: tuple[str, ...] = ("add@1",), **settings: Any) -> Prompting:
     chosen = PromptSettings.model_validate(settings) if settings else None
-    return prompting(chosen, tokenizer, {name: open_task(name) for name in names})
+    return prompting(chosen, tokenizer, map(open_task, names))
 
 
 def test_what_is_not_said_follows_from_the_tokenizer(tiny_model: Path) -> None:
@@ -151,6 +151,10 @@ def test_answers_that_a_stop_would_cut_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"hold the stop '\\n', such as"):
         asking(tokenizer_of(False), (f"hf:{data}",))
     assert asking(tokenizer_of(False), (f"hf:{data}",), template="few_shot", stop=()).settings.stop == ()
+    spelled = f"hf:{data}?split=train"  # which the task itself leaves out of its name
+    whole = asking(tokenizer_of(False), (spelled,), template="few_shot", stop=())
+    (problem,) = mixture([open_task(spelled)], "eval", 1)
+    assert whole.prompt(problem).endswith(f"Q: {problem.prompt}\nA:")
 
 
 def test_chat_goes_through_the_tokenizers_template_with_one_first_token() -> None:

@@ -195,7 +195,7 @@ def run_of(run: TrainSettings, base: LanguageModel, checkpoints: Path = Path("no
     tasks = {name: open_task(name) for name in run.tasks}
     arguments = shared_arguments(run, base, checkpoints)
     trainer = {"model": base.model, "processing_class": base.tokenizer}
-    asking = prompting(run.prompt, base.tokenizer, tasks)
+    asking = prompting(run.prompt, base.tokenizer, tasks.values())
     return Run(run, base, None, asking, checkpoints, silent, arguments, trainer)
 
 

@@ -174,7 +174,7 @@ def measure_gates(
     asked = read_prompts(prompts) if prompts is not None else None
     language_model = open_for_derivatives(base, settings, tokenizer=sequences is None)
     if names:
-        asking = prompting(None, language_model.tokenizer, {name: open_task(name) for name in names})
+        asking = prompting(None, language_model.tokenizer, map(open_task, names))
         language_model = replace(language_model, stops=asking.stop_ids)
         asked = task_prompts(asking, settings.batches * settings.prompts_per_batch, settings.seed)
     checkpoint = open_checkpoint(model_name(base))

@@ -4,7 +4,7 @@ import hashlib
 import importlib
 import importlib.util
 import logging
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ def folder_of(file: Path) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"{file} is a GGUF file, which needs gguf: pip install 'offprincipal[gguf]'")
     try:
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "blake2b").hexdigest()[:16]
+        about = file.stat()
+        digest = _digest(file, about.st_size, about.st_mtime_ns)
     except OSError as error:
         raise ModelError(f"cannot read {file}: {error.strerror or error}") from error
     models = cache_folder() / "models"
@@ -45,6 +45,13 @@ def folder_of(file: Path) -> Path:
             LOG.warning("%s is dequantised to bfloat16 once, and kept in %s", file.name, folder)
             _convert(file, folder)
     return folder
+
+
+@lru_cache(maxsize=4)
+def _digest(file: Path, size: int, changed: int) -> str:
+    """Of its content, read once for a file that is as it was: a run asks for its model several times."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()[:16]
 
 
 def _convert(file: Path, folder: Path) -> None:

@@ -7,7 +7,7 @@ tokenizers; knows nothing of models or runs.
 import importlib.util
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -159,17 +159,17 @@ class Prompting:
             raise TaskError(f"the prompt template fails: {error}. Mend its Jinja") from error
 
 
-def prompting(settings: PromptSettings | None, tokenizer: Any, tasks: Mapping[str, Task]) -> Prompting:
+def prompting(settings: PromptSettings | None, tokenizer: Any, tasks: Iterable[Task]) -> Prompting:
     """Settle what is left out by the tokenizer.
 
     Raises:
         TaskError: the tokenizer has no template for chat or no token for a stop, or answers hold a stop themselves.
     """
-    found = Prompting(resolved(settings, tokenizer), tasks, tokenizer)
+    found = Prompting(resolved(settings, tokenizer), {task.name: task for task in tasks}, tokenizer)
     if found.settings.template == "chat":
         found._chat("")
     found.stop_ids  # noqa: B018  # refuses
-    for task in tasks.values() if found.settings.stop else ():
+    for task in found.tasks.values() if found.settings.stop else ():
         _require_whole_answers(task, found.settings.stop or ())
     return found
 

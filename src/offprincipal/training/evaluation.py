@@ -70,7 +70,7 @@ def evaluate(
     by_name = {task.name: task for task in map(open_task, tasks)}
     problems = mixture(list(by_name.values()), "eval", prompts, seed)
     policy = _opened(model, device)
-    asking = prompting(prompt, policy.tokenizer, by_name)
+    asking = prompting(prompt, policy.tokenizer, by_name.values())
     policy = replace(policy, stops=asking.stop_ids)
     base = None if reference is None else _opened(reference, device)
     if base is not None and _vocabulary(base) != _vocabulary(policy):

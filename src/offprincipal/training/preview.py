@@ -71,12 +71,12 @@ def preview(
     >>> found.settings.template, found.shown[0].task
     ('plain', 'add')
     """
-    by_name = {task.name: task for task in map(open_task, tasks)}
+    named = [open_task(name) for name in tasks]
     opened = open_language_model(model, device, trust_remote_code)
-    asking = prompting(prompt, opened.tokenizer, by_name)
+    asking = prompting(prompt, opened.tokenizer, named)
     opened = replace(opened, stops=asking.stop_ids)
     longest = max_new_tokens or longest_completion(asking.settings)
-    problems = mixture(list(by_name.values()), "eval", count, seed)
+    problems = mixture(named, "eval", count, seed)
     prompts = [asking.prompt(problem) for problem in problems]
     encoded = [opened.prompt_ids(text, longest) for text in prompts]
     with quiet_libraries():

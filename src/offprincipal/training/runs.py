@@ -140,7 +140,7 @@ def train(
 def _run(settings: TrainSettings, out: Path, show: ShowProgress, siblings: Iterable[Path]) -> dict[str, Any]:
     metric = _LOGGED[_SHOWN.get(settings.recipe, "loss")]
     language_model = open_language_model(settings.model, settings.device, settings.trust_remote_code)
-    asking = prompting(settings.prompt, language_model.tokenizer, {name: open_task(name) for name in settings.tasks})
+    asking = prompting(settings.prompt, language_model.tokenizer, map(open_task, settings.tasks))
     language_model = replace(language_model, stops=asking.stop_ids)
     teacher = _teacher(settings, language_model)
     models = {"base": identify(settings.model, language_model.model)}

@@ -1,7 +1,6 @@
 """C14: does RLVR move along one direction, nearly linearly in the step, beside the random walk of its own steps."""
 
 from collections.abc import Mapping
-from typing import Literal
 
 from offprincipal.studies.claims.evidence import Evidence, Row
 from offprincipal.studies.claims.registry import claim
@@ -33,7 +32,8 @@ def linear_motion(evidence: Evidence) -> tuple[Judgement, Judgement]:
 
 def _published(evidence: Evidence) -> Judgement:
     """As it is reported: of stored checkpoints, beside nothing."""
-    rows = _of_rl(evidence, "stored")
+    followed = evidence.followed("stored")
+    rows = {run: followed.get(run, {}) for run in evidence.rl}
     share, line = (_of(rows, name) for name in ("rank1_share", "linearity_r2"))
     linear = judge_difference(
         over_units(_less(line, _MOST)), measure="share of the displacements that a line in the step explains, minus .5"
@@ -51,7 +51,8 @@ def _published(evidence: Evidence) -> Judgement:
 
 
 def _controlled(evidence: Evidence) -> Judgement:
-    rows = _of_rl(evidence, "float32")
+    followed = evidence.followed("float32")
+    rows = {run: followed.get(run, {}) for run in evidence.rl}
     beyond_walk = {
         name: differences(_of(rows, name), _of(rows, f"{name}_random_walk_null"))
         for name in ("rank1_share", "linearity_r2")
@@ -66,7 +67,7 @@ def _controlled(evidence: Evidence) -> Judgement:
             ("linearity_r2", "a line explains more than of the walk", "share that a line in the step explains"),
         )
     ]
-    others = {run: row for run, row in evidence.followed("float32").items() if run not in evidence.rl}
+    others = {run: row for run, row in followed.items() if run not in evidence.rl}
     headline = judge_difference(
         over_units(_of(rows, "drift")),
         measure="mean cosine of float32 steps at least half of the run apart, 0 in a random walk",
@@ -79,11 +80,6 @@ def _controlled(evidence: Evidence) -> Judgement:
         ),
     )
     return controlled_with(headline, conditions)
-
-
-def _of_rl(evidence: Evidence, weights: Literal["stored", "float32"]) -> dict[str, Row]:
-    found = evidence.followed(weights)
-    return {run: found.get(run, {}) for run in evidence.rl}
 
 
 def _of(rows: Mapping[str, Row], name: str) -> dict[str, float | None]:

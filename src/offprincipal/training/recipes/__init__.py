@@ -53,12 +53,11 @@ def build_trainer(
         TrainingError: a logger of `report_to` is not installed, or the base's completions are all alike to a verifier.
     """
     _require_loggers(settings)
-    tasks = {task.name: task for task in map(open_task, settings.tasks)}
     run = Run(
         settings,
         opened.base,
         opened.teacher,
-        prompting=prompting(settings.prompt, opened.base.tokenizer, tasks),
+        prompting=prompting(settings.prompt, opened.base.tokenizer, map(open_task, settings.tasks)),
         checkpoints=checkpoints,
         show=show,
         arguments=shared_arguments(settings, opened.base, checkpoints),
