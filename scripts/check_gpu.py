@@ -2,10 +2,11 @@
 
     python scripts/check_gpu.py --out gpu --pair /dev/shm/pair      # about 8 minutes on an H100 with 16 cores
 
-Four parts, of which `--only` chooses some: `tests` (those marked `gpu`), `stages` (what one layer of a 7 B-shaped model
+Parts, of which `--only` chooses some: `tests` (those marked `gpu`), `stages` (what one layer of a 7 B-shaped model
 spends where, a matrix at a time on one thread), `pair` (`compare` on the whole pair, a process of its own, for each
-number of layers), and `train` (GRPO from the embedded base). Writes gpu.json and gpu.md into the folder `--out`, after
-every part, and exits 1 if a test failed or a part could not be run.
+number of layers), `train` (GRPO from the embedded base), and `pretrained` (GRPO from `--model`, as the profile of that
+name has it, computed in either precision). Writes gpu.json and gpu.md into the folder `--out`, after every part, and
+exits 1 if a test failed or a part could not be run.
 """
 
 import argparse
@@ -36,11 +37,13 @@ def main() -> None:
     parser.add_argument("--pair", type=Path, help="folder for the pair, best in memory; default: a temporary one")
     parser.add_argument("--layers", type=int, nargs="*", default=[1, 28], help="of the pairs that are compared")
     parser.add_argument("--shape", default="7b", help="as make_synthetic.py has it")
-    parser.add_argument("--only", nargs="*", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--only", nargs="*", choices=PARTS, help="default: all that can be run")
+    parser.add_argument("--model", help="a pretrained model: a folder, a GGUF file or a Hugging Face id")
     parser.add_argument("--device", default="cuda", help="cpu: the same where there is no GPU, to check this script")
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA GPU is at hand: this script is for a machine with one")
+    given.only = given.only or [name for name in PARTS if name != "pretrained" or given.model]
     given.out.mkdir(parents=True, exist_ok=True)
     report: Report = {"machine": machine(given.device)}
     with tempfile.TemporaryDirectory() as scratch:
@@ -155,21 +158,37 @@ def whole_pair(given: argparse.Namespace) -> Report:
 
 
 def train_grpo(given: argparse.Namespace) -> Report:
-    """A few steps of GRPO from the embedded base: seconds a step, and what the monitor says at the end."""
+    """A few steps of GRPO from the embedded base: seconds a step, and what was learned."""
+    values: Report = {"model": "embedded", "batch": 240, "tasks": ("add", "sort", "count"), "learning_rate": 1.5e-5}
+    return a_few_steps(given, "grpo", values | {"eval_samples": 1, "eval_prompts": 96, "monitor": 5})
+
+
+def train_pretrained(given: argparse.Namespace) -> Report:
+    """A few steps of GRPO from `--model`, with the settings of the profile `pretrained`, in either precision."""
+    from offprincipal.studies.profile import load_profile
+
+    if given.model is None:
+        raise ValueError("name a pretrained model with --model")
+    values = load_profile("pretrained").training | {"model": given.model, "tasks": ("add@1", "maximum@1")}
+    values |= {"eval_prompts": 0}
+    return {
+        compute: a_few_steps(given, f"pretrained-{compute}", values | {"compute": compute})
+        for compute in ("float32", "bfloat16")
+    }
+
+
+def a_few_steps(given: argparse.Namespace, name: str, values: Report) -> Report:
     from offprincipal.training import parse_settings, train
 
-    values: Report = {"recipe": "grpo", "model": "embedded", "steps": 10, "batch": 240}
-    values |= {"tasks": ("add", "sort", "count"), "learning_rate": 1.5e-5, "eval_samples": 1, "eval_prompts": 96}
-    values |= {"device": given.device, "monitor": 5}
-    out = given.out / "grpo"
-    train(parse_settings(values), out, quiet=True)
+    out = given.out / name
+    train(parse_settings(values | {"recipe": "grpo", "steps": 10, "device": given.device}), out, quiet=True)
     record = json.loads((out / "run.json").read_text())
     log = record["log"]
     return {
         "device": record["machine"].get("device"),
         "seconds_a_step": round(sum(entry["seconds"] for entry in log[2:]) / len(log[2:]), 2),
         "reward_first_last": [log[0]["reward"], log[-1]["reward"]],
-        "sampled_accuracy": {when: found["sampled_accuracy"] for when, found in record["accuracy"].items()},
+        "sampled_accuracy": {when: found["sampled_accuracy"] for when, found in record["accuracy"].items() if found},
     }
 
 
@@ -178,6 +197,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Report]] = {
     "stages": stages,
     "pair": whole_pair,
     "train": train_grpo,
+    "pretrained": train_pretrained,
 }
 
 
@@ -211,6 +231,10 @@ def table(report: Report) -> str:
             )
     if "seconds_a_step" in report.get("train", {}):
         lines.append(f"GRPO from the embedded base: {report['train']['seconds_a_step']} s a step")
+    for compute in ("float32", "bfloat16"):
+        if compute in report.get("pretrained", {}):
+            seconds = report["pretrained"][compute]["seconds_a_step"]
+            lines.append(f"GRPO from the pretrained model, computed in {compute}: {seconds} s a step")
     return "\n".join(lines) + "\n"
 
 

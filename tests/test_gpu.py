@@ -28,6 +28,7 @@ from offprincipal.models import open_language_model
 from offprincipal.training import parse_settings, train
 from offprincipal.training.monitor import Monitor
 from offprincipal.training.monitor.figures import BaseMatrix
+from offprincipal.trajectories import trajectory
 
 # Set to `cpu`, the same code runs where there is no GPU, which checks this file and nothing else.
 DEVICE: Any = os.environ.get("OFFPRINCIPAL_TEST_DEVICE", "cuda")
@@ -97,6 +98,18 @@ def test_a_gpu_that_runs_out_of_memory_leaves_it_to_the_cpu(folders: tuple[Path,
         torch.cuda.set_per_process_memory_fraction(1.0)
     require_same_rows(there, compare(*folders, settings_of(), cache=False))
     assert any("did not fit" in warning for warning in there.summary["runs"]["tuned"]["warnings"])
+
+
+def test_a_trajectory_is_that_of_the_cpu(folders: tuple[Path, Path]) -> None:
+    base, tuned = folders
+    there, here = (
+        trajectory(base, [tuned, base], steps=[1, 2], subspace_rank=2, device=device) for device in (DEVICE, "cpu")
+    )
+    np.testing.assert_allclose(there.content["pooled"]["gram"], here.content["pooled"]["gram"], rtol=1e-9)
+    for ours, theirs in zip(there.rows, here.rows, strict=True):
+        assert ours == {
+            k: pytest.approx(v, rel=0.1, abs=1e-6) if isinstance(v, float) else v for k, v in theirs.items()
+        }
 
 
 # --- models, gates, monitor ---

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qw
 from offprincipal.errors import ModelError, OffPrincipalError, TaskError, TrainingError
 from offprincipal.models import open_language_model
 from offprincipal.reports.terminal import preview_lines
+from offprincipal.studies.profile import apply_override
 from offprincipal.tasks import mixture, open_task, split_of
 from offprincipal.tasks.prompt_settings import PromptSettings
 from offprincipal.tasks.prompting import Prompting, is_character_level, prompting, read_answer
@@ -221,6 +222,13 @@ def test_a_template_of_ones_own() -> None:
     ):
         with pytest.raises(TaskError, match=says):
             asking(tokenizer, template=template).prompt(problem)
+
+
+@pytest.mark.parametrize("template", ["{{ prompt }}", "{% for s in shots %}{{ s.prompt }}{% endfor %}{{ prompt }}"])
+def test_a_template_is_taken_from_a_command_line_as_it_is(template: str) -> None:
+    content: dict[str, Any] = {}
+    apply_override(content, f"prompt.template={template}")
+    assert content == {"prompt": {"template": template}}
 
 
 @pytest.mark.parametrize(

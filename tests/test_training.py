@@ -265,6 +265,15 @@ def test_entropy_and_divergence_are_those_of_single_sequences(taught_model: Path
     assert result["kl_to_base"] == pytest.approx(sum(divergence) / 20, rel=1e-5)
 
 
+def test_only_the_next_token_of_a_prompt_is_scored(taught_model: Path) -> None:
+    """Of a large vocabulary the scores of whole prompts would take gigabytes."""
+    opened = open_language_model(taught_model)
+    scored: list[int] = []
+    with opened.model.lm_head.register_forward_pre_hook(lambda _, inputs: scored.append(inputs[0].shape[1])):
+        evaluate(opened, ["add"], prompts=4, samples=2, max_new_tokens=3)
+    assert set(scored) == {1}
+
+
 def test_sampling_follows_the_models_distribution(taught_model: Path) -> None:
     """The share of samples that say what greedy decoding says is the probability that the model gives it."""
     opened = open_language_model(taught_model)

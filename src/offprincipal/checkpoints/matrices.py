@@ -26,21 +26,38 @@ def linear_parts(checkpoint: Checkpoint) -> Iterator[tuple[TensorInfo, Part]]:
                 yield info, part
 
 
-def common_matrices(checkpoints: Sequence[Checkpoint]) -> Iterator[tuple[Part, list[Array]]]:
-    """The linear matrices that checkpoints have in common: each part, and its values in float32, (n, m) each.
+def common_parts(checkpoints: Sequence[Checkpoint]) -> list[Part]:
+    """The linear matrices that checkpoints have in common; fused tensors come in parts.
 
     Args:
-        checkpoints: the base first; fused tensors come in parts, and one matrix at a time is held.
+        checkpoints: the base first.
+
+    Raises:
+        CheckpointError: the checkpoints do not belong together.
+    """
+    base, *others = checkpoints
+    pairings = [pair_tensors(base, other).tensors for other in others]
+    return [part for info, part in linear_parts(base) if all(info.name in tensors for tensors in pairings)]
+
+
+def read_part(checkpoints: Sequence[Checkpoint], part: Part) -> list[Array]:
+    """The values of a part in float32, (n, m), of each checkpoint.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
+    read = [part.of(checkpoint.read(part.tensor, part.start, part.stop)) for checkpoint in checkpoints]
+    return [array.astype(np.float32) for array in read]
+
+
+def common_matrices(checkpoints: Sequence[Checkpoint]) -> Iterator[tuple[Part, list[Array]]]:
+    """The linear matrices that checkpoints have in common, and their values in float32: one matrix at a time is held.
 
     Raises:
         CheckpointError: the checkpoints do not belong together, or one cannot be read.
     """
-    base, *others = checkpoints
-    pairings = [pair_tensors(base, other).tensors for other in others]
-    for info, part in linear_parts(base):
-        if all(info.name in tensors for tensors in pairings):
-            read = [part.of(checkpoint.read(part.tensor, part.start, part.stop)) for checkpoint in checkpoints]
-            yield part, [array.astype(np.float32) for array in read]
+    for part in common_parts(checkpoints):
+        yield part, read_part(checkpoints, part)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def run_in_threads(work: Work, parts: Sequence[Part], threads: int, budget: int)
         budget: bytes that the matrices in flight may take together; one that needs more is measured alone.
     """
     needs = {part.name: bytes_needed(work, part) for part in parts}
-    with one_core_each(work):
+    with one_core_each(needs_torch(work.settings.metrics)):
         yield from in_threads(work.measure, parts, threads, needs, budget)
 
 
@@ -126,7 +126,7 @@ def run_on_ray(
 def _measure_on_worker(shared: tuple[Any, ...], part: Part) -> Any:
     measure, kind, base, tuned, settings, cache, masters = shared
     work = _opened(kind, base, tuple(tuned.items()), settings, cache, tuple(masters.items()))
-    with one_core_each(work):
+    with one_core_each(needs_torch(work.settings.metrics)):
         return measure(work, part)
 
 
@@ -168,14 +168,14 @@ def _give_back_memory() -> None:
 
 
 @contextmanager
-def one_core_each(work: Work) -> Iterator[None]:
+def one_core_each(with_torch: bool = True) -> Iterator[None]:
     """Hold numpy's BLAS and torch to one thread, and torch to full float32.
 
     Left to itself, numpy's would start a thread a core for every small product of every worker. Where nothing is
-    decomposed, torch is not even imported.
+    decomposed, `with_torch` being false, torch is not even imported.
     """
     with threadpool_limits(1, user_api="blas"):
-        if not needs_torch(work.settings.metrics) and "torch" not in sys.modules:
+        if not with_torch and "torch" not in sys.modules:
             yield
             return
         import torch

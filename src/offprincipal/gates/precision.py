@@ -4,6 +4,7 @@ Reads a base and the float32 masters of a tuned checkpoint a matrix at a time; t
 `offprincipal.geometry.ulp` and `offprincipal.geometry.formats`. Runs no model.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from offprincipal.checkpoints import Checkpoint, Part, open_checkpoint
 from offprincipal.checkpoints.masters import masters_of
-from offprincipal.checkpoints.matrices import common_matrices
+from offprincipal.checkpoints.matrices import common_parts, read_part
+from offprincipal.comparison.execution import in_order, in_threads, one_core_each
+from offprincipal.comparison.memory import SHARE, free_memory
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
 from offprincipal.geometry.formats import FORMATS, MaskChange, StoredBase, StoredChange
 from offprincipal.geometry.masks import entry_ranks, low_magnitude_ranks, masks_at
@@ -26,6 +29,7 @@ from offprincipal.measures.pooling import Estimate, estimate_ratio
 
 STEP_LENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 SWEPT_MASKS = ("principal", "low_magnitude")
+_BYTES_AN_ENTRY = 96  # held at once of a matrix: the update, its sum with the base and what is stored, in float64
 
 Row = dict[str, Any]
 Null = Literal["nothing", "random", "precision"]
@@ -101,23 +105,29 @@ def precision_gate(
 
 
 def measure_precision(base: Checkpoint, masters: Checkpoint, settings: PrecisionSettings) -> PrecisionRows:
-    """Every linear matrix of one tuned checkpoint, one at a time.
+    """Every linear matrix of one tuned checkpoint, each on one core.
 
     Raises:
         CheckpointError: a matrix cannot be read or holds NaN or infinity, or the two do not belong together.
     """
-    histograms: dict[str, UlpHistogram] = {}
-    sweep: list[Row] = []
-    for part, arrays in common_matrices([base, masters]):
-        weight, master = map(torch.from_numpy, arrays)
+    parts = common_parts([base, masters])
+    if not parts:
+        raise CheckpointError(f"{base.source} holds no linear matrix: there is nothing to measure")
+
+    def measure(part: Part) -> tuple[UlpHistogram, list[Row]]:
+        weight, master = map(torch.from_numpy, read_part([base, masters], part))
         try:
-            histograms[part.name] = ulp_histogram(weight, master)
-            sweep.extend(_sweep_rows(part, weight, master, settings))
+            return ulp_histogram(weight, master), _sweep_rows(part, weight, master, settings)
         except NonFiniteTensor as error:
             raise CheckpointError(f"{part.name}: {error}. Look at how it was trained or converted") from error
-    if not sweep:
-        raise CheckpointError(f"{base.source} holds no linear matrix: there is nothing to measure")
-    return PrecisionRows(histograms, sweep)
+
+    needs = {part.name: _BYTES_AN_ENTRY * part.numel for part in parts}
+    with one_core_each():
+        found = in_threads(measure, parts, os.cpu_count() or 1, needs, int(SHARE * free_memory()))
+        rows = {part.name: measured for part, measured in in_order(parts, found)}
+    return PrecisionRows(
+        {name: histogram for name, (histogram, _) in rows.items()}, [row for _, sweep in rows.values() for row in sweep]
+    )
 
 
 def pool_sweep(rows: Sequence[Row]) -> list[Row]:

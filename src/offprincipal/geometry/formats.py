@@ -139,6 +139,7 @@ class StoredBase:
         self.values = storage.store(base, self.scale)
         self.classes = storage.classes(self.values).flatten()
         self.entries = torch.bincount(self.classes)
+        self._counted: dict[str, tuple[Tensor, Tensor]] = {}
 
     def change_by(self, update: Tensor, masks: Mapping[str, Tensor]) -> StoredChange:
         """What is left of an update once it is added to the stored base and the sum is stored again.
@@ -167,7 +168,7 @@ class StoredBase:
         found = {}
         for name, mask in masks.items():
             inside = mask.flatten()
-            in_mask = self._by_class(inside)
+            in_mask = self._entries_in(name, inside)
             null = overlap_null(*(counts.numpy() for counts in (self.entries, changed, in_mask)))
             found[name] = MaskChange(
                 entries=int(inside.sum()),
@@ -178,6 +179,13 @@ class StoredBase:
                 distance_null=float((distance * in_mask / self.entries.clamp(min=1)).sum()),
             )
         return StoredChange(step.numel(), int(moved.sum()), float(step.sum()), found)
+
+    def _entries_in(self, name: str, inside: Tensor) -> Tensor:
+        """Of a mask, by class; counted once, however many updates are stored."""
+        known = self._counted.get(name)
+        if known is None or not torch.equal(known[0], inside):
+            known = self._counted[name] = (inside, self._by_class(inside))
+        return known[1]
 
     def _by_class(self, values: Tensor) -> Tensor:
         """Sums of values, or counts of true ones, by class."""

@@ -46,7 +46,9 @@ class _Decoder:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._positions = "position_ids" in inspect.signature(model.forward).parameters
+        taken = inspect.signature(model.forward).parameters
+        self._positions = "position_ids" in taken
+        self._last = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}  # a prompt's others are not read
         self._cache: Any = None
 
     def log_probabilities(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -54,7 +56,7 @@ class _Decoder:
 
         In float64: small divergences are sums of terms that cancel.
         """
-        extra = {}
+        extra: dict[str, Any] = dict(self._last)
         if self._positions:
             extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = self._model(input_ids=ids, attention_mask=mask, past_key_values=self._cache, use_cache=True, **extra)

@@ -18,6 +18,7 @@ from offprincipal.studies.fine_tuning import MatchedStage, OutcomesStage
 from offprincipal.studies.stages import ClaimsStage, CompareStage, ReportStage, TrainStage
 from offprincipal.studies.trajectories import TrajectoryStage
 
+_JINJA = ("{{", "{%")
 Stage = Annotated[
     TrainStage
     | MatchedStage
@@ -133,7 +134,7 @@ def _read(name_or_path: str) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Key and value of `key=value`; the value is read as YAML, and as a number wherever it is one.
+    """Key and value of `key=value`; the value is read as YAML, as a number wherever it is one, and a template as text.
 
     Raises:
         StudyError: the text has no key or no `=`.
@@ -144,6 +145,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value_text = text.partition("=")
     if not equals or not key:
         raise StudyError(f"'{text}' is no override: write KEY=VALUE, for instance steps=200")
+    if value_text.startswith(_JINJA):
+        return key, value_text
     with suppress(ValueError):
         if "e" in value_text.lower():
             return key, float(value_text)

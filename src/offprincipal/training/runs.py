@@ -151,7 +151,7 @@ def _run(settings: TrainSettings, out: Path, show: ShowProgress, siblings: Itera
         opened = Opened(language_model, prepare(settings, language_model.model), teacher)
     if started is None:
         before = _measured_by(siblings, settings, models["base"])
-        if before is None:
+        if before is None and settings.eval_prompts:
             show(StepReport("measuring the base", 0, settings.steps, metric))
             with opened.trained.as_base():
                 before = _measure(settings, language_model, language_model)
@@ -162,8 +162,10 @@ def _run(settings: TrainSettings, out: Path, show: ShowProgress, siblings: Itera
     with language_model.ending():
         log = _fit(settings, opened, out / CHECKPOINTS, started, show, monitor)
     _write_result(settings, opened, out)
-    show(StepReport("measuring the result", len(log), settings.steps, metric))
-    after = _measure(settings, out, settings.model)
+    after = None
+    if settings.eval_prompts:
+        show(StepReport("measuring the result", len(log), settings.steps, metric))
+        after = _measure(settings, out, settings.model)
     record = {
         "schema": SCHEMA,
         "settings": started["settings"],
@@ -208,11 +210,7 @@ def _measured_by(siblings: Iterable[Path], settings: TrainSettings, base: dict[s
     return None
 
 
-def _measure(
-    settings: TrainSettings, model: LanguageModel | Path, reference: LanguageModel | str
-) -> dict[str, Any] | None:
-    if settings.eval_prompts == 0:
-        return None
+def _measure(settings: TrainSettings, model: LanguageModel | Path, reference: LanguageModel | str) -> dict[str, Any]:
     return evaluate(
         model,
         settings.tasks,

@@ -21,6 +21,7 @@ from offprincipal.comparison.memory import SHARE, free_memory
 from offprincipal.errors import ArgumentError, CheckpointError
 from offprincipal.files import identities, require_folder, require_unchanged, write_atomically, write_json
 from offprincipal.geometry.extrapolation import METHODS, Method
+from offprincipal.measures.columns import needs_torch
 from offprincipal.measures.settings import Device, MatrixSettings
 from offprincipal.trajectories.figures import Row, Sums
 from offprincipal.trajectories.measure import Moved, restored
@@ -147,7 +148,7 @@ def trajectory(
         sums.add(name, restored(kept))
 
     with resumable(work, out, opened, restore, JOURNAL) as journal:
-        with one_core_each(work):
+        with one_core_each(needs_torch(work.settings.metrics)):
             gather(parts, sums.known, measure, sums.add, journal, progress)
         require_unchanged(opened)
         notes = dict.fromkeys(note for said in work.notes.values() for note in said)

@@ -90,7 +90,7 @@ def blind_evidence(
             return _matrix(work, part, real, draws, list(combinations(evidence.rl, 2)))
         return _tensor(work, part, real, draws)
 
-    with one_core_each(work), ThreadPoolExecutor(threads) as pool:
+    with one_core_each(), ThreadPoolExecutor(threads) as pool:
         by_part = list(pool.map(measured, work.parts))
     found = []
     for draw in range(draws):
