@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from offprincipal.errors import NonFiniteTensor
+from offprincipal.geometry.compiled import compiled
 from offprincipal.geometry.nulls import overlap_null
 from offprincipal.geometry.precision import require_finite
 
@@ -81,6 +82,8 @@ class StorageFormat:
         return 2 * above + ((fraction == 0.5) & (above > 0))
 
 
+_BLOCK = 1 << 15  # entries that are stored at once
+
 FORMATS = {
     found.name: found
     for found in (
@@ -137,9 +140,9 @@ class StoredBase:
         self.storage = storage
         self.scale = storage.scale_of(base)
         self.values = storage.store(base, self.scale)
-        self.classes = storage.classes(self.values).flatten()
-        self.entries = torch.bincount(self.classes)
-        self._counted: dict[str, tuple[Tensor, Tensor]] = {}
+        self.classes = storage.classes(self.values).flatten().numpy()
+        self.entries = np.bincount(self.classes)
+        self._counted: dict[str, tuple[Tensor, np.ndarray]] = {}
 
     def change_by(self, update: Tensor, masks: Mapping[str, Tensor]) -> StoredChange:
         """What is left of an update once it is added to the stored base and the sum is stored again.
@@ -161,37 +164,57 @@ class StoredBase:
         >>> found.changed, found.masks["left"].changed, found.masks["left"].changed_null
         (1, 1, 0.5)
         """
-        tuned = self.values.double() * self.scale + update
-        step = (self.storage.store(tuned, self.scale) - self.values).abs().flatten().double() * self.scale
-        moved = step > 0
-        changed, distance = self._by_class(moved), self._by_class(step)
+        inside = np.zeros((len(masks), update.numel()), bool)
+        for place, mask in enumerate(masks.values()):
+            inside[place] = mask.flatten().numpy()
+        changed, distance = np.zeros(len(self.entries), np.int64), np.zeros(len(self.entries))
+        mask_changed, mask_distance = np.zeros(len(inside), np.int64), np.zeros(len(inside))
+        rows = max(1, _BLOCK // max(1, update.shape[1]))
+        for first in range(0, len(update), rows):  # so that what is in hand stays in the processor's cache
+            block = slice(first, first + rows)
+            tuned = self.values[block].double() * self.scale + update[block]
+            try:
+                stored = self.storage.store(tuned, self.scale)
+            except NonFiniteTensor:
+                require_finite(update)  # which says where in the whole of it
+                raise
+            step = (stored - self.values[block]).abs().flatten().double() * self.scale
+            start = first * update.shape[1]
+            _add_steps(step.numpy(), self.classes, start, inside, changed, distance, mask_changed, mask_distance)
         found = {}
-        for name, mask in masks.items():
-            inside = mask.flatten()
-            in_mask = self._entries_in(name, inside)
-            null = overlap_null(*(counts.numpy() for counts in (self.entries, changed, in_mask)))
+        for place, (name, mask) in enumerate(masks.items()):
+            in_class = self._entries_in(name, mask)
+            null = overlap_null(self.entries, changed, in_class)
             found[name] = MaskChange(
-                entries=int(inside.sum()),
-                changed=int((moved & inside).sum()),
+                entries=int(in_class.sum()),
+                changed=int(mask_changed[place]),
                 changed_null=null.expected,
                 changed_variance=null.variance,
-                distance=float(step[inside].sum()),
-                distance_null=float((distance * in_mask / self.entries.clamp(min=1)).sum()),
+                distance=float(mask_distance[place]),
+                distance_null=float((distance * in_class / self.entries.clip(min=1)).sum()),
             )
-        return StoredChange(step.numel(), int(moved.sum()), float(step.sum()), found)
+        return StoredChange(update.numel(), int(changed.sum()), float(distance.sum()), found)
 
-    def _entries_in(self, name: str, inside: Tensor) -> Tensor:
+    def _entries_in(self, name: str, mask: Tensor) -> np.ndarray:
         """Of a mask, by class; counted once, however many updates are stored."""
         known = self._counted.get(name)
-        if known is None or not torch.equal(known[0], inside):
-            known = self._counted[name] = (inside, self._by_class(inside))
+        if known is None or not torch.equal(known[0], mask):
+            counts = np.bincount(self.classes[mask.flatten().numpy()], minlength=len(self.entries))
+            known = self._counted[name] = (mask, counts)
         return known[1]
 
-    def _by_class(self, values: Tensor) -> Tensor:
-        """Sums of values, or counts of true ones, by class."""
-        if values.dtype == torch.bool:
-            return torch.bincount(self.classes[values], minlength=len(self.entries))
-        return torch.bincount(self.classes, weights=values, minlength=len(self.entries))
+
+@compiled()
+def _add_steps(step, classes, start, inside, changed, distance, mask_changed, mask_distance):  # type: ignore[no-untyped-def] # pragma: no cover
+    """Count the steps that are not zero, and sum them, by class and in each mask."""
+    for i in range(len(step)):
+        if step[i] > 0:
+            place = start + i
+            changed[classes[place]] += 1
+            distance[classes[place]] += step[i]
+            for mask in range(len(inside)):
+                mask_changed[mask] += inside[mask, place]
+                mask_distance[mask] += inside[mask, place] * step[i]
 
 
 def joint_classes(classes_a: Tensor, classes_b: Tensor) -> np.ndarray:
