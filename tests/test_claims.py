@@ -80,14 +80,20 @@ def study(
     sft_size: float = 2e-4,
     weights: dict[str, Tensor] | None = None,
     keep_masters: bool = True,
+    still: int = 0,
 ) -> dict[str, dict[str, str]]:
-    """Claim -> verdicts, of three RLVR-like runs, three that learned from preferences, and three SFT-like ones."""
+    """Claim -> verdicts, of three RLVR-like runs, three that learned from preferences, and three SFT-like ones.
+
+    Args:
+        still: RLVR-like runs that change nothing.
+    """
     weights = weights or heavy_tailed()
     base, runs = write_model(tmp_path / "base", weights), {}
     sizes = {"rl": (rl_size, on_principal), "sft": (sft_size, 1.0), "dpo": (rl_size, on_principal)}
     for seed, (kind, i) in enumerate((kind, i) for kind, count in RUNS.items() for i in range(count)):
         size, preference = sizes[kind]
-        tuned = updated(weights, size, 1000 * (seed + 1), preference)
+        moved = 0.0 if kind == "rl" and i < still else size
+        tuned = updated(weights, moved, 1000 * (seed + 1), preference)
         runs[f"{kind}_{i}"] = write_run(tmp_path / f"{kind}_{i}", tuned, keep_masters)
     compare(base, runs).write(tmp_path / "comparison")
     evidence = evidence_of(tmp_path / "comparison")
@@ -109,6 +115,14 @@ def test_rounding_and_length_alone_make_the_published_picture_and_no_control_let
     for id in ("C1", "C2", "C3", "C4", "C5", "C6", "C13"):
         assert verdicts[id]["published"] == "supported", id
         assert verdicts[id]["controlled"] in NOT_DECIDED, id
+
+
+@pytest.mark.parametrize("still", [2, 3])
+def test_runs_that_changed_nothing_decide_nothing(tmp_path: Path, still: int) -> None:
+    """As runs whose reward never told completions apart; of two such runs no overlap is defined."""
+    verdicts = study(tmp_path, still=still)
+    assert verdicts["C2"] == {"published": "inconclusive", "controlled": "inconclusive"}
+    assert all(verdicts[id]["controlled"] in NOT_DECIDED for id in ("C3", "C4", "C5", "C6"))
 
 
 @pytest.mark.parametrize("rl_size", [1e-5, 1e-4])
@@ -231,6 +245,9 @@ def test_the_jackknife_over_runs_has_the_mean_of_the_pairs(effects: list[float])
     for i, name in enumerate(names):  # additive effects of runs come back, each twice
         expected = 2 * effects[i] + (sum(pairs.values()) / len(pairs) - 2 * float(np.mean(effects)))
         assert found.by_unit[name] == pytest.approx(expected, abs=1e-9)
+    del pairs["0", "1"]
+    rest = over_runs_of_pairs(pairs).interval()
+    assert rest.low is None and rest.value == pytest.approx(np.mean(list(pairs.values())), abs=1e-9)
 
 
 def test_blind_updates_of_every_run_are_measured_like_the_runs_and_decide_nothing(tmp_path: Path) -> None:

@@ -64,6 +64,11 @@ def tolerance(column: str) -> float:
     return 0.02 if "angle" in column else 5e-3
 
 
+def slack(column: str) -> float:
+    """Of figures about zero, in their own units: entries at a mask's edge fall to either side, solver by solver."""
+    return 0.05 if column == "z" or column.endswith("_z") else 1e-3 if "log_odds" in column else 1e-9
+
+
 def require_same_rows(ours: Any, theirs: Any) -> None:
     """Counts alike to the last one; figures to what either solver may be off."""
     for table in ("matrices", "masks"):
@@ -73,7 +78,7 @@ def require_same_rows(ours: Any, theirs: Any) -> None:
                 if column in ("solver", "singular_value_error", "singular_value_error_relative", "angle_error_deg"):
                     continue
                 if isinstance(value, float) and isinstance(other[column], float):
-                    assert value == pytest.approx(other[column], rel=tolerance(column), abs=1e-9), where
+                    assert value == pytest.approx(other[column], rel=tolerance(column), abs=slack(column)), where
                 else:
                     assert value == other[column], where
 

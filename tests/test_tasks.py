@@ -113,6 +113,24 @@ def test_data_set_answers_that_are_no_mathematics_are_compared_as_text(tmp_path:
     assert task.verify(problem, "paris ") and not task.verify(problem, "Pairs") and not task.verify(problem, "42")
 
 
+def test_a_row_is_read_once_however_often_it_is_asked_for(rows: Path) -> None:
+    """A small data set holds out few prompts, and is gone through thousands of times for more."""
+    task = open_task(f"hf:{rows}")
+    data, read = task._rows, []  # type: ignore[attr-defined]
+
+    class Counted:
+        def __len__(self) -> int:
+            return len(data)
+
+        def __getitem__(self, index: int) -> Any:
+            read.append(index)
+            return data[index]
+
+    vars(task)["_rows"] = Counted()
+    mixture([task], "eval", 200)
+    assert len(read) == len(set(read)) <= len(data)
+
+
 def test_a_folder_of_data_files_is_a_data_set(rows: Path) -> None:
     assert open_task(f"hf:{rows.parent}").problem(5).prompt == open_task(f"hf:{rows}").problem(5).prompt
 

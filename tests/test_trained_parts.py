@@ -151,7 +151,9 @@ def test_the_base_is_measured_as_it_is_under_any_method(taught_model: Path, tmp_
         )["accuracy"]["before"]
         for place, adapter in enumerate((None, of("pissa"), of("isospectral")))
     ]
-    assert before[0] == before[1] == before[2]
+    for found in before[1:]:  # torch may multiply by a frozen matrix in another order
+        rounded = {name: pytest.approx(value, rel=1e-6) for name, value in before[0].items() if name != "tasks"}
+        assert found == rounded | {"tasks": before[0]["tasks"]}
 
 
 def test_masks_come_from_a_file_or_from_an_earlier_run(

@@ -19,7 +19,7 @@ from offprincipal.errors import ArgumentError, CheckpointError, FileError
 from offprincipal.reports.trajectory import _some_of as shown_of
 from offprincipal.reports.trajectory import figure_of as page_of
 from offprincipal.trajectories import figures, measure
-from offprincipal.trajectories.sources import label_of, steps_of
+from offprincipal.trajectories.sources import expanded, label_of, steps_of
 from offprincipal.trajectories.trajectory import JSON, TABLE
 
 STEPS = (5, 10, 40, 100)
@@ -123,6 +123,15 @@ def test_deltas_are_checkpoints_of_a_trajectory_too(run: tuple[Path, Path, list[
         make_delta(base, root / f"checkpoint-{step}", tmp_path / "deltas" / f"step_{step}.delta")
     one, two = trajectory(base, root), trajectory(base, tmp_path / "deltas")
     assert one.rows == two.rows and one.content["steps"] == two.content["steps"]
+
+
+def test_a_folder_that_holds_one_checkpoint_and_nothing_else_is_a_runs_root(tmp_path: Path) -> None:
+    """A run's first delta; a model with checkpoints inside is a model."""
+    (tmp_path / "deltas" / "step_10.delta").mkdir(parents=True)
+    (tmp_path / "deltas" / ".step.part").mkdir()
+    assert expanded(tmp_path / "deltas") == [str(tmp_path / "deltas" / "step_10.delta")]
+    (tmp_path / "deltas" / "config.json").touch()
+    assert expanded(tmp_path / "deltas") == [str(tmp_path / "deltas")]
 
 
 def test_steps_are_told_from_names() -> None:

@@ -502,6 +502,7 @@ def train(
     from offprincipal.studies.profile import apply_override
     from offprincipal.training import parse_settings
     from offprincipal.training import train as run
+    from offprincipal.training.processes import is_main
 
     named = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "seed": seed}
     values: dict[str, Any] = {"recipe": recipe, "model": model, "tasks": task}
@@ -513,6 +514,8 @@ def train(
         apply_override(values, text)
     with _resumable():
         record = run(parse_settings(values), out, overwrite=overwrite)
+    if not is_main():
+        return
     run_entry = {"name": out.name, "seconds": record["seconds"], **record["settings"], **record["accuracy"]}
     Console().print(runs_table({"runs": [run_entry]}))
     _say(f"model: {out}")

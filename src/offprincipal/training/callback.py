@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from offprincipal.adapters import Isospectral
+from offprincipal.checkpoints.matrices import whole
 from offprincipal.checkpoints.safetensors_folder import MASTERS
 from offprincipal.deltas import make_delta
 from offprincipal.files import write_atomically
@@ -98,14 +99,16 @@ class KeepDeltas(TrainerCallback):
         self._base, self._folder, self._every, self._masters = base, folder, every, masters
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        if state.global_step % self._every or not state.is_world_process_zero:
+        if state.global_step % self._every:
             return
         model, tied = given["model"], given["model"].config.tie_word_embeddings
         masters = {
-            name: tensor.detach().cpu().contiguous()
+            name: whole(tensor).cpu().contiguous()
             for name, tensor in model.state_dict().items()
             if not (tied and name == "lm_head.weight")
         }
+        if not state.is_world_process_zero:
+            return
         weights = {name: t.to(torch.bfloat16) if t.is_floating_point() else t for name, t in masters.items()}
         self._folder.mkdir(exist_ok=True)
         if self._masters:
@@ -129,6 +132,8 @@ class ExactAdapter(TrainerCallback):
     NAME = "trained.safetensors"
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         tensors = {name: p.detach().contiguous() for name, p in _trained(given["model"]).items()}
         write_atomically(_checkpoint(args, state) / self.NAME, lambda part: save_file(tensors, part))
 

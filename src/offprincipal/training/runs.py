@@ -11,6 +11,8 @@
     OUT/checkpoints/                                 only while the run is not complete
     OUT/runs/                                        what TensorBoard was told, if asked for
 
+Several processes that a launcher started train one run: the first holds the folder, measures and writes.
+
 Knows nothing of what the recipes do.
 """
 
@@ -19,7 +21,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +30,7 @@ from typing import Any
 import torch
 
 from offprincipal.adapters import Isospectral
+from offprincipal.checkpoints.matrices import whole
 from offprincipal.errors import FileError, TrainingError
 from offprincipal.files import (
     disk_faults_reported,
@@ -45,6 +48,7 @@ from offprincipal.tasks.prompting import prompting
 from offprincipal.training.defaults import by_the_model
 from offprincipal.training.evaluation import evaluate
 from offprincipal.training.monitor import Monitor, base_file, table
+from offprincipal.training.processes import in_main, is_main, join, processes
 from offprincipal.training.progress import ShowProgress, StepReport, silent, terminal_progress
 from offprincipal.training.settings import TrainSettings
 from offprincipal.training.trained import ADAPTER, MASKS, Opened, prepare
@@ -118,21 +122,28 @@ def train(
     """
     require_training_extra()
     send_no_telemetry()
+    join(settings.device)
     for name in settings.tasks:
         open_task(name)  # an unknown task is refused before a model is opened
     settings = by_the_model(settings)
     folder = Path(out).expanduser()
     require_folder(folder.parent)
-    with exclusively(folder, beside=True), disk_faults_reported(folder):
-        if overwrite:
-            _discard(folder)
-        record = _complete_record(folder, settings)
+    with ExitStack() as held, disk_faults_reported(folder):
+
+        def take() -> dict[str, Any] | None:
+            held.enter_context(exclusively(folder, beside=True))
+            if overwrite:
+                _discard(folder)
+            return _complete_record(folder, settings)
+
+        quiet = quiet or not is_main()
+        record = in_main(take)
         if record is not None:
             if not quiet and progress is None:
                 print(f"{folder}: this run is complete already")
             return record
-        if progress is not None or quiet:
-            return _run(settings, folder, progress or silent, siblings)
+        if quiet or progress is not None:
+            return _run(settings, folder, progress if progress and is_main() else silent, siblings)
         with terminal_progress(f"{settings.recipe} → {folder}") as show:
             return _run(settings, folder, show, siblings)
 
@@ -143,45 +154,51 @@ def _run(settings: TrainSettings, out: Path, show: ShowProgress, siblings: Itera
     asking = prompting(settings.prompt, language_model.tokenizer, map(open_task, settings.tasks))
     language_model = replace(language_model, stops=asking.stop_ids)
     teacher = _teacher(settings, language_model)
-    models = {"base": identify(settings.model, language_model.model)}
-    if teacher is not None:
-        models["teacher"] = identify(str(settings.teacher), teacher.model)
-    started = _started(out, settings, models)
     with quiet_libraries():
         opened = Opened(language_model, prepare(settings, language_model.model), teacher)
-    if started is None:
+
+    def begun() -> dict[str, Any]:
+        models = {"base": identify(settings.model, language_model.model)}
+        if teacher is not None:
+            models["teacher"] = identify(str(settings.teacher), teacher.model)
+        started = _started(out, settings, models)
+        if started is not None:
+            return started
         before = _measured_by(siblings, settings, models["base"])
         if before is None and settings.eval_prompts:
             show(StepReport("measuring the base", 0, settings.steps, metric))
             with opened.trained.as_base():
                 before = _measure(settings, language_model, language_model)
-        started = {"schema": SCHEMA, "settings": settings.model_dump(mode="json"), **models, "before": before}
+        return {"schema": SCHEMA, "settings": settings.model_dump(mode="json"), **models, "before": before}
 
+    started = in_main(begun)
     sizes = {"parameters": opened.trained.base_parameters, "trained_parameters": opened.trained.parameters}
     monitor = _monitor(settings, out)
     with language_model.ending():
-        log = _fit(settings, opened, out / CHECKPOINTS, started, show, monitor)
-    _write_result(settings, opened, out)
-    after = None
-    if settings.eval_prompts:
-        show(StepReport("measuring the result", len(log), settings.steps, metric))
-        after = _measure(settings, out, settings.model)
-    record = {
-        "schema": SCHEMA,
-        "settings": started["settings"],
-        **models,
-        **sizes,
-        "accuracy": {"before": started["before"], "after": after},
-        "log": log,
-        "seconds": round(sum(entry.get("seconds", 0.0) for entry in log), 3),
-        "machine": _machine(language_model),
-        "versions": _versions(),
-    }
-    if monitor is not None and monitor.stopped:
-        record["stopped"] = monitor.stopped
-    write_json(out / RECORD, record)
-    _remove_checkpoints(out)
-    return record
+        log, opened = _fit(settings, opened, out / CHECKPOINTS, started, show, monitor)
+
+    def ended() -> dict[str, Any]:
+        _write_result(settings, opened, out)
+        after = None
+        if settings.eval_prompts:
+            show(StepReport("measuring the result", len(log), settings.steps, metric))
+            after = _measure(settings, out, settings.model)
+        record = {
+            **{key: value for key, value in started.items() if key != "before"},
+            **sizes,
+            "accuracy": {"before": started["before"], "after": after},
+            "log": log,
+            "seconds": round(sum(entry.get("seconds", 0.0) for entry in log), 3),
+            "machine": _machine(language_model),
+            "versions": _versions(),
+        }
+        if monitor is not None and monitor.stopped:
+            record["stopped"] = monitor.stopped
+        write_json(out / RECORD, record)
+        _remove_checkpoints(out)
+        return record
+
+    return in_main(ended)
 
 
 def _teacher(settings: TrainSettings, language_model: LanguageModel) -> LanguageModel | None:
@@ -231,8 +248,8 @@ def _fit(
     started: dict[str, Any],
     show: ShowProgress,
     monitor: Monitor | None,
-) -> list[dict[str, Any]]:
-    """Train in place, from the last whole checkpoint where there is one; returns the log, one entry a step.
+) -> tuple[list[dict[str, Any]], Opened]:
+    """Train, from the last whole checkpoint where there is one; the log, one entry a step, and the models afterwards.
 
     What the run started from is noted only once its data have proved usable, so that a fault in the settings can be
     mended in the same folder.
@@ -253,21 +270,53 @@ def _fit(
         trainer = build_trainer(settings, opened, checkpoints, callbacks, show)
         if monitor is not None:
             monitor.attach(trainer)
-        require_folder(checkpoints)
-        write_json(checkpoints / STARTED, started)
-        last = _last_whole_checkpoint(checkpoints)
+        _require_trainable_here(opened, trainer)
+
+        def noted() -> Path | None:
+            require_folder(checkpoints)
+            write_json(checkpoints / STARTED, started)
+            return _last_whole_checkpoint(checkpoints)
+
+        last = in_main(noted)
         try:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except torch.OutOfMemoryError as error:
             raise TrainingError(
-                f"{settings.sequences_at_once} sequences at once do not fit into the GPU's memory: choose "
+                f"{settings.sequences_at_once(processes())} sequences at once do not fit into the GPU's memory: choose "
                 "a smaller micro_batch, or gradient_checkpointing, and pass --overwrite"
             ) from error
-    return [
+        opened = _in_one_piece(settings, opened, trainer)
+    log = [
         {"step": entry["step"]} | {ours: entry[theirs] for theirs, ours in _LOGGED.items() if theirs in entry}
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
+    return log, opened
+
+
+def _require_trainable_here(opened: Opened, trainer: Any) -> None:
+    """Refuse what would lose the float32 weights, or what is trained, over several processes."""
+    if trainer.is_deepspeed_enabled:
+        raise TrainingError(
+            "DeepSpeed keeps the float32 weights where they cannot be read: launch with FSDP2 or DDP instead"
+        )
+    if trainer.is_fsdp_enabled and (opened.trained.is_adapter or opened.trained.optimizer is not None):
+        raise TrainingError(
+            "FSDP shards whole weights, not what an adapter or a mask trains: launch with DDP instead, as "
+            "`accelerate launch --multi_gpu` does"
+        )
+
+
+def _in_one_piece(settings: TrainSettings, opened: Opened, trainer: Any) -> Opened:
+    """The models; in place of a trained one that is sharded, in the first process, another with its weights."""
+    if not trainer.is_fsdp_enabled:
+        return opened
+    state = {name: whole(tensor).cpu() for name, tensor in trainer.model.state_dict().items()}
+    if not is_main():
+        return opened
+    fresh = open_language_model(settings.model, "cpu", settings.trust_remote_code)
+    fresh.model.load_state_dict(state)
+    return replace(opened, trained=replace(opened.trained, model=fresh.model))
 
 
 def _monitor(settings: TrainSettings, out: Path) -> Monitor | None:
@@ -389,6 +438,7 @@ def _machine(language_model: LanguageModel) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
+        **({"processes": processes()} if processes() > 1 else {}),
     }
 
 

@@ -165,7 +165,7 @@ class TrainSettings(BaseModel):
             raise TrainingError(f"vllm samples for {', '.join(_REWARDED)}, not for {self.recipe}: leave it out")
         if self.keep_masters and self.keep_deltas is None:
             raise TrainingError("keep_masters keeps the float32 weights of the steps of keep_deltas: set that too")
-        if self.recipe == "kto" and self.sequences_at_once == 1:
+        if self.recipe == "kto" and self.sequences_at_once() == 1:
             raise TrainingError(
                 "kto compares sequences with their neighbours: choose a micro_batch that allows 2 at once"
             )
@@ -186,15 +186,22 @@ class TrainSettings(BaseModel):
         values: dict[str, Any] = whole(self)
         return {name: value for name, value in values.items() if value not in (None, False, {}) or name not in _LATER}
 
-    @property
-    def sequences_at_once(self) -> int:
-        """The largest divisor of the batch that is at most `micro_batch`.
+    def sequences_at_once(self, processes: int = 1) -> int:
+        """The largest divisor of a process's share of the batch that is at most `micro_batch`.
 
-        >>> TrainSettings(recipe="grpo", tasks=("add",), batch=240, micro_batch=64).sequences_at_once
+        Raises:
+            TrainingError: the processes cannot share the batch equally.
+
+        >>> TrainSettings(recipe="grpo", tasks=("add",), batch=240, micro_batch=64).sequences_at_once()
         60
         """
-        most = min(self.micro_batch or self.batch, self.batch)
-        return next(size for size in range(most, 0, -1) if self.batch % size == 0)
+        share, left = divmod(self.batch, processes)
+        if left or not share:
+            raise TrainingError(
+                f"{processes} processes cannot share a batch of {self.batch} equally: choose a multiple of {processes}"
+            )
+        most = min(self.micro_batch or share, share)
+        return next(size for size in range(most, 0, -1) if share % size == 0)
 
     @property
     def prompts_per_step(self) -> int:

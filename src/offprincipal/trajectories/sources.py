@@ -20,12 +20,11 @@ def expanded(checkpoints: str | Path | Sequence[str | Path]) -> list[str]:
     """
     given = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
     if len(given) == 1 and Path(given[0]).is_dir():
+        held = [path for path in Path(given[0]).iterdir() if not path.name.startswith(".")]
         inside = [
-            path
-            for path in Path(given[0]).iterdir()
-            if (path.is_dir() or path.name.endswith(SUFFIX)) and _step_in(path.name) is not None
+            path for path in held if (path.is_dir() or path.name.endswith(SUFFIX)) and _step_in(path.name) is not None
         ]
-        if len(inside) > 1:
+        if len(inside) > 1 or (inside and inside == held):
             return [str(path) for path in sorted(inside, key=lambda path: _step_in(path.name) or 0)]
     if not given:
         raise ArgumentError("no checkpoint given: name at least one, or the run's folder")

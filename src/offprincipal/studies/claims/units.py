@@ -92,7 +92,8 @@ def over_runs_of_pairs(by_pair: Mapping[tuple[str, str], float], geometric: bool
     The jackknife's pseudo-values: R times the mean over all pairs, less R − 1 times that over the pairs without a run.
 
     Args:
-        by_pair: every pair of R runs -> its effect; of two runs there is one pair, and no interval.
+        by_pair: every pair of R runs -> its effect; of two runs there is one pair, and no interval. Nor is there one
+            where a pair is missing, as that of two runs that changed nothing: the jackknife needs them all.
 
     Source: Arvesen 1969, jackknifing U-statistics.
 
@@ -104,6 +105,8 @@ def over_runs_of_pairs(by_pair: Mapping[tuple[str, str], float], geometric: bool
         return OverUnits({" and ".join(pair): value for pair, value in by_pair.items()}, geometric)
     values = {pair: math.log(value) if geometric else value for pair, value in by_pair.items()}
     whole, pseudo = statistics.fmean(values.values()), {}
+    if len(values) < math.comb(len(runs), 2):
+        return OverUnits({"the pairs that are defined": math.exp(whole) if geometric else whole}, geometric)
     for run in runs:
         without = statistics.fmean(value for pair, value in values.items() if run not in pair)
         pseudo[run] = len(runs) * whole - (len(runs) - 1) * without

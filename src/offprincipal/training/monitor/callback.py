@@ -9,8 +9,8 @@ from transformers import Trainer, TrainerCallback
 from offprincipal.errors import OffPrincipalError
 from offprincipal.training.monitor.divergence import unpadded
 from offprincipal.training.monitor.monitor import LOG, Monitor
-from offprincipal.training.monitor.processes import in_main
 from offprincipal.training.monitor.table import METRICS
+from offprincipal.training.processes import in_main
 
 _PREFIX = "offprincipal/"
 _IGNORED = -100  # the label of a token that is not learned

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from offprincipal.errors import ArgumentError, ModelError
-from offprincipal.training.monitor.processes import in_process_group
+from offprincipal.training.processes import in_process_group
 
 MOST_SEQUENCES, MOST_TOKENS = 16, 64
 _MOST_NUMBERS = 1 << 26  # float32 log-probabilities that are kept of one policy: 256 MiB

@@ -26,10 +26,10 @@ from offprincipal.training.monitor.divergence import (
 )
 from offprincipal.training.monitor.figures import BaseMatrix
 from offprincipal.training.monitor.matrices import WatchedMatrix, watched_matrices
-from offprincipal.training.monitor.processes import in_main, is_main
 from offprincipal.training.monitor.table import MonitorTable, Row, pooled
 from offprincipal.training.monitor.verdicts import parse_watch
 from offprincipal.training.monitor.walk import BUCKETS, Walk, sketch_of
+from offprincipal.training.processes import in_main, is_main
 
 if TYPE_CHECKING:
     from offprincipal.training.monitor.callback import MonitorCallback

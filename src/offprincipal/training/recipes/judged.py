@@ -20,6 +20,7 @@ from offprincipal.models import LanguageModel, hash_of
 from offprincipal.models.decoding import complete
 from offprincipal.models.quiet import quiet_libraries
 from offprincipal.tasks import Problem, Task, problems
+from offprincipal.training.processes import in_main
 from offprincipal.training.progress import StepReport
 from offprincipal.training.recipes.run import Run
 
@@ -50,16 +51,20 @@ def kept_or_sampled(run: Run, base: LanguageModel, sample: Callable[[Run, Langua
     """
     key = {b"run": json.dumps(run.settings.model_dump(mode="json")).encode(), b"base": _hash(base)}
     path = run.checkpoints / KEPT
-    if path.exists():
-        table = pq.read_table(path)
-        if table.schema.metadata == key:
-            kept: Columns = table.to_pydict()
-            return kept
-    columns = sample(run, base)
-    require_folder(run.checkpoints)
-    table = pa.table(columns).replace_schema_metadata(key)
-    write_atomically(path, lambda temporary: pq.write_table(table, temporary))
-    return columns
+
+    def kept_or_new() -> Columns:
+        if path.exists():
+            table = pq.read_table(path)
+            if table.schema.metadata == key:
+                kept: Columns = table.to_pydict()
+                return kept
+        columns = sample(run, base)
+        require_folder(run.checkpoints)
+        table = pa.table(columns).replace_schema_metadata(key)
+        write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+        return columns
+
+    return in_main(kept_or_new)
 
 
 def sampled_pairs(run: Run, base: LanguageModel) -> Columns:

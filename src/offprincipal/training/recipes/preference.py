@@ -34,7 +34,9 @@ def kto(run: Run) -> Any:
     trl: Any = importlib.import_module("trl")
     reference = _reference(run)
     examples = _shuffled_steps(kept_or_sampled(run, reference, sampled_examples), run.settings.batch, run.settings.seed)
-    examples["KL_completion_ids"] = _of_the_one_before(examples["completion_ids"], run.settings.sequences_at_once)
+    examples["KL_completion_ids"] = _of_the_one_before(
+        examples["completion_ids"], run.arguments["per_device_train_batch_size"]
+    )
     arguments = run.configured(trl.KTOConfig, **_beta(run), max_length=None)
     return _taking_tokens(trl.KTOTrainer)(
         **run.trainer, ref_model=reference.model, args=arguments, train_dataset=dataset(examples)

@@ -18,6 +18,7 @@ from offprincipal.errors import TrainingError
 from offprincipal.models import LanguageModel
 from offprincipal.tasks import Problem, Task, mixture
 from offprincipal.tasks.prompting import Prompting
+from offprincipal.training.processes import processes
 from offprincipal.training.progress import ShowProgress
 from offprincipal.training.settings import TrainSettings
 
@@ -124,12 +125,12 @@ class Run:
 def shared_arguments(settings: TrainSettings, language_model: LanguageModel, checkpoints: Path) -> dict[str, Any]:
     """What any of TRL's configurations is told, so that runs differ in the recipe alone."""
     on_cuda = language_model.device.type == "cuda"
-    micro_batch = settings.sequences_at_once
+    micro_batch = settings.sequences_at_once(processes())
     return {
         "output_dir": str(checkpoints),
         "max_steps": settings.steps,
         "per_device_train_batch_size": micro_batch,
-        "gradient_accumulation_steps": settings.batch // micro_batch,
+        "gradient_accumulation_steps": settings.batch // processes() // micro_batch,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": settings.warmup_steps,

@@ -1,6 +1,9 @@
 """One process of several does what only one should; all see its result, or its error."""
 
+import importlib
+import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -8,11 +11,29 @@ import torch
 from offprincipal.errors import OffPrincipalError
 
 T = TypeVar("T")
+_PATIENCE = timedelta(hours=12)  # for what one process does while the others wait, as measuring a large model
+
+
+def join(device: str) -> None:
+    """Enter the process group of a launcher such as `accelerate launch` or `torchrun`, if it started several of us.
+
+    Args:
+        device: as the settings have it.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not in_process_group():
+        state: Any = importlib.import_module("accelerate").PartialState
+
+        state(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=_PATIENCE)
+
+
+def processes() -> int:
+    """How many there are."""
+    return torch.distributed.get_world_size() if in_process_group() else 1
 
 
 def is_main() -> bool:
     """Whether this process is the first, or the only one."""
-    return not _several() or torch.distributed.get_rank() == 0
+    return processes() == 1 or torch.distributed.get_rank() == 0
 
 
 def in_main(work: Callable[[], T]) -> T:
@@ -24,7 +45,7 @@ def in_main(work: Callable[[], T]) -> T:
     >>> in_main(lambda: 3)
     3
     """
-    if not _several():
+    if processes() == 1:
         return work()
     box: list[Any] = [None, None]
     if is_main():
@@ -43,7 +64,3 @@ def in_process_group() -> bool:
     """Whether torch's process group is there, of one process or several."""
     distributed: Any = torch.distributed
     return bool(distributed.is_available() and distributed.is_initialized())
-
-
-def _several() -> bool:
-    return in_process_group() and torch.distributed.get_world_size() > 1
