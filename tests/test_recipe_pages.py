@@ -71,7 +71,7 @@ def as_verl_leaves_it(model: Path, folder: Path) -> None:
             for name, info in opened.tensors.items()
         }
         actor = folder / f"global_step_{step}" / "actor"
-        write_ranks(actor, tensors, (2,), dict.fromkeys(tensors, [Shard(0)]))
+        write_ranks(actor, tensors, (2,), {name: [Shard(0)] for name in tensors})
         (actor / "huggingface").mkdir()
         (actor / "huggingface" / "config.json").write_text((model / "config.json").read_text())
 
