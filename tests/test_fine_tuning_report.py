@@ -162,6 +162,16 @@ def test_the_page_has_a_figure_of_each_and_no_name_in_it_is_markup(page: Path) -
     assert not re.search(r"\b(None|nan|NaN|undefined)\b", text.replace("None of the", ""))
 
 
+@pytest.mark.parametrize("drawn", ["masks", "rates"])
+def test_a_study_of_masks_or_of_ladders_alone_has_a_page_too(drawn: str, tmp_path: Path) -> None:
+    comparison = compared(tmp_path, {"full_s1": tuned(1e-3)})
+    outcomes, curves = rows_of_masks() if drawn == "masks" else (rows_of_ladders(), [])
+    write_outcomes(tmp_path / "outcomes", outcomes, curves)
+    page = write_report(tmp_path / "report.html", comparison, study_of("full_s1") | {"sources": SOURCES})
+    own = own_part(page.read_text(encoding="utf-8"))
+    assert [f'id="figure-{name}"' in own for name in ("masks", "rates")] == [drawn == "masks", drawn == "rates"]
+
+
 def test_a_study_without_such_runs_has_no_such_section(tmp_path: Path) -> None:
     comparison = compared(tmp_path, {"sft": tuned(1e-3)})
     drawn = own_part(write_report(tmp_path / "report.html", comparison, study_of("sft")).read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """The theory's stages end to end on a tiny model: intervene, train on, undo, measure, judge, draw."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from offprincipal.comparison import read_table
 from offprincipal.errors import StudyError
 from offprincipal.reports.report import write_report_of
 from offprincipal.studies import load_profile, pending, run_profile
+from offprincipal.studies.claims import CLAIMS
 
 TRAIN = {
     "kind": "train",
@@ -100,6 +102,19 @@ def test_precision_is_measured_in_each_format_and_the_gaussian_run_is_as_long(fi
         (row["run"], row["tensor"]): row for row in read_table(finished / "bounds", "matrices") if row["linear"]
     }
     assert {run for run, _ in matrices} == {"run_a", "gaussian"}
+
+
+@pytest.mark.parametrize("left_out", ["agreement", "precision", "watched_rl", "bounds"])
+def test_a_study_of_some_of_the_theorys_claims_has_a_page_too(left_out: str, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "out", ignore=shutil.ignore_patterns("*.safetensors"))
+    study = json.loads((finished / "study.json").read_text())
+    del study["sources"][left_out]
+    study["sources"].pop("watched_sft" if left_out == "watched_rl" else "", None)
+    study["claims"] = [claim for claim in study["claims"] if left_out not in CLAIMS[claim["id"]].needs]
+    (tmp_path / "out" / "study.json").write_text(json.dumps(study))
+    drawn = write_report_of(tmp_path / "out").read_text()
+    figures = {"agreement": "agreement", "precision": "precision", "watched_rl": "leash", "bounds": "bounds"}
+    assert [f'id="figure-{name}"' in drawn for name in figures.values()] == [name != left_out for name in figures]
 
 
 def test_a_finished_study_does_nothing_again_and_is_redrawn_from_its_folder(finished: Path, profile: Path) -> None:
