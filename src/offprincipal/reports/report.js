@@ -61,9 +61,10 @@ function report() {
       traces.push({ ...common, meta: "before", mode: "markers", x: [before], y: [i], marker: { size: 11, color: "#fff", line: { color: run.colour, width: 2 } } });
       traces.push({ ...common, meta: "after", mode: "markers", x: [after], y: [i], error_x: interval, marker: { size: 11, color: run.colour } });
     });
+    const some = runs.some((run) => run.before.sampled_accuracy > 0 || run.after.sampled_accuracy > 0);
     draw("figure-training", traces, {
       height: 70 + 34 * runs.length, margin: { l: 50, r: 20, t: 8, b: 44 },
-      xaxis: axis({ tickformat: ".0%", rangemode: "normal", title: title("sampled accuracy on held-out prompts") }),
+      xaxis: axis({ tickformat: ".0%", ...(some ? { rangemode: "normal" } : { range: [0, 1] }), title: title("sampled accuracy on held-out prompts") }),
       yaxis: axis({ tickvals: rows, ticktext: runs.map((run) => label(run.name)), range: [runs.length - 0.5, -0.5], zeroline: false }),
     });
   }
