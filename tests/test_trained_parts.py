@@ -143,14 +143,16 @@ def test_a_run_that_was_interrupted_continues_to_the_same_bytes(
 
 
 def test_the_base_is_measured_as_it_is_under_any_method(taught_model: Path, tmp_path: Path) -> None:
-    before = [
+    records = [
         train(
             settings(taught_model, adapter, steps=1, eval_prompts=16, eval_samples=2),
             tmp_path / str(place),
             quiet=True,
-        )["accuracy"]["before"]
+        )
         for place, adapter in enumerate((None, of("pissa"), of("isospectral")))
     ]
+    assert records[0]["base"] == records[1]["base"] == records[2]["base"]
+    before = [record["accuracy"]["before"] for record in records]
     for found in before[1:]:  # torch may multiply by a frozen matrix in another order
         rounded = {name: pytest.approx(value, rel=1e-6) for name, value in before[0].items() if name != "tasks"}
         assert found == rounded | {"tasks": before[0]["tasks"]}

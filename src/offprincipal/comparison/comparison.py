@@ -4,7 +4,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from offprincipal.comparison.execution import run_in_threads, run_on_ray
 from offprincipal.comparison.journal import gather, resumable, versions
 from offprincipal.comparison.measure import Row, TensorRows
 from offprincipal.comparison.memory import SHARE, bytes_needed, free_memory
-from offprincipal.comparison.tables import TABLES, write_tables
+from offprincipal.comparison.result import Comparison
+from offprincipal.comparison.tables import TABLES
 from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError, FileError
 from offprincipal.files import identities, require_unchanged
@@ -24,21 +25,6 @@ Progress = Callable[[int, int, str], None]
 
 LOG = logging.getLogger("offprincipal")
 _HOPELESS = 2  # times what is free that a matrix has to be said to need, which is said generously, to be refused
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The tables of one comparison: rows as dicts, and the pooled summary, as `METRICS` in the docs define them."""
-
-    matrices: list[Row]
-    masks: list[Row]
-    pairs: list[Row]
-    curves: list[Row]
-    summary: dict[str, Any]
-
-    def write(self, out: str | Path) -> Path:
-        """Write the four Parquet tables and `summary.json`, each under a temporary name first."""
-        return write_tables(Path(out), self.matrices, self.masks, self.pairs, self.curves, self.summary)
 
 
 def compare(

@@ -58,11 +58,16 @@ def write_tables(
     """
     require_folder(out)
     for name, rows in zip(TABLES, (matrices, masks, pairs, curves), strict=True):
-        table = _table(rows, _schema(name, rows))
+        table = arrow_table(name, rows)
         texts = [field.name for field in table.schema if field.type == pa.string()]
         write_atomically(out / f"{name}.parquet", partial(pq.write_table, table, use_dictionary=texts))
     write_json(out / "summary.json", summary)
     return out
+
+
+def arrow_table(name: str, rows: list[dict[str, Any]]) -> pa.Table:
+    """The rows of one of `TABLES`, its fields with their meaning and unit."""
+    return _table(rows, _schema(name, rows))
 
 
 def read_table(folder: Path, name: str) -> list[dict[str, Any]]:

@@ -64,7 +64,7 @@ function report() {
     const some = runs.some((run) => run.before.sampled_accuracy > 0 || run.after.sampled_accuracy > 0);
     draw("figure-training", traces, {
       height: 70 + 34 * runs.length, margin: { l: 50, r: 20, t: 8, b: 44 },
-      xaxis: axis({ tickformat: ".0%", ...(some ? { rangemode: "normal" } : { range: [0, 1] }), title: title("sampled accuracy on held-out prompts") }),
+      xaxis: axis({ tickformat: ".0%", ...(some ? { rangemode: "normal" } : { range: [-0.02, 1] }), title: title("sampled accuracy on held-out prompts") }),
       yaxis: axis({ tickvals: rows, ticktext: runs.map((run) => label(run.name)), range: [runs.length - 0.5, -0.5], zeroline: false }),
     });
   }

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.box import SIMPLE
 from rich.console import Group
@@ -28,6 +28,7 @@ _SHOWN = (
     ("low-magnitude, %", "low_magnitude_overlap", "low_magnitude_overlap_rounding_null", 100),
     ("energy, %", "principal_energy", "principal_energy_stored_null", 100),
 )
+LADDER_COLUMNS = ("run", "mask", "chance", "precision", "magnitude", "neurons", "measured", "z")
 _VERDICTS = {
     "supported": "green",
     "contradicted": "red",
@@ -52,11 +53,19 @@ def comparison_table(summary: Mapping[str, Any]) -> Group:
     table.add_column("")
     for name in summary["runs"]:
         table.add_column(shown(name), justify="right")
-    for title, metric, null, factor in _SHOWN:
-        found = [run["metrics"] for run in summary["runs"].values()]
-        if any(metric in metrics for metrics in found):
-            table.add_row(title, *(_with_null(metrics, metric, null, factor) for metrics in found))
+    for row in figure_rows(summary):
+        table.add_row(*row)
     return Group("what training did to the weights (null in brackets)", table, *anatomy_table(summary))
+
+
+def figure_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Each figure that was measured: what it is, and for each run its value with its null in brackets."""
+    found = [run["metrics"] for run in summary["runs"].values()]
+    return [
+        [title, *(_with_null(metrics, metric, null, factor) for metrics in found)]
+        for title, metric, null, factor in _SHOWN
+        if any(metric in metrics for metrics in found)
+    ]
 
 
 def anatomy_table(summary: Mapping[str, Any]) -> list[Any]:
@@ -66,17 +75,25 @@ def anatomy_table(summary: Mapping[str, Any]) -> list[Any]:
         summary: `summary.json`.
     """
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("run")
-    for title in ("mask", "chance", "precision", "magnitude", "neurons", "measured", "z"):
-        table.add_column(title, justify="left" if title == "mask" else "right", no_wrap=True)
+    for title in LADDER_COLUMNS:
+        justify: Literal["left", "right"] = "left" if title in ("run", "mask") else "right"
+        table.add_column(title, justify=justify, no_wrap=title != "run")
+    for name, *cells in anatomy_rows(summary):
+        table.add_row(shown(name), *cells)
+    said = "of the changed entries, % in the mask; each null from left to right knows one thing more"
+    return [said, table] if table.row_count else []
+
+
+def anatomy_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """For each run and mask the cells of `LADDER_COLUMNS`."""
+    rows = []
     for name, run in summary["runs"].items():
         for mask in ("principal", "low_magnitude"):
             if rungs := run.get("anatomy", {}).get(mask):
                 z = run["metrics"].get(f"{mask}_z", {}).get("value")
                 cells = (_format(rungs[rung], 100) for rung in ("random", "rounding", "spacing", "margins", "measured"))
-                table.add_row(shown(name), mask.replace("_", "-"), *cells, _format(z))
-    said = "of the changed entries, % in the mask; each null from left to right knows one thing more"
-    return [said, table] if table.row_count else []
+                rows.append([name, mask.replace("_", "-"), *cells, _format(z)])
+    return rows
 
 
 def proof_lines(proof: Mapping[str, float], dtype: str, *, undone: bool) -> list[str]:

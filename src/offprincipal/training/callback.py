@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from offprincipal.adapters import Isospectral
-from offprincipal.checkpoints.matrices import whole
 from offprincipal.checkpoints.safetensors_folder import MASTERS
 from offprincipal.deltas import make_delta
 from offprincipal.files import write_atomically
+from offprincipal.training.processes import whole_state
 from offprincipal.training.progress import ShowProgress, StepReport
 
 LOG = logging.getLogger("offprincipal")
@@ -101,14 +101,12 @@ class KeepDeltas(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if state.global_step % self._every:
             return
-        model, tied = given["model"], given["model"].config.tie_word_embeddings
-        masters = {
-            name: whole(tensor).cpu().contiguous()
-            for name, tensor in model.state_dict().items()
-            if not (tied and name == "lm_head.weight")
-        }
+        model = given["model"]
+        masters = whole_state(model)
         if not state.is_world_process_zero:
             return
+        if model.config.tie_word_embeddings:
+            masters.pop("lm_head.weight", None)
         weights = {name: t.to(torch.bfloat16) if t.is_floating_point() else t for name, t in masters.items()}
         self._folder.mkdir(exist_ok=True)
         if self._masters:

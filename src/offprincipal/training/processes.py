@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from offprincipal.checkpoints.matrices import whole
 from offprincipal.errors import OffPrincipalError
 
 T = TypeVar("T")
@@ -21,9 +22,8 @@ def join(device: str) -> None:
         device: as the settings have it.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not in_process_group():
-        state: Any = importlib.import_module("accelerate").PartialState
-
-        state(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=_PATIENCE)
+        on_cpu = device == "cpu" or not torch.cuda.is_available()
+        importlib.import_module("accelerate").PartialState(cpu=on_cpu, timeout=_PATIENCE)
 
 
 def processes() -> int:
@@ -57,6 +57,20 @@ def in_main(work: Callable[[], T]) -> T:
     if box[1] is not None:
         raise box[1]
     found: T = box[0]
+    return found
+
+
+def whole_state(model: Any) -> dict[str, torch.Tensor]:
+    """What a model holds, sharded or not, on the CPU of the first process; empty in the others, all of which call this.
+
+    >>> list(whole_state(torch.nn.Linear(2, 1)))
+    ['weight', 'bias']
+    """
+    found = {}
+    for name, tensor in model.state_dict().items():
+        gathered = whole(tensor)  # one at a time
+        if is_main():
+            found[name] = gathered.cpu().contiguous()
     return found
 
 

@@ -30,7 +30,6 @@ from typing import Any
 import torch
 
 from offprincipal.adapters import Isospectral
-from offprincipal.checkpoints.matrices import whole
 from offprincipal.errors import FileError, TrainingError
 from offprincipal.files import (
     disk_faults_reported,
@@ -48,7 +47,7 @@ from offprincipal.tasks.prompting import prompting
 from offprincipal.training.defaults import by_the_model
 from offprincipal.training.evaluation import evaluate
 from offprincipal.training.monitor import Monitor, base_file, table
-from offprincipal.training.processes import in_main, is_main, join, processes
+from offprincipal.training.processes import in_main, is_main, join, processes, whole_state
 from offprincipal.training.progress import ShowProgress, StepReport, silent, terminal_progress
 from offprincipal.training.settings import TrainSettings
 from offprincipal.training.trained import ADAPTER, MASKS, Opened, prepare
@@ -154,13 +153,18 @@ def _run(settings: TrainSettings, out: Path, show: ShowProgress, siblings: Itera
     asking = prompting(settings.prompt, language_model.tokenizer, map(open_task, settings.tasks))
     language_model = replace(language_model, stops=asking.stop_ids)
     teacher = _teacher(settings, language_model)
+
+    def known() -> dict[str, dict[str, str]]:
+        models = {"base": identify(settings.model, language_model.model)}
+        if teacher is not None:
+            models["teacher"] = identify(str(settings.teacher), teacher.model)
+        return models
+
+    models = in_main(known)  # before an adapter is put into the base
     with quiet_libraries():
         opened = Opened(language_model, prepare(settings, language_model.model), teacher)
 
     def begun() -> dict[str, Any]:
-        models = {"base": identify(settings.model, language_model.model)}
-        if teacher is not None:
-            models["teacher"] = identify(str(settings.teacher), teacher.model)
         started = _started(out, settings, models)
         if started is not None:
             return started
@@ -311,7 +315,7 @@ def _in_one_piece(settings: TrainSettings, opened: Opened, trainer: Any) -> Open
     """The models; in place of a trained one that is sharded, in the first process, another with its weights."""
     if not trainer.is_fsdp_enabled:
         return opened
-    state = {name: whole(tensor).cpu() for name, tensor in trainer.model.state_dict().items()}
+    state = whole_state(trainer.model)
     if not is_main():
         return opened
     fresh = open_language_model(settings.model, "cpu", settings.trust_remote_code)

@@ -1,0 +1,128 @@
+"""What a comparison found: its tables, and each run's pooled figures, as a program or a notebook reads them."""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from offprincipal.comparison.measure import Row
+from offprincipal.comparison.tables import TABLES, arrow_table, write_tables
+from offprincipal.errors import ArgumentError
+
+_NULL_ENDINGS = ("_null", "_random")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A figure pooled over a run's matrices.
+
+    Args:
+        value: None where it is undefined; low, high: its 95 % interval, a bootstrap over matrices.
+        nulls: what it would be of updates that know less: name of the null -> value.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    nulls: Mapping[str, float | None]
+
+
+class Run:
+    """The pooled figures of one run, each an attribute by its name in `summary.json`.
+
+    >>> pooled = {"value": 0.9, "low": 0.8, "high": 0.95}
+    >>> Run({"metrics": {"kept": pooled, "kept_isotropic_null": pooled | {"value": 0.7}}}).kept
+    Measured(value=0.9, low=0.8, high=0.95, nulls={'isotropic': 0.7})
+    """
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self.content = content
+
+    def __getattr__(self, name: str) -> Measured:
+        metrics = {} if name == "content" else self.content["metrics"]
+        if name not in metrics:
+            near = get_close_matches(name, metrics, n=3)
+            hint = f": did you mean {', '.join(near)}?" if near else ""
+            raise AttributeError(f"no figure '{name}' was measured of this run{hint}")
+        found = metrics[name]
+        return Measured(found["value"], found.get("low"), found.get("high"), self._nulls(name))
+
+    def _nulls(self, name: str) -> dict[str, float | None]:
+        """Those of one figure, and not of another whose name begins alike."""
+        metrics = self.content["metrics"]
+        own = [metric for metric in metrics if not metric.endswith(_NULL_ENDINGS)]
+        found = {}
+        for metric in metrics:
+            if metric.endswith(_NULL_ENDINGS) and metric.startswith(f"{name}_"):
+                of = max((other for other in own if metric.startswith(f"{other}_")), key=len, default=None)
+                if of == name:
+                    found[metric[len(name) + 1 :].removesuffix("_null")] = metrics[metric]["value"]
+        return found
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self.content["metrics"]]
+
+    def __repr__(self) -> str:
+        return f"Run of {len(self.content['metrics'])} figures"
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison:
+    """The tables of one comparison: rows as dicts, and the pooled summary, as `METRICS` in the docs define them.
+
+    A notebook shows its table, each value with its null, the ladder, and the sentence that decides.
+    """
+
+    matrices: list[Row]
+    masks: list[Row]
+    pairs: list[Row]
+    curves: list[Row]
+    summary: dict[str, Any]
+
+    @property
+    def runs(self) -> dict[str, Run]:
+        """The pooled figures of each run: `result.runs["rl"].unchanged_fraction.value`."""
+        return {name: Run(content) for name, content in self.summary["runs"].items()}
+
+    def to_arrow(self, table: str = "matrices") -> pa.Table:
+        """One of the tables `matrices`, `masks`, `pairs` and `curves`, its fields with their meaning and unit.
+
+        Raises:
+            ArgumentError: there is no such table.
+        """
+        if table not in TABLES:
+            raise ArgumentError(f"a comparison has no table '{table}': choose of {', '.join(TABLES)}")
+        return arrow_table(table, getattr(self, table))
+
+    def to_pandas(self, table: str = "matrices") -> Any:
+        """The same as a pandas DataFrame; needs pandas."""
+        _require("pandas")
+        return self.to_arrow(table).to_pandas()
+
+    def to_polars(self, table: str = "matrices") -> Any:
+        """The same as a polars DataFrame; needs polars."""
+        return _require("polars").from_arrow(self.to_arrow(table))
+
+    def write(self, out: str | Path) -> Path:
+        """Write the four Parquet tables and `summary.json`, each under a temporary name first."""
+        return write_tables(Path(out), self.matrices, self.masks, self.pairs, self.curves, self.summary)
+
+    def __repr__(self) -> str:
+        tensors = len({row["tensor"] for row in self.matrices})
+        return f"Comparison of {', '.join(self.summary['runs'])} with the base: {tensors:,} tensors"
+
+    def _repr_html_(self) -> str:
+        from offprincipal.reports.notebook import comparison_html
+
+        return comparison_html(self.summary)
+
+
+def _require(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ArgumentError(f"{package} is not installed: pip install {package}, or take to_arrow()") from error

@@ -1,0 +1,71 @@
+"""A comparison as a program or a notebook reads it."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from checkpoint_folders import base_weights, moved, stored, write_model
+
+from offprincipal.comparison import Comparison, compare, read_table
+from offprincipal.errors import ArgumentError
+
+HOSTILE = "<img src=x>\x1b[31m"
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    root = tmp_path_factory.mktemp("result")
+    weights = base_weights()
+    base = write_model(root / "base", weights)
+    runs = {name: write_model(root / str(i), stored(moved(weights, 1e-3, i))) for i, name in enumerate(("rl", HOSTILE))}
+    return compare(base, runs, cache=False)
+
+
+def test_a_figure_comes_with_its_interval_and_each_of_its_nulls(result: Comparison) -> None:
+    metrics = result.summary["runs"]["rl"]["metrics"]
+    found = result.runs["rl"].principal_overlap
+    assert (found.value, found.low, found.high) == tuple(
+        metrics["principal_overlap"][k] for k in ("value", "low", "high")
+    )
+    assert found.nulls["margin"] == metrics["principal_overlap_margin_null"]["value"]
+    assert found.nulls["random"] == metrics["principal_overlap_random"]["value"]
+    assert result.runs["rl"].spectral_shift.nulls.keys().isdisjoint({"per_norm_isotropic", "per_norm_stored"})
+
+
+def test_every_null_is_of_one_figure(result: Comparison) -> None:
+    run = result.runs["rl"]
+    metrics = run.content["metrics"]
+    of = [f"{name}_{null}" for name in metrics for null in getattr(run, name).nulls]
+    assert len(of) == len(set(of))
+    assert {re.sub("_null$", "", name) for name in metrics if name.endswith("_null")} <= set(of)
+
+
+def test_what_was_not_measured_is_named_beside_what_is_near(result: Comparison) -> None:
+    with pytest.raises(AttributeError, match=r"did you mean.*principal_overlap"):
+        _ = result.runs["rl"].principal_overlaps
+    assert "principal_overlap" in dir(result.runs["rl"])
+
+
+def test_tables_are_those_that_are_written(result: Comparison, tmp_path: Path) -> None:
+    result.write(tmp_path)
+    for name in ("matrices", "masks", "pairs", "curves"):
+        assert result.to_arrow(name).to_pylist() == read_table(tmp_path, name)
+    frame = result.to_pandas("pairs")
+    assert list(frame["jaccard"]) == [row["jaccard"] for row in result.pairs]
+    with pytest.raises(ArgumentError, match="no table 'matrix': choose of matrices"):
+        result.to_arrow("matrix")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("polars") is not None, reason="polars is installed")
+def test_without_polars_it_says_what_else_there_is(result: Comparison) -> None:
+    with pytest.raises(ArgumentError, match=r"pip install polars, or take to_arrow\(\)"):
+        result.to_polars()
+
+
+def test_a_notebook_shows_a_page_and_no_name_in_it_is_markup(result: Comparison) -> None:
+    shown = result._repr_html_()
+    assert shown.count("<table>") == 2
+    assert "<th>rl</th>" in shown and "<td>principal</td>" in shown
+    assert "<img" not in shown and "&lt;img" in shown and "\x1b" not in shown
+    assert len(shown) < 10_000 and len(repr(result)) < 200
