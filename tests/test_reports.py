@@ -225,6 +225,16 @@ def test_the_page_refers_to_nothing_outside_itself(hostile: Path, tmp_path: Path
     assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', own))
 
 
+def test_no_path_of_this_machine_is_on_a_page(hostile: Path, tmp_path: Path) -> None:
+    summary = json.loads((hostile / "summary.json").read_text())
+    places = [summary["base"], *(run["source"] for run in summary["runs"].values())]
+    assert all(Path(place).is_absolute() for place in places)
+    for study in (None, study_of("grpo") | {"base": {"name": summary["base"], "parameters": 7}}):
+        page = write_report(tmp_path / "report.html", hostile, study).read_text(encoding="utf-8")
+        assert "offprincipal compare" in page
+        assert not any(str(Path(place).parent) in page for place in places)
+
+
 def test_undefined_values_are_dashes(tmp_path: Path) -> None:
     comparison = compared(tmp_path, {"same": base_tensors()})
     page = write_report(tmp_path / "report.html", comparison).read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from offprincipal.preflight import ALL, Preflight
 from offprincipal.reports import numbers
 from offprincipal.reports.page import write_page
-from offprincipal.reports.words import plain, shown
+from offprincipal.reports.words import place_name, plain, shown
 
 _CURVE = 120  # points
 
@@ -77,7 +77,7 @@ def write_figure(out: Path, found: Preflight) -> Path:
     Raises:
         FileError: it cannot be written.
     """
-    return write_page(out, _figure(found), f"offprincipal preflight: {found.base}")
+    return write_page(out, _figure(found), f"offprincipal preflight: {place_name(found.base)}")
 
 
 def _figure(found: Preflight) -> graph_objects.Figure:
@@ -105,7 +105,7 @@ def _figure(found: Preflight) -> graph_objects.Figure:
     figure.update_xaxes(type="log", title="length of a step", exponentformat="power", row=1, col=1)
     figure.update_xaxes(type="log", title="steps", row=1, col=2)
     figure.update_yaxes(range=[-0.02, 1.02], tickformat=".0%")
-    text = html.escape(plain(found.base))
+    text = html.escape(plain(place_name(found.base)))
     figure.update_layout(
         template="plotly_white",
         title=f"What steps can move of {text}, stored in {found.storage}",

@@ -92,7 +92,9 @@ def write_report_of(folder: Path) -> Path:
 
 
 def _content(comparison: Path, study: dict[str, Any] | None) -> dict[str, Any]:
-    summary = read_summary(comparison)
+    summary = _by_name(read_summary(comparison))
+    if study and (base := study.get("base")):
+        study = study | {"base": base | {"name": words.place_name(base["name"])}}
     runs = list(summary["runs"])
     training = [_trained(run) for run in study["runs"]] if study else []
     named = dict.fromkeys([*runs, *(run["name"] for run in training)])
@@ -148,6 +150,15 @@ def _trained(run: Mapping[str, Any]) -> dict[str, Any]:
     ends = (*CHECKPOINT_KEYS, "sampled_accuracy_se")
     moments = {when: {key: (run.get(when) or {}).get(key) for key in ends} for when in ("before", "after")}
     return {key: run.get(key) for key in keys} | moments
+
+
+def _by_name(summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary with the names of folders in place of this machine's paths: a page is made to be shared."""
+    named = {
+        run: found | {key: words.place_name(found[key]) for key in ("source", "masters") if key in found}
+        for run, found in summary["runs"].items()
+    }
+    return summary | {"base": words.place_name(summary["base"]), "runs": named}
 
 
 def _command(summary: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from offprincipal.reports import numbers
 from offprincipal.reports.page import write_page
-from offprincipal.reports.words import plain, shown
+from offprincipal.reports.words import place_name, plain, shown
 
 FIGURES = {
     "straightness": "straightness",
@@ -165,7 +165,7 @@ def write_figure(out: Path, content: Mapping[str, Any]) -> Path:
     Raises:
         FileError: it cannot be written.
     """
-    return write_page(out, figure_of(content), f"offprincipal trajectory: {Path(content['base']).name}")
+    return write_page(out, figure_of(content), f"offprincipal trajectory: {place_name(content['base'])}")
 
 
 def figure_of(content: Mapping[str, Any]) -> graph_objects.Figure:
@@ -205,7 +205,7 @@ def figure_of(content: Mapping[str, Any]) -> graph_objects.Figure:
         {"label": name, "method": "restyle", "args": ["visible", [owner in (None, name) for owner in of]]}
         for name in chosen
     ]
-    count, base = len(content["steps"]), html.escape(plain(Path(content["base"]).name))
+    count, base = len(content["steps"]), html.escape(plain(place_name(content["base"])))
     figure.update_layout(
         template="plotly_white",
         title=f"{count} checkpoints from {base}: {content['pooled']['verdict']}",

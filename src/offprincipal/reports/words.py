@@ -11,6 +11,7 @@ Reads the pooled values of `summary.json` and computes no metric. The rules are 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
@@ -229,6 +230,15 @@ def plain(name: str) -> str:
 def shown(name: object) -> str:
     """The same of every line, for a table of rich, whose markup it is no part of."""
     return escape("\n".join(map(plain, str(name).split("\n"))))
+
+
+def place_name(source: str) -> str:
+    """What a page to be shared calls a checkpoint: the last part of an absolute path; an id or relative path as it is.
+
+    >>> place_name("/home/me/runs/grpo"), place_name("Qwen/Qwen3-0.6B")
+    ('grpo', 'Qwen/Qwen3-0.6B')
+    """
+    return Path(source).name if Path(source).is_absolute() else source
 
 
 def effect_size(gap: float) -> str:
