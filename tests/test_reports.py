@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import pytest
 import torch
 from checkpoint_folders import moved, stored, write_model
 from plotly.offline import get_plotlyjs
+from rich.console import Console
 
 from offprincipal.comparison import CompareSettings, compare, read_summary
 from offprincipal.errors import FileError
 from offprincipal.reports.figures import choose_matrices, heatmaps
 from offprincipal.reports.report import write_report, write_report_of
+from offprincipal.reports.terminal import comparison_table
 from offprincipal.reports.words import answers, decisions, run_paragraph, verdict_paragraph
 
 HOSTILE_RUN = "<script>alert(1)</script>"
@@ -223,6 +226,23 @@ def test_the_page_refers_to_nothing_outside_itself(hostile: Path, tmp_path: Path
     assert "default-src 'none'" in own
     assert not re.search(r"https?://|url\(|@import|<link|<iframe|<[^>]*\ssrc=", own)
     assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', own))
+
+
+@pytest.mark.parametrize("begin", ["", "llama-3-8b-instruct-grpo-on-mathematics/step-"])
+@pytest.mark.parametrize("count", [1, 3, 4, 20])
+def test_a_table_of_many_runs_fits_80_columns_and_cuts_nothing(hostile: Path, begin: str, count: int) -> None:
+    summary = json.loads((hostile / "summary.json").read_text())
+    run = summary["runs"]["sft"]
+    names = [f"{begin}{100 + i}" for i in range(count)]
+    console = Console(width=80, file=StringIO(), force_terminal=False)
+    console.print(comparison_table(summary | {"runs": dict.fromkeys(names, run)}))
+    printed = console.file.getvalue()
+    assert all(len(line.rstrip()) <= 80 for line in printed.splitlines())
+    shift = run["metrics"]["spectral_shift"]["value"]
+    assert printed.count(f"{shift:.3g} (") == count
+    told_apart = [name if count == 1 or not begin else f"…{name.removeprefix(begin)}" for name in names]
+    assert count == 1 or all(name in printed for name in told_apart)
+    assert "…" not in re.sub(r"…\d", "", printed)
 
 
 def test_no_path_of_this_machine_is_on_a_page(hostile: Path, tmp_path: Path) -> None:

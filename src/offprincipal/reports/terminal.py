@@ -1,7 +1,8 @@
 """Tables for the terminal, from the same files as the report. Reads and formats; computes no metric."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.box import SIMPLE
@@ -28,6 +29,10 @@ _SHOWN = (
     ("low-magnitude, %", "low_magnitude_overlap", "low_magnitude_overlap_rounding_null", 100),
     ("energy, %", "principal_energy", "principal_energy_stored_null", 100),
 )
+_ACROSS = 3  # runs beside each other, which fit 80 columns
+_DOWN = 4  # figures beside each other, where runs are below each other
+_LONG = 12  # letters of a common beginning that is left out
+_WIDEST = 20  # letters that a column keeps for itself
 LADDER_COLUMNS = ("run", "mask", "chance", "precision", "magnitude", "neurons", "measured", "z")
 _VERDICTS = {
     "supported": "green",
@@ -44,18 +49,47 @@ def cache_line(info: CacheInfo) -> str:
 
 
 def comparison_table(summary: Mapping[str, Any]) -> Group:
-    """Metrics × runs, each value with its null in brackets.
+    """Figures × runs, each value with its null in brackets; of many runs, one a row, in two tables.
 
     Args:
         summary: `summary.json`.
     """
-    table = Table(box=SIMPLE)
-    table.add_column("")
-    for name in summary["runs"]:
-        table.add_column(shown(name), justify="right")
-    for row in figure_rows(summary):
-        table.add_row(*row)
-    return Group("what training did to the weights (null in brackets)", table, *anatomy_table(summary))
+    rows, labels = figure_rows(summary), short_names(list(summary["runs"]))
+    if len(labels) <= _ACROSS:
+        tables = [_table_of(["", *labels], rows)]
+    else:
+        groups = [rows[start : start + _DOWN] for start in range(0, len(rows), _DOWN)]
+        tables = [_table_of(*_turned(["run", *labels], some)) for some in groups]
+    return Group("what training did to the weights (null in brackets)", *tables, *anatomy_table(summary))
+
+
+def _turned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the same table with its rows as columns."""
+    first, *others = map(list, zip(head, *rows, strict=True))
+    return first, others
+
+
+def _table_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Of which a title may take several lines, and a cell may not."""
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    for place, title in enumerate(head):
+        widest = max((len(row[place]) for row in rows), default=0)
+        table.add_column(shown(title), justify="right" if place else "left", min_width=min(widest, _WIDEST))
+    for row in rows:
+        table.add_row(*map(shown, row))
+    return table
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names by what tells them apart: a long common beginning, up to where a word of it ends, becomes an ellipsis.
+
+    >>> short_names(["llama-3-8b-grpo-step-100", "llama-3-8b-grpo-step-200"]), short_names(["grpo_1", "grpo_2"])
+    (['…100', '…200'], ['grpo_1', 'grpo_2'])
+    """
+    alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False)) if len(names) > 1 else ()
+    common = "".join(letters[0] for letters in alike)
+    common = common[: max(map(common.rfind, "/-_.= ")) + 1]
+    return [f"…{name[len(common) :]}" for name in names] if len(common) >= _LONG else list(names)
 
 
 def figure_rows(summary: Mapping[str, Any]) -> list[list[str]]:
@@ -77,9 +111,10 @@ def anatomy_table(summary: Mapping[str, Any]) -> list[Any]:
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for title in LADDER_COLUMNS:
         justify: Literal["left", "right"] = "left" if title in ("run", "mask") else "right"
-        table.add_column(title, justify=justify, no_wrap=title != "run")
+        table.add_column(title, justify=justify, no_wrap=title != "run", overflow="fold")
+    labels = dict(zip(summary["runs"], short_names(list(summary["runs"])), strict=True))
     for name, *cells in anatomy_rows(summary):
-        table.add_row(shown(name), *cells)
+        table.add_row(shown(labels[name]), *cells)
     said = "of the changed entries, % in the mask; each null from left to right knows one thing more"
     return [said, table] if table.row_count else []
 
