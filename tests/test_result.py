@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from checkpoint_folders import base_weights, moved, stored, write_model
 
-from offprincipal.comparison import Comparison, compare, read_table
+from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare, read_table
 from offprincipal.errors import ArgumentError
 
 HOSTILE = "<img src=x>\x1b[31m"
@@ -69,3 +69,17 @@ def test_a_notebook_shows_a_page_and_no_name_in_it_is_markup(result: Comparison)
     assert "<th>rl</th>" in shown and "<td>principal</td>" in shown
     assert "<img" not in shown and "&lt;img" in shown and "\x1b" not in shown
     assert len(shown) < 10_000 and len(repr(result)) < 200
+
+
+def test_settings_may_be_given_by_name(result: Comparison, tmp_path: Path) -> None:
+    base = result.summary["base"]
+    named = compare(base, {"same": base}, metrics=("location",), alpha=0.3, cache=False)
+    whole = compare(base, {"same": base}, CompareSettings(("location",), MatrixSettings(alpha=0.3)), cache=False)
+    assert named.matrices == whole.matrices and named.summary == whole.summary
+    for options, says in (
+        ({"alhpa": 0.3}, "no setting 'alhpa' of a comparison: did you mean alpha"),
+        ({"alpha": 0.3, "settings": CompareSettings()}, "both settings and alpha"),
+        ({"alpha": 3}, "alpha is 3"),
+    ):
+        with pytest.raises(ArgumentError, match=says):
+            compare(base, {"same": base}, **options)

@@ -39,6 +39,7 @@ def compare(
     cache: str | Path | bool = True,
     masters: Mapping[str, str | Path] | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> Comparison:
     """Measure what training did to the weights, every figure beside its null.
 
@@ -55,6 +56,7 @@ def compare(
         cache: where decompositions of bases are kept: a folder, True for the user's cache folder, False for none.
         masters: run -> its float32 weights before they were stored, where they are not beside it.
         progress: called with entries done, entries in all, and the tensor's name.
+        options: in place of `settings`, any of them, or of its `matrix`, by name: `alpha=0.3`.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or the tensors do not match.
@@ -62,10 +64,11 @@ def compare(
         FileError: the tables cannot be written, or another process is writing there.
 
     >>> from offprincipal.assets import embedded_base
-    >>> result = compare(embedded_base(), {"same": embedded_base()}, CompareSettings(metrics=("location",)))
-    >>> result.summary["runs"]["same"]["metrics"]["unchanged_fraction"]["value"]
+    >>> compare(embedded_base(), {"same": embedded_base()}, metrics=("location",)).runs["same"].unchanged_fraction.value
     1.0
     """
+    if settings is not None and options:
+        raise ArgumentError(f"both settings and {next(iter(options))} are given: give one of the two")
     if threads is not None and threads < 1:
         raise ArgumentError(f"threads is {threads}: give at least 1")
     if isinstance(tuned, str | Path):
@@ -75,7 +78,7 @@ def compare(
     given = {name: str(source) for name, source in (masters or {}).items()}
     if unknown := sorted(given.keys() - runs.keys()):
         raise ArgumentError(f"masters are given of '{unknown[0]}', which is no run: runs are {', '.join(runs)}")
-    work = Work(str(base), runs, settings or CompareSettings(), kept, given)
+    work = Work(str(base), runs, settings or CompareSettings.of(**options), kept, given)
     if work.settings.matrix.device != "cpu" and ray is None:
         from offprincipal.measures.spectral import chosen_device
 

@@ -5,7 +5,8 @@ on other machines.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,24 @@ class CompareSettings:
             raise ArgumentError(f"no metric group {unknown or 'given'}: choose of {', '.join(GROUPS)}")
         object.__setattr__(self, "metrics", tuple(g for g in GROUPS if g in ("changes", *self.metrics)))
         parse_expectations(self.expect, self.metrics)  # refuses what is none
+
+    @classmethod
+    def of(cls, **options: Any) -> "CompareSettings":
+        """Settings by their names, those of `MatrixSettings` among them.
+
+        Raises:
+            ArgumentError: there is no such setting, or its value is out of range.
+
+        >>> CompareSettings.of(metrics=("location",), alpha=0.3).matrix.alpha
+        0.3
+        """
+        own, of_matrix = ({one.name for one in fields(kind)} - {"matrix"} for kind in (cls, MatrixSettings))
+        if unknown := sorted(options.keys() - own - of_matrix):
+            near = get_close_matches(unknown[0], own | of_matrix, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(own | of_matrix))}"
+            raise ArgumentError(f"no setting '{unknown[0]}' of a comparison: {hint}")
+        matrix = MatrixSettings(**{name: value for name, value in options.items() if name in of_matrix})
+        return cls(matrix=matrix, **{name: value for name, value in options.items() if name in own})
 
     @property
     def contract(self) -> list[Expectation]:
