@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from offprincipal.adapters import adapt
     from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare
     from offprincipal.deltas import apply_delta, make_delta
+    from offprincipal.gates import measure_gates
     from offprincipal.interventions import intervene
     from offprincipal.preflight import preflight
     from offprincipal.training import TrainSettings, evaluate, train
@@ -29,6 +30,7 @@ _HOMES = {
     "compare": "comparison",
     "intervene": "interventions",
     "make_delta": "deltas",
+    "measure_gates": "gates",
     "preflight": "preflight",
     "TrainSettings": "training",
     "Trajectory": "trajectories",
@@ -50,6 +52,7 @@ __all__ = [
     "evaluate",
     "intervene",
     "make_delta",
+    "measure_gates",
     "preflight",
     "train",
     "trajectory",

@@ -1,6 +1,7 @@
 """Settings of a training run: one set of defaults for every recipe, so that runs are matched unless told otherwise."""
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -235,5 +236,14 @@ def parse_settings(values: Mapping[str, Any]) -> TrainSettings:
     try:
         return TrainSettings.model_validate({_AS_TRL_HAS_IT.get(name, name): value for name, value in values.items()})
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
+        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {_fault(e)}" for e in error.errors())
         raise TrainingError(f"training settings are not usable: {faults}") from error
+
+
+def _fault(error: Mapping[str, Any]) -> str:
+    """What pydantic says of a value; of a setting that there is not, what may have been meant."""
+    if error["type"] != "extra_forbidden":
+        return str(error["msg"])
+    known = [*setting_fields(), *_AS_TRL_HAS_IT]
+    near = get_close_matches(".".join(map(str, error["loc"])), known, n=1)
+    return f"there is no such setting; did you mean {near[0]}?" if near else "no such setting: `settings` lists them"
