@@ -37,7 +37,9 @@ def test_every_command_explains_itself(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, *command, "--help") == 0
-    assert "Usage" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Usage" in said
+    assert call(monkeypatch, *command, "-h") == 0 and capsys.readouterr().out == said
 
 
 def test_compare_prints_figures_with_nulls_and_writes_its_files(

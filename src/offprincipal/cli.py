@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 errors = Console(stderr=True)
 
-Out = Annotated[Path, typer.Option("--out", help="Output folder; made if absent.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder; made if absent.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard what was trained there under other settings.")]
 
 
@@ -351,7 +351,7 @@ def _numbers(text: str) -> list[float]:
 def delta(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Whatever `compare` reads.")],
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="What was trained from it.")],
-    out: Annotated[Path, typer.Option("--out", help="The file to write: NAME.delta.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write: NAME.delta.")],
     format: Annotated[
         str, typer.Option(help="delta, or sparse-safetensors: places and values as TRL exchanges them with vLLM.")
     ] = "delta",
@@ -373,7 +373,7 @@ def delta(
 def apply(
     base: Annotated[str, typer.Argument(metavar="BASE", help="What the delta was made from.")],
     file: Annotated[Path, typer.Argument(metavar="DELTA", help="A .delta file.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the model, made whole or not at all.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the model, made whole or not at all.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
 ) -> None:
     """Write the model that a delta leads to from BASE, bit for bit, as a Hugging Face folder."""
@@ -464,7 +464,9 @@ def gates(
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help=f"{', '.join(RECIPES)}.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the run; the same command continues a killed one.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the run; the same command continues a killed one.")
+    ],
     task: Annotated[
         list[str], typer.Option("--task", help="add, sort@2, rg:NAME, hf:DATASET?prompt=…&answer=…; repeat for more.")
     ],
@@ -475,7 +477,7 @@ def train(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW, constant.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Of AdamW, constant.")] = None,
     seed: Annotated[int | None, typer.Option(help="Decides prompts and samples.")] = None,
     adapter: Annotated[
         str | None,
@@ -527,7 +529,7 @@ def intervene(
         str,
         typer.Argument(metavar="MODEL", help="Folder, Hugging Face id or `embedded`; with --undo, what was trained."),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the result, made whole or not at all.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result, made whole or not at all.")],
     rotate: Annotated[
         str | None,
         typer.Option(metavar="LAYERS", help="Rotate the values of each key-value head: 3, or 0,2 or 4-7, or all."),
