@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from offprincipal.comparison import read_table
 from offprincipal.errors import OffPrincipalError, StudyError
 from offprincipal.studies import load_profile, pending, run_profile
 from offprincipal.studies.console import estimate_minutes
+from offprincipal.studies.profile import profile_names
+from offprincipal.studies.stages import TrainStage
 from offprincipal.training import StepReport
 
 RUNS = [f"{kind}_{i}" for kind in ("grpo", "sft_own", "sft_teacher") for i in (1, 2, 3)]
@@ -134,6 +137,23 @@ def test_a_killed_study_continues_and_ends_the_same(finished: Path, tiny_model: 
 def test_a_profile_that_cannot_run_is_refused_before_anything_runs(override: str, says: str) -> None:
     with pytest.raises(OffPrincipalError, match=says.replace(".", r"\.")):
         load_profile("quick", [override])
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_a_shipped_profile_matches_its_runs_but_for_the_recipe(name: str) -> None:
+    """Runs of RLVR and SFT that are held against each other share tasks, seed, steps, batch and learning rate."""
+    profile = load_profile(name)
+    trained = {
+        stage: kind.train_settings(profile.base, profile.training)
+        for stage, kind in profile.stages.items()
+        if isinstance(kind, TrainStage)
+    }
+    numbered = [stage for stage in trained if re.fullmatch(r"grpo_\d", stage)]
+    for stage in numbered:
+        for recipe in ("sft_own", "sft_teacher"):
+            other = trained.get(stage.replace("grpo", recipe))
+            assert other is None or other.model_copy(update={"recipe": "grpo"}) == trained[stage]
+    assert profile.order()
 
 
 def test_an_unknown_profile_names_those_there_are(tmp_path: Path) -> None:
