@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from offprincipal import apply_delta, trajectory
 from offprincipal.errors import FileError, ModelError, OffPrincipalError, TaskError, TrainingError
 from offprincipal.models import open_language_model
-from offprincipal.tasks import mixture, open_task
+from offprincipal.tasks import mixture, open_task, split_of
 from offprincipal.training import (
     StepReport,
     TrainSettings,
@@ -24,6 +25,7 @@ from offprincipal.training import (
     terminal_progress,
     train,
 )
+from offprincipal.training.evaluation import standard_error
 
 TAUGHT_TASK = "count@1"  # what `taught_model` was taught
 RECIPES = ("grpo", "sft_teacher", "sft_own")
@@ -263,6 +265,28 @@ def test_entropy_and_divergence_are_those_of_single_sequences(taught_model: Path
     result = evaluate(policy, ["add"], prompts=20, samples=2, reference=base, max_new_tokens=1)
     assert result["token_entropy"] == pytest.approx(sum(entropy) / 20, rel=1e-5)
     assert result["kl_to_base"] == pytest.approx(sum(divergence) / 20, rel=1e-5)
+
+
+def test_prompts_that_are_asked_again_count_once() -> None:
+    """A task may hold out fewer prompts than are asked; the standard error is that of means over fresh prompts."""
+    random = np.random.default_rng(0)
+    means, errors = [], []
+    for _ in range(2000):
+        right = random.random(10)  # of ten prompts, each asked five or six times
+        clusters = [i % 10 for i in range(56)]
+        values = [float(random.random() < right[i]) for i in clusters]
+        means.append(np.mean(values))
+        errors.append(standard_error(values, clusters))
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(means), rel=0.08)
+    alone = random.random(40).tolist()
+    assert standard_error(alone, range(40)) == pytest.approx(np.std(alone, ddof=1) / 40**0.5)
+    assert standard_error([0.5, 1.0], "aa") is None
+
+
+def test_a_small_task_says_on_how_few_prompts_it_was_measured(taught_model: Path) -> None:
+    found = evaluate(taught_model, ["add@1"], prompts=30, samples=2, max_new_tokens=2)
+    held_out = {p for p in (f"{a}+{b}=" for a in range(10) for b in range(10)) if split_of(p) == "eval"}
+    assert found["prompts"] == 30 and found["distinct_prompts"] == len(held_out) == 10
 
 
 def test_only_the_next_token_of_a_prompt_is_scored(taught_model: Path) -> None:

@@ -3,8 +3,9 @@
 Knows tasks and models; knows nothing of recipes or runs.
 """
 
+import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class _Score:
     """One prompt's verdicts."""
 
     task: str
+    prompt: str
     greedy: bool
     sampled: list[bool]
 
@@ -57,7 +59,8 @@ def evaluate(
 
     Returns:
         `greedy_accuracy`, `sampled_accuracy` and `pass_at_k` (k = samples: some sample is right), each with its
-        standard error over prompts (`…_se`); `token_entropy` and `kl_to_base`, nats a sampled token, exact over the
+        standard error over distinct prompts (`…_se`), of which a task may hold out fewer than are asked:
+        `distinct_prompts`; `token_entropy` and `kl_to_base`, nats a sampled token, exact over the
         vocabulary, the latter None without a reference; `tokens_per_completion`; `prompts` and `samples`; and `tasks`:
         the accuracies, their errors and `prompts` for each task.
 
@@ -84,7 +87,7 @@ def evaluate(
         for place, problem in enumerate(asked):
             answers = texts[place * (1 + samples) : (place + 1) * (1 + samples)]
             verdicts = [asking.verify(problem, answer) for answer in answers]
-            scores.append(_Score(problem.task, verdicts[0], verdicts[1:]))
+            scores.append(_Score(problem.task, problem.prompt, verdicts[0], verdicts[1:]))
         tokens += batch.tokens
         entropy += batch.entropy
         divergence += batch.divergence or 0.0
@@ -134,8 +137,28 @@ def _accuracies(scores: Sequence[_Score]) -> dict[str, Any]:
         "sampled_accuracy": [statistics.fmean(score.sampled) for score in scores],
         "pass_at_k": [float(any(score.sampled)) for score in scores],
     }
-    result: dict[str, Any] = {"prompts": len(scores)}
+    asked = [(score.task, score.prompt) for score in scores]
+    result: dict[str, Any] = {"prompts": len(scores), "distinct_prompts": len(set(asked))}
     for name, of_prompts in values.items():
         result[name] = statistics.fmean(of_prompts)
-        result[f"{name}_se"] = statistics.stdev(of_prompts) / len(of_prompts) ** 0.5 if len(of_prompts) > 1 else None
+        result[f"{name}_se"] = standard_error(of_prompts, asked)
     return result
+
+
+def standard_error(values: Sequence[float], clusters: Sequence[Hashable]) -> float | None:
+    """Of the mean of values that come in clusters, each of which counts as one; None where there is but one.
+
+    Source: the linearised variance of a ratio of cluster totals; without repeats, s/√n.
+
+    >>> repeated = standard_error([0.0] * 3 + [1.0] * 6 + [0.0] * 3, "aaabbbcccddd")
+    >>> repeated == standard_error([0.0, 1.0, 1.0, 0.0], "abcd")
+    True
+    """
+    mean = statistics.fmean(values)
+    off: dict[Hashable, float] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        off[cluster] = off.get(cluster, 0.0) + value - mean
+    count = len(off)
+    if count < 2:
+        return None
+    return math.sqrt(math.fsum(total**2 for total in off.values()) * count / (count - 1)) / len(values)
