@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from offprincipal.errors import TrainingError
-from offprincipal.training import parse_settings
+from offprincipal.models import open_language_model
+from offprincipal.training import parse_settings, train
+from offprincipal.training.runs import require_trainable_here
+from offprincipal.training.trained import Opened, prepare
 
 PROGRAM = Path(__file__).with_name("train_launched.py")
 
@@ -37,9 +41,9 @@ def start(arguments: list[str], processes: int = 2) -> list["subprocess.Popen[st
     ]
 
 
-def launched(arguments: list[str], processes: int = 2) -> list["subprocess.CompletedProcess[str]"]:
+def launched(arguments: list[str]) -> list["subprocess.CompletedProcess[str]"]:
     """Each process's end."""
-    started = start(arguments, processes)
+    started = start(arguments)
     ends = [process.communicate(timeout=300) for process in started]
     return [
         subprocess.CompletedProcess(process.args, process.returncode, *end)
@@ -47,11 +51,14 @@ def launched(arguments: list[str], processes: int = 2) -> list["subprocess.Compl
     ]
 
 
+SETTINGS = {"steps": 3, "batch": 8, "micro_batch": 2, "rollouts_per_prompt": 4, "max_new_tokens": 3, "eval_prompts": 8}
+SETTINGS |= {"eval_samples": 2, "learning_rate": 1e-3, "save_every": 2, "monitor": 1, "keep_deltas": 3, "seed": 3}
+SETTINGS |= {"device": "cpu", "keep_masters": True}
+
+
 def arguments(model: Path, out: Path, recipe: str, *more: str) -> list[str]:
-    given = ["train", recipe, "--model", str(model), "--task", "count@1", "--out", str(out), "--seed", "3"]
-    sizes = {"steps": 3, "batch": 8, "micro_batch": 2, "rollouts_per_prompt": 4, "max_new_tokens": 3, "eval_prompts": 8}
-    sizes |= {"eval_samples": 2, "learning_rate": 1e-3, "save_every": 2, "monitor": 1, "keep_deltas": 3}
-    sets = [f"{name}={value}" for name, value in sizes.items()] + ["device=cpu", "keep_masters=true", *more]
+    given = ["train", recipe, "--model", str(model), "--task", "count@1", "--out", str(out)]
+    sets = [*(f"{name}={value}" for name, value in SETTINGS.items()), *more]
     return [*given, *(part for text in sets for part in ("--set", text))]
 
 
@@ -69,7 +76,8 @@ def require_ended_well(ends: list["subprocess.CompletedProcess[str]"]) -> None:
 def one(taught_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process makes of it."""
     out = tmp_path_factory.mktemp("launched") / "one"
-    require_ended_well(launched(arguments(taught_model, out, "sft_teacher"), processes=1))
+    values = SETTINGS | {"recipe": "sft_teacher", "model": str(taught_model), "tasks": ["count@1"]}
+    train(parse_settings(values), out, quiet=True)
     return out
 
 
@@ -99,7 +107,7 @@ def test_two_processes_learn_what_one_does(sharding: list[str], one: Path, taugh
 
 def test_two_killed_processes_go_on_where_they_were(taught_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    long = ["--fsdp", *arguments(taught_model, out, "grpo", "steps=16")]
+    long = ["--fsdp", *arguments(taught_model, out, "grpo", "steps=8")]
     running = start(long)
     kept = out / "checkpoints" / "checkpoint-2" / "trainer_state.json"
     deadline = time.monotonic() + 200
@@ -111,14 +119,23 @@ def test_two_killed_processes_go_on_where_they_were(taught_model: Path, tmp_path
     assert kept.exists() and not (out / "run.json").exists(), errors[0][-2000:]
     require_ended_well(launched(long))
     record = record_of(out)
-    assert [entry["step"] for entry in record["log"]] == list(range(1, 17))
+    assert [entry["step"] for entry in record["log"]] == list(range(1, 9))
     assert all(-1 <= entry["reward"] <= 1 for entry in record["log"])
 
 
-def test_an_adapter_that_would_be_sharded_is_refused(taught_model: Path, tmp_path: Path) -> None:
-    adapted = ["adapter={method: lora, rank: 2}", "keep_deltas=null", "keep_masters=false", "eval_prompts=0"]
-    ends = launched(["--fsdp", *arguments(taught_model, tmp_path / "run", "sft_own", *adapted)])
-    assert all(end.returncode == 2 and "DDP" in end.stderr for end in ends)
+@pytest.mark.parametrize(
+    ("method", "sharding", "says"),
+    [("lora", "fsdp", "DDP instead"), ("isospectral", "fsdp", "DDP instead"), (None, "deepspeed", "DeepSpeed keeps")],
+)
+def test_what_would_lose_what_is_trained_is_refused(
+    method: str | None, sharding: str, says: str, tiny_model: Path
+) -> None:
+    values = {"recipe": "sft_own", "tasks": ["add"], "adapter": method and {"method": method}}
+    base = open_language_model(tiny_model, "cpu")
+    opened = Opened(base, prepare(parse_settings(values), base.model))
+    trainer = SimpleNamespace(is_fsdp_enabled=sharding == "fsdp", is_deepspeed_enabled=sharding == "deepspeed")
+    with pytest.raises(TrainingError, match=says):
+        require_trainable_here(opened, trainer)
 
 
 @pytest.mark.parametrize(("batch", "processes", "at_once"), [(240, 1, 60), (240, 4, 60), (240, 8, 30), (6, 2, 3)])

@@ -274,7 +274,7 @@ def _fit(
         trainer = build_trainer(settings, opened, checkpoints, callbacks, show)
         if monitor is not None:
             monitor.attach(trainer)
-        _require_trainable_here(opened, trainer)
+        require_trainable_here(opened, trainer)
 
         def noted() -> Path | None:
             require_folder(checkpoints)
@@ -298,7 +298,7 @@ def _fit(
     return log, opened
 
 
-def _require_trainable_here(opened: Opened, trainer: Any) -> None:
+def require_trainable_here(opened: Opened, trainer: Any) -> None:
     """Refuse what would lose the float32 weights, or what is trained, over several processes."""
     if trainer.is_deepspeed_enabled:
         raise TrainingError(
