@@ -255,6 +255,17 @@ def test_no_path_of_this_machine_is_on_a_page(hostile: Path, tmp_path: Path) -> 
         assert not any(str(Path(place).parent) in page for place in places)
 
 
+def test_a_page_of_checkpoints_that_lie_apart_names_their_folders_alone(hostile: Path, tmp_path: Path) -> None:
+    shutil.copytree(hostile, tmp_path / "apart")
+    summary = json.loads((hostile / "summary.json").read_text())
+    summary["base"] = "/home/me/models/base-7b"
+    for name, run in summary["runs"].items():
+        run["source"] = f"/scratch/me/{len(name)}/tuned-7b"
+    (tmp_path / "apart" / "summary.json").write_text(json.dumps(summary))
+    page = write_report(tmp_path / "report.html", tmp_path / "apart").read_text(encoding="utf-8")
+    assert "tuned-7b" in page and "base-7b" in page and "/me/" not in page
+
+
 def test_undefined_values_are_dashes(tmp_path: Path) -> None:
     comparison = compared(tmp_path, {"same": base_tensors()})
     page = write_report(tmp_path / "report.html", comparison).read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ security policy keeps it so: the browser runs the two scripts whose hashes it na
 
 import base64
 import hashlib
+import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from offprincipal.reports.fine_tuning import fine_tuning_figures
 from offprincipal.reports.theory import theory_figures
 
 COLOURS = ("#3b6fb6", "#d9772b", "#3f9a6c", "#a855a0", "#b8932c", "#c24d52", "#4aa3b8", "#7a6f5d", "#6d62c4", "#8a9a3b")
+_PLACES = ("source", "masters")
+_DEEP = 3  # parts of a path, the root among them, of which the last may be named
 CHECKPOINT_KEYS = ("greedy_accuracy", "sampled_accuracy", "pass_at_k", "token_entropy", "kl_to_base")
 _OPTIONS = (
     *("metrics", "rank_fraction", "alpha", "null_draws", "seed", "include_embeddings", "strict"),
@@ -153,12 +156,33 @@ def _trained(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_name(summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary with the names of folders in place of this machine's paths: a page is made to be shared."""
-    named = {
-        run: found | {key: words.place_name(found[key]) for key in ("source", "masters") if key in found}
-        for run, found in summary["runs"].items()
+    """The summary without this machine's paths, since a page is made to be shared.
+
+    They are as seen from the folder that all of them lie in; where that is a machine's own, as `/home`, their last
+    parts alone.
+    """
+    runs = summary["runs"]
+    places = [run[key] for run in runs.values() for key in _PLACES if key in run]
+    paths = [Path(place) for place in (summary["base"], *places) if Path(place).is_absolute()]
+    common = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path("/")
+
+    def named(place: str) -> str:
+        if not Path(place).is_absolute():
+            return place
+        return words.place_name(place) if len(common.parts) < _DEEP else str(Path(place).relative_to(common))
+
+    def said(text: str) -> str:
+        for path in sorted(map(str, paths), key=len, reverse=True):
+            text = text.replace(path, named(path))
+        return text
+
+    shown = {
+        name: run
+        | {key: named(run[key]) for key in _PLACES if key in run}
+        | {"warnings": [said(warning) for warning in run.get("warnings", ())]}
+        for name, run in runs.items()
     }
-    return summary | {"base": words.place_name(summary["base"]), "runs": named}
+    return summary | {"base": named(summary["base"]), "runs": shown}
 
 
 def _command(summary: Mapping[str, Any]) -> str:
