@@ -157,8 +157,6 @@ def test_the_report_says_what_makes_it_again(
     monkeypatch.chdir(folders["base"].parent)  # where both lie: a page names no path of the machine
     assert str(folders["base"].parent) not in page
     assert call(monkeypatch, *shlex.split(line)[1:], "--out", str(tmp_path / "again")) == 0
-    first, again = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("first", "again"))
-    assert first["arguments"] == again["arguments"]
-    for name, run in first["runs"].items():
-        for key in ("metrics", "anatomy", "contract", "solvers"):
-            assert run.get(key) == again["runs"][name].get(key)
+    texts = ((tmp_path / name / "summary.json").read_text() for name in ("first", "again"))
+    first, again = (json.loads(text.replace(f"{folders['base'].parent}/", "")) for text in texts)
+    assert first["arguments"] == again["arguments"] and first["runs"] == again["runs"]
