@@ -1,6 +1,7 @@
 """A study end to end on a tiny model: each stage once, killed and continued, refused when it cannot be meant."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -116,6 +117,20 @@ def test_a_killed_study_continues_and_ends_the_same(finished: Path, tiny_model: 
     for name in STAGES[:4]:
         ours, theirs = (folder / name / "model.safetensors" for folder in (out, finished))
         assert ours.read_bytes() == theirs.read_bytes(), name
+
+
+def test_a_killed_training_process_is_named_and_the_study_goes_on_after_it(
+    finished: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    def kill(stage: str, report: StepReport | str) -> None:
+        if isinstance(report, StepReport):
+            for process in multiprocessing.active_children():
+                os.kill(process.pid or 0, signal.SIGKILL)
+
+    profile = load_profile("quick", overrides(tiny_model))
+    with pytest.raises(OffPrincipalError, match=r"trained grpo_1 was killed, .* with --set training.micro_batch"):
+        run_profile(profile, tmp_path, 1, kill)
+    assert run(tiny_model, tmp_path)["grpo_1"][-1] == "done"
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from offprincipal.training import (
     terminal_progress,
     train,
 )
+from offprincipal.training.callback import SaveSlowSteps
 from offprincipal.training.evaluation import standard_error
 
 TAUGHT_TASK = "count@1"  # what `taught_model` was taught
@@ -182,6 +183,27 @@ def test_a_killed_run_continues_to_the_same_bytes(
     for name in ("model.safetensors", "masters/model.safetensors"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
     assert [entry["loss"] for entry in record["log"]] == [entry["loss"] for entry in record_of(whole)["log"]]
+
+
+def test_slow_steps_are_saved_by_the_clock(
+    taught_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict[str, Path]
+) -> None:
+    monkeypatch.setattr(SaveSlowSteps, "MOST_LOST", 0.0)
+    run = settings(taught_model, "grpo", save_every=100)
+    steps: list[int] = []
+
+    def interrupted(report: StepReport) -> None:
+        steps.append(report.step)
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(run, tmp_path / "run", progress=interrupted)
+    steps.clear()
+    train(run, tmp_path / "run", progress=lambda report: steps.append(report.step))
+    assert steps[0] == 2
+    weights = [folder / "model.safetensors" for folder in (tmp_path / "run", uninterrupted["grpo"])]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,13 @@ def run_profile(profile: Profile, out: Path, jobs: int, show: ShowStage, overwri
     require_folder(out)
     space = workspace(profile, out)
     graph = _Graph(profile, space)
-    with exclusively(out), disk_faults_reported(out), _training_pool(jobs, show) as pool:
+    begun: set[str] = set()
+
+    def seen(name: str, report: StepReport | str) -> None:
+        begun.add(name)
+        show(name, report)
+
+    with exclusively(out), disk_faults_reported(out), _training_pool(jobs, seen) as pool:
         running: dict[Future[None], str] = {}
         waiting = profile.order()
         while waiting or running:
@@ -62,11 +68,15 @@ def run_profile(profile: Profile, out: Path, jobs: int, show: ShowStage, overwri
                     show(name, "done")
             if running:
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                lost = [running[future] for future in finished if isinstance(future.exception(), BrokenProcessPool)]
                 for future in finished:
                     name = running.pop(future)
-                    _result(future, name)
-                    graph.finish(name)
-                    show(name, "done")
+                    if name not in lost:
+                        future.result()
+                        graph.finish(name)
+                        show(name, "done")
+                if lost:  # a process that dies ends all that run beside it, and all that wait for one
+                    raise _killed([name for name in (*lost, *running.values()) if name in begun], jobs)
     return space
 
 
@@ -139,14 +149,12 @@ class _Graph:
         return record if isinstance(record, dict) else {}
 
 
-def _result(future: Future[None], name: str) -> None:
-    try:
-        future.result()
-    except BrokenProcessPool as error:
-        raise StudyError(
-            f"the process that trained '{name}' was killed, perhaps for lack of memory: run the study again to "
-            "continue, with --jobs 1 if memory is short"
-        ) from error
+def _killed(training: list[str], jobs: int) -> StudyError:
+    less = "--jobs 1" if jobs > 1 else "--set training.micro_batch=8, say,"
+    return StudyError(
+        f"a process that trained {' or '.join(training) or 'a run'} was killed, perhaps for lack of memory: run the "
+        f"study again to continue, with {less} if memory is short"
+    )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from offprincipal.adapters import Isospectral
 from offprincipal.checkpoints.safetensors_folder import MASTERS
 from offprincipal.deltas import make_delta
 from offprincipal.files import write_atomically
-from offprincipal.training.processes import whole_state
+from offprincipal.training.processes import in_main, whole_state
 from offprincipal.training.progress import ShowProgress, StepReport
 
 LOG = logging.getLogger("offprincipal")
@@ -48,6 +48,22 @@ class Timekeeper(TrainerCallback):
         mean = sum(self._seconds) / len(self._seconds)
         value = entry.get(self._key)
         self._show(StepReport("training", state.global_step, state.max_steps, self._metric, value, mean))
+
+
+class SaveSlowSteps(TrainerCallback):
+    """Have a checkpoint written minutes after the last one, where steps are so slow that a kill would cost more."""
+
+    MOST_LOST = 300.0  # seconds
+
+    def __init__(self) -> None:
+        self._saved = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if in_main(lambda: time.monotonic() - self._saved >= self.MOST_LOST):
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._saved = time.monotonic()
 
 
 class NoSignal(TrainerCallback):

@@ -40,6 +40,7 @@ from offprincipal.files import (
     write_json,
 )
 from offprincipal.models import LanguageModel, identify, open_language_model, require_training_extra
+from offprincipal.models.allocator import freed_memory_kept
 from offprincipal.models.quiet import quiet_libraries, send_no_telemetry
 from offprincipal.recipe_names import Recipe
 from offprincipal.tasks import open_task
@@ -127,7 +128,7 @@ def train(
     settings = by_the_model(settings)
     folder = Path(out).expanduser()
     require_folder(folder.parent)
-    with ExitStack() as held, disk_faults_reported(folder):
+    with ExitStack() as held, disk_faults_reported(folder), freed_memory_kept():
 
         def take() -> dict[str, Any] | None:
             held.enter_context(exclusively(folder, beside=True))
@@ -258,12 +259,19 @@ def _fit(
     What the run started from is noted only once its data have proved usable, so that a fault in the settings can be
     mended in the same folder.
     """
-    from offprincipal.training.callback import ExactAdapter, FrameErrors, KeepDeltas, NoSignal, Timekeeper
+    from offprincipal.training.callback import (
+        ExactAdapter,
+        FrameErrors,
+        KeepDeltas,
+        NoSignal,
+        SaveSlowSteps,
+        Timekeeper,
+    )
     from offprincipal.training.recipes import build_trainer
 
     key = _SHOWN.get(settings.recipe, "loss")
     with quiet_libraries():
-        callbacks: list[Any] = [Timekeeper(show, _LOGGED[key], key), NoSignal()]
+        callbacks: list[Any] = [Timekeeper(show, _LOGGED[key], key), NoSignal(), SaveSlowSteps()]
         if opened.trained.is_adapter:
             callbacks.append(ExactAdapter())
         if settings.keep_deltas is not None:

@@ -95,7 +95,9 @@ class TrainSettings(BaseModel):
     eval_prompts: int = Field(768, ge=0, description="held-out prompts to measure on, before and after; 0: none")
     eval_samples: int = Field(8, ge=1, description="samples for each held-out prompt")
     eval_max_new_tokens: int = Field(40, ge=1, description="longest completion that is sampled in measuring")
-    save_every: int = Field(16, ge=1, description="steps between the checkpoints that a killed run continues from")
+    save_every: int = Field(
+        16, ge=1, description="steps between the checkpoints that a killed run continues from, or 5 minutes if sooner"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     report_to: tuple[str, ...] = Field((), description="where the Trainer also logs to: trackio, tensorboard, wandb")
     monitor: Literal["auto"] | Annotated[int, Field(ge=1)] | None = Field(
