@@ -12,12 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from checkpoint_folders import moved, stored, write_model
-from plotly.offline import get_plotlyjs
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from offprincipal.comparison import CompareSettings, compare, read_summary
 from offprincipal.errors import FileError
-from offprincipal.reports.figures import choose_matrices, heatmaps
+from offprincipal.reports.figures import anatomy, choose_matrices, heatmaps, spectra
+from offprincipal.reports.page import PLOTLY, asset
 from offprincipal.reports.report import write_report, write_report_of
 from offprincipal.reports.terminal import comparison_table
 from offprincipal.reports.words import answers, decisions, run_paragraph, verdict_paragraph
@@ -81,7 +83,7 @@ def study_of(run: str) -> dict[str, Any]:
 
 def own_part(page: str) -> str:
     """The page without the Plotly bundle that it carries."""
-    bundle = get_plotlyjs().replace("\r\n", "\n").replace("\r", "\n")
+    bundle = asset(PLOTLY)
     assert page.count(bundle) == 1
     return page.replace(bundle, "")
 
@@ -333,8 +335,45 @@ def test_a_folder_without_tables_is_named(tmp_path: Path) -> None:
         write_report(tmp_path / "report.html", tmp_path)
 
 
-def dom_of(page: Path) -> str:
-    """The page's elements after a headless browser ran its scripts."""
+shares = st.none() | st.floats(0, 1)
+
+
+@given(rungs=st.lists(shares, min_size=3, max_size=3), ends=st.tuples(st.floats(0, 1), st.floats(0, 1)))
+def test_the_parts_of_an_anatomy_add_up_to_what_was_measured(
+    rungs: list[float | None], ends: tuple[float, float]
+) -> None:
+    names = ("_random", "_rounding_null", "_spacing_null", "_margin_null", "")
+    values = dict(zip((f"principal_overlap{name}" for name in names), (ends[0], *rungs, ends[1]), strict=True))
+    (found,) = anatomy({"runs": {"rl": {"metrics": metrics_of(**values)}}})
+    (run,) = found["runs"]
+    assert sum(part or 0 for part in run["parts"]) == pytest.approx(run["measured"], abs=0.03)  # four digits are drawn
+    assert [part is None for part in run["parts"]] == [rung is None for rung in (*rungs, ends[1])]
+
+
+def test_without_a_mask_there_is_no_anatomy() -> None:
+    assert anatomy({"runs": {"rl": {"metrics": metrics_of(unchanged_fraction=0.5)}}}) == []
+
+
+def test_shifts_are_drawn_of_matrices_whose_spectra_are_known_in_part(tmp_path: Path) -> None:
+    """Beyond min(rows, columns) = 256 the curves of base and run end where each is resolved no more."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    base = {name: (0.05 * torch.randn(320, 400, generator=torch.Generator().manual_seed(0))).bfloat16()}
+    base_folder = write_model(tmp_path / "base", base)
+    run_folder = write_model(tmp_path / "run", stored(moved(base, 1e-3, 1)))
+    folder = compare(base_folder, {"rl": run_folder}, threads=1).write(tmp_path / "comparison")
+    (matrix,) = spectra(pq.read_table(folder / "matrices.parquet"), folder / "curves.parquet", ["rl"])["matrices"]
+    shift, values = matrix["runs"][0]["shift"], matrix["base"]
+    assert (matrix["role"], matrix["layer"]) == ("up", "0")
+    assert len(shift["x"]) > 40 and max(map(abs, shift["y"])) < 0.05 * max(values["y"])
+
+
+def dom_of(page: Path, state: str = "", *more: str) -> str:
+    """The page's elements after a headless browser ran its scripts.
+
+    Args:
+        state: what stands behind # in the address.
+        more: options of the browser.
+    """
     assert CHROMIUM
     flags = [
         "--headless",
@@ -344,7 +383,8 @@ def dom_of(page: Path) -> str:
         "--disable-dev-shm-usage",
     ]
     profile = f"--user-data-dir={page.parent / 'profile'}"
-    command = [CHROMIUM, *flags, profile, "--virtual-time-budget=20000", "--dump-dom", page.as_uri()]
+    address = page.as_uri() + (f"#{state}" if state else "")
+    command = [CHROMIUM, *flags, *more, profile, "--virtual-time-budget=20000", "--dump-dom", address]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=180).stdout
 
 
@@ -359,6 +399,22 @@ def test_a_browser_draws_every_figure_without_an_error(hostile: Path, tmp_path: 
     assert failure and "hidden" in failure[0]
     assert "alert(1)&lt;/script&gt;" in sections["location"]  # the hostile name is a label, as text
     assert "<img src" not in body.split('<script type="application/json"')[0]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH to draw the page")
+def test_the_address_holds_which_runs_are_shown_and_what_was_chosen_and_opens_a_claim(
+    hostile: Path, tmp_path: Path
+) -> None:
+    page = write_report(tmp_path / "report.html", hostile, study_of("sft"))
+    dom = dom_of(page, "claim-1&off=0&heat-metric=1", "--blink-settings=preferredColorScheme=0")
+    body = dom[dom.rindex("<body") :].split('<script type="application/json"')[0]
+    sections = dict(re.findall(r'<section id="(\w+)">(.*?)</section>', body, re.DOTALL))
+    assert re.search(r'<details class="card" id="claim-1" open', sections["claims"])
+    assert 'data-theme="dark"' in dom and "rgb(20, 26, 34)" in sections["location"]
+    assert [re.findall(r'aria-pressed="(\w+)"', body)] == [["false", "true"]]
+    figure = sections["location"].split('id="figure-overlaps"')[1].split('class="legend"')[0]
+    assert "sft" in figure and "alert(1)" not in figure
+    assert 'aria-label="Figure: Which weights changed' in sections["location"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH to draw the page")

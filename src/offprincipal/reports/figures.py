@@ -54,6 +54,42 @@ class Chosen:
     available: int
 
 
+_RUNGS = ("_random", "_rounding_null", "_spacing_null", "_margin_null", "")
+
+
+def anatomy(summary: Mapping[str, Any]) -> list[Json]:
+    """Per mask and run how far the overlap is from chance, in points, and what each rung of the ladder explains of it.
+
+    A rung that is not defined explains nothing; what it would have is in the next one.
+    """
+    figures = []
+    for mask in ("principal", "low_magnitude"):
+        rows = [
+            _explained([_value(run, f"{mask}_overlap{rung}") for rung in _RUNGS]) for run in summary["runs"].values()
+        ]
+        if any(row["measured"] is not None for row in rows):
+            figures.append({"title": MASKS[mask], "runs": rows})
+    return figures
+
+
+def _explained(rungs: Sequence[float | None]) -> Json:
+    """Each rung minus the last one before it that is defined; the first is chance."""
+    chance, measured = rungs[0], rungs[-1]
+    if chance is None or measured is None:
+        return {"measured": None, "parts": [None] * (len(rungs) - 1)}
+    parts: list[float | None] = []
+    reached = chance
+    for rung in rungs[1:]:
+        parts.append(None if rung is None else 100 * (rung - reached))
+        reached = reached if rung is None else rung
+    return {"measured": short(100 * (measured - chance)), "parts": _short(parts)}
+
+
+def _value(run: Mapping[str, Any], metric: str) -> float | None:
+    value: float | None = run["metrics"].get(metric, {}).get("value")
+    return value
+
+
 def overlaps(summary: Mapping[str, Any]) -> list[Json]:
     """Per mask and run the pooled overlap at the default density, beside both nulls."""
     figures = []
@@ -117,12 +153,22 @@ def heatmaps(matrices: pa.Table, runs: Sequence[str]) -> Json:
         return [_short(found.get((run, role, layer), {}).get(column) for layer in layers) for role in roles]
 
     return {
-        "layers": ["none" if layer is None else str(layer) for layer in layers],
+        "layers": [_layer_name(layer) for layer in layers],
         "roles": roles,
         "metrics": [_about(field, metrics) for field in fields if field.name in metrics],
         "values": [[grid(run, f"{metric}_mean") for run in runs] for metric in metrics],
         "counts": grid(runs[0], "tensor_count"),
     }
+
+
+def _layer_name(layer: int | None) -> str:
+    return "none" if layer is None else str(layer)
+
+
+def _places(matrices: pa.Table) -> Mapping[str, Json]:
+    """Tensor -> its role, and its layer as the heatmap names it."""
+    rows = matrices.select(["tensor", "role", "layer"]).to_pylist()
+    return {row["tensor"]: {"role": row["role"], "layer": _layer_name(row["layer"])} for row in rows}
 
 
 def _role_order(role: str) -> tuple[int, str]:
@@ -155,8 +201,12 @@ def choose_matrices(matrices: pa.Table, columns: Sequence[str], limit: int) -> C
     return Chosen(tuple(row["tensor"] for row in per_tensor if row["tensor"] in kept), len(per_tensor))
 
 
-def read_curves(path: Path, tensors: Sequence[str], points: int) -> Curves:
-    """The curves of some matrices, by matrix, run and curve, each thinned to at most `points`; a few rows at a time."""
+def read_curves(path: Path, tensors: Sequence[str], points: int, whole: str | None = None) -> Curves:
+    """The curves of some matrices, by matrix, run and curve, each thinned to at most `points`; a few rows at a time.
+
+    Args:
+        whole: name of a curve that is not thinned.
+    """
     wanted = ds.dataset(path).scanner(
         columns=["tensor", "run", "curve", "values"],
         filter=ds.field("tensor").isin(pa.array(tensors, pa.string())),
@@ -166,9 +216,9 @@ def read_curves(path: Path, tensors: Sequence[str], points: int) -> Curves:
     for batch in wanted.to_batches():
         keys = zip(*(batch[name].to_pylist() for name in ("tensor", "run", "curve")), strict=True)
         for key, values in zip(keys, batch["values"], strict=True):
-            whole = values.values.to_numpy(zero_copy_only=False)
-            positions = _evenly(len(whole), points)
-            curves[key] = Curve(positions, whole[positions])
+            every = values.values.to_numpy(zero_copy_only=False)
+            positions = _evenly(len(every), len(every) if key[2] == whole else points)
+            curves[key] = Curve(positions, every[positions])
     return curves
 
 
@@ -176,8 +226,10 @@ def spectra(matrices: pa.Table, path: Path, runs: Sequence[str]) -> Json:
     """Singular values of base and runs, their shifts, and the principal angles beside the stored null's largest."""
     angles = ("principal_angle_left_max_deg", "principal_angle_right_max_deg")
     chosen = choose_matrices(matrices, (*angles, "spectral_shift"), SPECTRUM_MATRICES)
-    curves = read_curves(path, chosen.tensors, FINE_POINTS if len(chosen.tensors) <= STRIPE_MATRICES else COARSE_POINTS)
+    points = FINE_POINTS if len(chosen.tensors) <= STRIPE_MATRICES else COARSE_POINTS
+    curves = read_curves(path, chosen.tensors, points, whole="singular_values_base")
     nulls = _lookup(matrices, tuple(f"{name}_stored_null" for name in angles))
+    places = _places(matrices)
 
     def of_run(tensor: str, run: str) -> Json:
         sides = {side: _drawn(curves.get((tensor, run, f"principal_angles_{side}_deg"))) for side in ("left", "right")}
@@ -189,7 +241,8 @@ def spectra(matrices: pa.Table, path: Path, runs: Sequence[str]) -> Json:
         "matrices": [
             {
                 "tensor": tensor,
-                "base": _drawn(curves.get((tensor, None, "singular_values_base"))),
+                **places[tensor],
+                "base": _drawn(_thinned(curves.get((tensor, None, "singular_values_base")), points)),
                 "runs": [of_run(tensor, run) for run in runs],
             }
             for tensor in chosen.tensors
@@ -203,6 +256,7 @@ def stripes(matrices: pa.Table, path: Path, runs: Sequence[str]) -> Json:
     chosen = choose_matrices(matrices, measured, STRIPE_MATRICES)
     curves = read_curves(path, chosen.tensors, FINE_POINTS)
     dispersion = _lookup(matrices, measured) if chosen.tensors else {}
+    places = _places(matrices)
 
     def of_side(tensor: str, side: str) -> Json:
         rates = [_drawn(curves.get((tensor, run, f"{side}_change_rate"))) for run in runs]
@@ -214,6 +268,7 @@ def stripes(matrices: pa.Table, path: Path, runs: Sequence[str]) -> Json:
         "matrices": [
             {
                 "tensor": tensor,
+                **places[tensor],
                 "row": of_side(tensor, "row"),
                 "column": of_side(tensor, "column"),
                 "dispersion": [dispersion[tensor, run] for run in runs],
@@ -235,11 +290,19 @@ def _drawn(curve: Curve | None) -> Json | None:
     return None if curve is None else {"x": (curve.positions + 1).tolist(), "y": _short(curve.values.tolist())}
 
 
-def _difference(curve: Curve | None, other: Curve | None) -> Json | None:
-    """One curve minus another, where both were thinned alike."""
-    if curve is None or other is None or not np.array_equal(curve.positions, other.positions):
+def _difference(curve: Curve | None, whole: Curve | None) -> Json | None:
+    """A curve minus another that was not thinned, where both are; what is known of a tail may end earlier in one."""
+    if curve is None or whole is None:
         return None
-    return _drawn(Curve(curve.positions, curve.values - other.values))
+    positions = curve.positions[curve.positions < len(whole.values)]
+    return _drawn(Curve(positions, curve.values[: len(positions)] - whole.values[positions]))
+
+
+def _thinned(curve: Curve | None, points: int) -> Curve | None:
+    if curve is None:
+        return None
+    kept = _evenly(len(curve.values), points)
+    return Curve(curve.positions[kept], curve.values[kept])
 
 
 def _evenly(length: int, points: int) -> NDArray[np.int64]:

@@ -1,11 +1,23 @@
-"""One figure as a page of its own."""
+"""One figure as a page of its own; and what pages are made of.
+
+Pages hold Plotly's bundle of cartesian charts, a third of the whole.
+"""
 
 import html
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from offprincipal.files import write_atomically
 from offprincipal.reports.words import plain
+
+WEB = "web"
+PLOTLY = "vendor/plotly-cartesian.min.js"
+
+
+def asset(name: str) -> str:
+    """A file of a page: style sheet, script or template."""
+    return resources.files("offprincipal.reports").joinpath(WEB, name).read_text(encoding="utf-8")
 
 
 def write_page(out: Path, figure: Any, title: str) -> Path:
@@ -17,7 +29,8 @@ def write_page(out: Path, figure: Any, title: str) -> Path:
     Raises:
         FileError: it cannot be written.
     """
-    page = str(figure.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False}))
-    titled = page.replace("<head>", f"<head><title>{html.escape(plain(title))}</title>", 1)
+    page = str(figure.to_html(include_plotlyjs=False, full_html=True, config={"displaylogo": False}))
+    head = f"<head><title>{html.escape(plain(title))}</title><script>{asset(PLOTLY)}</script>"
+    titled = page.replace("<head>", head, 1)
     write_atomically(out, lambda path: path.write_text(titled, encoding="utf-8", errors="replace"))
     return out

@@ -11,7 +11,6 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from offprincipal.comparison import CompareSettings, MatrixSettings, read_summary
 from offprincipal.errors import FileError
 from offprincipal.files import read_json, write_atomically
 from offprincipal.reports import figures, numbers, words
 from offprincipal.reports.fine_tuning import fine_tuning_figures
+from offprincipal.reports.page import PLOTLY, WEB, asset
 from offprincipal.reports.theory import theory_figures
 
 COLOURS = ("#3b6fb6", "#d9772b", "#3f9a6c", "#a855a0", "#b8932c", "#c24d52", "#4aa3b8", "#7a6f5d", "#6d62c4", "#8a9a3b")
@@ -36,6 +35,7 @@ _OPTIONS = (
     *("metrics", "rank_fraction", "alpha", "null_draws", "seed", "include_embeddings", "strict"),
     *("solver", "tolerance", "device", "expect"),
 )
+_SCRIPTS = ("core.js", "runs.js", "matrices.js", "theory.js", "fine_tuning.js", "start.js")  # one scope, in this order
 _SWEEP_COLUMNS = ("run", "mask", "alpha", "overlap", "overlap_random", "overlap_rounding_null", "changed_count")
 
 
@@ -129,6 +129,7 @@ def _figures(comparison: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     curves = comparison / "curves.parquet"
     return {
         "runs": runs,
+        "anatomy": figures.anatomy(summary),
         "overlaps": figures.overlaps(summary),
         "sweep": figures.sweep(_read(comparison, "masks", _SWEEP_COLUMNS), runs),
         "pairs": summary["pairs"],
@@ -205,7 +206,7 @@ def _command(summary: Mapping[str, Any]) -> str:
 
 def _render(content: Mapping[str, Any]) -> str:
     environment = Environment(
-        loader=PackageLoader("offprincipal.reports", "."),
+        loader=PackageLoader("offprincipal.reports", WEB),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -213,10 +214,10 @@ def _render(content: Mapping[str, Any]) -> str:
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.filters |= _filters()
-    scripts = [_script(get_plotlyjs()), _script(_asset("report.js"))]
+    scripts = [_script(asset(PLOTLY)), _script("\n".join(map(asset, _SCRIPTS)))]
     hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
     return environment.get_template("report.html.j2").render(
-        content, beyond=words.beyond, style=Markup(_asset("report.css")), scripts=scripts, hashes=Markup(hashes)
+        content, beyond=words.beyond, style=Markup(asset("report.css")), scripts=scripts, hashes=Markup(hashes)
     )
 
 
@@ -228,10 +229,6 @@ def _filters() -> dict[str, Callable[..., str]]:
         "show_as": lambda value, name: named[name](value),
         "bare": lambda text: text.removesuffix(" points").removesuffix("\xa0%").removesuffix("°"),
     }
-
-
-def _asset(name: str) -> str:
-    return resources.files("offprincipal.reports").joinpath(name).read_text(encoding="utf-8")
 
 
 def _script(source: str) -> Markup:

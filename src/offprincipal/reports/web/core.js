@@ -1,0 +1,134 @@
+"use strict";
+// What every figure of the page is made of. Names in the data are hostile: they reach the page as text only.
+
+function failed(message) {
+  const note = document.getElementById("failure");
+  note.hidden = false;
+  note.textContent = "A figure could not be drawn: " + message;
+}
+addEventListener("error", (event) => failed(event.message));
+
+const whole = JSON.parse(document.getElementById("data").textContent);
+let data = whole; // without the runs that the reader has switched off
+const figures = {}; // id -> what draws it from `data`; each may be called again
+
+// The page's own colours, light or dark, from its style sheet.
+let INK, SOFT, LINE, PANEL, GROUND, AXIS, RANDOM, PRECISION, COLLAPSE, SEQUENTIAL, DIVERGING, FONT;
+function readColours() {
+  const style = getComputedStyle(document.documentElement), of = (name) => style.getPropertyValue("--" + name).trim();
+  [INK, SOFT, LINE, PANEL, GROUND, AXIS, RANDOM, PRECISION, COLLAPSE] = ["ink", "soft", "line", "panel", "ground", "axis", "random", "precision", "collapse"].map(of);
+  FONT = { family: getComputedStyle(document.body).fontFamily, size: 12, color: SOFT };
+  const dark = document.documentElement.dataset.theme === "dark";
+  SEQUENTIAL = dark
+    ? [[0, "#1d2733"], [0.25, "#204a78"], [0.5, "#3a78b8"], [0.75, "#7fb0e0"], [1, "#e4f0fb"]]
+    : [[0, "#f4f7fb"], [0.25, "#c9dbef"], [0.5, "#8bb3dc"], [0.75, "#4a82bf"], [1, "#1d4f8c"]];
+  DIVERGING = dark
+    ? [[0, "#e8868a"], [0.25, "#8c4a4d"], [0.5, "#232c38"], [0.75, "#3a78b8"], [1, "#a9cdf0"]]
+    : [[0, "#a8383d"], [0.25, "#e0a3a0"], [0.5, "#f7f7f7"], [0.75, "#94b8dc"], [1, "#1d4f8c"]];
+}
+
+// Plotly reads a subset of HTML in every label, so a name is escaped; it is shortened so that labels do not collide.
+const escaped = (name) => name.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/[\u0000-\u001f]/g, "\ufffd");
+const shortened = (name, limit) => (name.length > limit ? name.slice(0, limit - 9) + "…" + name.slice(-8) : name);
+const label = (name, limit = 26) => escaped(shortened(name, limit));
+const light = (colour) => colour + "55";
+const known = (values) => values.filter((value) => value !== null && value !== undefined);
+const numbered = (count) => Array.from({ length: count }, (_, i) => i);
+const suffix = (number) => (number ? number + 1 : "");
+const middle = ([from, to]) => (from + to) / 2;
+const axis = (more) => ({ gridcolor: LINE, zerolinecolor: AXIS, linecolor: LINE, automargin: true, fixedrange: true, ...more });
+const title = (text) => ({ text, font: { size: 12 }, standoff: 8 });
+const heading = (text, x, y = 1) => ({ text, x, y, xref: "paper", yref: "paper", xanchor: "center", yanchor: "bottom", yshift: 4, showarrow: false, font: { size: 13, color: INK } });
+
+// Column j of `count` side by side, as a Plotly domain.
+function column(j, count, gap = 0.035) {
+  const width = (1 - gap * (count - 1)) / count;
+  return [j * (width + gap), j * (width + gap) + width];
+}
+
+const colourOf = (name) => whole.colours[whole.runs.indexOf(name)] || (whole.training.find((run) => run.name === name) || {}).colour || PRECISION;
+
+function draw(id, traces, layout) {
+  const element = document.getElementById(id);
+  const plain = { font: FONT, paper_bgcolor: GROUND, plot_bgcolor: GROUND, showlegend: false, hoverlabel: { font: { size: 12 }, namelength: -1 }, margin: { l: 50, r: 20, t: 30, b: 44 } };
+  element.style.height = layout.height + "px";
+  Plotly.react(element, traces, { ...plain, ...layout }, { responsive: true, displayModeBar: false });
+  if (element.getAttribute("role")) return;
+  element.setAttribute("role", "img");
+  element.setAttribute("aria-label", "Figure: " + headingBefore(element));
+  element.after(tools(["PNG", "SVG"].map((format) => [format, `Save this figure as ${format}`, () => Plotly.downloadImage(element, { format: format.toLowerCase(), filename: id, scale: format === "PNG" ? 3 : 1, width: element.clientWidth, height: element.clientHeight })])));
+}
+
+// The text of the heading that something stands under.
+function headingBefore(element) {
+  const above = [...document.querySelectorAll("h2, h3")].filter((each) => each.compareDocumentPosition(element) & Node.DOCUMENT_POSITION_FOLLOWING);
+  return above.length ? above.at(-1).textContent : "";
+}
+
+function tools(buttons) {
+  const bar = Object.assign(document.createElement("div"), { className: "tools" });
+  buttons.forEach(([text, says, act]) => {
+    const button = Object.assign(document.createElement("button"), { type: "button", textContent: text, title: says, onclick: act });
+    button.setAttribute("aria-label", says);
+    bar.append(button);
+  });
+  return bar;
+}
+
+// Every table as CSV: what stands in its cells, an interval below a value in the same one.
+function offerTables() {
+  const cell = (text) => `"${text.trim().replace(/\s+/g, " ").replace(/"/g, '""')}"`;
+  document.querySelectorAll(".scroll > table").forEach((table) => {
+    const save = () => {
+      const lines = [...table.rows].map((row) => [...row.cells].map((each) => cell(each.textContent) + ",".repeat(each.colSpan - 1)).join(","));
+      const link = Object.assign(document.createElement("a"), { download: headingBefore(table).toLowerCase().replace(/[^a-z0-9]+/g, "-") + ".csv" });
+      link.href = URL.createObjectURL(new Blob(["\ufeff" + lines.join("\r\n") + "\r\n"], { type: "text/csv" }));
+      link.click();
+      URL.revokeObjectURL(link.href);
+    };
+    table.parentElement.after(tools([["CSV", "Save this table as CSV", save]]));
+  });
+}
+
+// Options of a select, each [value, text, group]; what was chosen stays so where it is still there.
+function fill(id, names, change) {
+  const select = document.getElementById(id), chosen = select.value || remembered(id);
+  select.replaceChildren();
+  names.forEach(([value, text, group]) => {
+    let parent = select;
+    if (group) parent = [...select.children].find((child) => child.label === group) || select.appendChild(Object.assign(document.createElement("optgroup"), { label: group }));
+    parent.appendChild(new Option(text, value));
+  });
+  if (names.some(([value]) => String(value) === chosen)) select.value = chosen;
+  select.onchange = () => { change(); remember(); };
+  return select;
+}
+
+// The same, with a field beside it that leaves only what holds the words in it.
+function fillSearchable(id, names, change) {
+  const field = document.getElementById(id + "-search");
+  const matching = () => names.filter(([, text]) => field.value.toLowerCase().split(/\s+/).every((word) => text.toLowerCase().includes(word)));
+  field.parentElement.hidden = names.length < 12;
+  field.oninput = () => { const found = matching(); field.setAttribute("aria-invalid", String(!found.length)); if (found.length) { fill(id, found, change); change(); } };
+  return fill(id, names, change);
+}
+
+function legend(id, items) {
+  const element = document.getElementById(id);
+  element.replaceChildren();
+  items.forEach(([kind, text, colour]) => {
+    const item = document.createElement("span"), swatch = document.createElement("span");
+    swatch.className = "swatch " + kind;
+    if (colour) swatch.style[{ solid: "borderTopColor", dotted: "borderTopColor", diamond: "borderColor" }[kind] || "background"] = colour;
+    item.append(swatch, text); element.appendChild(item);
+  });
+}
+
+// What the reader chose, kept in the address behind the section: #layers&heat-metric=3&off=1.
+const choices = new Map(location.hash.split("&").slice(1).map((text) => text.split("=").map(decodeURIComponent)));
+const remembered = (id) => choices.get(id) || "";
+function remember() {
+  document.querySelectorAll(".controls select").forEach((select) => (select.selectedIndex > 0 ? choices.set(select.id, select.value) : choices.delete(select.id)));
+  const parts = [...choices].map((pair) => pair.map(encodeURIComponent).join("="));
+  history.replaceState(null, "", [location.hash.split("&")[0] || "#", ...parts].join("&"));
+}

@@ -1,0 +1,88 @@
+// Figures of the claims about the theory, C7 to C10.
+
+figures["figure-agreement"] = () => {
+  const panels = data.theory.agreement, traces = [], layout = { annotations: [] };
+  panels.forEach((panel, j) => {
+    const domain = column(j, panels.length, 0.08), on = { type: "scatter", mode: "markers", xaxis: "x" + suffix(j), yaxis: "y" + suffix(j) };
+    const both = (layer) => panel.points.filter((point) => point.layer === layer).length > 1;
+    const place = (point) => point.layer + (both(point.layer) ? (point.touched ? -0.16 : 0.16) : 0);
+    const dots = (points, key, what, marker) => traces.push({ ...on, x: points.map(place), y: points.map((point) => point[key]), marker,
+      customdata: points.map((point) => `layer ${point.layer}, ${point.matrices} ${point.touched ? "intervened" : "untouched"}`), hovertemplate: `%{customdata}<br>${what} %{y:.4f}<extra></extra>` });
+    dots(panel.points, "random", "chance", { size: 10, color: RANDOM });
+    dots(panel.points, "precision", "rounding alone", { size: 15, color: "rgba(255,255,255,0)", line: { color: PRECISION, width: 2 } });
+    dots(panel.points.filter((point) => point.touched), "undone", "brought back", { size: 10, symbol: "diamond-open", color: "#c24d52", line: { width: 2 } });
+    dots(panel.points.filter((point) => point.touched), "measured", "as trained", { size: 8, color: "#c24d52" });
+    dots(panel.points.filter((point) => !point.touched), "measured", "as trained", { size: 8, color: INK });
+    layout["xaxis" + suffix(j)] = axis({ domain, anchor: "y" + suffix(j), dtick: 1, zeroline: false, title: title("layer") });
+    layout["yaxis" + suffix(j)] = axis({ anchor: "x" + suffix(j), zeroline: false, title: j ? undefined : title("Jaccard index"), ...(j ? { matches: "y" } : {}) });
+    layout.annotations.push(heading(label(panel.title), middle(domain)));
+  });
+  draw("figure-agreement", traces, { ...layout, height: 360 });
+};
+
+figures["figure-precision"] = () => {
+  const runs = data.theory.precision, colours = ["#3b6fb6", "#3f9a6c", INK, "#c24d52"];
+  const select = fill("precision-run", runs.map((run, i) => [i, run.run]), show);
+  legend("precision-legend", runs[0].formats.map((format, i) => ["", format.title, colours[i]]));
+  function show() {
+    const run = runs[select.value], traces = [], left = column(0, 2, 0.1), right = column(1, 2, 0.1), points = (values) => values.map((value) => (value === null ? null : 100 * value));
+    run.formats.forEach((format, i) => {
+      const line = (y, on, more, what, form) => traces.push({ type: "scatter", mode: "lines+markers", x: format.step, y, ...on, marker: { size: 5 }, line: { color: colours[i], width: 2, ...more }, name: format.title, hovertemplate: `%{fullData.name}<br>%{x} times the step, ${what} %{y:${form}}<extra></extra>` });
+      line(format.unchanged, { xaxis: "x", yaxis: "y" }, {}, "unchanged", ".2%");
+      line(points(format.bias), { xaxis: "x2", yaxis: "y2" }, {}, "beyond chance", "+.2f");
+      line(points(format.beyond), { xaxis: "x2", yaxis: "y2" }, { dash: "dash" }, "beyond rounding", "+.2f");
+      if (format.title === "float32") line(points(format.by_size), { xaxis: "x2", yaxis: "y2" }, { dash: "dot" }, "by size, beyond chance", "+.2f");
+    });
+    const steps = run.formats[0].step, text = steps.map((step) => (step < 1 ? "1/" + 1 / step : String(step))), x = { type: "log", tickvals: steps, ticktext: text, title: title("times the step"), zeroline: false };
+    draw("figure-precision", traces, {
+      height: 360, annotations: [heading("unchanged", middle(left)), heading("on principal weights, points", middle(right))],
+      xaxis: axis({ ...x, domain: left }), xaxis2: axis({ ...x, domain: right, anchor: "y2" }),
+      yaxis: axis({ tickformat: ".0%", range: [-0.03, 1.03] }), yaxis2: axis({ anchor: "x2", zerolinewidth: 1.5 }),
+    });
+    stepsIn(data.theory.steps[select.value]);
+  }
+  show();
+};
+
+function stepsIn(run) {
+  const x = numbered(run.measured.length), ticks = x.map((i) => (i === 0 ? "none" : i === 1 ? "<1/4096" : i === x.length - 1 ? "≥16" : i % 2 === 0 ? (i - 14 < 0 ? "1/" + 2 ** (14 - i) : String(2 ** (i - 14))) : ""));
+  const hover = (what) => `%{y:.2%}<extra>${what}</extra>`;
+  draw("figure-steps", [
+    { type: "bar", x, y: run.measured, marker: { color: RANDOM }, hovertemplate: hover("measured") },
+    { type: "scatter", mode: "lines", x, y: run.permuted, line: { color: INK, width: 2, shape: "hvh" }, hovertemplate: hover("dealt out at random") },
+    { type: "scatter", mode: "lines", x, y: run.gaussian, line: { color: INK, width: 1.5, dash: "dash", shape: "hvh" }, hovertemplate: hover("Gaussian") },
+  ], { height: 260, bargap: 0.1, xaxis: axis({ tickvals: x, ticktext: ticks, title: title("step over spacing, from") }), yaxis: axis({ tickformat: "~%", title: title("entries") }) });
+  const percent = (value) => (100 * value).toFixed(1) + " %";
+  document.getElementById("steps-caption").textContent = `${shortened(run.run, 26)}: bfloat16 hides ${percent(run.hidden.value)} of the entries' moves; of a Gaussian update's it would hide ${percent(run.hidden.gaussian_null)}, of the same steps dealt out at random ${percent(run.hidden.permuted_null)}.`;
+}
+
+figures["figure-leash"] = () => {
+  const traces = [], panel = (j) => column(j, 3, 0.08);
+  data.theory.leash.forEach((run) => {
+    const line = (y, on, what) => traces.push({ type: "scatter", mode: "lines", x: run.step, y, ...on, line: { color: colourOf(run.run), width: 2 }, name: label(run.run), hovertemplate: `%{fullData.name}<br>step %{x}, ${what} %{y:.3~g}<extra></extra>` });
+    line(run.kl_step, { xaxis: "x", yaxis: "y" }, "KL of the step");
+    line(run.kl_cumulative, { xaxis: "x2", yaxis: "y2" }, "KL from the base");
+    line(run.kl_cumulative.map((value, i) => (run.length[i] ? value / run.length[i] ** 2 : null)), { xaxis: "x3", yaxis: "y3" }, "KL over squared length");
+  });
+  draw("figure-leash", traces, {
+    height: 340, annotations: [heading("of each step, nats", middle(panel(0))), heading("from the base, nats", middle(panel(1))), heading("over squared length", middle(panel(2)))],
+    xaxis: axis({ domain: panel(0), title: title("step") }), xaxis2: axis({ domain: panel(1), anchor: "y2", title: title("step") }), xaxis3: axis({ domain: panel(2), anchor: "y3", title: title("step") }),
+    yaxis: axis({ type: "log", tickformat: "~g", dtick: 1 }), yaxis2: axis({ anchor: "x2", type: "log", tickformat: "~g", dtick: 1 }), yaxis3: axis({ anchor: "x3", type: "log", tickformat: "~g", dtick: 1 }),
+  });
+};
+
+figures["figure-bounds"] = () => {
+  const found = data.theory.bounds, traces = [], layout = { annotations: [] }, rows = numbered(found.runs.length);
+  found.bounds.forEach((bound, j) => {
+    const domain = column(j, found.bounds.length, 0.04), on = { xaxis: "x" + suffix(j), type: "scatter", mode: "markers" };
+    bound.runs.forEach((values, i) => {
+      const colour = colourOf(found.runs[i]), mean = values.reduce((sum, value) => sum + value, 0) / values.length;
+      traces.push({ ...on, x: values, y: values.map((_, k) => i + 0.5 * (((k * 0.618) % 1) - 0.5)), marker: { size: 5, color: colour, opacity: 0.5 }, name: label(found.runs[i]), hovertemplate: "%{fullData.name}<br>%{x:.3f}<extra></extra>" });
+      if (values.length) traces.push({ ...on, x: [mean], y: [i], marker: { symbol: "line-ns", size: 22, line: { color: INK, width: 2.5 } }, name: label(found.runs[i]), hovertemplate: "%{fullData.name}<br>mean %{x:.3f}<extra></extra>" });
+    });
+    layout["xaxis" + suffix(j)] = axis({ domain, range: [-0.03, 1.05], tickvals: [0, 0.5, 1], zeroline: false });
+    layout.annotations.push(heading(bound.title, middle(domain)));
+  });
+  layout.yaxis = axis({ tickvals: rows, ticktext: found.runs.map((name) => label(name)), range: [rows.length - 0.5, -0.5], zeroline: false });
+  draw("figure-bounds", traces, { ...layout, height: 90 + 54 * rows.length });
+};
