@@ -510,7 +510,7 @@ def test_the_command_intervenes_and_undoes_after_training(
     lesson = TrainSettings(recipe="sft_own", model=turned, tasks=("count@1",), steps=2, batch=8, eval_prompts=0)
     record = train(lesson, run, quiet=True)
     assert record["base"]["weights_blake2b"] == read_record(turned).result["weights_blake2b"]
-    assert call(monkeypatch, "intervene", run, "--undo", f"{turned}/intervention.json", "--out", back) == 0
+    assert call(monkeypatch, "undo", f"{turned}/intervention.json", run, "--out", back) == 0
     assert "the KL to the trained model" in capsys.readouterr().out
     assert (tmp_path / "back" / "masters" / "model.safetensors").is_file()
     start, end = stored_weights(tmp_path / "turned"), stored_weights(tmp_path / "run" / "masters")
@@ -526,9 +526,8 @@ def test_the_command_intervenes_and_undoes_after_training(
         (["intervene", "{base}", "--rotate", "7", "--out", "{out}"], "layers 0 to 1"),
         (["intervene", "{base}", "--rotate", "two", "--out", "{out}"], "names no layers"),
         (["intervene", "{base}", "--out", "{out}"], "nothing to do"),
-        (["intervene", "{base}", "--rotate", "0", "--exact", "--out", "{out}"], "belong to --undo"),
-        (["intervene", "{base}", "--rotate", "0", "--undo", "{base}", "--out", "{out}"], "takes from RECORD"),
-        (["intervene", "{base}", "--undo", "{base}", "--out", "{out}"], "no record"),
+        (["intervene", "{base}", "--undo", "{base}", "--out", "{out}"], "a command of its own"),
+        (["undo", "{base}", "{base}", "--out", "{out}"], "no record"),
         (["intervene", "{base}/nowhere", "--rotate", "0", "--out", "{out}"], "nowhere"),
     ],
 )

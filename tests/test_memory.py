@@ -10,12 +10,14 @@ from checkpoint_folders import base_and_two_runs, tables_in
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offprincipal.comparison import CompareSettings, MatrixSettings, compare, memory
+from offprincipal import memory
+from offprincipal.comparison import CompareSettings, MatrixSettings, compare
 from offprincipal.comparison.execution import run_in_threads
-from offprincipal.comparison.memory import bytes_needed, free_memory, parse_size
+from offprincipal.comparison.memory import bytes_needed
 from offprincipal.comparison.work import Work
 from offprincipal.errors import ArgumentError
 from offprincipal.geometry import nulls, principal, scan, spectrum
+from offprincipal.memory import free_memory, parse_size
 
 APPROXIMATE = CompareSettings(matrix=MatrixSettings(exact_up_to=4))
 UNITS = {"": 1, "k": 1 << 10, "M": 1 << 20, "Gi": 1 << 30, "t": 1 << 40}

@@ -15,9 +15,9 @@ from safetensors.numpy import save_file
 
 from offprincipal.assets import embedded_base
 from offprincipal.errors import ArgumentError, CheckpointError
+from offprincipal.forecast import preflight
 from offprincipal.geometry.scan import Array
 from offprincipal.geometry.steps import STORAGES, Spacings
-from offprincipal.preflight import preflight
 
 LEARNING_RATE = 3e-6  # no power of two is near, where AdamW's own rounding would decide
 

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from offprincipal.adapters import adapt
     from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare
     from offprincipal.deltas import apply_delta, make_delta
+    from offprincipal.forecast import preflight
     from offprincipal.gates import measure_gates
     from offprincipal.interventions import intervene
-    from offprincipal.preflight import preflight
     from offprincipal.training import TrainSettings, evaluate, train
     from offprincipal.training.monitor import Monitor
     from offprincipal.trajectories import Trajectory, trajectory
@@ -31,7 +31,7 @@ _HOMES = {
     "intervene": "interventions",
     "make_delta": "deltas",
     "measure_gates": "gates",
-    "preflight": "preflight",
+    "preflight": "forecast",
     "TrainSettings": "training",
     "Trajectory": "trajectories",
     "evaluate": "training",

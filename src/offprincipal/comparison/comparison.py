@@ -13,13 +13,14 @@ from offprincipal.comparison.cache import cache_folder
 from offprincipal.comparison.execution import run_in_threads, run_on_ray
 from offprincipal.comparison.journal import gather, resumable, versions
 from offprincipal.comparison.measure import Row, TensorRows
-from offprincipal.comparison.memory import SHARE, bytes_needed, free_memory
+from offprincipal.comparison.memory import bytes_needed
 from offprincipal.comparison.result import Comparison
 from offprincipal.comparison.tables import TABLES
 from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError, FileError
 from offprincipal.files import identities, require_unchanged
 from offprincipal.measures.pooling import anatomy, pool_pair, pool_run
+from offprincipal.memory import SHARE, free_memory
 
 Progress = Callable[[int, int, str], None]
 

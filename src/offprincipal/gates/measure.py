@@ -38,7 +38,6 @@ from offprincipal.gates.sequences import (
 from offprincipal.gates.statistics import mean_with_interval
 from offprincipal.gates.updates import Tuned, Update, Weights, moved_by
 from offprincipal.models import LanguageModel, model_name, open_language_model
-from offprincipal.models.allocator import freed_memory_kept
 from offprincipal.tasks import open_task
 from offprincipal.tasks.prompting import prompting
 
@@ -180,7 +179,7 @@ def measure_gates(
         asked = task_prompts(asking, settings.batches * settings.prompts_per_batch, settings.seed)
     checkpoint = open_checkpoint(model_name(base))
     opened = {run: Tuned(language_model, checkpoint, source, settings.weights) for run, source in tuned.items()}
-    with computing_in(settings.dtype), freed_memory_kept():
+    with computing_in(settings.dtype):
         if asked is None:
             encoded, measured = None, read_sequences(sequences or "", language_model)
         else:

@@ -3,6 +3,7 @@
 Pages hold Plotly's bundle of cartesian charts, a third of the whole.
 """
 
+import gzip
 import html
 from importlib import resources
 from pathlib import Path
@@ -12,12 +13,13 @@ from offprincipal.files import write_atomically
 from offprincipal.reports.words import plain
 
 WEB = "web"
-PLOTLY = "vendor/plotly-cartesian.min.js"
+PLOTLY = "vendor/plotly-cartesian.min.js.gz"
 
 
 def asset(name: str) -> str:
     """A file of a page: style sheet, script or template."""
-    return resources.files("offprincipal.reports").joinpath(WEB, name).read_text(encoding="utf-8")
+    content = resources.files("offprincipal.reports").joinpath(WEB, name).read_bytes()
+    return (gzip.decompress(content) if name.endswith(".gz") else content).decode()
 
 
 def write_page(out: Path, figure: Any, title: str) -> Path:

@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 from rich.box import SIMPLE
 from rich.table import Column, Table
 
-from offprincipal.preflight import ALL, Preflight
+from offprincipal.forecast import ALL, Preflight
 from offprincipal.reports import numbers
 from offprincipal.reports.page import write_page
 from offprincipal.reports.words import place_name, plain, shown

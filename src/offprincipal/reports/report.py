@@ -6,11 +6,8 @@ security policy keeps it so: the browser runs the two scripts whose hashes it na
 
 import base64
 import hashlib
-import os
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +16,17 @@ import pyarrow.parquet as pq
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 from markupsafe import Markup
 
-from offprincipal.comparison import CompareSettings, MatrixSettings, read_summary
+from offprincipal.comparison import read_summary
 from offprincipal.errors import FileError
 from offprincipal.files import read_json, write_atomically
 from offprincipal.reports import figures, numbers, words
 from offprincipal.reports.fine_tuning import fine_tuning_figures
 from offprincipal.reports.page import PLOTLY, WEB, asset
+from offprincipal.reports.places import reproducing, without_paths
 from offprincipal.reports.theory import theory_figures
 
 COLOURS = ("#3b6fb6", "#d9772b", "#3f9a6c", "#a855a0", "#b8932c", "#c24d52", "#4aa3b8", "#7a6f5d", "#6d62c4", "#8a9a3b")
-_PLACES = ("source", "masters")
-_DEEP = 3  # parts of a path, the root among them, of which the last may be named
 CHECKPOINT_KEYS = ("greedy_accuracy", "sampled_accuracy", "pass_at_k", "token_entropy", "kl_to_base")
-_OPTIONS = (
-    *("metrics", "rank_fraction", "alpha", "null_draws", "seed", "include_embeddings", "strict"),
-    *("solver", "tolerance", "device", "expect"),
-)
 _SCRIPTS = ("core.js", "runs.js", "matrices.js", "theory.js", "fine_tuning.js", "start.js")  # one scope, in this order
 _SWEEP_COLUMNS = ("run", "mask", "alpha", "overlap", "overlap_random", "overlap_rounding_null", "changed_count")
 
@@ -54,7 +46,7 @@ def write_report(out: Path, comparison: Path, study: dict[str, Any] | None = Non
     Raises:
         FileError: the folder lacks a table, or one is damaged; or the file cannot be written.
     """
-    with _damage_reported(comparison):
+    with damage_reported(comparison):
         page = _render(_content(comparison, study))
     write_atomically(out, lambda path: path.write_text(page, encoding="utf-8", errors="replace"))
     return out
@@ -64,7 +56,7 @@ _DAMAGE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, Val
 
 
 @contextmanager
-def _damage_reported(folder: Path) -> Iterator[None]:
+def damage_reported(folder: Path) -> Iterator[None]:
     """Tables and summaries may be anyone's: whatever cannot be drawn of them is their damage, and is said so."""
     try:
         yield
@@ -89,13 +81,13 @@ def write_report_of(folder: Path) -> Path:
     if not path.exists():
         return write_report(out, folder)
     study = read_json(path)
-    with _damage_reported(folder):
+    with damage_reported(folder):
         comparison = folder / Path(study["comparison"]).name
     return write_report(out, comparison, study)
 
 
 def _content(comparison: Path, study: dict[str, Any] | None) -> dict[str, Any]:
-    summary = _by_name(read_summary(comparison))
+    summary = without_paths(read_summary(comparison))
     if study and (base := study.get("base")):
         study = study | {"base": base | {"name": words.place_name(base["name"])}}
     runs = list(summary["runs"])
@@ -118,7 +110,7 @@ def _content(comparison: Path, study: dict[str, Any] | None) -> dict[str, Any]:
         "paragraphs": words.run_paragraphs(summary),
         "pair_sentences": [words.pair_sentence(pair) for pair in summary["pairs"]],
         "tally": words.tally(study["claims"]) if study else "",
-        "command": _command(summary),
+        "command": reproducing(summary),
         "thresholds": {"z": words.Z_BEYOND, "tiny": words.TINY, "small": words.SMALL, "about": words.ABOUT},
     }
 
@@ -154,54 +146,6 @@ def _trained(run: Mapping[str, Any]) -> dict[str, Any]:
     ends = (*CHECKPOINT_KEYS, "sampled_accuracy_se")
     moments = {when: {key: (run.get(when) or {}).get(key) for key in ends} for when in ("before", "after")}
     return {key: run.get(key) for key in keys} | moments
-
-
-def _by_name(summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary without this machine's paths, since a page is made to be shared.
-
-    They are as seen from the folder that all of them lie in; where that is a machine's own, as `/home`, their last
-    parts alone.
-    """
-    runs = summary["runs"]
-    places = [run[key] for run in runs.values() for key in _PLACES if key in run]
-    paths = [Path(place) for place in (summary["base"], *places) if Path(place).is_absolute()]
-    common = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path("/")
-
-    def named(place: str) -> str:
-        if not Path(place).is_absolute():
-            return place
-        return words.place_name(place) if len(common.parts) < _DEEP else str(Path(place).relative_to(common))
-
-    def said(text: str) -> str:
-        for path in sorted(map(str, paths), key=len, reverse=True):
-            text = text.replace(path, named(path))
-        return text
-
-    shown = {
-        name: run
-        | {key: named(run[key]) for key in _PLACES if key in run}
-        | {"warnings": [said(warning) for warning in run.get("warnings", ())]}
-        for name, run in runs.items()
-    }
-    return summary | {"base": named(summary["base"]), "runs": shown}
-
-
-def _command(summary: Mapping[str, Any]) -> str:
-    """What makes the comparison again: every option that is not as it usually is."""
-    runs = [f"{name}={run['source']}" for name, run in summary["runs"].items()]
-    usual = asdict(CompareSettings()) | asdict(MatrixSettings())
-    options: list[str] = []
-    for name in _OPTIONS:
-        value, flag = summary["arguments"].get(name), f"--{name.replace('_', '-')}"
-        if value is None or value == (list(usual[name]) if isinstance(usual[name], tuple) else usual[name]):
-            continue
-        if name == "expect":
-            options += [word for text in value for word in (flag, text)]
-        else:
-            options += [flag] if value is True else [flag, ",".join(value) if isinstance(value, list) else str(value)]
-    for name, run in summary["runs"].items():
-        options += ["--masters", f"{name}={run['masters']}"] if "masters" in run else []
-    return shlex.join(["offprincipal", "compare", summary["base"], *runs, *options])
 
 
 def _render(content: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from offprincipal.adapters import Isospectral
 from offprincipal.checkpoints.safetensors_folder import MASTERS
 from offprincipal.deltas import make_delta
 from offprincipal.files import write_atomically
+from offprincipal.memory import return_freed_memory_if_scarce
 from offprincipal.training.processes import in_main, whole_state
 from offprincipal.training.progress import ShowProgress, StepReport
 
@@ -64,6 +65,13 @@ class SaveSlowSteps(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._saved = time.monotonic()
+
+
+class SpareMemory(TrainerCallback):
+    """Give back, after a step, the memory that was freed and kept, where little is left for others."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        return_freed_memory_if_scarce()
 
 
 class NoSignal(TrainerCallback):

@@ -39,8 +39,8 @@ from offprincipal.files import (
     require_folder,
     write_json,
 )
+from offprincipal.memory import freed_memory_kept
 from offprincipal.models import LanguageModel, identify, open_language_model, require_training_extra
-from offprincipal.models.allocator import freed_memory_kept
 from offprincipal.models.quiet import quiet_libraries, send_no_telemetry
 from offprincipal.recipe_names import Recipe
 from offprincipal.tasks import open_task
@@ -265,13 +265,14 @@ def _fit(
         KeepDeltas,
         NoSignal,
         SaveSlowSteps,
+        SpareMemory,
         Timekeeper,
     )
     from offprincipal.training.recipes import build_trainer
 
     key = _SHOWN.get(settings.recipe, "loss")
     with quiet_libraries():
-        callbacks: list[Any] = [Timekeeper(show, _LOGGED[key], key), NoSignal(), SaveSlowSteps()]
+        callbacks: list[Any] = [Timekeeper(show, _LOGGED[key], key), NoSignal(), SaveSlowSteps(), SpareMemory()]
         if opened.trained.is_adapter:
             callbacks.append(ExactAdapter())
         if settings.keep_deltas is not None:

@@ -17,12 +17,12 @@ import pyarrow.parquet as pq
 from offprincipal.checkpoints import Checkpoint, Part, open_checkpoint
 from offprincipal.comparison.execution import in_order, in_threads, one_core_each, run_on_ray
 from offprincipal.comparison.journal import gather, resumable
-from offprincipal.comparison.memory import SHARE, free_memory
 from offprincipal.errors import ArgumentError, CheckpointError
 from offprincipal.files import identities, require_folder, require_unchanged, write_atomically, write_json
 from offprincipal.geometry.extrapolation import METHODS, Method
 from offprincipal.measures.columns import needs_torch
 from offprincipal.measures.settings import Device, MatrixSettings
+from offprincipal.memory import SHARE, free_memory
 from offprincipal.trajectories.figures import Row, Sums
 from offprincipal.trajectories.measure import Moved, restored
 from offprincipal.trajectories.prediction import Progress, predictions_of, require_predictable, write_prediction

@@ -1,0 +1,188 @@
+"""The command line itself, and what its commands share: how they speak, show progress, and are interrupted."""
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from offprincipal.errors import ArgumentError, OffPrincipalError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+errors = Console(stderr=True)
+
+MEASURING, TRAINING, VIEWING = "Measure", "Train and intervene", "Look, keep and share"  # panels of the help
+Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder; made if absent.")]
+
+
+def main() -> None:
+    """Run the command line; an `OffPrincipalError` becomes its message and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # what a console has no letter for, or is no text, is shown as ?
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    code: Any = 0
+    try:
+        app()
+    except SystemExit as ended:
+        code = ended.code
+    except (OffPrincipalError, OSError) as error:
+        errors.print(f"[bold red]error:[/] {escaped(str(error))}", soft_wrap=True, highlight=False)
+        code = 2
+    sys.exit(_flushed(code))
+
+
+def _flushed(code: Any) -> Any:
+    """The exit code, once all is printed: 2 where that cannot be and nothing else was wrong; a closed pipe is none."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the interpreter's own flush ends
+        if not isinstance(error, BrokenPipeError) and not code:
+            errors.print(f"[bold red]error:[/] cannot print: {escaped(str(error))}", highlight=False)
+            return 2
+    return code
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from offprincipal import __version__
+
+        print(f"offprincipal {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What did post-training do to the weights: geometry, precision, or step length?"""
+
+
+def require_training() -> None:
+    from offprincipal.models import require_training_extra
+
+    require_training_extra()
+
+
+def named_runs(tuned: list[str]) -> Any:
+    """Folders, or NAME=PATH, as a mapping where any is named."""
+    from offprincipal.comparison import name_runs
+
+    runs: dict[str, str] = {}
+    for text in tuned:
+        name, equals, source = text.partition("=")
+        named = equals and name and not _is_path(name) and not _exists(text)
+        given = {name: source} if named else name_runs([text])
+        for run, path in given.items():
+            if run in runs:
+                raise ArgumentError(f"two runs are named '{run}': tell them apart with NAME=PATH")
+            runs[run] = path
+    return runs
+
+
+def named_masters(masters: list[str], runs: dict[str, str]) -> dict[str, str]:
+    """Run -> where its masters are; without a name they are those of the only run."""
+    found: dict[str, str] = {}
+    for text in masters:
+        name, equals, source = text.partition("=")
+        if not equals or name not in runs:
+            if len(runs) != 1 and not equals:
+                raise ArgumentError(f"whose masters are {text}? Write --masters NAME={text}, NAME of {', '.join(runs)}")
+            name, source = (next(iter(runs)), text) if not equals or _exists(text) else (name, source)
+        if name in found:
+            raise ArgumentError(f"masters of '{name}' are given twice")
+        found[name] = source
+    return found
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Say, when interrupted, that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        errors.print("\ninterrupted: the same command continues where it stopped", highlight=False)
+        raise typer.Exit(130) from error
+
+
+def _is_path(name: str) -> bool:
+    """Whether what stands before a `=` is the beginning of a path that holds one, and no name."""
+    return any(separator in name for separator in ("/", os.sep, os.altsep) if separator)
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # too long to be a path
+        return False
+
+
+@contextmanager
+def matrix_progress() -> Iterator[Any]:
+    """A bar in parameters, with rate and time left, on a terminal; nothing elsewhere."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("comparing"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[tensor]}"),
+    )
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        line = bar.add_task("comparing", total=None, rate="", tensor="")
+
+        def show(done: int, total: int, tensor: str) -> None:
+            speed = bar.tasks[0].speed
+            rate = f"{speed / 1e6:.1f} M parameters/s" if speed else ""
+            bar.update(line, completed=done, total=total, rate=rate, tensor=escaped(tensor))
+
+        yield show
+
+
+@contextmanager
+def direction_progress() -> Iterator[Any]:
+    """A bar in directions, with the time left, on a terminal; nothing elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("measuring directions"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[run]}"),
+    )
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        line = bar.add_task("", total=None, run="")
+
+        def show(done: int, total: int, run: str) -> None:
+            bar.update(line, completed=done, total=total, run=escaped(run))
+
+        yield show
+
+
+def say(text: str, style: str | None = None, soft_wrap: bool = True) -> None:
+    """One line on the terminal, whatever names are in it: no markup, no control characters."""
+    from offprincipal.reports.words import plain
+
+    Console().print(plain(text), style=style, soft_wrap=soft_wrap, highlight=False, markup=False)
+
+
+def escaped(text: str) -> str:
+    """The same for text that markup goes around."""
+    from offprincipal.reports.words import shown
+
+    return shown(text)

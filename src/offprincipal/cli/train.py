@@ -1,0 +1,227 @@
+"""Commands that train, and that change weights: study, train, intervene; and what they can be told."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from offprincipal.assets import EMBEDDED
+from offprincipal.cli.app import TRAINING, Out, app, require_training, resumable, say
+from offprincipal.errors import ArgumentError
+from offprincipal.recipe_names import RECIPES
+
+Replace = Annotated[bool, typer.Option("--overwrite", help="Replace an intervention that is in the folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard what was trained there under other settings.")]
+
+
+@app.command(rich_help_panel=TRAINING)
+def study(
+    profile: Annotated[str, typer.Argument(metavar="PROFILE", help="A shipped profile, or a YAML file.")] = "quick",
+    out: Out = Path("study"),
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override the profile, as in training.steps=200."),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Training runs at once; default: a core each, at most 4.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train by RLVR and SFT, measure what each did to the weights, and judge the paper's claims.
+
+    Killed at any moment, the same command continues. Writes study.json, report.html, a folder a run, and the tables.
+    """
+    require_training()
+    from offprincipal.reports.fine_tuning import fine_tuning_figures
+    from offprincipal.reports.terminal import claims_table, fine_tuning_tables, runs_table
+    from offprincipal.studies import load_profile
+    from offprincipal.studies.console import run_on_console
+
+    console = Console()
+    with resumable():
+        found = run_on_console(load_profile(profile, override or []), out, jobs, overwrite, console)
+    if found:
+        console.print(runs_table(found), *fine_tuning_tables(fine_tuning_figures(out, found)), claims_table(found))
+    written = out / "report.html" if (out / "report.html").is_file() else out
+    say(f"{'report' if found else 'results'}: {written}")
+
+
+@app.command(rich_help_panel=TRAINING)
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help=f"{', '.join(RECIPES)}.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the run; the same command continues a killed one.")
+    ],
+    task: Annotated[
+        list[str], typer.Option("--task", help="add, sort@2, rg:NAME, hf:DATASET?prompt=…&answer=…; repeat for more.")
+    ],
+    model: Annotated[str, typer.Option(help="Folder, Hugging Face id, or `embedded`.")] = "embedded",
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; `offprincipal settings` lists them."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Of AdamW, constant.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides prompts and samples.")] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD",
+            help="Train not all weights: lora, pissa, milora, mica, olora, rlpo, rlmo, geora or off_principal, which "
+            "take larger learning rates, 1e-3 say; sparse or shira, under a mask; isospectral, isospectral_muon.",
+        ),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of a LoRA; default 8.")] = None,
+    mask: Annotated[
+        str | None,
+        typer.Option(help="safe, principal, off_principal, low_magnitude, random or from_run, of sparse and shira."),
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="Share of entries that the mask holds.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a model on verifiable tasks, and measure it on held-out prompts before and after.
+
+    What an adapter or a mask trained is merged into the model in --out; the adapter itself is in OUT/adapter.
+    """
+    require_training()
+    from offprincipal.reports.terminal import runs_table
+    from offprincipal.studies.profile import apply_override
+    from offprincipal.training import parse_settings
+    from offprincipal.training import train as run
+    from offprincipal.training.processes import is_main
+
+    named = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "seed": seed}
+    values: dict[str, Any] = {"recipe": recipe, "model": model, "tasks": task}
+    values |= {key: value for key, value in named.items() if value is not None}
+    of_adapter = {"method": adapter, "rank": rank, "mask": mask, "density": density}
+    if given := {key: value for key, value in of_adapter.items() if value is not None}:
+        values["adapter"] = given
+    for text in override or []:
+        apply_override(values, text)
+    with resumable():
+        record = run(parse_settings(values), out, overwrite=overwrite)
+    if not is_main():
+        return
+    run_entry = {"name": out.name, "seconds": record["seconds"], **record["settings"], **record["accuracy"]}
+    Console().print(runs_table({"runs": [run_entry]}))
+    say(f"model: {out}")
+
+
+@app.command(rich_help_panel=TRAINING)
+def intervene(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hugging Face id, or `embedded`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result, made whole or not at all.")],
+    rotate: Annotated[
+        str | None,
+        typer.Option(metavar="LAYERS", help="Rotate the values of each key-value head: 3, or 0,2 or 4-7, or all."),
+    ] = None,
+    permute: Annotated[
+        str | None, typer.Option(metavar="LAYERS", help="Reorder attention heads and MLP neurons of these layers.")
+    ] = None,
+    rotate_residual: Annotated[
+        bool, typer.Option("--rotate-residual", help="Rotate the whole residual stream; norms' gains are folded.")
+    ] = False,
+    matrix: Annotated[str, typer.Option(help="haar (uniform) or hadamard (random signs).")] = "haar",
+    seed: Annotated[int, typer.Option(help="Of the draws; every layer has its own.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="Store as float32, bfloat16 or float16; default: as MODEL is stored.")
+    ] = None,
+    overwrite: Replace = False,
+    undone: Annotated[str | None, typer.Option("--undo", hidden=True)] = None,
+) -> None:
+    """Change a model's weights and not its function, and prove it.
+
+    Writes an ordinary Hugging Face folder with intervention.json, which `offprincipal undo` takes after training.
+    """
+    require_training()
+    from offprincipal import interventions
+    from offprincipal.reports.terminal import proof_lines
+
+    if undone is not None:
+        raise ArgumentError(f"--undo is a command of its own: offprincipal undo {undone} {model} --out {out}")
+    layers: Any = {
+        "rotate": interventions.parse_layers(rotate) if rotate is not None else (),
+        "permute": interventions.parse_layers(permute) if permute is not None else (),
+    }
+    options: Any = {"residual": rotate_residual, "matrix": matrix, "seed": seed, "dtype": dtype}
+    done = interventions.intervene(model, out, **layers, **options, overwrite=overwrite)
+    for line in (*proof_lines(done.proof, done.dtype, undone=False), f"model: {out}"):
+        say(line)
+
+
+@app.command(rich_help_panel=TRAINING)
+def undo(
+    record: Annotated[
+        Path, typer.Argument(metavar="RECORD", help="intervention.json of `offprincipal intervene`, or its folder.")
+    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="What was trained from the intervened model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result, made whole or not at all.")],
+    base: Annotated[str | None, typer.Option(help="The base of the intervention, if not where RECORD says.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Store as float32, bfloat16 or float16; default: as float32, without rounding.")
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Bring back the weights, not the update; this keeps the base's rounding.")
+    ] = False,
+    overwrite: Replace = False,
+) -> None:
+    """Bring what was trained after an intervention back into the base's coordinates, and prove it."""
+    require_training()
+    from offprincipal import interventions
+    from offprincipal.reports.terminal import proof_lines
+
+    undone = interventions.undo(record, model, out, base=base, dtype=dtype, exact=exact, overwrite=overwrite)
+    for line in (*proof_lines(undone["proof"], undone["dtype"], undone=True), f"model: {out}"):
+        say(line)
+
+
+@app.command(rich_help_panel=TRAINING)
+def settings() -> None:
+    """List every training setting with its default."""
+    from offprincipal.reports.terminal import settings_table
+    from offprincipal.training.settings import setting_fields
+
+    Console().print(settings_table(setting_fields()))
+
+
+@app.command(rich_help_panel=TRAINING)
+def tasks(
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Put some held-out problems to --model, and print what it makes of them.")
+    ] = False,
+    model: Annotated[str, typer.Option(help="Of the preview: a folder, a Hugging Face id, or `embedded`.")] = EMBEDDED,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="Of the preview, as train takes it; repeat for more.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="As train takes them: prompt.shots=8, max_new_tokens=64."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Problems of the preview, the tasks in turn.")] = 3,
+) -> None:
+    """List the symbolic tasks, each with a prompt, its answer and a teacher's trace; or put some to a model.
+
+    The preview asks as `train` would: with the tokenizer's chat template, else with a few solved problems before each.
+    """
+    from offprincipal.reports.terminal import preview_lines, tasks_table
+    from offprincipal.tasks import open_task, symbolic_kinds
+
+    if not preview:
+        Console().print(tasks_table([open_task(kind) for kind in symbolic_kinds()]))
+        return
+    require_training()
+    from offprincipal.studies.profile import apply_override
+    from offprincipal.training.preview import preview as ask
+    from offprincipal.training.settings import parse_settings
+
+    given: dict[str, Any] = {"recipe": "grpo", "tasks": task or ["add"], "model": model}
+    for override in overrides or []:
+        apply_override(given, override)
+    chosen = parse_settings(given)
+    length = chosen.max_new_tokens if "max_new_tokens" in given else None
+    options: Any = {"device": chosen.device, "trust_remote_code": chosen.trust_remote_code}
+    found = ask(chosen.model, chosen.tasks, chosen.prompt, count, length, chosen.seed, **options)
+    for line in preview_lines(found):
+        say(line, soft_wrap=False)

@@ -1,0 +1,121 @@
+"""Commands for what is there already: show, report, card, delta and apply, the cache."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from offprincipal.cli.app import VIEWING, app, matrix_progress, say
+
+
+@app.command(rich_help_panel=VIEWING)
+def show(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What any command of ours wrote.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print its JSON files, by name, instead of tables.")] = False,
+) -> None:
+    """Print what a folder holds: a comparison, run, monitor, trajectory, study, gates or intervention."""
+    from offprincipal.reports import show as showing
+    from offprincipal.reports.terminal import as_shown_json
+
+    if as_json:
+        print(as_shown_json(showing.as_json(folder)))
+        return
+    for part in showing.parts_of(folder):
+        if isinstance(part, str):
+            say(part, soft_wrap=False)
+        else:
+            Console().print(part)
+
+
+@app.command(rich_help_panel=VIEWING)
+def card(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that `compare` wrote.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for README.md, its figure and its data; a README there is kept.")
+    ] = Path("card"),
+    push: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="Open it as a pull request for this model on the Hub.")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="The base on the Hub, for metadata that name none.")
+    ] = None,
+) -> None:
+    """Write a model card's section about what training did: table, anatomy, figure, and data of a fixed form."""
+    from offprincipal.comparison import read_summary
+    from offprincipal.reports.card import push_card, write_card
+
+    summary = read_summary(folder)
+    if push is None:
+        say(f"section: {write_card(summary, out, base_model)}")
+    else:
+        say(f"pull request: {push_card(summary, push, out, base_model)}")
+
+
+@app.command(rich_help_panel=VIEWING)
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that `compare` or `study` wrote.")],
+) -> None:
+    """Draw report.html anew from the tables in a folder."""
+    from offprincipal.reports.report import write_report_of
+
+    say(str(write_report_of(folder)))
+
+
+@app.command(rich_help_panel=VIEWING)
+def delta(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Whatever `compare` reads.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="What was trained from it.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write: NAME.delta.")],
+    format: Annotated[
+        str, typer.Option(help="delta, or sparse-safetensors: places and values as TRL exchanges them with vLLM.")
+    ] = "delta",
+) -> None:
+    """Write what changed from BASE to TUNED into one small file, without loss.
+
+    It is safetensors inside, guarded by hashes of both sides, and itself a checkpoint wherever one is taken after BASE.
+    """
+    from offprincipal.deltas import make_delta
+    from offprincipal.reports.terminal import delta_lines
+
+    with matrix_progress() as progress:
+        made = make_delta(base, tuned, out, format, progress=progress)
+    for line in delta_lines(made):
+        say(line)
+
+
+@app.command(rich_help_panel=VIEWING)
+def apply(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="What the delta was made from.")],
+    file: Annotated[Path, typer.Argument(metavar="DELTA", help="A .delta file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the model, made whole or not at all.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+) -> None:
+    """Write the model that a delta leads to from BASE, bit for bit, as a Hugging Face folder."""
+    from offprincipal.deltas import apply_delta
+
+    with matrix_progress() as progress:
+        apply_delta(base, file, out, overwrite=overwrite, progress=progress)
+    say(f"model: {out}")
+
+
+cache_app = typer.Typer(no_args_is_help=True, help="The decomposed bases that `compare` keeps.")
+app.add_typer(cache_app, name="cache", rich_help_panel=VIEWING)
+
+
+@cache_app.command("info")
+def cache_info() -> None:
+    """Say where decomposed bases are kept, and how much they take."""
+    from offprincipal.comparison.cache import BaseCache, cache_folder
+    from offprincipal.reports.terminal import cache_line
+
+    say(cache_line(BaseCache(cache_folder()).info()))
+
+
+@cache_app.command("clear")
+def cache_clear() -> None:
+    """Remove all decomposed bases."""
+    from offprincipal.comparison.cache import BaseCache, cache_folder
+    from offprincipal.reports.terminal import cache_line
+
+    say(f"removed: {cache_line(BaseCache(cache_folder()).clear())}")

@@ -1,0 +1,240 @@
+"""A model card's section about what training did to the weights, for the README of a model on the Hugging Face Hub.
+
+    CARD/README.md             the section, with metadata; put into the card that is there already, or made anew
+    CARD/offprincipal.svg      its figure: the anatomy of each run
+    CARD/offprincipal.jsonl    a line a pair of base and run, of one form for all, so that many can be collected
+
+Names are anyone's: they are text in Markdown and in the figure, and no path of this machine is among them.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from offprincipal.errors import FileError
+from offprincipal.files import require_folder, write_atomically
+from offprincipal.reports.figures import anatomy
+from offprincipal.reports.places import reproducing, without_paths
+from offprincipal.reports.report import damage_reported
+from offprincipal.reports.terminal import LADDER_COLUMNS, anatomy_rows, figure_rows
+from offprincipal.reports.words import decisions, plain
+
+README, FIGURE, PAIRS = "README.md", "offprincipal.svg", "offprincipal.jsonl"
+PAIR_SCHEMA = 1
+_BEGIN, _END = "<!-- offprincipal: begin -->", "<!-- offprincipal: end -->"
+_PARTS = (("rounding", "#7d8795"), ("magnitude", "#b8932c"), ("neurons", "#4aa3b8"), ("beyond all nulls", "#c24d52"))
+_LONGEST = 24  # letters of a name in the figure
+_MARKED = re.compile(r"([\\`*_{}\[\]<>|~$&#])")
+_NO_METADATA = "---\n{}\n---\n"
+
+
+def write_card(summary: Mapping[str, Any], out: Path, base_model: str | None = None, existing: str = "") -> Path:
+    """Write the section, its figure and its pairs into a folder.
+
+    Args:
+        summary: `summary.json` of a comparison.
+        out: the folder; made if absent. A README.md in it is kept around the section.
+        base_model: the base's id on the Hub, for metadata that name none.
+        existing: the model card to put the section into, in place of one that is in the folder.
+
+    Returns:
+        The README.
+
+    Raises:
+        FileError: the summary is damaged, or a file cannot be written.
+    """
+    require_folder(out)
+    readme = out / README
+    if not existing and readme.is_file():
+        existing = readme.read_text(encoding="utf-8", errors="replace")
+    with damage_reported(out):
+        shared = without_paths(dict(summary))
+        figure = anatomy_svg(shared)
+        texts = {
+            README: with_section(existing, section(shared, bool(figure)), base_model),
+            FIGURE: figure,
+            PAIRS: "".join(json.dumps(row, allow_nan=False, sort_keys=True) + "\n" for row in pair_rows(shared)),
+        }
+    for name, text in texts.items():
+        if text:
+            _write(out / name, text)
+    return readme
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda part: part.write_text(text, "utf-8", errors="replace"))
+
+
+def push_card(summary: Mapping[str, Any], repo: str, out: Path, base_model: str | None = None) -> str:
+    """Put the section into a model's card on the Hub, as a pull request.
+
+    Args:
+        repo: the model, `org/name`; a token that may open pull requests is where huggingface_hub looks for one.
+        out: the folder that the files are written into first.
+        base_model: as `write_card` takes it.
+
+    Returns:
+        The address of the pull request.
+
+    Raises:
+        FileError: the Hub does not take it, or a file cannot be written.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    try:
+        try:
+            card = ModelCard.load(repo, ignore_metadata_errors=True).content
+        except EntryNotFoundError:
+            card = ""
+        write_card(summary, out, base_model, card)
+        files = [name for name in (README, FIGURE, PAIRS) if (out / name).is_file()]
+        commit = HfApi().create_commit(
+            repo,
+            [CommitOperationAdd(name, str(out / name)) for name in files],
+            commit_message="Say what training did to the weights",
+            commit_description="Measured with offprincipal, each figure beside the null that would explain it away.",
+            create_pr=True,
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileError(
+            f"cannot open a pull request for {repo}: {reason}. The section is in {out}; see that the model exists, and "
+            "that `hf auth login` or HF_TOKEN has a token that may write discussions"
+        ) from error
+    return str(commit.pr_url)
+
+
+def section(summary: Mapping[str, Any], with_figure: bool) -> str:
+    """The section in Markdown: the figures, the ladder, what decides, and the command that makes it again.
+
+    Args:
+        summary: as `without_paths` gives it.
+        with_figure: whether the figure lies beside it.
+    """
+    parts = [
+        "## What training did to the weights",
+        f"Measured from `{_code(summary['base'])}` with offprincipal {summary['versions']['offprincipal']}; in "
+        "brackets, the null: what an update that knows nothing of the weights would show.",
+        _table(["", *summary["runs"]], figure_rows(summary)),
+    ]
+    if rungs := anatomy_rows(summary):
+        parts.append("Of the changed entries, % in the mask; each null from left to right knows one thing more:")
+        parts.append(_table(LADDER_COLUMNS, rungs))
+    if with_figure:
+        parts.append(f"![Where the change fell, and what explains it: points beyond chance]({FIGURE})")
+    parts += [_text(sentence) for sentence in decisions(summary)]
+    parts.append(f"```sh\n{plain(reproducing(summary)).replace('`', '')}\n```")
+    return "\n\n".join([_BEGIN, *parts, _END]) + "\n"
+
+
+def with_section(card: str, text: str, base_model: str | None = None) -> str:
+    """A model card with the section in it: in place of the one that is there, else at its end; tagged.
+
+    Args:
+        card: the card, metadata included; empty for none.
+        text: as `section` gives it.
+        base_model: named in the metadata where they name none.
+    """
+    from huggingface_hub import ModelCard
+
+    opened: Any = ModelCard(
+        card if card.lstrip().startswith("---") else _NO_METADATA + card, ignore_metadata_errors=True
+    )
+    begin, end = opened.text.find(_BEGIN), opened.text.find(_END)
+    if 0 <= begin < end:
+        opened.text = opened.text[:begin] + text.rstrip("\n") + opened.text[end + len(_END) :]
+    else:
+        opened.text = f"{opened.text.rstrip()}\n\n{text}".lstrip("\n")
+    opened.data.tags = list(dict.fromkeys([*(opened.data.tags or []), "offprincipal"]))
+    if base_model and not opened.data.base_model:
+        opened.data.base_model = base_model
+    return str(opened.content)
+
+
+def pair_rows(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """One row a run: who is compared with whom, by what versions and arguments, and every pooled figure.
+
+    Fields: `schema`, `base` and `tuned` (ids, with a revision behind an @ where one was given, or folders), `run`,
+    `arguments`, `versions`, and `metrics`: name -> `value`, `low`, `high`, as docs/metrics.md defines them.
+    """
+    for name, run in summary["runs"].items():
+        yield {
+            "schema": PAIR_SCHEMA,
+            "base": summary["base"],
+            "tuned": run["source"],
+            "run": name,
+            "arguments": summary["arguments"],
+            "versions": summary["versions"],
+            "metrics": run["metrics"],
+        }
+
+
+def anatomy_svg(summary: Mapping[str, Any]) -> str:
+    """The anatomy of each run as bars, as the report draws it; empty where no entries were located."""
+    masks = anatomy(summary)
+    if not masks:
+        return ""
+    runs, panel, left, bar, top = list(summary["runs"]), 300, 170, 26, 66
+    width, height = left + len(masks) * (panel + 60), top + bar * len(runs) + 34
+    reach = max(1.0, *(_reach(run) for mask in masks for run in mask["runs"]))
+    shapes = [f'<rect width="{width}" height="{height}" fill="#fff"/>']
+    for place, (part, colour) in enumerate(_PARTS):
+        x = 12 + 140 * place
+        shapes += [f'<rect x="{x}" y="12" width="12" height="12" rx="3" fill="{colour}"/>', _label(x + 18, 22, part)]
+    for row, name in enumerate(runs):
+        shown = plain(name) if len(name) <= _LONGEST else plain(f"{name[:14]}…{name[-9:]}")
+        shapes.append(_label(left - 10, top + bar * row + 17, shown, "end"))
+    for place, mask in enumerate(masks):
+        middle, scale = left + place * (panel + 60) + panel / 2, panel / 2 / (1.05 * reach)
+        shapes.append(_label(middle, top - 14, mask["title"], "middle"))
+        shapes.append(f'<path d="M{middle} {top - 4}V{height - 28}" stroke="#c5ccd6"/>')
+        for at in (-reach, 0, reach):
+            shapes.append(_label(middle + scale * at, height - 10, f"{at:+.1f}" if at else "chance", "middle"))
+        for row, run in enumerate(mask["runs"]):
+            shapes += _bar(run, middle, scale, top + bar * row + 4)
+    font = "font-family='system-ui, sans-serif' font-size='12' fill='#1f2733'"
+    return (
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' role='img' {font}>"
+        f"<title>Points beyond chance, and what explains them</title>{''.join(shapes)}</svg>\n"
+    )
+
+
+def _reach(run: Mapping[str, Any]) -> float:
+    known: list[float] = [part for part in run["parts"] if part is not None]
+    return max(sum(p for p in known if p > 0), -sum(p for p in known if p < 0))
+
+
+def _bar(run: Mapping[str, Any], middle: float, scale: float, y: float) -> Iterator[str]:
+    """Parts to the right of chance one after another, and so to the left; a line where they add up to."""
+    ends = {True: middle, False: middle}
+    for part, (_, colour) in zip(run["parts"], _PARTS, strict=True):
+        if part:
+            length, right = abs(part) * scale, part > 0
+            x = ends[right] if right else ends[right] - length
+            ends[right] = x + length if right else x
+            yield f'<rect x="{x:.2f}" y="{y}" width="{length:.2f}" height="16" fill="{colour}"/>'
+    if run["measured"] is not None:
+        yield f'<rect x="{middle + scale * run["measured"] - 1:.2f}" y="{y - 2}" width="2" height="20"/>'
+
+
+def _label(x: float, y: float, text: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---" if place == 0 else "---:" for place in range(len(head))], *rows]
+    shown = ([cell if row == 1 else _text(cell) for cell in line] for row, line in enumerate(lines))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in shown)
+
+
+def _text(text: str) -> str:
+    """Text as Markdown shows it letter by letter."""
+    return _MARKED.sub(r"\\\1", plain(text).replace("\n", " "))
+
+
+def _code(text: str) -> str:
+    return plain(text).replace("`", "'").replace("\n", " ")

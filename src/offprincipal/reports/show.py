@@ -1,0 +1,132 @@
+"""`offprincipal show`: what a folder of ours holds, printed as the command that wrote it did."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import RenderableType
+from rich.table import Table
+
+from offprincipal.errors import FileError
+from offprincipal.files import read_json
+from offprincipal.reports import terminal, words
+from offprincipal.reports.numbers import number
+from offprincipal.reports.report import damage_reported
+
+Part = RenderableType
+_WATCHED = (
+    ("KL of the step", "kl_step"),
+    ("KL to base", "kl_cumulative"),
+    ("relative update norm", "relative_update_norm"),
+    ("unchanged, %", "unchanged_fraction"),
+    ("spectral shift", "spectral_shift"),
+)
+_ROWS = 12  # of a monitor's, the last among them
+
+
+def parts_of(folder: Path) -> Iterator[Part]:
+    """Tables, and sentences as plain text, of everything that a folder holds.
+
+    Args:
+        folder: what any of our commands wrote; a run may hold what a monitor saw, too.
+
+    Raises:
+        FileError: it holds nothing of ours, or what it holds is damaged.
+    """
+    there = [name for name in _KINDS if (folder / name).is_file()]
+    if not there:
+        raise FileError(f"{folder} holds none of {', '.join(_KINDS)}: give a folder that offprincipal wrote")
+    for name in there:
+        with damage_reported(folder / name):
+            yield from _KINDS[name](folder / name)
+
+
+def _study(path: Path) -> Iterator[Part]:
+    study = read_json(path)
+    yield f"study '{study['profile']}' of {words.place_name(study['base']['name'])}"
+    yield terminal.runs_table(study)
+    yield terminal.claims_table(study)
+
+
+def _run(path: Path) -> Iterator[Part]:
+    record = read_json(path)
+    settings = record["settings"]
+    yield f"{settings['recipe']} on {', '.join(settings['tasks'])}, {settings['steps']} steps of {settings['batch']}"
+    run = {"name": path.resolve().parent.name, "seconds": record["seconds"], **record["accuracy"]}
+    yield terminal.runs_table({"runs": [run]})
+    if stopped := record.get("stopped"):
+        yield f"stopped early: {stopped}"
+
+
+def _comparison(path: Path) -> Iterator[Part]:
+    summary = read_json(path)
+    yield terminal.comparison_table(summary)
+    yield from (f"note: {warning}" for warning in words.warnings_of(summary))
+    yield from words.decisions(summary)
+
+
+def _trajectory(path: Path) -> Iterator[Part]:
+    from offprincipal.reports.trajectory import trajectory_sentences, trajectory_table
+
+    content = read_json(path)
+    yield trajectory_table(content)
+    yield from trajectory_sentences(content)
+
+
+def _gates(path: Path) -> Iterator[Part]:
+    from offprincipal.reports.gates import gates_tables
+
+    yield gates_tables(read_json(path))
+
+
+def _preflight(path: Path) -> Iterator[Part]:
+    from offprincipal.reports.preflight import preflight_sentences, preflight_table
+
+    content = read_json(path)
+    yield preflight_table(content)
+    yield from preflight_sentences(content)
+
+
+def _monitor(path: Path) -> Iterator[Part]:
+    from offprincipal.training.monitor.table import read_monitor
+
+    rows = [row for row in read_monitor(path.parent) if row["tensor"] is None]
+    every = max(1, -(-len(rows) // _ROWS))
+    table = Table(box=SIMPLE, title="monitor", title_justify="left")
+    for title in ("step", *(title for title, _ in _WATCHED)):
+        table.add_column(title, justify="right")
+    for row in rows[::-1][::every][::-1]:
+        values = [(row.get(name), 100 if "%" in title else 1) for title, name in _WATCHED]
+        table.add_row(str(row["step"]), *(number(None if v is None else factor * v) for v, factor in values))
+    yield table
+
+
+def _intervention(path: Path) -> Iterator[Part]:
+    record = read_json(path)
+    yield from terminal.proof_lines(record["proof"], record["dtype"], undone=path.name == "undo.json")
+
+
+_KINDS: dict[str, Callable[[Path], Iterator[Part]]] = {
+    "study.json": _study,
+    "run.json": _run,
+    "monitor.parquet": _monitor,
+    "summary.json": _comparison,
+    "trajectory.json": _trajectory,
+    "gates.json": _gates,
+    "preflight.json": _preflight,
+    "intervention.json": _intervention,
+    "undo.json": _intervention,
+}
+
+
+def as_json(folder: Path) -> dict[str, Any]:
+    """The JSON files of a folder by name.
+
+    Raises:
+        FileError: it holds none of ours.
+    """
+    found = {name: read_json(folder / name) for name in _KINDS if name.endswith(".json") and (folder / name).is_file()}
+    if not found:
+        raise FileError(f"{folder} holds none of {', '.join(_KINDS)}: give a folder that offprincipal wrote")
+    return found

@@ -1,0 +1,97 @@
+"""`show` prints any folder of ours, and says what it expected of another."""
+
+import json
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from checkpoint_folders import base_weights, moved, stored, write_model
+from rich.console import Console
+
+from offprincipal import Monitor, intervene, preflight, trajectory
+from offprincipal.cli import main
+from offprincipal.comparison import compare
+from offprincipal.errors import FileError
+from offprincipal.gates import measure_gates
+from offprincipal.reports.show import as_json, parts_of
+from offprincipal.training import TrainSettings, train
+
+
+def printed(folder: Path) -> str:
+    console = Console(width=100, file=StringIO())
+    with console.capture() as said:
+        for part in parts_of(folder):
+            console.print(part)
+    return said.get()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root, weights = tmp_path_factory.mktemp("pair"), base_weights()
+    return write_model(root / "base", weights), write_model(root / "tuned", stored(moved(weights, 1e-3, 5)))
+
+
+def test_a_comparison_is_shown_as_it_was_printed(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def call(*words: str) -> str:
+        monkeypatch.setattr("sys.argv", ["offprincipal", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        return capsys.readouterr().out
+
+    out = str(tmp_path / "out")
+    first = call("compare", str(pair[0]), f"rl={pair[1]}", "--out", out, "--no-report")
+    again = call("show", out)
+    assert "null in brackets" in again and first.startswith(again)  # but for where the tables are
+    assert set(json.loads(call("show", out, "--json"))) == {"summary.json"}
+
+
+def test_a_run_is_shown_with_what_its_monitor_saw(tiny_model: Path, tmp_path: Path) -> None:
+    settings = TrainSettings(
+        **{"recipe": "sft_own", "model": str(tiny_model), "tasks": ("count@1",), "steps": 3, "batch": 8},
+        **{"eval_prompts": 0, "monitor": 1, "device": "cpu"},
+    )
+    train(settings, tmp_path / "run", quiet=True)
+    said = printed(tmp_path / "run")
+    assert "sft_own on count@1, 3 steps of 8" in said and "KL of the step" in said
+    assert set(as_json(tmp_path / "run")) == {"run.json"}
+
+
+def test_the_other_kinds(tiny_model: Path, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    trajectory(pair[0], [pair[1], pair[0]], steps=[2, 1], out=tmp_path / "trajectory")
+    assert "straightness" in printed(tmp_path / "trajectory")
+    preflight(pair[0], 1e-6).write(tmp_path / "preflight")
+    assert "1e-06" in printed(tmp_path / "preflight")
+    intervene(tiny_model, tmp_path / "turned", rotate=(0,))
+    assert "float64 logits differ by" in printed(tmp_path / "turned")
+    options = {"batches": 2, "prompts_per_batch": 1, "per_layer": False, "draws": 1, "max_new_tokens": 2}
+    measure_gates(tiny_model, {"same": tiny_model}, task="add@1", **options).write(tmp_path / "gates")
+    assert "same" in printed(tmp_path / "gates")
+
+
+def test_a_folder_that_is_not_ours_or_damaged_is_named(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    for act in (printed, as_json):
+        with pytest.raises(FileError, match=r"holds none of study.json, run.json"):
+            act(pair[0])
+    (tmp_path / "summary.json").write_text('{"runs": 3}')
+    with pytest.raises(FileError, match="damaged"):
+        printed(tmp_path)
+
+
+def test_a_monitor_alone_is_shown_with_its_last_step(tiny_model: Path, tmp_path: Path) -> None:
+    from offprincipal.models import open_language_model
+
+    model = open_language_model(str(tiny_model), "cpu").model
+    monitor = Monitor(tmp_path / "watched", every=1)
+    monitor.start(model)
+    for step in range(1, 31):
+        monitor.observe(step, model)
+    rows = [line.split()[0] for line in printed(tmp_path / "watched").splitlines() if line.strip()[:1].isdigit()]
+    assert rows[-1] == "30" and len(rows) <= 12
+
+
+def test_folders_of_comparisons_come_out_of_the_library_too(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    compare(pair[0], {"rl": pair[1]}, metrics=("changes",)).write(tmp_path / "c")
+    assert "rl" in printed(tmp_path / "c")
