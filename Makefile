@@ -1,10 +1,10 @@
-# make demo | test | setup | lint | bench | clean
+# make demo | test | setup | lint | bench | docs | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.offprincipal-ready
 
-.PHONY: demo test setup lint bench clean
+.PHONY: demo test setup lint bench docs clean
 
 demo: setup
 	$(BIN)/offprincipal study --out demo
@@ -20,6 +20,11 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/compare.py
+
+# Warnings are errors: a link that leads nowhere, a page in no menu.
+docs: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/zensical build --strict
 
 setup: $(STAMP)
 

@@ -39,7 +39,7 @@ def blocks(page: Path, language: str) -> list[str]:
 def commands(page: Path) -> list[list[str]]:
     """The arguments of every `offprincipal`, whichever launcher starts it."""
     lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
-    words = [shlex.split(line) for line in lines]
+    words = [shlex.split(line, comments=True) for line in lines]
     return [line[line.index("offprincipal") + 1 :] for line in words if "offprincipal" in line]
 
 

@@ -1,0 +1,68 @@
+"""The documentation: the tour runs as it stands there, but for sizes; no link leads nowhere, and no page is lost."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from test_cli import call
+from test_recipe_pages import blocks, commands, made_small
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+IN_MENUS = (ROOT / "mkdocs.yml").read_text()
+
+
+def test_the_tour_runs(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = {"embedded": str(tiny_model)}
+    for arguments in commands(DOCS / "tour.md"):
+        small = ["--model", str(tiny_model), "--set", "batch=8"] if arguments[0] == "train" else []
+        given = [*made_small(arguments, base), *small]
+        assert call(monkeypatch, *given) == 0, shlex.join(given)
+    assert (tmp_path / "tour" / "comparison" / "report.html").is_file()
+    capsys.readouterr()
+    (snippet,) = blocks(DOCS / "tour.md", "python")
+    exec(compile(snippet.replace('"embedded"', repr(str(tiny_model))), "tour.md", "exec"), {})
+    assert "rows, one a run and matrix" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("*.md")], ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"[a-z]+:|#", target):
+            path, _, anchor = target.partition("#")
+            assert (page.parent / path).exists(), target
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", (page.parent / path).read_text(), re.MULTILINE)
+                assert anchor in {slug(heading) for heading in headings}, target
+
+
+def slug(heading: str) -> str:
+    return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip())
+
+
+def test_every_page_is_in_the_menu() -> None:
+    named = set(re.findall(r"[\w/]+\.md", str(yaml.safe_load(IN_MENUS)["nav"])))
+    assert named == {str(page.relative_to(DOCS)) for page in PAGES}
+
+
+def test_the_readme_snippet_runs(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (snippet,) = blocks(ROOT / "README.md", "python")
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "rl_checkpoint"):
+        (tmp_path / name).symlink_to(tiny_model)
+    exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_every_command_is_in_the_documentation() -> None:
+    from offprincipal.cli import app
+
+    names = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    text = "".join(page.read_text() for page in [*PAGES, ROOT / "README.md"])
+    assert {name for name in names if not re.search(rf"offprincipal {name}\b", text)} == set()
