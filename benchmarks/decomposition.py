@@ -15,7 +15,7 @@ TURNED = {False: "as stored", True: "wide matrices transposed first, which is fa
 
 
 def against_svd(pair: Pair, rounds: int) -> Table:
-    """All metrics with their nulls and certificates, in process."""
+    """All metrics with their nulls and error bounds, in process."""
     names = pair.linear_matrices()
 
     def svds(tall: bool) -> Cost:

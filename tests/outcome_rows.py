@@ -37,7 +37,7 @@ def curve_rows(run: str, divergences: Sequence[float]) -> list[Row]:
     ]
 
 
-def ladder(method: str, rank: int, seed: int, accuracies: Mapping[float, float], **values: Any) -> list[Row]:
+def sweep(method: str, rank: int, seed: int, accuracies: Mapping[float, float], **values: Any) -> list[Row]:
     """Runs of a low-rank method: learning rate -> final accuracy."""
     return [
         outcome_row(f"{method}_r{rank}_lr{rate:g}_s{seed}", method=method, rank=rank, seed=seed, trained_share=0.03)

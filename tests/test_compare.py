@@ -29,7 +29,7 @@ from offprincipal.measures.pooling import estimate_ratio, pool_column
 from offprincipal.measures.spectral import BaseSpectrum
 
 LINEAR = 6
-CERTIFICATES = ("singular_value_error", "singular_value_error_relative", "angle_error_deg")  # none for LAPACK's
+ERROR_BOUNDS = ("singular_value_error", "singular_value_error_relative", "angle_error_deg")  # none for LAPACK's
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_every_registered_column_is_measured(result: Comparison) -> None:
     for metric in METRICS:
         for column in metric.columns:
             values = [row[column.name] for row in result.matrices if row["run"] == "near" and row["linear"]]
-            assert any(v is not None for v in values) != (column.name in CERTIFICATES), column.name
+            assert any(v is not None for v in values) != (column.name in ERROR_BOUNDS), column.name
 
 
 def test_the_unchanged_fraction_counts_every_entry(result: Comparison, folders: dict[str, Path]) -> None:

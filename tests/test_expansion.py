@@ -96,18 +96,18 @@ def test_what_is_no_list_of_names_is_left_for_the_profile_to_refuse() -> None:
     assert expand({"a": odd})["a"] == odd
 
 
-def test_the_shipped_profile_pairs_every_control_with_ladders_of_its_own_rank_and_seed() -> None:
+def test_the_shipped_profile_pairs_every_control_with_sweeps_of_its_own_rank_and_seed() -> None:
     profile = load_profile("peft")
     controls = {name: stage for name, stage in profile.stages.items() if stage.kind == "matched"}
     assert len(controls) == 2 * 2 * 2 * 3  # either method, either size, two ranks, three seeds
     for name, stage in controls.items():
         place = name.partition("_r")[2]
         rank, seed = place.split("_s")
-        assert len(stage.like) >= 4 and len(stage.ladder) >= 4
-        for run in (*stage.like, *stage.ladder):
+        assert len(stage.like) >= 4 and len(stage.sweep) >= 4
+        for run in (*stage.like, *stage.sweep):
             assert f"_r{rank}_" in run and run.endswith(f"_s{seed}")
         method = name.partition("_")[0]
-        assert {run.split("_")[0] for run in stage.ladder} == {method}
+        assert {run.split("_")[0] for run in stage.sweep} == {method}
         assert {run.split("_")[0] for run in stage.like} == {"lora", "pissa"} - {method}
     trained = {name for name, stage in profile.stages.items() if stage.kind in ("train", "matched")}
     assert set(profile.stages["outcomes"].runs) == set(profile.stages["weights"].runs) == trained

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from outcome_rows import Row, curve_rows, ladder, masked, matched_row, write_outcomes
+from outcome_rows import Row, curve_rows, masked, matched_row, sweep, write_outcomes
 
 from offprincipal.outcomes.curves import area_between, areas_between_seeds, areas_to_full, curves_by_run, runs_by_mask
 from offprincipal.students_t import student, t_quantile
@@ -143,17 +143,17 @@ def low_rank(
     pairs: Sequence[tuple[int, int]] = PAIRS,
     ratio: float = 1.0,
 ) -> list[Row]:
-    """Ladders of both for each rank and seed, and either at the other's highest stable step, LoRA ahead by `lost`."""
+    """Sweeps of both for each rank and seed, and either at the other's highest stable step, LoRA ahead by `lost`."""
     lost = {"update_norm": 0.0, "kl_to_base": 0.0} | dict(lost or {})
     rows = []
     for rank, seed in pairs:
-        own = ladder("lora", rank, seed, lora)
-        other = ladder("pissa", rank, seed, pissa)
+        own = sweep("lora", rank, seed, lora)
+        other = sweep("pissa", rank, seed, pissa)
         rows += own + other
         for by, less in lost.items():
-            for of_ladder, ahead, method in ((own, -1, "pissa"), (other, 1, "lora")):
-                stable = [row for row in of_ladder if row["sampled_accuracy"] >= row["base_accuracy"]]
-                like = stable[-1] if stable else of_ladder[0]
+            for of_sweep, ahead, method in ((own, -1, "pissa"), (other, 1, "lora")):
+                stable = [row for row in of_sweep if row["sampled_accuracy"] >= row["base_accuracy"]]
+                like = stable[-1] if stable else of_sweep[0]
                 accuracy = like["sampled_accuracy"] + ahead * (less + 0.001 * seed)
                 rows.append(matched_row(by, like, accuracy, ratio, method))
     return rows
@@ -189,7 +189,7 @@ def test_pissa_that_gains_contradicts_what_was_published(tmp_path: Path) -> None
     assert verdicts(judged(tmp_path, "C12", low_rank(pissa=better)))[0] == "contradicted"
 
 
-def test_two_seeds_decide_nothing_about_ladders_however_many_ranks_they_have(tmp_path: Path) -> None:
+def test_two_seeds_decide_nothing_about_sweeps_however_many_ranks_they_have(tmp_path: Path) -> None:
     lost = {"update_norm": 0.2, "kl_to_base": 0.2}
     entry = judged(tmp_path, "C12", low_rank(lost=lost, pairs=[pair for pair in PAIRS if pair[1] < 3]))
     assert verdicts(entry) == ("inconclusive", "inconclusive")
@@ -210,13 +210,13 @@ NO_COLLAPSE_OF_PISSA = {3e-4: 0.58, 1e-3: 0.61}
 NO_COLLAPSE_OF_LORA = {1e-3: 0.6, 3e-3: 0.62}
 
 
-def test_ladders_that_end_before_pissa_collapses_say_nothing_however_high_lora_was_tried(tmp_path: Path) -> None:
+def test_sweeps_that_end_before_pissa_collapses_say_nothing_however_high_lora_was_tried(tmp_path: Path) -> None:
     entry = judged(tmp_path, "C12", low_rank(STABLE_TO_3, NO_COLLAPSE_OF_PISSA))
     assert entry["as_published"]["verdict"] == "inconclusive"
     assert "6 of 6 ratios are only known to be at most as large" in entry["as_published"]["sentence"]
 
 
-def test_ladders_that_end_before_lora_collapses_can_only_raise_its_lead(tmp_path: Path) -> None:
+def test_sweeps_that_end_before_lora_collapses_can_only_raise_its_lead(tmp_path: Path) -> None:
     entry = judged(tmp_path, "C12", low_rank(NO_COLLAPSE_OF_LORA, STABLE_TO_1))
     assert entry["as_published"]["verdict"] == "supported"
     assert "at least as large" in entry["as_published"]["sentence"]
@@ -259,7 +259,7 @@ def test_only_pissa_beside_lora_is_the_control(tmp_path: Path) -> None:
     assert verdicts(judged(tmp_path, "C12", rows))[1] == NONE
 
 
-def test_without_both_methods_ladders_are_not_judged(tmp_path: Path) -> None:
+def test_without_both_methods_sweeps_are_not_judged(tmp_path: Path) -> None:
     only = [row for row in low_rank() if row["method"] == "lora"]
     assert verdicts(judged(tmp_path, "C12", only)) == ("inconclusive", "inconclusive")
 

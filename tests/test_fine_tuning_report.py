@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outcome_rows import BASE, Row, curve_rows, ladder, masked, matched_row, outcome_row, write_outcomes
+from outcome_rows import BASE, Row, curve_rows, masked, matched_row, outcome_row, sweep, write_outcomes
 from rich.console import Console
 from test_reports import CHROMIUM, compared, dom_of, own_part, study_of, tuned, visible_text
 
 from offprincipal.errors import FileError
-from offprincipal.reports.fine_tuning import fine_tuning_figures, ladders, masks
+from offprincipal.reports.fine_tuning import fine_tuning_figures, masks, sweeps
 from offprincipal.reports.report import write_report
 from offprincipal.reports.terminal import fine_tuning_tables
 
@@ -33,10 +33,10 @@ def rows_of_masks() -> tuple[list[Row], list[Row]]:
     return outcomes, curves
 
 
-def rows_of_ladders() -> list[Row]:
-    lora = ladder("lora", 4, 1, {1e-3: 0.6, 3e-3: 0.7, 1e-2: 0.1})
-    pissa = ladder("pissa", 4, 1, {1e-3: 0.65, 3e-3: 0.2})
-    other = ladder("off_principal", 16, 2, {1e-2: 0.55})
+def rows_of_sweeps() -> list[Row]:
+    lora = sweep("lora", 4, 1, {1e-3: 0.6, 3e-3: 0.7, 1e-2: 0.1})
+    pissa = sweep("pissa", 4, 1, {1e-3: 0.65, 3e-3: 0.2})
+    other = sweep("off_principal", 16, 2, {1e-2: 0.55})
     return [*lora, *pissa, *other, matched_row("update_norm", lora[1], 0.66, 1.1)]
 
 
@@ -68,43 +68,43 @@ def test_without_a_full_run_or_a_mask_there_is_no_figure_of_masks() -> None:
     assert masks([row for row in outcomes if row["method"] == "full"], curves) == {}
 
 
-def test_ladders_are_by_method_and_rank_and_show_where_they_collapse() -> None:
-    found = ladders(rows_of_ladders())
+def test_sweeps_are_by_method_and_rank_and_show_where_they_collapse() -> None:
+    found = sweeps(rows_of_sweeps())
     lora, pissa, other = found["groups"]
     assert [(group["method"], group["rank"]) for group in found["groups"]] == [
         ("LoRA", 4),
         ("PiSSA", 4),
         ("off-principal LoRA", 16),
     ]
-    runs = lora["ladders"][0]["runs"]
+    runs = lora["sweeps"][0]["runs"]
     assert [run["collapsed"] for run in runs] == [False, False, True]
     assert [run["highest"] for run in runs] == [False, True, False]
     assert runs[1]["length"] == 3e-3 and runs[1]["kl"] == 0.3
-    assert [group["ladders"][0]["open"] for group in (lora, pissa, other)] == [None, None, "above"]
-    assert (lora["ladders"][0]["stable"], lora["ladders"][0]["best"]) == (3e-3, 0.7)
-    assert (lora["ladders"][0]["shift"], lora["ladders"][0]["shift_null"]) == (1e-3, 5e-4)
+    assert [group["sweeps"][0]["open"] for group in (lora, pissa, other)] == [None, None, "above"]
+    assert (lora["sweeps"][0]["stable"], lora["sweeps"][0]["best"]) == (3e-3, 0.7)
+    assert (lora["sweeps"][0]["shift"], lora["sweeps"][0]["shift_null"]) == (1e-3, 5e-4)
     assert (found["base"], found["least"]) == (BASE, 0.48)
 
 
-def test_a_ladder_that_collapsed_at_once_has_no_shift_and_its_lowest_rate_as_a_bound() -> None:
-    collapsed = ladders(ladder("pissa", 4, 1, {1e-3: 0.1, 3e-3: 0.0}))["groups"][0]["ladders"][0]
+def test_a_sweep_that_collapsed_at_once_has_no_shift_and_its_lowest_rate_as_a_bound() -> None:
+    collapsed = sweeps(sweep("pissa", 4, 1, {1e-3: 0.1, 3e-3: 0.0}))["groups"][0]["sweeps"][0]
     assert (collapsed["stable"], collapsed["open"], collapsed["shift"]) == (1e-3, "below", None)
 
 
 def test_a_matched_run_stands_beside_what_it_matches_and_its_method_at_that_rate() -> None:
-    (run,) = ladders(rows_of_ladders())["matched"]
+    (run,) = sweeps(rows_of_sweeps())["matched"]
     assert (run["accuracy"], run["like"]["accuracy"], run["at_equal_rate"]) == (0.66, 0.7, 0.2)
     assert (run["ratio"], run["equal"], run["like"]["rate"]) == (1.1, True, 3e-3)
-    rows = rows_of_ladders()
+    rows = rows_of_sweeps()
     alone = [row for row in rows if row["method"] != "pissa" or row["matched_by"]]
-    assert ladders(alone)["matched"][0]["at_equal_rate"] is None
+    assert sweeps(alone)["matched"][0]["at_equal_rate"] is None
     gone = [row for row in rows if row["run"] != rows[-1]["matched_to"]]
-    assert ladders(gone)["matched"] == []
+    assert sweeps(gone)["matched"] == []
 
 
 def test_figures_that_are_no_numbers_are_left_out() -> None:
     row = outcome_row("a", method="lora", rank=4, kl_to_base=float("nan"), relative_update_norm=float("inf"))
-    run = ladders([row])["groups"][0]["ladders"][0]["runs"][0]
+    run = sweeps([row])["groups"][0]["sweeps"][0]["runs"][0]
     assert run["kl"] is None and run["length"] is None
     json.dumps(run, allow_nan=False)
 
@@ -120,7 +120,7 @@ def test_only_a_study_of_outcomes_has_these_figures(tmp_path: Path) -> None:
 
 def test_the_console_names_masks_rates_and_what_was_reached(tmp_path: Path) -> None:
     outcomes, curves = rows_of_masks()
-    folder = folder_of(tmp_path, outcomes + rows_of_ladders(), curves)
+    folder = folder_of(tmp_path, outcomes + rows_of_sweeps(), curves)
     console = Console(width=100, file=StringIO())
     console.print(*fine_tuning_tables(fine_tuning_figures(folder, {"sources": SOURCES})))
     lines = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
@@ -143,8 +143,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     comparison = compared(folder, {"full_s1": tuned(1e-3), "lora": tuned(1e-4)})
     outcomes, curves = rows_of_masks()
     odd = masked(HOSTILE, 0.5, 1) | {"run": HOSTILE}
-    rows = [*outcomes, odd, *rows_of_ladders(), *ladder(HOSTILE, 4, 1, {1e-3: 0.6})]
-    like = rows_of_ladders()[1]
+    rows = [*outcomes, odd, *rows_of_sweeps(), *sweep(HOSTILE, 4, 1, {1e-3: 0.6})]
+    like = rows_of_sweeps()[1]
     rows.append(matched_row("kl_to_base", like, 0.6, 2.0, method=HOSTILE))
     write_outcomes(folder / "outcomes", rows, [*curves, *curve_rows(HOSTILE, [1.0])])
     return write_report(folder / "report.html", comparison, study_of("full_s1") | {"sources": SOURCES})
@@ -163,9 +163,9 @@ def test_the_page_has_a_figure_of_each_and_no_name_in_it_is_markup(page: Path) -
 
 
 @pytest.mark.parametrize("drawn", ["masks", "rates"])
-def test_a_study_of_masks_or_of_ladders_alone_has_a_page_too(drawn: str, tmp_path: Path) -> None:
+def test_a_study_of_masks_or_of_sweeps_alone_has_a_page_too(drawn: str, tmp_path: Path) -> None:
     comparison = compared(tmp_path, {"full_s1": tuned(1e-3)})
-    outcomes, curves = rows_of_masks() if drawn == "masks" else (rows_of_ladders(), [])
+    outcomes, curves = rows_of_masks() if drawn == "masks" else (rows_of_sweeps(), [])
     write_outcomes(tmp_path / "outcomes", outcomes, curves)
     page = write_report(tmp_path / "report.html", comparison, study_of("full_s1") | {"sources": SOURCES})
     own = own_part(page.read_text(encoding="utf-8"))
@@ -184,10 +184,10 @@ def test_a_browser_draws_the_figures_and_names_as_text(page: Path) -> None:
     body = dom[dom.rindex("<body") :]
     sections: dict[str, Any] = dict(re.findall(r'<section id="(\w+)">(.*?)</section>', body, re.DOTALL))
     assert sections["masks"].count('class="main-svg"') >= 2
-    assert sections["ladders"].count('class="main-svg"') >= 3
+    assert sections["sweeps"].count('class="main-svg"') >= 3
     failure = re.search(r'<p id="failure"[^>]*>', body)
     assert failure and "hidden" in failure[0]
-    for name in ("masks", "ladders"):
+    for name in ("masks", "sweeps"):
         assert "&lt;img src=x" in sections[name] and "<img" not in sections[name]
-    for legend in ("masks-legend", "ladders-legend", "lengths-legend", "control-legend"):
+    for legend in ("masks-legend", "sweeps-legend", "lengths-legend", "control-legend"):
         assert re.search(rf'id="{legend}"><span>', body)

@@ -38,7 +38,7 @@ STAGES: dict[str, Any] = {
         "kind": "matched",
         "adapter": {"method": "pissa", "rank": 2},
         "like": ["lora_lr*_s{seed}"],
-        "ladder": ["pissa_lr*_s{seed}"],
+        "sweep": ["pissa_lr*_s{seed}"],
         "each": {"by": ["update_norm", "kl_to_base"]} | SEEDS,
     },
     "weights": {"kind": "compare", "runs": ALL, "metrics": ["spectrum"], "null_draws": 1},

@@ -49,7 +49,7 @@ def test_a_drawn_update_is_solved_to_second_order(power: float, step: float) -> 
     for seed in range(3):
         noise = gaussian(*SHAPE, seed=seed)
         tuned = base + noise * (step * base.norm() / noise.norm())
-        moved = decompose_warm(tuned, svd, K, 1e-3, certify=False)
+        moved = decompose_warm(tuned, svd, K, 1e-3, bound_errors=False)
         truth.append(shift_of(base, tuned))
         found.append(spectral_shift(svd.S[:K], moved.S[:K]) or 0.0)
     assert np.mean(found) / np.mean(truth) == pytest.approx(1, abs=0.02)

@@ -1,4 +1,4 @@
-"""The fast solvers against LAPACK: what their certificates promise holds, on spectra that are hard to tell apart."""
+"""The fast solvers against LAPACK: what their error bounds promise holds, on spectra that are hard to tell apart."""
 
 import math
 from dataclasses import dataclass
@@ -95,8 +95,8 @@ def largest_angle(a: Tensor, b: Tensor) -> float:
     return principal_angles(a.double(), b.double()).max().item()
 
 
-def require_certified(found: Svd, W: Tensor, k: int) -> None:
-    """Every value is as near a true one as the certificate says, and the subspaces are where they can be told apart."""
+def require_bounded(found: Svd, W: Tensor, k: int) -> None:
+    """Every value is as near a true one as the error bound says, and the subspaces are where they can be told apart."""
     true = decompose(W)
     assert found.singular_value_error is not None
     error = found.singular_value_error + 1e-12 * true.S[0].item()
@@ -113,18 +113,18 @@ def require_certified(found: Svd, W: Tensor, k: int) -> None:
 @pytest.mark.parametrize("solver", ["gram", "randomized"])
 @FEW
 @given(case=cases())
-def test_certificates_hold(solver: str, case: Case) -> None:
-    require_certified(solved(solver, case), case.W, case.k)
+def test_error_bounds_hold(solver: str, case: Case) -> None:
+    require_bounded(solved(solver, case), case.W, case.k)
 
 
 @pytest.mark.parametrize("solver", ["warm", "warm from few"])
 @FEW
 @given(case=cases(), size=st.sampled_from([0.0, 1e-6, 1e-3, 0.03, 1.0]))
-def test_certificates_of_a_warm_start_hold_however_far_the_matrix_has_moved(
+def test_error_bounds_of_a_warm_start_hold_however_far_the_matrix_has_moved(
     solver: str, case: Case, size: float
 ) -> None:
     W = case.moved(size)
-    require_certified(solved(solver, case, W), W, case.k)
+    require_bounded(solved(solver, case, W), W, case.k)
 
 
 @FEW
@@ -157,7 +157,7 @@ def test_float32_squares_are_left_where_the_largest_value_drowns_the_others(outl
 
 @FEW
 @given(cases(("power law", "geometric", "clustered")))
-def test_where_a_gap_follows_the_certificate_is_within_the_tolerance(case: Case) -> None:
+def test_where_a_gap_follows_the_error_bound_is_within_the_tolerance(case: Case) -> None:
     found = solved("randomized", case)
     assert within(found, case.k, 2 * TOLERANCE)
     assert found.solver == "randomized"
@@ -206,15 +206,15 @@ def test_a_rotation_turns_the_vectors_and_leaves_the_values(solver: str, case: C
 
 @FEW
 @given(cases(("power law", "geometric")), st.sampled_from([1e-4, 1e-3]), st.booleans())
-def test_a_warm_start_follows_a_small_update_to_second_order(case: Case, size: float, certify: bool) -> None:
+def test_a_warm_start_follows_a_small_update_to_second_order(case: Case, size: float, bound_errors: bool) -> None:
     """Values to one in a million, angles to one in a hundred, where the update is small beside the gap."""
     W = matrix_of(spectrum_of(case.kind, min(case.W.shape), case.seed), *case.W.shape, case.seed)
     k = min(case.k, 4)
     case = Case(W, k, case.kind, case.seed)
     moved = case.moved(size)
     base, true = decompose_by_gram(W, k), decompose(moved)
-    found = decompose_warm(moved, base, k, TOLERANCE, certify)
-    if certify:
+    found = decompose_warm(moved, base, k, TOLERANCE, bound_errors)
+    if bound_errors:
         torch.testing.assert_close(found.S[:k], true.S[:k], rtol=1e-6, atol=0)
     else:
         torch.testing.assert_close(found.S[:k], true.S[:k], rtol=1e-4, atol=0)
@@ -238,7 +238,7 @@ def test_the_scale_decides_nothing_though_squares_would_overflow(solver: str, sc
     scaled = Case(scale * case.W, case.k, case.kind, case.seed)
     here, there = solved(solver, case, case.moved(0.1)), solved(solver, scaled, scale * case.moved(0.1))
     torch.testing.assert_close(there.S[:5] / scale, here.S[:5], rtol=1e-6, atol=0)
-    require_certified(there, scale * case.moved(0.1), 5)
+    require_bounded(there, scale * case.moved(0.1), 5)
 
 
 def test_a_matrix_that_was_emptied_is_followed_from_any_base() -> None:

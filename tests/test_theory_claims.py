@@ -185,7 +185,7 @@ def watched(folder: Path, kind: str, kl: float, stiffness: float = 1.0, steps: i
     return folders
 
 
-def leash(
+def kl_runs(
     tmp_path: Path, kl: float, sft_kl: float, tightness: float = 0.9, sft_on_base: float = 0.1, steps: int = 40
 ) -> Evidence:
     """`sft_on_base`: KL of SFT's update on the base's own continuations, where RL's is 0.01."""
@@ -199,24 +199,24 @@ def leash(
     return evidence({"watched_rl": rl, "watched_sft": sft, "gates": [tmp_path]})
 
 
-def test_a_small_steady_kl_is_a_leash_and_equal_sft_shows_that_it_is_not_rls_own(tmp_path: Path) -> None:
-    assert verdicts("C9", leash(tmp_path, 1e-3, 1e-3)) == ("supported", NONE)
-    assert verdicts("C9", leash(tmp_path, 1e-3, 1e-2)) == ("supported", "supported")
-    assert verdicts("C9", leash(tmp_path, 1e-3, 1e-4))[1] == "contradicted"
+def test_a_small_steady_kl_is_a_bound_and_equal_sft_shows_that_it_is_not_rls_own(tmp_path: Path) -> None:
+    assert verdicts("C9", kl_runs(tmp_path, 1e-3, 1e-3)) == ("supported", NONE)
+    assert verdicts("C9", kl_runs(tmp_path, 1e-3, 1e-2)) == ("supported", "supported")
+    assert verdicts("C9", kl_runs(tmp_path, 1e-3, 1e-4))[1] == "contradicted"
 
 
-def test_a_leash_that_only_the_choice_of_tokens_shows_is_none(tmp_path: Path) -> None:
-    assert verdicts("C9", leash(tmp_path, 1e-3, 1e-2, sft_on_base=0.01))[1] == NONE
-    assert verdicts("C9", leash(tmp_path, 1e-3, 1e-2, sft_on_base=0.001))[1] == "contradicted"
+def test_a_bound_that_only_the_choice_of_tokens_shows_is_none(tmp_path: Path) -> None:
+    assert verdicts("C9", kl_runs(tmp_path, 1e-3, 1e-2, sft_on_base=0.01))[1] == NONE
+    assert verdicts("C9", kl_runs(tmp_path, 1e-3, 1e-2, sft_on_base=0.001))[1] == "contradicted"
 
 
-def test_large_steps_no_steps_and_a_broken_bound_are_no_leash(tmp_path: Path) -> None:
+def test_large_steps_no_steps_and_a_broken_bound_are_no_bound(tmp_path: Path) -> None:
     for name, kl, tightness in (("large", 0.5, 0.9), ("none", 0.0, 0.9), ("loose", 1e-3, 2.0)):
-        assert verdicts("C9", leash(tmp_path, kl, 1e-3, tightness))[0] in ("contradicted", "inconclusive"), name
+        assert verdicts("C9", kl_runs(tmp_path, kl, 1e-3, tightness))[0] in ("contradicted", "inconclusive"), name
 
 
 def test_too_few_steps_decide_nothing(tmp_path: Path) -> None:
-    assert verdicts("C9", leash(tmp_path, 1e-3, 1e-3, steps=3)) == ("inconclusive", "inconclusive")
+    assert verdicts("C9", kl_runs(tmp_path, 1e-3, 1e-3, steps=3)) == ("inconclusive", "inconclusive")
 
 
 # C10

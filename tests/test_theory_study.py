@@ -113,7 +113,7 @@ def test_a_study_of_some_of_the_theorys_claims_has_a_page_too(left_out: str, fin
     study["claims"] = [claim for claim in study["claims"] if left_out not in CLAIMS[claim["id"]].needs]
     (tmp_path / "out" / "study.json").write_text(json.dumps(study))
     drawn = write_report_of(tmp_path / "out").read_text()
-    figures = {"agreement": "agreement", "precision": "precision", "watched_rl": "leash", "bounds": "bounds"}
+    figures = {"agreement": "agreement", "precision": "precision", "watched_rl": "kl", "bounds": "bounds"}
     assert [f'id="figure-{name}"' in drawn for name in figures.values()] == [name != left_out for name in figures]
 
 
@@ -121,7 +121,7 @@ def test_a_finished_study_does_nothing_again_and_is_redrawn_from_its_folder(fini
     assert pending(load_profile(str(profile)), finished) == []
     drawn = (finished / "report.html").read_bytes()
     assert write_report_of(finished).read_bytes() == drawn
-    for figure in ("agreement", "precision", "steps", "leash", "bounds"):
+    for figure in ("agreement", "precision", "steps", "kl", "bounds"):
         assert f'id="figure-{figure}"'.encode() in drawn
 
 

@@ -14,7 +14,7 @@ from offprincipal.adapters.factors import Factor
 from offprincipal.errors import AdapterError
 from offprincipal.geometry.principal import PrincipalSubspace
 
-_ANGLE = math.degrees(1e-6)  # certified error of the subspaces, which leaves an energy of 1e-12 in them
+_ANGLE = math.degrees(1e-6)  # bound on the error of the subspaces, which leaves an energy of 1e-12 in them
 
 
 class ProjectedFactor(Factor):

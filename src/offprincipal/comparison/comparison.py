@@ -185,7 +185,7 @@ def _summary(work: Work, measured: list[TensorRows], matrices: list[Row], pairs:
                 *work.notes[name],
                 *_unmeasured_warnings(unmeasured, differing),
                 *_warnings(work, name, rows, not (differing or work.only_in_base or work.only_in_run(name))),
-                *_certificates(rows),
+                *_error_bounds(rows),
                 *_fallback_warnings(work, name, measured),
             ],
             "differing_unmeasured": len(differing),
@@ -212,16 +212,14 @@ def _summary(work: Work, measured: list[TensorRows], matrices: list[Row], pairs:
     }
 
 
-def _certificates(rows: list[Row]) -> list[str]:
+def _error_bounds(rows: list[Row]) -> list[str]:
     """What is known of the matrices that were approximated."""
     errors = [error for row in rows if (error := row.get("singular_value_error_relative")) is not None]
     if not errors:
         return []
     angles = [angle for row in rows if (angle := row.get("angle_error_deg")) is not None]
     known = f", their principal angles to {max(angles):.2g}°" if angles else ""
-    return [
-        f"{len(errors)} matrices were approximated: their singular values are certified to {max(errors):.1e}{known}"
-    ]
+    return [f"{len(errors)} matrices were approximated: their singular values are right to {max(errors):.1e}{known}"]
 
 
 _FALLBACKS = {

@@ -30,7 +30,7 @@ class TensorRows:
     """What one tensor adds to each table.
 
     Args:
-        fallbacks: run -> why it was not measured as asked: its certificate missed the `tolerance`, or the device's
+        fallbacks: run -> why it was not measured as asked: its error bound missed the `tolerance`, or the device's
             `memory` did not hold it.
     """
 

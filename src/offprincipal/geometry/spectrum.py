@@ -3,7 +3,7 @@
 Four solvers, from the surest to the fastest. `decompose` is LAPACK in float64. `decompose_by_gram` takes all singular
 values from the symmetric eigenproblem of the smaller Gram matrix in float64. `decompose_randomized` finds the first few
 triplets by Chebyshev-filtered subspace iteration. `decompose_warm` corrects the triplets of a base that has hardly
-moved. All but the first carry certificates. Knows nothing of files, models or layers.
+moved. All but the first carry error bounds. Knows nothing of files, models or layers.
 """
 
 import math
@@ -123,12 +123,12 @@ def decompose_by_gram(W: Tensor, k: int) -> Svd:
     a matrix that has hardly moved are; or, where the largest value drowns the others' squares, that in float64.
 
     Args:
-        W: (n, m), float32 or float64; k: triplets that are certified; a few more come with them.
+        W: (n, m), float32 or float64; k: triplets whose errors are bounded; a few more come with them.
 
     Returns:
         S (r,) in float64; vectors in the type of `W`.
 
-    Source: Golub and Van Loan, Matrix Computations, 8.6.3, the correction by Davidson 1975; the certificate is measured
+    Source: Golub and Van Loan, Matrix Computations, 8.6.3, the correction by Davidson 1975; the error bound is measured
     afterwards.
 
     >>> svd = decompose_by_gram(torch.diag(torch.tensor([1.0, 2.0, 4.0])), 1)
@@ -140,16 +140,16 @@ def decompose_by_gram(W: Tensor, k: int) -> Svd:
         return found
     S, basis = roots(gram(A, torch.float64))
     b = block_size(k, len(S))
-    found = _certified(A, _ritz(A, basis[:, :b].to(W.dtype)), k, W, "exact")
+    found = _with_error_bound(A, _ritz(A, basis[:, :b].to(W.dtype)), k, W, "exact")
     return replace(found, S=S, tail_error=_tail_error(S, torch.float64), basis=basis.to(W.dtype))
 
 
 def decompose_randomized(W: Tensor, k: int, tolerance: float, generator: torch.Generator) -> Svd:
-    """The first k triplets, from a random start, until their certificate is within the tolerance.
+    """The first k triplets, from a random start, until their error bound is within the tolerance.
 
     Args:
         W: (n, m), float32 or float64; k < min(n, m).
-        tolerance: on singular values, relative; the caller looks at the certificate, because a flat spectrum may need
+        tolerance: on singular values, relative; the caller looks at the error bound, because a flat spectrum may need
             more than the rounds spent here.
         generator: of the random start, on the CPU.
 
@@ -165,21 +165,21 @@ def decompose_randomized(W: Tensor, k: int, tolerance: float, generator: torch.G
     start = torch.randn(A.shape[1], b, generator=generator, dtype=torch.float64).to(A)
     Y = A @ orthonormal(start)
     once = A.T @ (Y / max(largest_entry(Y), torch.finfo(Y.dtype).tiny))  # the square of W may overflow
-    found = _certified(A, _ritz(A, orthonormal(once)), k, W, "randomized")
+    found = _with_error_bound(A, _ritz(A, orthonormal(once)), k, W, "randomized")
     return _filtered(A, found, k, tolerance, W)
 
 
-def decompose_warm(W: Tensor, base: Svd, k: int, tolerance: float, certify: bool = True) -> Svd:
+def decompose_warm(W: Tensor, base: Svd, k: int, tolerance: float, bound_errors: bool = True) -> Svd:
     """The first k triplets of a matrix that has hardly moved, from those of its base.
 
     Rayleigh–Ritz in the base's leading basis; then each direction is corrected by perturbation theory to first order in
     the rest of the base's basis, so that what is left is of second order. Where the base's whole basis is not known,
-    the block is filtered instead, with as many steps as the certificate asks for.
+    the block is filtered instead, with as many steps as the error bound asks for.
 
     Args:
         W: (n, m), float32 or float64; base: with at least k vectors, on the same device.
         tolerance: on singular values, relative.
-        certify: whether to measure the error after the correction (one more product).
+        bound_errors: whether to measure the error after the correction (one more product).
 
     Source: Davidson 1975 (the preconditioned correction), with the base's decomposition as preconditioner.
 
@@ -193,9 +193,9 @@ def decompose_warm(W: Tensor, base: Svd, k: int, tolerance: float, certify: bool
     b = block_size(k, A.shape[1]) if base.basis is not None else short.shape[1]
     ritz = _ritz(A, short[:, :b], refined=base.basis is None)
     if base.basis is None:
-        return _filtered(A, _certified(A, ritz, k, W, "warm"), k, tolerance, W)
+        return _filtered(A, _with_error_bound(A, ritz, k, W, "warm"), k, tolerance, W)
     found = _ritz(A, _corrected(A, ritz, base.basis[:, b:].to(A.dtype), base.S[b:]))
-    return _certified(A, found, k, W, "warm") if certify else _oriented(*found, W, "warm")
+    return _with_error_bound(A, found, k, W, "warm") if bound_errors else _oriented(*found, W, "warm")
 
 
 def update_spectrum(update: Tensor) -> Tensor:
@@ -339,7 +339,7 @@ def _by_float32_gram(A: Tensor, k: int, W: Tensor) -> Svd | None:
     S, basis = roots(gram(A, torch.float32))
     b = block_size(k, len(S))
     corrected = _corrected(A, _ritz(A, basis[:, :b], refined=False), basis[:, b:], S[b:])
-    found = _certified(A, _ritz(A, corrected), k, W, "exact")
+    found = _with_error_bound(A, _ritz(A, corrected), k, W, "exact")
     if found.residual > _AS_GOOD * torch.finfo(torch.float32).eps * S[0].item():
         return None
     S = torch.cat([found.S, S[b:].clamp(max=found.S[-1])])
@@ -383,7 +383,7 @@ def _residuals(A: Tensor, ritz: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return (A.T @ U).double() - V.double() * S
 
 
-def _certified(A: Tensor, ritz: tuple[Tensor, Tensor, Tensor], k: int, W: Tensor, solver: str) -> Svd:
+def _with_error_bound(A: Tensor, ritz: tuple[Tensor, Tensor, Tensor], k: int, W: Tensor, solver: str) -> Svd:
     U, S, V = ritz
     R = _residuals(A, ritz)[:, : k + 1]
     next_error = math.sqrt(R[:, k:].square().sum().item() / 2)  # 0 where k is all there is
@@ -391,8 +391,8 @@ def _certified(A: Tensor, ritz: tuple[Tensor, Tensor, Tensor], k: int, W: Tensor
     rounding = torch.finfo(A.dtype).eps * S[0].item() * math.sqrt(2) + _gram_rounding(S, k)
     error = math.sqrt(squares.diagonal().max().item() / 2) + rounding
     residual = math.sqrt(max(torch.linalg.eigvalsh(squares)[-1].item(), 0.0)) + rounding
-    certificate: Any = {"singular_value_error": error, "residual": residual, "next_value_error": next_error}
-    return replace(_oriented(U, S, V, W, solver), **certificate)
+    bounds: Any = {"singular_value_error": error, "residual": residual, "next_value_error": next_error}
+    return replace(_oriented(U, S, V, W, solver), **bounds)
 
 
 def _gram_rounding(S: Tensor, k: int) -> float:
@@ -415,7 +415,7 @@ def _corrected(A: Tensor, ritz: tuple[Tensor, Tensor, Tensor], rest: Tensor, S_r
 
 
 def _filtered(A: Tensor, found: Svd, k: int, tolerance: float, W: Tensor) -> Svd:
-    """Chebyshev-filtered subspace iteration until the certificate holds or stops falling."""
+    """Chebyshev-filtered subspace iteration until the error bound holds or stops falling."""
     for _ in range(_ROUNDS):
         cut = found.S[-1].item() ** 2 / 2  # the filter damps [0, 2·cut], the part of the spectrum that is unwanted
         if within(found, k, tolerance) or cut == 0:
@@ -427,7 +427,7 @@ def _filtered(A: Tensor, found: Svd, k: int, tolerance: float, W: Tensor) -> Svd
         before, now = V, A.T @ (A @ V / root) / root - V
         for _ in range(degree - 1):
             before, now = now, 2 * (A.T @ (A @ now / root) / root - now) - before
-        better = _certified(A, _ritz(A, orthonormal(now)), k, W, found.solver)
+        better = _with_error_bound(A, _ritz(A, orthonormal(now)), k, W, found.solver)
         if better.residual > 0.9 * found.residual:
             break
         found = better
@@ -435,7 +435,7 @@ def _filtered(A: Tensor, found: Svd, k: int, tolerance: float, W: Tensor) -> Svd
 
 
 def within(svd: Svd, k: int, tolerance: float) -> bool:
-    """Whether the certificate of the first k singular values is within a relative tolerance.
+    """Whether the error bound of the first k singular values is within a relative tolerance.
 
     >>> within(decompose(torch.eye(2)), 1, 0.0)
     True
@@ -494,7 +494,7 @@ def require_decomposition(svd: Svd, W: Tensor, k: int, generator: torch.Generato
 
 
 def rounding_floor(svd: Svd, shape: torch.Size) -> float:
-    """Below this a singular value, or a difference of two, is rounding: ε · max(n, m) · σ_1, or the certificate.
+    """Below this a singular value, or a difference of two, is rounding: ε · max(n, m) · σ_1, or the error bound.
 
     >>> rounding_floor(decompose(2 * torch.eye(4, 8)), torch.Size([4, 8])) < 1e-14
     True

@@ -28,7 +28,7 @@ class MatrixSettings:
         mask_tests: whether masks are held against the margin null.
         stored_null: whether to draw the updates that are stored as the tuned weights are, Gaussian ones and shuffled
             ones, which is most of the work beside the measuring itself.
-        tolerance: on the singular values, relative, that the certificate of an approximation has to meet; a matrix
+        tolerance: on the singular values, relative, that the error bound of an approximation has to meet; a matrix
             that misses it is solved exactly. 0 means exact everywhere.
         device: where matrices are decomposed; `auto` takes a CUDA device where there is one.
     """

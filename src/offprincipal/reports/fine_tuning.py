@@ -19,14 +19,14 @@ from offprincipal.outcomes.curves import (
     curves_by_run,
     runs_by_mask,
 )
-from offprincipal.outcomes.ladders import (
+from offprincipal.outcomes.sweeps import (
     STABLE_LOSS,
     at_equal_size,
     best_accuracy,
-    ladders_of,
     open_end,
-    rung_of,
     stable_run,
+    sweeps_of,
+    tried_rate,
 )
 from offprincipal.reports.numbers import short
 
@@ -54,7 +54,7 @@ def fine_tuning_figures(folder: Path, study: Mapping[str, Any] | None) -> Json:
         return [row for stage in sources.get(source, ()) for row in read_table(folder / Path(stage).name, source)]
 
     outcomes = rows("outcomes")
-    drawn = {"masks": masks(outcomes, rows("kl_curves")), "ladders": ladders(outcomes)}
+    drawn = {"masks": masks(outcomes, rows("kl_curves")), "sweeps": sweeps(outcomes)}
     return {name: figure for name, figure in drawn.items() if figure} | ({"runs": len(outcomes)} if outcomes else {})
 
 
@@ -104,19 +104,19 @@ def _line(curve: Curve) -> Json:
     return {"step": steps, "kl": [short(curve[step]) for step in steps]}
 
 
-def ladders(outcomes: Sequence[Row]) -> Json:
+def sweeps(outcomes: Sequence[Row]) -> Json:
     """Low-rank methods by rank and seed over learning rates, and the runs at matched rates beside what they match.
 
     Returns:
-        Nothing unless there is a ladder; else `groups`, one a method and rank, with a ladder a seed; `matched`;
+        Nothing unless there is a sweep; else `groups`, one a method and rank, with a sweep a seed; `matched`;
         `base`: accuracy before training; `least`: the accuracy below which a run has collapsed.
     """
     groups = []
     for method in dict.fromkeys(row["method"] for row in outcomes):
-        of_pairs = ladders_of(outcomes, method)
+        of_pairs = sweeps_of(outcomes, method)
         for rank in dict.fromkeys(rank for rank, _ in of_pairs):
-            seeds = [_ladder(seed, ladder) for (of_rank, seed), ladder in of_pairs.items() if of_rank == rank]
-            groups.append({"method": METHODS.get(method, method), "rank": rank, "ladders": seeds})
+            seeds = [_sweep(seed, sweep) for (of_rank, seed), sweep in of_pairs.items() if of_rank == rank]
+            groups.append({"method": METHODS.get(method, method), "rank": rank, "sweeps": seeds})
     if not groups:
         return {}
     base = _mean([row["base_accuracy"] for row in outcomes if row["rank"] is not None])
@@ -128,15 +128,15 @@ def ladders(outcomes: Sequence[Row]) -> Json:
     }
 
 
-def _ladder(seed: int, ladder: Sequence[Row]) -> Json:
-    found = stable_run(ladder)
+def _sweep(seed: int, sweep: Sequence[Row]) -> Json:
+    found = stable_run(sweep)
     at = found or {}
     return {
         "seed": seed,
-        "runs": [_rung(row) | {"highest": found is not None and row["run"] == found["run"]} for row in ladder],
-        "stable": (found or ladder[0])["learning_rate"],
-        "open": open_end(ladder),
-        "best": short(best_accuracy(ladder)),
+        "runs": [_tried(row) | {"highest": found is not None and row["run"] == found["run"]} for row in sweep],
+        "stable": (found or sweep[0])["learning_rate"],
+        "open": open_end(sweep),
+        "best": short(best_accuracy(sweep)),
         "shift": short(at.get("spectral_shift")),
         "shift_null": short(at.get("spectral_shift_isotropic_null")),
     }
@@ -161,8 +161,8 @@ def matched(outcomes: Sequence[Row]) -> list[Json]:
                 "seed": row["seed"],
                 "ratio": short(row["matched_ratio"]),
                 "equal": at_equal_size(row),
-                **_rung(row),
-                "like": {"method": _title(like)} | _rung(like),
+                **_tried(row),
+                "like": {"method": _title(like)} | _tried(like),
                 "at_equal_rate": at_equal_rate and short(at_equal_rate["sampled_accuracy"]),
             }
         )
@@ -170,7 +170,7 @@ def matched(outcomes: Sequence[Row]) -> list[Json]:
 
 
 def _place(row: Row, rate: float) -> tuple[str, int | None, int, float]:
-    """What a run of a ladder is known by."""
+    """What a run of a sweep is known by."""
     return row["method"], row["rank"], row["seed"], rate
 
 
@@ -178,14 +178,14 @@ def _title(row: Row) -> str:
     return METHODS.get(row["method"]) or str(row["method"])
 
 
-def _rung(row: Row) -> Json:
+def _tried(row: Row) -> Json:
     return {
         "run": row["run"],
         "rate": row["learning_rate"],
         "accuracy": short(row["sampled_accuracy"]),
         "length": short(row["relative_update_norm"]),
         "kl": short(row["kl_to_base"]),
-        "collapsed": not rung_of(row).stable,
+        "collapsed": not tried_rate(row).stable,
     }
 
 

@@ -174,7 +174,7 @@ def fine_tuning_tables(figures: Mapping[str, Any]) -> list[Group]:
     Args:
         figures: as of `reports.fine_tuning`.
     """
-    found = {"masks": _masks_table, "ladders": _ladders_table}
+    found = {"masks": _masks_table, "sweeps": _sweeps_table}
     return [table(figures[name]) for name, table in found.items() if name in figures]
 
 
@@ -192,16 +192,16 @@ def _masks_table(figures: Mapping[str, Any]) -> Group:
     return Group(f"masks, lowest to highest over seeds; base {_format(figures['base'], 100)} %", table)
 
 
-def _ladders_table(figures: Mapping[str, Any]) -> Group:
+def _sweeps_table(figures: Mapping[str, Any]) -> Group:
     table = Table(box=SIMPLE)
     table.add_column("method")
     for title in ("rank", "seeds", "highest stable rate", "best accuracy, %"):
         table.add_column(title, justify="right")
     bounds = {None: "", "above": "≥ ", "below": "< "}
     for group in figures["groups"]:
-        found = group["ladders"]
-        rates = ", ".join(dict.fromkeys(bounds[ladder["open"]] + _format(ladder["stable"]) for ladder in found))
-        best = _span((ladder["best"] for ladder in found), 100)
+        found = group["sweeps"]
+        rates = ", ".join(dict.fromkeys(bounds[sweep["open"]] + _format(sweep["stable"]) for sweep in found))
+        best = _span((sweep["best"] for sweep in found), 100)
         table.add_row(shown(group["method"]), str(group["rank"]), str(len(found)), rates, best)
     return Group(
         f"low-rank methods, lowest to highest over seeds; base {_format(figures['base'], 100)} %",

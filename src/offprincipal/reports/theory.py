@@ -39,7 +39,7 @@ def theory_figures(folder: Path, study: Mapping[str, Any] | None) -> Json:
         found["steps"] = steps(runs)
     watched = [*places.get("watched_rl", ()), *places.get("watched_sft", ())]
     if watched:
-        found["leash"] = [leash(at.name, read_table(at, "monitor")) for at in watched]
+        found["kl"] = [kl_of_steps(at.name, read_table(at, "monitor")) for at in watched]
     if places.get("bounds"):
         found["bounds"] = bounds(read_table(places["bounds"][0], "matrices"))
     return found
@@ -116,7 +116,7 @@ def steps(runs: Mapping[str, Any]) -> list[Json]:
     return found
 
 
-def leash(run: str, rows: Sequence[Row]) -> Json:
+def kl_of_steps(run: str, rows: Sequence[Row]) -> Json:
     """One watched run: its divergence at each step, and from the base."""
     seen = [row for row in rows if row["tensor"] is None and row["kl_cumulative"] is not None and row["step"] > 0]
     columns = {"step": "step", "kl_step": "kl_step", "kl_cumulative": "kl_cumulative", "length": "relative_update_norm"}

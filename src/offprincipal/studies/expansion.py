@@ -20,7 +20,7 @@ from typing import Any
 from offprincipal.errors import StudyError
 
 EACH = "each"
-_NAMED_IN = ("runs", "rl", "sft", "beyond", "sources", "like", "ladder")  # fields that name stages and take patterns
+_NAMED_IN = ("runs", "rl", "sft", "beyond", "sources", "like", "sweep")  # fields that name stages and take patterns
 
 
 def expand(stages: Mapping[str, Any]) -> dict[str, Any]:

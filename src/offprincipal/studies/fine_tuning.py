@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from offprincipal.checkpoints import open_checkpoint
 from offprincipal.checkpoints.masters import masters_of
@@ -18,7 +18,7 @@ from offprincipal.checkpoints.matrices import common_matrices
 from offprincipal.comparison.tables import read_summary, read_table
 from offprincipal.errors import StudyError
 from offprincipal.files import read_json, require_folder, write_json
-from offprincipal.outcomes.ladders import Rung, highest_stable, rate_for
+from offprincipal.outcomes.sweeps import TriedRate, highest_stable, rate_for
 from offprincipal.studies.claims.evidence import SOURCES
 from offprincipal.studies.experiments import Row, write_rows
 from offprincipal.studies.stages import StageKind, TrainStage, Workspace, base_folder
@@ -37,17 +37,24 @@ class MatchedStage(TrainStage):
 
     Args:
         like: runs of that method at several rates; the one of the highest stable rate is matched.
-        ladder: runs of this stage's own settings at several rates, from which the rate is interpolated.
+        sweep: runs of this stage's own settings at several rates, from which the rate is interpolated.
         by: what is to be equal: the norm of the update of all linear matrices, or the divergence from the base.
     """
 
     kind: Literal["matched"]  # type: ignore[assignment]
     like: tuple[str, ...] = Field(min_length=1)
-    ladder: tuple[str, ...] = Field(min_length=2)
+    sweep: tuple[str, ...] = Field(min_length=2)
     by: Size
 
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "ladder" in values:
+            raise ValueError("'ladder' is called 'sweep': a sweep of learning rates")
+        return values
+
     def inputs(self) -> tuple[str, ...]:
-        return (*super().inputs(), *self.like, *self.ladder)
+        return (*super().inputs(), *self.like, *self.sweep)
 
     def check(self, base: str, training: Mapping[str, Any]) -> None:
         super().check(base, training)
@@ -59,7 +66,7 @@ class MatchedStage(TrainStage):
             raise StudyError("a matched stage finds its learning rate itself: leave out 'learning_rate'")
 
     def settings(self, space: Workspace) -> dict[str, Any]:
-        return super().settings(space) | {"like": list(self.like), "ladder": list(self.ladder), "by": self.by}
+        return super().settings(space) | {"like": list(self.like), "sweep": list(self.sweep), "by": self.by}
 
     def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
         chosen = self._match(name, space)
@@ -72,15 +79,15 @@ class MatchedStage(TrainStage):
 
     def _match(self, name: str, space: Workspace) -> dict[str, Any]:
         """Which run is matched, in what, and the rate for it."""
-        rungs = [rung_of(run, space.folder(run)) for run in self.like]
-        found = highest_stable(rungs) or min(rungs, key=lambda rung: rung.learning_rate)
+        tried = [tried_rate(run, space.folder(run)) for run in self.like]
+        found = highest_stable(tried) or min(tried, key=lambda one: one.learning_rate)
         wanted = self._size(found.run, space)
-        ladder = sorted((rung_of(run, space.folder(run)) for run in self.ladder), key=lambda rung: rung.learning_rate)
-        rate = rate_for(wanted, [r.learning_rate for r in ladder], [self._size(r.run, space) for r in ladder])
+        sweep = sorted((tried_rate(run, space.folder(run)) for run in self.sweep), key=lambda one: one.learning_rate)
+        rate = rate_for(wanted, [r.learning_rate for r in sweep], [self._size(r.run, space) for r in sweep])
         if rate is None:
             raise StudyError(
-                f"stage '{name}': its ladder gives no learning rate at which {self.by} is {wanted:.3g}, as of "
-                f"{found.run}: give the ladder rates that are further apart"
+                f"stage '{name}': its sweep gives no learning rate at which {self.by} is {wanted:.3g}, as of "
+                f"{found.run}: give the sweep rates that are further apart"
             )
         return {"schema": 1, "like": found.run, "by": self.by, "wanted": wanted, "learning_rate": float(f"{rate:.4g}")}
 
@@ -191,15 +198,15 @@ def curve(run: str, folder: Path) -> list[Row]:
     return [{"run": run} | {column: row[column] for column in columns} for row in seen if row["step"] > 0]
 
 
-def rung_of(run: str, folder: Path) -> Rung:
-    """A run as a rung of a ladder.
+def tried_rate(run: str, folder: Path) -> TriedRate:
+    """A run as a rate of a sweep that was tried.
 
     Raises:
         StudyError: the run was not measured on held-out prompts.
     """
     record = _measured(run, folder)
     before, after = (record["accuracy"][when]["sampled_accuracy"] for when in ("before", "after"))
-    return Rung(run, record["settings"]["learning_rate"], before, after)
+    return TriedRate(run, record["settings"]["learning_rate"], before, after)
 
 
 def size_of(by: Size, folder: Path, base: Path) -> float:

@@ -64,14 +64,14 @@ figures["figure-mask-seeds"] = () => {
 const ranksOf = (groups) => [...new Set(groups.map((group) => group.rank))].sort((a, b) => a - b);
 const methodsOf = (groups) => [...new Set(groups.map((group) => group.method))];
 
-// One panel of accuracies: a line a ladder, hollow where collapsed, the range of collapse shaded, the base a line.
+// One panel of accuracies: a line a sweep, hollow where collapsed, the range of collapse shaded, the base a line.
 function accuracies(traces, layout, groups, x, j, what) {
-  const { base, least } = data.fine_tuning.ladders, methods = methodsOf(data.fine_tuning.ladders.groups), on = { type: "scatter", xaxis: "x" + suffix(j), yaxis: "y" + suffix(j) };
+  const { base, least } = data.fine_tuning.sweeps, methods = methodsOf(data.fine_tuning.sweeps.groups), on = { type: "scatter", xaxis: "x" + suffix(j), yaxis: "y" + suffix(j) };
   const across = { xref: `x${suffix(j)} domain`, yref: "y" + suffix(j), x0: 0, x1: 1, layer: "below" };
   layout.shapes.push({ ...across, type: "rect", y0: -1, y1: least, fillcolor: COLLAPSE, line: { width: 0 } }, { ...across, type: "line", y0: base, y1: base, line: { color: PRECISION, width: 2 } });
-  groups.forEach((group) => group.ladders.forEach((ladder) => {
-    const colour = METHOD_COLOURS[methods.indexOf(group.method) % METHOD_COLOURS.length], runs = ladder.runs.filter((run) => run[x] > 0);
-    const told = (run) => `${label(group.method)}, rank ${group.rank}, seed ${ladder.seed}, rate ${run.rate}<br>`;
+  groups.forEach((group) => group.sweeps.forEach((sweep) => {
+    const colour = METHOD_COLOURS[methods.indexOf(group.method) % METHOD_COLOURS.length], runs = sweep.runs.filter((run) => run[x] > 0);
+    const told = (run) => `${label(group.method)}, rank ${group.rank}, seed ${sweep.seed}, rate ${run.rate}<br>`;
     traces.push({ ...on, mode: "lines+markers", x: runs.map((run) => run[x]), y: runs.map((run) => run.accuracy), customdata: runs.map(told), line: { color: colour, width: 1.5 },
       marker: { size: 7, color: runs.map((run) => (run.collapsed ? GROUND : colour)), line: { color: colour, width: 1.5 } }, hovertemplate: `%{customdata}${what} %{x:.3~g}, accuracy %{y:.1%}<extra></extra>` });
     const highest = runs.filter((run) => run.highest);
@@ -81,15 +81,15 @@ function accuracies(traces, layout, groups, x, j, what) {
 
 // All accuracies on one scale, so that panels can be compared; the base and the runs at matched rates are in it.
 function accuracyRange() {
-  const { groups, matched, base } = data.fine_tuning.ladders;
-  return rangeOf([...groups.flatMap((group) => group.ladders.flatMap((ladder) => ladder.runs)), ...matched].map((run) => run.accuracy).concat(base));
+  const { groups, matched, base } = data.fine_tuning.sweeps;
+  return rangeOf([...groups.flatMap((group) => group.sweeps.flatMap((sweep) => sweep.runs)), ...matched].map((run) => run.accuracy).concat(base));
 }
 
 const inPowers = { type: "log", zeroline: false, tickformat: "~g", tickfont: { size: 11 } };
 
 figures["figure-rates"] = () => {
-  const { groups } = data.fine_tuning.ladders, ranks = ranksOf(groups), traces = [], layout = { annotations: [], shapes: [] }, range = accuracyRange();
-  const tried = [...new Set(groups.flatMap((group) => group.ladders.flatMap((ladder) => ladder.runs.map((run) => run.rate))))].sort((a, b) => a - b);
+  const { groups } = data.fine_tuning.sweeps, ranks = ranksOf(groups), traces = [], layout = { annotations: [], shapes: [] }, range = accuracyRange();
+  const tried = [...new Set(groups.flatMap((group) => group.sweeps.flatMap((sweep) => sweep.runs.map((run) => run.rate))))].sort((a, b) => a - b);
   const ticks = tried.length <= 8 ? { tickvals: tried, ticktext: tried.map((rate) => rate.toExponential().replace("+", "")) } : {};
   ranks.forEach((rank, j) => {
     const domain = column(j, ranks.length, 0.06);
@@ -98,13 +98,13 @@ figures["figure-rates"] = () => {
     layout["yaxis" + suffix(j)] = axis({ anchor: "x" + suffix(j), tickformat: ".0%", range, title: j ? undefined : title("accuracy") });
     layout.annotations.push(heading(`rank ${rank}`, middle(domain)));
   });
-  legend("ladders-legend", [...methodsOf(groups).map((method, i) => ["dot", method, METHOD_COLOURS[i % METHOD_COLOURS.length]]), ["solid", "base", PRECISION], ["ring", "highest stable rate"], ["collapse", "collapsed"]]);
+  legend("sweeps-legend", [...methodsOf(groups).map((method, i) => ["dot", method, METHOD_COLOURS[i % METHOD_COLOURS.length]]), ["solid", "base", PRECISION], ["ring", "highest stable rate"], ["collapse", "collapsed"]]);
   draw("figure-rates", traces, { ...layout, height: 340 });
 };
 
 figures["figure-lengths"] = () => {
-  const { groups, matched } = data.fine_tuning.ladders, ranks = ranksOf(groups), methods = methodsOf(groups), traces = [], layout = { annotations: [], shapes: [] }, range = accuracyRange();
-  const decades = (x) => { const sizes = groups.flatMap((group) => group.ladders.flatMap((ladder) => ladder.runs.map((run) => run[x]))).filter((size) => size > 0); return Math.log10(Math.max(...sizes) / Math.min(...sizes)); };
+  const { groups, matched } = data.fine_tuning.sweeps, ranks = ranksOf(groups), methods = methodsOf(groups), traces = [], layout = { annotations: [], shapes: [] }, range = accuracyRange();
+  const decades = (x) => { const sizes = groups.flatMap((group) => group.sweeps.flatMap((sweep) => sweep.runs.map((run) => run[x]))).filter((size) => size > 0); return Math.log10(Math.max(...sizes) / Math.min(...sizes)); };
   const measures = [["length", "relative norm of the update", "update_norm"], ["kl", "KL from the base, nats", "kl_to_base"]], heights = [[0.57, 1], [0, 0.43]];
   measures.forEach(([x, what, by], i) => ranks.forEach((rank, j) => {
     const k = i * ranks.length + j, domain = column(j, ranks.length, 0.06), on = { type: "scatter", xaxis: "x" + suffix(k), yaxis: "y" + suffix(k) };
@@ -124,7 +124,7 @@ figures["figure-lengths"] = () => {
 };
 
 figures["figure-control"] = () => {
-  const found = data.fine_tuning.ladders.matched, ranks = ranksOf(found), symbols = ["circle", "square", "triangle-up", "star"], traces = [], rows = [];
+  const found = data.fine_tuning.sweeps.matched, ranks = ranksOf(found), symbols = ["circle", "square", "triangle-up", "star"], traces = [], rows = [];
   const symbol = (run) => symbols[ranks.indexOf(run.rank) % symbols.length];
   methodsOf(found).forEach((method) => {
     const own = found.filter((run) => run.method === method), pairs = `${label(own[0].like.method)} minus ${label(method)}`;

@@ -56,15 +56,15 @@ function stepsIn(run) {
   document.getElementById("steps-caption").textContent = `${shortened(run.run, 26)}: bfloat16 hides ${percent(run.hidden.value)} of the entries' moves; of a Gaussian update's it would hide ${percent(run.hidden.gaussian_null)}, of the same steps dealt out at random ${percent(run.hidden.permuted_null)}.`;
 }
 
-figures["figure-leash"] = () => {
+figures["figure-kl"] = () => {
   const traces = [], panel = (j) => column(j, 3, 0.08);
-  data.theory.leash.forEach((run) => {
+  data.theory.kl.forEach((run) => {
     const line = (y, on, what) => traces.push({ type: "scatter", mode: "lines", x: run.step, y, ...on, line: { color: colourOf(run.run), width: 2 }, name: label(run.run), hovertemplate: `%{fullData.name}<br>step %{x}, ${what} %{y:.3~g}<extra></extra>` });
     line(run.kl_step, { xaxis: "x", yaxis: "y" }, "KL of the step");
     line(run.kl_cumulative, { xaxis: "x2", yaxis: "y2" }, "KL from the base");
     line(run.kl_cumulative.map((value, i) => (run.length[i] ? value / run.length[i] ** 2 : null)), { xaxis: "x3", yaxis: "y3" }, "KL over squared length");
   });
-  draw("figure-leash", traces, {
+  draw("figure-kl", traces, {
     height: 340, annotations: [heading("of each step, nats", middle(panel(0))), heading("from the base, nats", middle(panel(1))), heading("over squared length", middle(panel(2)))],
     xaxis: axis({ domain: panel(0), title: title("step") }), xaxis2: axis({ domain: panel(1), anchor: "y2", title: title("step") }), xaxis3: axis({ domain: panel(2), anchor: "y3", title: title("step") }),
     yaxis: axis({ type: "log", tickformat: "~g", dtick: 1 }), yaxis2: axis({ anchor: "x2", type: "log", tickformat: "~g", dtick: 1 }), yaxis3: axis({ anchor: "x3", type: "log", tickformat: "~g", dtick: 1 }),

@@ -7,7 +7,7 @@ before the first study ran. The run is the unit of every interval, or the pair o
 from offprincipal.studies.claims import (  # noqa: F401  # the claims enter themselves
     bounds,
     causal,
-    leash,
+    kl_bound,
     low_rank,
     masks,
     precision,

@@ -9,7 +9,7 @@ from offprincipal.studies.claims.registry import claim
 from offprincipal.studies.claims.rules import Judgement, judge_at_most, judge_ratio, mean, nothing, over_units
 
 BOUNDS = ("weyl", "mirsky", "ky_fan", "wedin")
-SLACK = 1e-3  # of a bound, for what rounding and the certificate of an approximation may add
+SLACK = 1e-3  # of a bound, for what rounding and the error bound of an approximation may add
 
 
 @claim(

@@ -1,4 +1,4 @@
-"""C12: does principal LoRA gain nothing and collapse first, judged from ladders of learning rates, ranks and seeds."""
+"""C12: does principal LoRA gain nothing and collapse first, judged from sweeps of learning rates, ranks and seeds."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,15 +6,15 @@ from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean
 
-from offprincipal.outcomes.ladders import (
+from offprincipal.outcomes.sweeps import (
     SAME_SIZE,
-    Ladders,
     Pair,
+    Sweeps,
     at_equal_size,
     best_accuracy,
-    ladders_of,
     open_end,
     stable_run,
+    sweeps_of,
 )
 from offprincipal.studies.claims.evidence import Evidence, Row
 from offprincipal.studies.claims.registry import claim
@@ -45,15 +45,15 @@ _MATCHES = (("update_norm", "update norm"), ("kl_to_base", "KL to the base"))
 )
 def principal_lora(evidence: Evidence) -> tuple[Judgement, Judgement]:
     rows = evidence.rows("outcomes")
-    ladders = {method: ladders_of(rows, method) for method in dict.fromkeys(row["method"] for row in rows)}
-    plain, principal = ladders.get(PLAIN, {}), ladders.get(PRINCIPAL, {})
+    sweeps = {method: sweeps_of(rows, method) for method in dict.fromkeys(row["method"] for row in rows)}
+    plain, principal = sweeps.get(PLAIN, {}), sweeps.get(PRINCIPAL, {})
     if not plain.keys() & principal.keys():
         none = nothing("highest stable learning rate", "There are no runs of LoRA and of PiSSA to compare.")
         return none, none
-    return _published(plain, principal, _said(ladders)), _controlled(rows)
+    return _published(plain, principal, _said(sweeps)), _controlled(rows)
 
 
-def _published(plain: Ladders, principal: Ladders, said: str) -> Judgement:
+def _published(plain: Sweeps, principal: Sweeps, said: str) -> Judgement:
     pairs = sorted(plain.keys() & principal.keys())
     ratios = {pair: _stable_rate(plain[pair]) / _stable_rate(principal[pair]) for pair in pairs}
     gains = [best_accuracy(principal[pair]) - best_accuracy(plain[pair]) for pair in pairs]
@@ -70,10 +70,10 @@ def _published(plain: Ladders, principal: Ladders, said: str) -> Judgement:
 
 
 def _within_bounds(headline: Judgement, ends: Sequence[tuple[str | None, str | None]]) -> Judgement:
-    """The verdict on ratios of rates, where ladders without a collapse, or with nothing else, give bounds of them.
+    """The verdict on ratios of rates, where sweeps without a collapse, or with nothing else, give bounds of them.
 
     Args:
-        ends: of each pair of ladders, where the rate of LoRA, and that of PiSSA, has no bound.
+        ends: of each pair of sweeps, where the rate of LoRA, and that of PiSSA, has no bound.
     """
     at_least = sum(plain == "above" or principal == "below" for plain, principal in ends)
     at_most = sum(plain == "below" or principal == "above" for plain, principal in ends)
@@ -136,39 +136,39 @@ def _over_seeds(values: Mapping[Pair, float], geometric: bool = False) -> OverUn
     return OverUnits({s: math.exp(x) if geometric else x for s, x in means.items()}, geometric, what="seeds")
 
 
-def _stable_rate(ladder: Sequence[Row]) -> float:
+def _stable_rate(sweep: Sequence[Row]) -> float:
     """The highest stable rate; the lowest that was tried where even that collapsed."""
-    return float((stable_run(ladder) or ladder[0])["learning_rate"])
+    return float((stable_run(sweep) or sweep[0])["learning_rate"])
 
 
-def _said(ladders: Mapping[str, Ladders]) -> str:
+def _said(sweeps: Mapping[str, Sweeps]) -> str:
     """Every method: the range of its highest stable rates, of its best accuracies, and of the spectral shift there."""
     parts = []
-    for method, of_pairs in ladders.items():
+    for method, of_pairs in sweeps.items():
         if not of_pairs:
             continue
-        rates = [_stable_rate(ladder) for ladder in of_pairs.values()]
-        best = [best_accuracy(ladder) for ladder in of_pairs.values()]
-        shifts = [row["spectral_shift"] for ladder in of_pairs.values() if (row := stable_run(ladder)) is not None]
+        rates = [_stable_rate(sweep) for sweep in of_pairs.values()]
+        best = [best_accuracy(sweep) for sweep in of_pairs.values()]
+        shifts = [row["spectral_shift"] for sweep in of_pairs.values() if (row := stable_run(sweep)) is not None]
         parts.append(
             f"{method}: highest stable rate {_range(rates)}, best accuracy {_range(best)}, spectral shift at that rate "
             f"{_range(shifts)}"
         )
-    both = [ladders.get(method, {}) for method in (PLAIN, PRINCIPAL)]
+    both = [sweeps.get(method, {}) for method in (PLAIN, PRINCIPAL)]
     return (
         f"Over ranks and seeds, {'; '.join(parts)}. Best accuracies of LoRA and PiSSA {_overlap(*both)}. Rates were "
         f"tried a factor of {_range(_gaps(both))} apart, so that a single ratio is known to no more than that."
     )
 
 
-def _gaps(sides: Sequence[Ladders]) -> list[float]:
-    """How many times as high each rate of a ladder is as the one below."""
-    ladders = [ladder for side in sides for ladder in side.values()]
-    return [high["learning_rate"] / low["learning_rate"] for ladder in ladders for low, high in pairwise(ladder)]
+def _gaps(sides: Sequence[Sweeps]) -> list[float]:
+    """How many times as high each rate of a sweep is as the one below."""
+    sweeps = [sweep for side in sides for sweep in side.values()]
+    return [high["learning_rate"] / low["learning_rate"] for sweep in sweeps for low, high in pairwise(sweep)]
 
 
-def _overlap(one: Ladders, two: Ladders) -> str:
-    first, second = ([best_accuracy(ladder) for ladder in side.values()] for side in (one, two))
+def _overlap(one: Sweeps, two: Sweeps) -> str:
+    first, second = ([best_accuracy(sweep) for sweep in side.values()] for side in (one, two))
     apart = max(first) < min(second) or max(second) < min(first)
     return "do not overlap" if apart else "overlap"
 

@@ -29,13 +29,13 @@ Runs = Mapping[str, list[Row]]
 
 @claim(
     "C9",
-    "KL leash",
+    "KL bound",
     "Each on-policy step moves the policy by a small KL even with beta = 0, and the weight step obeys the norm bound",
     "step length: the KL of SFT over the squared length of its update",
     tables=(),
     needs=("watched_rl", "watched_sft", "gates"),
 )
-def kl_leash(evidence: Evidence) -> tuple[Judgement, Judgement]:
+def kl_bound(evidence: Evidence) -> tuple[Judgement, Judgement]:
     rl, sft = evidence.watched("rl"), evidence.watched("sft")
     if any(len(_known(rows, "kl_cumulative")) < 4 for rows in (*rl.values(), *sft.values())):
         none = nothing("KL per step", "A monitor saw too few steps to tell.")

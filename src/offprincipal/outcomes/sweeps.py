@@ -1,4 +1,4 @@
-"""Learning rates as a ladder: how high a method stays stable, and at which rate it makes a step of a given size."""
+"""Learning rates as a sweep: how high a method stays stable, and at which rate it makes a step of a given size."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,15 +9,15 @@ from typing import Literal
 from offprincipal.outcomes import Row
 
 Pair = tuple[int | None, int]  # rank and seed
-Ladders = Mapping[Pair, Sequence[Row]]
+Sweeps = Mapping[Pair, Sequence[Row]]
 
 SAME_SIZE = 1.25  # runs whose sizes differ by a larger factor are not at equal step
 STABLE_LOSS = 0.02  # of accuracy: a run that ends further below its base than this has collapsed
 
 
 @dataclass(frozen=True)
-class Rung:
-    """One run of a ladder.
+class TriedRate:
+    """One run of a sweep.
 
     Args:
         learning_rate: its rate. before, after: sampled accuracy on held-out prompts, of the base and of the run.
@@ -34,18 +34,18 @@ class Rung:
         return self.after >= self.before - STABLE_LOSS
 
 
-def highest_stable(rungs: Sequence[Rung]) -> Rung | None:
+def highest_stable(tried: Sequence[TriedRate]) -> TriedRate | None:
     """The run of the highest rate below which, and at which, none collapsed; None where the lowest did.
 
-    >>> rungs = [Rung("a", 1e-3, 0.5, 0.6), Rung("b", 3e-3, 0.5, 0.2), Rung("c", 1e-2, 0.5, 0.5)]
-    >>> highest_stable(rungs).run
+    >>> tried = [TriedRate("a", 1e-3, 0.5, 0.6), TriedRate("b", 3e-3, 0.5, 0.2), TriedRate("c", 1e-2, 0.5, 0.5)]
+    >>> highest_stable(tried).run
     'a'
     """
     found = None
-    for rung in sorted(rungs, key=lambda rung: rung.learning_rate):
-        if not rung.stable:
+    for one in sorted(tried, key=lambda one: one.learning_rate):
+        if not one.stable:
             break
-        found = rung
+        found = one
     return found
 
 
@@ -74,7 +74,7 @@ def rate_for(wanted: float, rates: Sequence[float], sizes: Sequence[float]) -> f
     return math.exp(x0 + (goal - y0) * (x1 - x0) / (y1 - y0))
 
 
-def ladders_of(rows: Sequence[Row], method: str) -> dict[Pair, list[Row]]:
+def sweeps_of(rows: Sequence[Row], method: str) -> dict[Pair, list[Row]]:
     """Rank and seed -> the runs of a low-rank method by rising learning rate, without those at matched rates."""
     found: dict[Pair, list[Row]] = {}
     for row in sorted(rows, key=lambda row: float(row["learning_rate"])):
@@ -83,28 +83,28 @@ def ladders_of(rows: Sequence[Row], method: str) -> dict[Pair, list[Row]]:
     return dict(sorted(found.items()))
 
 
-def rung_of(row: Row) -> Rung:
-    """A run's row as a rung."""
-    return Rung(row["run"], row["learning_rate"], row["base_accuracy"], row["sampled_accuracy"])
+def tried_rate(row: Row) -> TriedRate:
+    """A run's row as a rate that was tried."""
+    return TriedRate(row["run"], row["learning_rate"], row["base_accuracy"], row["sampled_accuracy"])
 
 
-def stable_run(ladder: Sequence[Row]) -> Row | None:
+def stable_run(sweep: Sequence[Row]) -> Row | None:
     """The run at the highest stable rate; None where the lowest collapsed."""
-    found = highest_stable([rung_of(row) for row in ladder])
-    return None if found is None else next(row for row in ladder if row["run"] == found.run)
+    found = highest_stable([tried_rate(row) for row in sweep])
+    return None if found is None else next(row for row in sweep if row["run"] == found.run)
 
 
-def open_end(ladder: Sequence[Row]) -> Literal["above", "below"] | None:
+def open_end(sweep: Sequence[Row]) -> Literal["above", "below"] | None:
     """On which side the highest stable rate is not bounded: above where no run collapsed, below where the lowest did.
 
     >>> run = {"run": "a", "learning_rate": 1e-3, "base_accuracy": 0.5, "sampled_accuracy": 0.6}
     >>> open_end([run]), open_end([run | {"sampled_accuracy": 0.1}])
     ('above', 'below')
     """
-    found = stable_run(ladder)
+    found = stable_run(sweep)
     if found is None:
         return "below"
-    return "above" if found["run"] == ladder[-1]["run"] else None
+    return "above" if found["run"] == sweep[-1]["run"] else None
 
 
 def at_equal_size(row: Row) -> bool:
@@ -116,6 +116,6 @@ def at_equal_size(row: Row) -> bool:
     return 1 / SAME_SIZE <= float(row["matched_ratio"]) <= SAME_SIZE
 
 
-def best_accuracy(ladder: Sequence[Row]) -> float:
+def best_accuracy(sweep: Sequence[Row]) -> float:
     """The highest accuracy of its runs."""
-    return max(float(row["sampled_accuracy"]) for row in ladder)
+    return max(float(row["sampled_accuracy"]) for row in sweep)

@@ -1,9 +1,9 @@
-"""Certificates against LAPACK, over every matrix of a pair: are they kept, and how close is the fast answer?
+"""Error bounds against LAPACK, over every matrix of a pair: are they kept, and how close is the fast answer?
 
-    python scripts/check_certificates.py BASE TUNED [--exact-up-to 256]
+    python scripts/check_error_bounds.py BASE TUNED [--exact-up-to 256]
 
 Measures the pair twice, with the default solver and with `solver="exact"`, and prints for every metric the largest
-difference over all matrices, beside what the certificates allow. Exits 1 if a certificate does not hold. With
+difference over all matrices, beside what the error bounds allow. Exits 1 if a error bound does not hold. With
 `--exact-up-to 1` even the smallest matrix is approximated, which is how a tiny model is checked.
 """
 
@@ -44,7 +44,7 @@ def measured(base: str, tuned: str, matrix: MatrixSettings) -> Comparison:
 
 
 def report(fast: Comparison, exact: Comparison) -> bool:
-    """Print the table; whether every certificate held."""
+    """Print the table; whether every error bound held."""
     ours, truth = ({row["tensor"]: row for row in found.matrices if row["linear"]} for found in (fast, exact))
     names = [name for name, row in ours.items() if row["singular_value_error"] is not None]
     print(f"{len(names)} of {len(ours)} matrices approximated: {fast.summary['runs']['tuned']['solvers']}")
@@ -58,10 +58,10 @@ def report(fast: Comparison, exact: Comparison) -> bool:
         errors.append(np.abs(mine - theirs).max() / theirs[-1])
         allowed.append(ours[name]["singular_value_error"] / theirs[-1])
     held = all(error <= limit + 1e-12 for error, limit in zip(errors, allowed, strict=True))
-    print(f"top singular values, relative: off by at most {max(errors):.1e}; certificates up to {max(allowed):.1e}")
+    print(f"top singular values, relative: off by at most {max(errors):.1e}; error bounds up to {max(allowed):.1e}")
     shifts = [shift_of_top(name, ours[name]["k"], fast, exact) for name in names]
     print(f"spectral shift of the top k, relative: off by at most {max(shifts):.1e}")
-    print("\nmetric | largest difference | largest value | largest certificate")
+    print("\nmetric | largest difference | largest value | largest error bound")
     for metric in SHOWN:
         both = [(ours[name][metric], truth[name][metric], ours[name]["angle_error_deg"]) for name in names]
         both = [found for found in both if found[0] is not None and found[1] is not None]
@@ -73,7 +73,7 @@ def report(fast: Comparison, exact: Comparison) -> bool:
         held &= not limits or all(abs(a - b) <= limit + 1e-9 for a, b, limit in both)
         limit = f"{max(limits):.3g}" if limits else ""
         print(f"{metric} | {difference:.1e} | {max(abs(b) for _, b, _ in both):.4g} | {limit}")
-    print("\nevery certificate held" if held else "\na certificate did NOT hold")
+    print("\nevery error bound held" if held else "\na error bound did NOT hold")
     return held
 
 
