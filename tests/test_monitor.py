@@ -477,6 +477,21 @@ class Listener(TrainerCallback):
         self.told.append((state.global_step, dict(logs)))
 
 
+def test_the_last_step_is_measured_and_judged_whatever_the_budget_and_it_is_said(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Runs whose steps are fast left no row and no verdict, and did not say so."""
+    listener = Listener()
+    trainer = trainer_of(opened(tiny_model), tmp_path / "trainer", 1, listener)
+    monitor = Monitor(tmp_path / "out", budget=1e-12, stop_if=["pooled unchanged_fraction < 2"])
+    monitor.attach(trainer)
+    trainer.train()
+    assert {row["step"] for row in read_monitor(tmp_path / "out")} == {STEPS}
+    assert monitor.stopped and f"at step {STEPS}" in monitor.stopped
+    assert any("offprincipal/unchanged_fraction" in logs for _, logs in listener.told)
+    assert f"of {STEPS} steps 1 was observed" in caplog.text and "every=N" in caplog.text
+
+
 def test_a_trainers_loggers_are_told_and_its_own_log_is_whole(tiny_model: Path, tmp_path: Path) -> None:
     listener = Listener()
     trainer = trainer_of(opened(tiny_model), tmp_path / "trainer", 1, listener)

@@ -3,6 +3,28 @@
 The command line turns any `OffPrincipalError` into a message and exit code 2; nothing else is caught.
 """
 
+import json
+from importlib.metadata import PackageNotFoundError, distribution
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+
+def install_command(extra: str) -> str:
+    """What installs an extra of ours, from where this was installed: an index, or a folder such as a clone.
+
+    >>> "[train]" in install_command("train")
+    True
+    """
+    try:
+        origin = json.loads(distribution("offprincipal").read_text("direct_url.json") or "{}")
+        url = urlparse(origin.get("url", ""))
+        if url.scheme == "file":
+            editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
+            return f"pip install {editable}'{url2pathname(url.path)}[{extra}]'"
+    except (PackageNotFoundError, ValueError, AttributeError, OSError):  # not installed, or by what tells nothing
+        pass
+    return f"pip install 'offprincipal[{extra}]'"
+
 
 class OffPrincipalError(Exception):
     """Bad input or arguments. Its message is written for the user."""

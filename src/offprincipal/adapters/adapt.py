@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from offprincipal.adapters.factors import FrozenFactor, OffsetFactor
 from offprincipal.adapters.initialisations import INITIALISATIONS, OFFSET, Start, StartSettings
 from offprincipal.adapters.off_principal import ProjectedFactor, principal_subspaces
-from offprincipal.errors import AdapterError
+from offprincipal.errors import AdapterError, install_command
 from offprincipal.geometry.principal import principal_rank
 from offprincipal.models.opening import hash_of
 
@@ -76,7 +76,7 @@ def adapt(
     96
     """
     if importlib.util.find_spec("peft") is None:
-        raise AdapterError("adapters need peft: pip install 'offprincipal[train]'")
+        raise AdapterError(f"adapters need peft: {install_command('train')}")
     _check_settings(method, rank, alpha, dropout, rank_fraction, density)
     layers = target_layers(model, method, target_modules)
     _check_ranks(layers, method, rank, rank_fraction)

@@ -14,7 +14,7 @@ import numpy as np
 
 from offprincipal.checkpoints.checkpoint import BFLOAT16, FLOATS, Array, Checkpoint, TensorInfo
 from offprincipal.checkpoints.packed import dequantised_notes
-from offprincipal.errors import CheckpointError
+from offprincipal.errors import CheckpointError, install_command
 
 SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
@@ -151,4 +151,4 @@ def _library(path: Path) -> Any:
     try:
         return importlib.import_module("gguf")
     except ImportError as error:
-        raise CheckpointError(f"{path} is GGUF: pip install 'offprincipal[gguf]' to read it") from error
+        raise CheckpointError(f"{path} is GGUF: {install_command('gguf')} to read it") from error

@@ -3,7 +3,8 @@
 import io
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -129,10 +130,48 @@ def _exists(path: str) -> bool:
         return False
 
 
+PATIENCE = 60.0  # seconds between lines where there is no terminal, such as in a batch job's log
+
+
+def _lines(what: str) -> Callable[[int, int, str], None]:
+    """Shows progress as lines of a log; a run of less than a minute has none."""
+    began = last = time.monotonic()
+
+    def show(done: int, total: int, name: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < PATIENCE or not done:
+            return
+        last = now
+        left = (now - began) / done * (total - done)
+        shares = f"{done / total:.0%} of {total:,} {what}" if total else f"{done:,} {what}"
+        errors.print(
+            f"{shares} after {_clock(now - began)}, {_clock(left)} left; {escaped(name)}",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+    return show
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds.
+
+    >>> _clock(59.4), _clock(3661)
+    ('0:59', '1:01:01')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
 @contextmanager
 def matrix_progress() -> Iterator[Any]:
-    """A bar in parameters, with rate and time left, on a terminal; nothing elsewhere."""
+    """A bar in parameters, with rate and time left, on a terminal; elsewhere a line now and then."""
+    if not errors.is_terminal:
+        yield _lines("parameters")
+        return
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
     columns = (
         TextColumn("comparing"),
@@ -140,9 +179,9 @@ def matrix_progress() -> Iterator[Any]:
         TaskProgressColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[tensor]}"),
+        TextColumn("{task.fields[tensor]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
     )
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+    with Progress(*columns, console=errors, transient=True, expand=True) as bar:
         line = bar.add_task("comparing", total=None, rate="", tensor="")
 
         def show(done: int, total: int, tensor: str) -> None:
@@ -155,7 +194,10 @@ def matrix_progress() -> Iterator[Any]:
 
 @contextmanager
 def direction_progress() -> Iterator[Any]:
-    """A bar in directions, with the time left, on a terminal; nothing elsewhere."""
+    """A bar in directions, with the time left, on a terminal; elsewhere a line now and then."""
+    if not errors.is_terminal:
+        yield _lines("directions")
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -165,7 +207,7 @@ def direction_progress() -> Iterator[Any]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[run]}"),
     )
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+    with Progress(*columns, console=errors, transient=True) as bar:
         line = bar.add_task("", total=None, run="")
 
         def show(done: int, total: int, run: str) -> None:

@@ -318,7 +318,7 @@ def gates(
 ) -> None:
     r"""Measure the gates: divergence against the Fisher form, the curvature of directions, what storing hides.
 
-    Writes gates.json. Needs the models to run: pip install 'offprincipal\[train]'.
+    Writes gates.json. Needs the models to run, as training does.
     """
     require_training()
     from offprincipal.files import require_folder

@@ -21,7 +21,7 @@ from offprincipal.checkpoints import Part
 from offprincipal.comparison.measure import TensorRows
 from offprincipal.comparison.memory import bytes_needed
 from offprincipal.comparison.work import CompareSettings, Work
-from offprincipal.errors import ArgumentError, OffPrincipalError
+from offprincipal.errors import ArgumentError, OffPrincipalError, install_command
 from offprincipal.measures.columns import needs_torch
 
 _GIVE_BACK_AFTER = 16  # tensors
@@ -147,7 +147,7 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise ArgumentError("Ray is not installed: pip install 'offprincipal[ray]', or leave --ray out") from error
+        raise ArgumentError(f"Ray is not installed: {install_command('ray')}, or leave --ray out") from error
     return ray
 
 

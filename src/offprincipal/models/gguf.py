@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from offprincipal.comparison.cache import cache_folder
-from offprincipal.errors import ModelError
+from offprincipal.errors import ModelError, install_command
 from offprincipal.files import exclusively, new_folder, require_folder, write_atomically
 from offprincipal.models.quiet import quiet_libraries
 
@@ -31,7 +31,7 @@ def folder_of(file: Path) -> Path:
         FileError: the folder cannot be written.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f"{file} is a GGUF file, which needs gguf: pip install 'offprincipal[gguf]'")
+        raise ModelError(f"{file} is a GGUF file, which needs gguf: {install_command('gguf')}")
     try:
         about = file.stat()
         digest = _digest(file, about.st_size, about.st_mtime_ns)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from offprincipal.assets import EMBEDDED, embedded_base
-from offprincipal.errors import ModelError
+from offprincipal.errors import ModelError, install_command
 from offprincipal.models.gguf import SUFFIX, folder_of
 from offprincipal.models.quiet import quiet_libraries
 
@@ -101,7 +101,7 @@ def require_training_extra() -> None:
     """Raises ModelError where the packages that training needs are not installed."""
     absent = [package for package in _EXTRA if importlib.util.find_spec(package) is None]
     if absent:
-        raise ModelError(f"training needs {', '.join(absent)}: pip install 'offprincipal[train]'")
+        raise ModelError(f"training needs {', '.join(absent)}: {install_command('train')}")
 
 
 def resolve_device(device: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-from offprincipal.errors import TaskError
+from offprincipal.errors import TaskError, install_command
 from offprincipal.tasks.protocol import Problem
 
 PREFIX = "hf:"
@@ -168,7 +168,7 @@ def _need(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise TaskError(f"this needs {module.replace('_', '-')}: pip install 'offprincipal[train]'") from error
+        raise TaskError(f"this needs {module.replace('_', '-')}: {install_command('train')}") from error
 
 
 @functools.lru_cache(maxsize=4096)

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from offprincipal.errors import TaskError
+from offprincipal.errors import TaskError, install_command
 from offprincipal.tasks.protocol import Problem
 
 PREFIX = "rg:"
@@ -88,7 +88,7 @@ def _datasets() -> list[str]:
     try:
         return list(importlib.import_module("reasoning_gym.factory").DATASETS)
     except ImportError as error:
-        raise TaskError("tasks 'rg:…' need reasoning-gym: pip install 'offprincipal[train]'") from error
+        raise TaskError(f"tasks 'rg:…' need reasoning-gym: {install_command('train')}") from error
 
 
 @functools.lru_cache(maxsize=8192)

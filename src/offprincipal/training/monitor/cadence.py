@@ -8,6 +8,7 @@ from typing import Literal
 from offprincipal.errors import ArgumentError
 
 _ROUND = (1, 2, 5)
+_SOME = 3  # steps, of which one observation is few
 
 
 class Cadence:
@@ -55,6 +56,24 @@ class Cadence:
         """Observing took so long, or looking whether to."""
         self.spent += seconds
         self._observations += observed
+
+    def missed(self) -> str | None:
+        """Why a run of some steps was observed once at most, in words; None where it was more often, or as asked.
+
+        >>> cadence = Cadence("auto", 0.03)
+        >>> for _ in range(20): cadence.add_step(0.05)
+        >>> cadence.add_cost(0.3, observed=True)
+        >>> print(cadence.missed())
+        of 20 steps 1 was observed: steps of 0.05 s leave no time for observations of 0.3 s within a budget of 3 %
+        """
+        if self.every != "auto" or self._observations > 1 or self._steps < _SOME:
+            return None
+        cost = self.spent / self._observations if self._observations else self._estimate
+        return (
+            f"of {self._steps} steps {self._observations or 'none'} was observed: steps of "
+            f"{self.trained / self._steps:.2g} s leave no time for observations of {cost:.2g} s within a budget of "
+            f"{100 * self.budget:.3g} %"
+        )
 
     def due(self, step: int) -> bool:
         """Whether the state after this step is to be observed.

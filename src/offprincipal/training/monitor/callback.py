@@ -57,7 +57,7 @@ class MonitorCallback(TrainerCallback):
                 LOG.warning("no divergences are measured: %s", error)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        row = self._monitor.observe(state.global_step, model)
+        row = self._monitor.observe(state.global_step, model, last=state.global_step >= state.max_steps)
         if row:
             self._tell({_PREFIX + name: row[name] for name in METRICS if row.get(name) is not None})
         if row.get("stopped"):
@@ -65,6 +65,10 @@ class MonitorCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._unhook()
+        if missed := self._monitor.missed():
+            LOG.warning(
+                "%s, so that stop_if and warn_if were hardly asked: give the monitor every=N, or a budget", missed
+            )
 
     def _take(self, module: Any, positional: Any, named: dict[str, Any]) -> None:
         """The first forward pass that is learned from: sampling and scoring run without gradients."""

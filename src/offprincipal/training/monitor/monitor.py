@@ -142,13 +142,14 @@ class Monitor:
         self._since = time.perf_counter()
 
     @torch.no_grad()
-    def observe(self, step: int, model: Any) -> dict[str, Any]:
-        """Measure the model after an optimizer step, if this one is due; call it after every step.
+    def observe(self, step: int, model: Any, *, last: bool = False) -> dict[str, Any]:
+        """Measure the model after an optimizer step, if this one is due or the last; call it after every step.
 
         Every process of a sharded model calls it. Leaves weights, modes, gradients and random states as they are.
 
         Args:
             step: optimizer steps done, counting from 1.
+            last: whether no other follows; it is measured whatever the budget says, but its `kl_step` only if due.
 
         Returns:
             The pooled row of `monitor.parquet`; empty where the step is not due. Its `stopped` says why training is to
@@ -164,12 +165,21 @@ class Monitor:
         began = time.perf_counter()
         self._cadence.add_step(began - self._since)
         self.step = step
-        due = self._due
+        due = self._due or last
         row, after = self._look(step, model, began) if due else ({}, None)
-        self._prepare(model, after)
+        if not last:
+            self._prepare(model, after)
         self._cadence.add_cost(time.perf_counter() - began, observed=due)
         self.begin_step()
         return row
+
+    def missed(self) -> str | None:
+        """What the budget left out, where it left so much that the run was hardly watched; None where it did not.
+
+        >>> import tempfile
+        >>> Monitor(tempfile.mkdtemp(), every=2).missed()
+        """
+        return self._cadence.missed()
 
     def measure_on(
         self, rows: Sequence[Sequence[int]], model: Any, counted: Sequence[Sequence[bool]] | None = None
