@@ -61,7 +61,7 @@ def test_a_long_comparison_prints_a_line_now_and_then_off_a_terminal(
     words = ("compare", *pair, "--no-report", "--json", "--out")
     assert call(monkeypatch, *words, str(tmp_path / "a")) == 0
     quick = capsys.readouterr()
-    monkeypatch.setattr("offprincipal.cli.app.PATIENCE", 0.0)
+    monkeypatch.setattr("offprincipal.cli.common.PATIENCE", 0.0)
     assert call(monkeypatch, *words, str(tmp_path / "b")) == 0
     slow = capsys.readouterr()
     assert quick.err == "" and json.loads(slow.out) == json.loads(quick.out)

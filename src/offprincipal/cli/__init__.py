@@ -5,6 +5,6 @@ contract did not; 130 interrupted.
 """
 
 from offprincipal.cli import measure, train, view
-from offprincipal.cli.app import app, main
+from offprincipal.cli.common import app, main
 
 __all__ = ["app", "main", "measure", "train", "view"]

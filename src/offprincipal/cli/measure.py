@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from offprincipal.cli.app import (
+from offprincipal.cli.common import (
     MEASURING,
     Out,
     app,

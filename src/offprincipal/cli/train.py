@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from offprincipal.assets import EMBEDDED
-from offprincipal.cli.app import TRAINING, Out, app, require_training, resumable, say
+from offprincipal.cli.common import TRAINING, Out, app, require_training, resumable, say
 from offprincipal.errors import ArgumentError
 from offprincipal.recipe_names import RECIPES
 

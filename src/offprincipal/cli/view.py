@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from offprincipal.cli.app import VIEWING, app, matrix_progress, say
+from offprincipal.cli.common import VIEWING, app, matrix_progress, say
 
 
 @app.command(rich_help_panel=VIEWING)
