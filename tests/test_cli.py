@@ -134,6 +134,21 @@ def test_an_old_report_survives_a_comparison_that_fails(
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("study", ["quick", "pretrained", "RLVR against SFT, matched"]),
+        ("compare", ["spectral_shift_stored_null", "changes"]),
+    ],
+)
+def test_what_there_is_to_choose_is_listed(
+    command: str, names: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, command, "--list") == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in names)
+
+
 def test_no_help_loses_what_stands_in_brackets(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,8 +22,20 @@ from offprincipal.cli.common import (
 )
 from offprincipal.errors import ArgumentError
 
+WHAT, HOW, CONDITIONS, SHOWN = "What is measured", "How, and where", "Conditions: exit code 3", "What is printed"
+ON, EXPERT = "What it is measured on", "Expert"
+
 if TYPE_CHECKING:
     from offprincipal.comparison import Condition
+
+
+def _print_metrics(wanted: bool) -> None:
+    if wanted:
+        from offprincipal.measures.columns import METRICS
+        from offprincipal.reports.terminal import metrics_table
+
+        Console().print(metrics_table(METRICS))
+        raise typer.Exit
 
 
 @app.command(rich_help_panel=MEASURING)
@@ -47,47 +59,100 @@ def compare(
         typer.Option(
             help="Groups of changes (always counted, as fast as memory), location, update, spectrum, subspace, bounds; "
             "the last three decompose the base. Default: all.",
+            rich_help_panel=WHAT,
         ),
     ] = None,
+    listed: Annotated[
+        bool,
+        typer.Option(
+            "--list",
+            callback=_print_metrics,
+            is_eager=True,
+            help="List every figure with its group, and exit.",
+            rich_help_panel=WHAT,
+        ),
+    ] = False,
     rank_fraction: Annotated[
-        float, typer.Option(help="Rank of the principal subspace over min(rows, columns).")
+        float,
+        typer.Option(
+            help="The principal subspace has this share of min(rows, columns) directions.", rich_help_panel=WHAT
+        ),
     ] = 0.125,
-    alpha: Annotated[float, typer.Option(help="Density of the masks.")] = 0.5,
+    alpha: Annotated[float, typer.Option(help="Each mask holds this share of a matrix.", rich_help_panel=WHAT)] = 0.5,
     null_draws: Annotated[
-        int, typer.Option(help="Gaussian updates behind each isotropic null; large matrices take fewer.")
+        int,
+        typer.Option(
+            help="Each isotropic null is the mean of so many Gaussian updates; large matrices take fewer.",
+            rich_help_panel=WHAT,
+        ),
     ] = 4,
-    seed: Annotated[int, typer.Option(help="Of the random mask and the Gaussian updates.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(help="The random mask and the Gaussian updates are drawn from this seed.", rich_help_panel=WHAT),
+    ] = 0,
     include_embeddings: Annotated[
-        bool, typer.Option("--include-embeddings", help="Measure embeddings and heads too.")
+        bool, typer.Option("--include-embeddings", help="Measure embeddings and heads too.", rich_help_panel=WHAT)
     ] = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse tensors that the base or a run alone has; else they are listed.")
+        bool,
+        typer.Option(
+            "--strict",
+            help="Refuse tensors that the base or a run alone has; else they are listed.",
+            rich_help_panel=WHAT,
+        ),
     ] = False,
     solver: Annotated[
-        str, typer.Option(help="auto, exact (LAPACK for every matrix) or randomized; matrices up to 256 are exact.")
+        str,
+        typer.Option(
+            help="auto, exact (LAPACK for every matrix) or randomized; matrices up to 256 are exact.",
+            rich_help_panel=HOW,
+        ),
     ] = "auto",
     tolerance: Annotated[
-        float, typer.Option(help="On singular values, relative; a matrix that misses it is solved whole.")
+        float,
+        typer.Option(
+            help="Singular values may be off by this share; a matrix that misses it is solved whole.",
+            rich_help_panel=HOW,
+        ),
     ] = 1e-3,
-    device: Annotated[str, typer.Option(help="Where matrices are decomposed: cpu, cuda or auto.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="Matrices measured at once; default: all cores.")] = None,
+    device: Annotated[
+        str, typer.Option(help="Where matrices are decomposed: cpu, cuda or auto.", rich_help_panel=HOW)
+    ] = "cpu",
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="So many matrices are measured at once; default: all cores.", rich_help_panel=HOW),
+    ] = None,
     memory: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE", help="What matrices in flight may take, such as 8GB; default: .6 of what is free."
+            metavar="SIZE",
+            help="Matrices in flight may take so much, such as 8GB; default: .6 of what is free.",
+            rich_help_panel=HOW,
         ),
     ] = None,
     ray: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Measure on a Ray cluster; `local` starts one here.")
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Measure on a Ray cluster; `local` starts one here.", rich_help_panel=HOW),
     ] = None,
-    cache: Annotated[bool, typer.Option(help="Keep decomposed bases; see `offprincipal cache`.")] = True,
+    cache: Annotated[
+        bool, typer.Option(help="Keep decomposed bases; see `offprincipal cache`.", rich_help_panel=HOW)
+    ] = True,
     masters: Annotated[
         list[str] | None,
-        typer.Option(metavar="[NAME=]PATH", help="A run's float32 weights before storing, where not beside it."),
+        typer.Option(
+            metavar="[NAME=]PATH",
+            help="A run's float32 weights before storing, where not beside it.",
+            rich_help_panel=WHAT,
+        ),
     ] = None,
     fail_if: Annotated[
         list[str] | None,
-        typer.Option("--fail-if", metavar="CONDITION", help="Exit 3 if it holds: 'principal_angle_left_max_deg > 10'."),
+        typer.Option(
+            "--fail-if",
+            metavar="CONDITION",
+            help="Exit 3 if it holds: 'principal_angle_left_max_deg > 10'.",
+            rich_help_panel=CONDITIONS,
+        ),
     ] = None,
     expect: Annotated[
         list[str] | None,
@@ -95,16 +160,25 @@ def compare(
             "--expect",
             metavar="PATTERN: WHAT",
             help="Exit 3 unless every tensor so named is `unchanged`, `changed`, or as a METRIC > NUMBER says.",
+            rich_help_panel=CONDITIONS,
         ),
     ] = None,
     contract: Annotated[
-        Path | None, typer.Option(help="A YAML file of such expectations, `model.visual.*: unchanged` a line.")
+        Path | None,
+        typer.Option(
+            help="A YAML file of such expectations, `model.visual.*: unchanged` a line.", rich_help_panel=CONDITIONS
+        ),
     ] = None,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Say of every figure what its nulls say, as the report does.")
+        bool,
+        typer.Option(
+            "--explain", help="Say of every figure what its nulls say, as the report does.", rich_help_panel=SHOWN
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json instead of tables.")] = False,
-    report: Annotated[bool, typer.Option(help="Write report.html too.")] = True,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print summary.json instead of tables.", rich_help_panel=SHOWN)
+    ] = False,
+    report: Annotated[bool, typer.Option(help="Write report.html too.", rich_help_panel=SHOWN)] = True,
 ) -> None:
     """Measure what training did to the weights, every figure beside the null that would explain it away.
 
@@ -164,11 +238,13 @@ def _fail_if(conditions: "list[Condition]", summary: dict[str, Any], broken: lis
 @app.command(rich_help_panel=MEASURING)
 def preflight(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Whatever `compare` reads.")],
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW: the length of every weight's step.")],
+    learning_rate: Annotated[
+        float, typer.Option(help="The learning rate of AdamW, which is the length of every weight's step.")
+    ],
     storage: Annotated[
         str, typer.Option(help="What weights are stored in: bfloat16, float16 or float32.")
     ] = "bfloat16",
-    steps: Annotated[int, typer.Option(help="Of the run that is planned.")] = 100,
+    steps: Annotated[int, typer.Option(help="The planned run has so many steps.")] = 100,
     out: Out = Path("preflight"),
     as_json: Annotated[bool, typer.Option("--json", help="Print preflight.json instead of a table.")] = False,
 ) -> None:
@@ -282,41 +358,93 @@ def gates(
     ],
     out: Out = Path("gates"),
     prompts: Annotated[
-        Path | None, typer.Option(help='Prompts, one a line, or JSON lines {"prompt": …} in a .jsonl file.')
+        Path | None,
+        typer.Option(help='Prompts, one a line, or JSON lines {"prompt": …} in a .jsonl file.', rich_help_panel=ON),
     ] = None,
     task: Annotated[
-        list[str] | None, typer.Option("--task", help="Take held-out prompts of a task; repeat for more.")
+        list[str] | None,
+        typer.Option("--task", help="Take held-out prompts of a task; repeat for more.", rich_help_panel=ON),
     ] = None,
     sequences: Annotated[
         Path | None,
-        typer.Option(help='Measure on given JSON lines, {"text": …} or {"input_ids": […]}; nothing is sampled.'),
+        typer.Option(
+            help='Measure on given JSON lines, {"text": …} or {"input_ids": […]}; nothing is sampled.',
+            rich_help_panel=ON,
+        ),
     ] = None,
-    batches: Annotated[int, typer.Option(help="Into which the sequences are dealt: the unit of the intervals.")] = 16,
-    prompts_per_batch: Annotated[int, typer.Option(help="Of each batch, where prompts come from tasks.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(help="The longest sampled continuation.")] = 40,
-    draws: Annotated[int, typer.Option(help="Random directions of each kind over all matrices.")] = 8,
-    layer_draws: Annotated[int, typer.Option(help="Random directions of each kind in each matrix.")] = 2,
+    batches: Annotated[
+        int,
+        typer.Option(
+            help="The sequences are dealt into so many batches, the unit of the intervals.", rich_help_panel=ON
+        ),
+    ] = 16,
+    prompts_per_batch: Annotated[
+        int, typer.Option(help="Each batch has so many prompts, where they come from tasks.", rich_help_panel=ON)
+    ] = 16,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="A sampled continuation has at most so many tokens.", rich_help_panel=ON)
+    ] = 40,
     per_layer: Annotated[
-        bool, typer.Option("--per-layer/--pooled-only", help="Curvature by layer and role too, or pooled alone.")
+        bool,
+        typer.Option(
+            "--per-layer/--pooled-only", help="Curvature by layer and role too, or pooled alone.", rich_help_panel=WHAT
+        ),
     ] = True,
-    rank_fraction: Annotated[
-        float, typer.Option(help="Rank of the principal subspace over min(rows, columns).")
-    ] = 0.125,
-    alpha: Annotated[float, typer.Option(help="Density of the principal weights.")] = 0.5,
     precision: Annotated[
-        bool, typer.Option(help="Gate III too, where float32 masters were kept: what storing hides of the update.")
+        bool,
+        typer.Option(
+            help="Gate III too, where float32 masters were kept: what storing hides of the update.",
+            rich_help_panel=WHAT,
+        ),
     ] = True,
-    weights: Annotated[str, typer.Option(help="auto (float32 masters where kept), masters or stored.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
-    attention: Annotated[str, typer.Option(help="attn_implementation; it needs a forward-mode derivative.")] = "eager",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of prompts, continuations, batches and random directions.")] = 0,
+    weights: Annotated[
+        str, typer.Option(help="auto (float32 masters where kept), masters or stored.", rich_help_panel=WHAT)
+    ] = "auto",
+    draws: Annotated[
+        int,
+        typer.Option(
+            help="So many random directions of each kind are drawn over all matrices.", rich_help_panel=EXPERT
+        ),
+    ] = 8,
+    layer_draws: Annotated[
+        int,
+        typer.Option(help="So many random directions of each kind are drawn in each matrix.", rich_help_panel=EXPERT),
+    ] = 2,
+    rank_fraction: Annotated[
+        float,
+        typer.Option(
+            help="The principal subspace has this share of min(rows, columns) directions.", rich_help_panel=EXPERT
+        ),
+    ] = 0.125,
+    alpha: Annotated[
+        float, typer.Option(help="Principal weights are this share of a matrix.", rich_help_panel=EXPERT)
+    ] = 0.5,
+    dtype: Annotated[
+        str, typer.Option(help="Everything is computed in float32 or float64.", rich_help_panel=EXPERT)
+    ] = "float32",
+    attention: Annotated[
+        str, typer.Option(help="attn_implementation; it needs a forward-mode derivative.", rich_help_panel=EXPERT)
+    ] = "eager",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=EXPERT)] = "auto",
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="Prompts, continuations, batches and directions are drawn from this seed.", rich_help_panel=EXPERT
+        ),
+    ] = 0,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Execute Python that comes with BASE, where it asks for that.")
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Execute Python that comes with BASE, where it asks for that.",
+            rich_help_panel=EXPERT,
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print gates.json instead of tables.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print gates.json instead of tables.", rich_help_panel=SHOWN)
+    ] = False,
 ) -> None:
-    r"""Measure the gates: divergence against the Fisher form, the curvature of directions, what storing hides.
+    r"""Measure KL from the base against the Fisher form, the curvature of directions, and what precision hides.
 
     Writes gates.json. Needs the models to run, as training does.
     """

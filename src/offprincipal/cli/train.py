@@ -15,6 +15,15 @@ Replace = Annotated[bool, typer.Option("--overwrite", help="Replace an intervent
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard what was trained there under other settings.")]
 
 
+def _print_profiles(wanted: bool) -> None:
+    if wanted:
+        from offprincipal.reports.terminal import profiles_table
+        from offprincipal.studies import load_profile, profile_names, training_stages
+
+        Console().print(profiles_table(map(load_profile, profile_names()), lambda p: len(training_stages(p))))
+        raise typer.Exit
+
+
 @app.command(rich_help_panel=TRAINING)
 def study(
     profile: Annotated[str, typer.Argument(metavar="PROFILE", help="A shipped profile, or a YAML file.")] = "quick",
@@ -27,6 +36,10 @@ def study(
         int | None, typer.Option(min=1, help="Training runs at once; default: a core each, at most 4.")
     ] = None,
     overwrite: Overwrite = False,
+    listed: Annotated[
+        bool,
+        typer.Option("--list", callback=_print_profiles, is_eager=True, help="List the shipped profiles, and exit."),
+    ] = False,
 ) -> None:
     """Train by RLVR and SFT, measure what each did to the weights, and judge the paper's claims.
 

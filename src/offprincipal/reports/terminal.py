@@ -1,7 +1,7 @@
 """Tables for the terminal, from the same files as the report. Reads and formats; computes no metric."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,8 @@ from offprincipal.tasks import Task, mixture
 
 if TYPE_CHECKING:
     from offprincipal.deltas import Made
+    from offprincipal.measures.columns import Metric
+    from offprincipal.studies import Profile
     from offprincipal.training.preview import Preview
 
 _SHOWN = (
@@ -267,6 +269,28 @@ def settings_table(fields: Mapping[str, Any]) -> Table:
     for name, field in fields.items():
         default = "required" if field.is_required() else str(field.default)
         table.add_row(name, shown(default), shown(field.description or ""))
+    return table
+
+
+def metrics_table(metrics: Iterable["Metric"]) -> Table:
+    """Every figure by group: its name, what it means, and its unit."""
+    table = Table(box=SIMPLE)
+    for title in ("group", "figure", "what it is", "unit"):
+        table.add_column(title, no_wrap=title == "figure")
+    for metric in metrics:
+        for column in metric.columns:
+            table.add_row(metric.group, column.name, shown(column.meaning), "" if column.unit == "1" else column.unit)
+    return table
+
+
+def profiles_table(profiles: Iterable["Profile"], runs_of: Callable[["Profile"], int]) -> Table:
+    """Shipped studies: their names, what they ask, and how many runs they train."""
+    table = Table(box=SIMPLE)
+    for title in ("profile", "what it asks", "base"):
+        table.add_column(title)
+    table.add_column("training runs", justify="right")
+    for profile in profiles:
+        table.add_row(profile.name, shown(profile.title), shown(profile.base), str(runs_of(profile)))
     return table
 
 

@@ -86,6 +86,11 @@ def pending(profile: Profile, out: Path) -> list[str]:
     return [name for name in profile.order() if not (graph.ready(name) and graph.keep(name))]
 
 
+def training_stages(profile: Profile) -> list[str]:
+    """The stages that train a model, one run each."""
+    return [name for name, stage in profile.stages.items() if isinstance(stage, TrainStage)]
+
+
 def workspace(profile: Profile, out: Path) -> Workspace:
     """Where the stages of a profile find each other's output."""
     return Workspace(out, profile.base, profile.training, profile.name, profile.title)
