@@ -68,6 +68,18 @@ def test_a_long_comparison_prints_a_line_now_and_then_off_a_terminal(
     assert re.search(r"^100% of [\d,]+ parameters after 0:\d\d, 0:00 left; ", slow.err, re.MULTILINE)
 
 
+def test_a_comparison_that_replaces_another_says_so(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*runs: str) -> str:
+        assert call(monkeypatch, "compare", *runs, "--no-report", "--metrics", "changes", "--out", str(tmp_path)) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    replaced = f"held another comparison, which this one replaced: {pair[0]} with {pair[1]}"
+    assert "held another" not in said(*pair) and "held another" not in said(*pair)
+    assert replaced in said(pair[1], pair[0])
+
+
 def test_json_is_the_summary_and_nothing_else(
     pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -187,6 +187,7 @@ def compare(
     from offprincipal.comparison import CompareSettings, MatrixSettings, parse_condition
     from offprincipal.comparison import compare as compare_checkpoints
     from offprincipal.comparison.contract import broken_phrases, read_contract
+    from offprincipal.comparison.tables import compared_in
     from offprincipal.measures.columns import GROUPS
     from offprincipal.memory import parse_size
     from offprincipal.reports.terminal import as_shown_json, comparison_table
@@ -202,6 +203,7 @@ def compare(
     options: Any = {"out": out, "threads": threads, "ray": ray, "cache": cache}
     options["memory"] = None if memory is None else parse_size(memory)
     options["masters"] = named_masters(masters or [], runs)
+    held = compared_in(out)
     with resumable(), matrix_progress() as progress:
         found = compare_checkpoints(base, runs, settings, **options, progress=progress)
     try:
@@ -217,6 +219,8 @@ def compare(
                 say(kept)
             for warning in warnings_of(found.summary):
                 say(f"note: {warning}", style="yellow")
+            if held not in (None, compared_in(out)):
+                say(f"note: {out} held another comparison, which this one replaced: {held}", style="yellow")
             for sentence in (verdict_paragraph if explain else decisions)(found.summary):
                 say(sentence, soft_wrap=False)
             say(f"tables{' and report' if report else ''}: {out}")

@@ -3,6 +3,7 @@
 Every file is written under a temporary name and renamed, `summary.json` last.
 """
 
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -91,6 +92,14 @@ def read_summary(folder: Path) -> dict[str, Any]:
         FileError: the folder holds none.
     """
     return read_json(folder / "summary.json")
+
+
+def compared_in(folder: Path) -> str | None:
+    """What a folder holds a comparison of, in words; None where it holds none that can be read."""
+    with suppress(FileError, LookupError, TypeError, AttributeError):
+        summary = read_summary(folder)
+        return f"{summary['base']} with {', '.join(str(run['source']) for run in summary['runs'].values())}"
+    return None
 
 
 def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
