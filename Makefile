@@ -1,10 +1,10 @@
-# make demo | test | setup | lint | bench | docs | clean
+# make demo | test | test-floors | setup | lint | bench | docs | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.offprincipal-ready
 
-.PHONY: demo test setup lint bench docs clean
+.PHONY: demo test test-floors setup lint bench docs clean
 
 demo: setup
 	$(BIN)/offprincipal study --out demo
@@ -20,6 +20,16 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/compare.py
+
+# With the oldest versions that pyproject.toml allows; torch is the one of `setup`, since its oldest has no build for a CPU on the index.
+FLOORS := build/floors
+test-floors: setup
+	$(PYTHON) -m venv $(FLOORS)
+	$(FLOORS)/bin/python -m pip install --quiet uv
+	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__.split("+")[0])' > $(FLOORS)/torch.txt
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(FLOORS)/bin/uv pip install --quiet --python $(FLOORS)/bin/python \
+	  --resolution lowest-direct --override $(FLOORS)/torch.txt --editable '.[train,ray,gguf,dev]'
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(FLOORS)/bin/python -m pytest -n auto
 
 # Warnings are errors: a link that leads nowhere, a page in no menu.
 docs: setup
