@@ -6,6 +6,7 @@ of models or splits.
 
 import functools
 import importlib
+import os
 import random
 import threading
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _BUILDERS = frozenset({
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _ORDER_SEED = 2511_08567
 _SECONDS_TO_PARSE = 5
+_MOST_FILES = 10_000
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,8 @@ def _load(dataset: str, config: str | None, split: str) -> Any:
         path = Path(dataset)
         if path.is_file():
             return datasets.load_dataset(_reader(path), data_files=str(path), split=split)
+        if path.is_dir():
+            _require_few_files(path)
         return datasets.load_dataset(dataset, config, split=split)
     except TaskError:
         raise
@@ -155,6 +159,21 @@ def _load(dataset: str, config: str | None, split: str) -> Any:
     finally:
         if shown:
             datasets.enable_progress_bars()
+
+
+def _require_few_files(folder: Path) -> None:
+    """The library looks through all that lies in a folder, however deep: `hf:/` would be the whole disk."""
+    seen, folders = 0, [folder]
+    while folders:
+        for entry in os.scandir(folders.pop()):
+            seen += 1
+            if seen > _MOST_FILES:
+                raise TaskError(
+                    f"folder {folder} holds more than {_MOST_FILES:,} files, and is hardly one data set: give the folder "
+                    "of the data alone, or a file of it"
+                )
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(Path(entry.path))
 
 
 def _reader(path: Path) -> str:
