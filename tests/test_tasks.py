@@ -196,3 +196,16 @@ def test_a_reader_of_the_library_is_no_data_set_and_reads_nothing(
     for name in sorted({"pandas", "csv", *packaged._PACKAGED_DATASETS_MODULES}):
         with pytest.raises(TaskError, match=f"'{name}' is a reader of the datasets library, no data set"):
             open_task(f"hf:{name}?prompt=a&answer=b").problem(0)
+
+
+def test_a_folder_that_is_no_data_set_is_not_walked_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offprincipal.tasks.hub._MOST_FILES", 20)
+    deep = tmp_path / "a" / "b"
+    deep.mkdir(parents=True)
+    for i in range(30):
+        (deep / f"{i}.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
+    with pytest.raises(TaskError, match="more than 20 files"):
+        open_task(f"hf:{tmp_path}")
+    for i in range(15):
+        (deep / f"{i}.jsonl").unlink()
+    assert open_task(f"hf:{deep}").problem(0).answer == "2"

@@ -169,8 +169,8 @@ def _require_few_files(folder: Path) -> None:
             seen += 1
             if seen > _MOST_FILES:
                 raise TaskError(
-                    f"folder {folder} holds more than {_MOST_FILES:,} files, and is hardly one data set: give the folder "
-                    "of the data alone, or a file of it"
+                    f"folder {folder} holds more than {_MOST_FILES:,} files, and is hardly one data set: give the "
+                    "folder of the data alone, or a file of it"
                 )
             if entry.is_dir(follow_symlinks=False):
                 folders.append(Path(entry.path))
