@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,18 @@ def test_a_damaged_table_is_made_again(finished: Path, tiny_model: Path) -> None
     (finished / "comparison" / "pairs.parquet").write_bytes(b"")
     said = run(tiny_model, finished)
     assert said["grpo_1"] == ["kept"] and said["comparison"] == ["started", "done"]
+
+
+def test_another_profile_in_the_same_folder_keeps_what_the_first_one_found(
+    finished: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    said = run(tiny_model, out, "name=other", "stages.claims.claims=[C1]")
+    assert said["comparison"] == ["kept"] and said["claims"] == ["started", "done"]
+    for name in ("study.json", "report.html"):
+        kept = (out / name).with_stem(f"{Path(name).stem}-quick")
+        assert kept.read_bytes() == (finished / name).read_bytes()
+    assert {claim["id"] for claim in json.loads((out / "study.json").read_text())["claims"]} == {"C1"}
 
 
 def test_training_of_other_settings_is_not_overwritten(finished: Path, tiny_model: Path) -> None:

@@ -35,11 +35,15 @@ def parts_of(folder: Path) -> Iterator[Part]:
         FileError: it holds nothing of ours, or what it holds is damaged.
     """
     there = [name for name in _KINDS if (folder / name).is_file()]
+    others = sorted(folder.glob("study-*.json"))  # of other profiles in the same folder
     if not there:
         raise FileError(f"{folder} holds none of {', '.join(_KINDS)}: give a folder that offprincipal wrote")
     for name in there:
         with damage_reported(folder / name):
             yield from _KINDS[name](folder / name)
+    for path in others:
+        with damage_reported(path):
+            yield from _study(path)
 
 
 def _study(path: Path) -> Iterator[Part]:

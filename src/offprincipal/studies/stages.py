@@ -8,6 +8,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from offprincipal.comparison import CompareSettings, MatrixSettings, compare
-from offprincipal.errors import StudyError
+from offprincipal.errors import FileError, StudyError
 from offprincipal.files import read_json, write_json
 from offprincipal.measures.columns import GROUPS, Group
 from offprincipal.models import model_name
@@ -158,6 +159,16 @@ class CompareStage(StageKind):
         return [space.folder(name) / table for table in tables]
 
 
+def _set_aside(space: Workspace) -> None:
+    """Keep what another profile wrote in this folder, under its name: `study-quick.json` and `report-quick.html`."""
+    with suppress(FileError):
+        former = read_json(space.out / "study.json").get("profile")
+        if isinstance(former, str) and former.isidentifier() and former != space.profile:
+            for path in (space.out / "study.json", space.out / "report.html"):
+                if path.is_file():
+                    path.replace(path.with_stem(f"{path.stem}-{former}"))
+
+
 class ClaimsStage(StageKind):
     """Judge the paper's claims from a comparison's tables, and what else they need; writes the study's `study.json`.
 
@@ -234,6 +245,7 @@ class ClaimsStage(StageKind):
             "claims": claims,
             "runs": [_run_entry(run, space.folder(run)) for run in self.trained],
         }
+        _set_aside(space)
         write_json(space.out / "study.json", study)
 
     def _add_negative_controls(self, claims: list[dict[str, Any]], evidence: Evidence, space: Workspace) -> None:
