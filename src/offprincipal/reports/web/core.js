@@ -86,6 +86,7 @@ function offerTables() {
       link.click();
       URL.revokeObjectURL(link.href);
     };
+    table.parentElement.tabIndex = 0; // scrolled by keys where it is wider than the screen
     table.parentElement.after(tools([["CSV", "Save this table as CSV", save]]));
   });
 }
