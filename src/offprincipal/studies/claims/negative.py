@@ -5,7 +5,7 @@ again by the same rule. What is decided there is decided about nothing.
 """
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import combinations
@@ -113,7 +113,7 @@ def _matrix(
     """Rows of every run and of the pairs that claims read, draw by draw."""
     base = BaseMatrix(part.name, work.read(work.base_checkpoint, part), work.settings.matrix)
     weight = base.weight.astype(np.float64)
-    updates = _updates(work, part, weight)
+    updates = dict(_updates(work, part, weight))
     found = []
     for draw in range(draws):
         pairs = {
@@ -139,16 +139,13 @@ def _tensor(
     """Of a tensor that is no linear matrix, what changed is all that claims read."""
     base = work.read(work.base_checkpoint, part).reshape(len(part.matrix_shape) and part.matrix_shape[0], -1)
     weight = base.astype(np.float64)
-    updates = _updates(work, part, weight)
-    found = []
-    for draw in range(draws):
-        rows = []
-        for run, update in updates.items():
+    found: list[tuple[list[Row], list[Row]]] = [([], []) for _ in range(draws)]
+    for run, update in _updates(work, part, weight):  # one at a time, since an embedding may be most of the model
+        for draw, (rows, _) in enumerate(found):
             block = Block(base, *_stored(work, run, part, weight, update, draw))
             pair = TensorPair(_once(block))
             row: Row = {"unchanged_fraction": 1 - pair.changed_count / pair.numel if pair.numel else None}
             rows.append(real[run, part.name] | row | {"changed_count": pair.changed_count})
-        found.append((rows, list[Row]()))
     return found
 
 
@@ -156,13 +153,11 @@ def _once(block: Block) -> Callable[[], list[Block]]:
     return lambda: [block]
 
 
-def _updates(work: Work, part: Part, weight: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
-    """Run -> its update, from masters where they were kept."""
-    found = {}
+def _updates(work: Work, part: Part, weight: np.ndarray[Any, Any]) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    """Each run and its update, from masters where they were kept."""
     for run, checkpoint in work.runs.items():
         values = work.read(work.masters.get(run, checkpoint), part).reshape(weight.shape)
-        found[run] = values.astype(np.float64) - weight
-    return found
+        yield run, values.astype(np.float64) - weight
 
 
 def _stored(
