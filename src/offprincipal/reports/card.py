@@ -16,7 +16,7 @@ from typing import Any
 
 from offprincipal.errors import FileError
 from offprincipal.files import require_folder, write_atomically
-from offprincipal.reports.figures import anatomy
+from offprincipal.reports.figures import ANATOMY_PARTS, anatomy
 from offprincipal.reports.places import reproducing, without_paths
 from offprincipal.reports.report import damage_reported
 from offprincipal.reports.terminal import LADDER_COLUMNS, anatomy_rows, figure_rows
@@ -25,7 +25,6 @@ from offprincipal.reports.words import decisions, plain
 README, FIGURE, PAIRS = "README.md", "offprincipal.svg", "offprincipal.jsonl"
 PAIR_SCHEMA = 1
 _BEGIN, _END = "<!-- offprincipal: begin -->", "<!-- offprincipal: end -->"
-_PARTS = (("rounding", "#7d8795"), ("magnitude", "#b8932c"), ("neurons", "#4aa3b8"), ("beyond all nulls", "#c24d52"))
 _LONGEST = 24  # letters of a name in the figure
 _MARKED = re.compile(r"([\\`*_{}\[\]<>|~$&#])")
 _NO_METADATA = "---\n{}\n---\n"
@@ -182,7 +181,7 @@ def anatomy_svg(summary: Mapping[str, Any]) -> str:
     width, height = left + len(masks) * (panel + 60), top + bar * len(runs) + 34
     reach = max(1.0, *(_reach(run) for mask in masks for run in mask["runs"]))
     shapes = [f'<rect width="{width}" height="{height}" fill="#fff"/>']
-    for place, (part, colour) in enumerate(_PARTS):
+    for place, (part, colour) in enumerate(ANATOMY_PARTS):
         x = 12 + 140 * place
         shapes += [f'<rect x="{x}" y="12" width="12" height="12" rx="3" fill="{colour}"/>', _label(x + 18, 22, part)]
     for row, name in enumerate(runs):
@@ -211,7 +210,7 @@ def _reach(run: Mapping[str, Any]) -> float:
 def _bar(run: Mapping[str, Any], middle: float, scale: float, y: float) -> Iterator[str]:
     """Parts to the right of chance one after another, and so to the left; a line where they add up to."""
     ends = {True: middle, False: middle}
-    for part, (_, colour) in zip(run["parts"], _PARTS, strict=True):
+    for part, (_, colour) in zip(run["parts"], ANATOMY_PARTS, strict=True):
         if part:
             length, right = abs(part) * scale, part > 0
             x = ends[right] if right else ends[right] - length

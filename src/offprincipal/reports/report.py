@@ -122,6 +122,7 @@ def _figures(comparison: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "runs": runs,
         "anatomy": figures.anatomy(summary),
+        "anatomy_parts": figures.ANATOMY_PARTS,
         "overlaps": figures.overlaps(summary),
         "sweep": figures.sweep(_read(comparison, "masks", _SWEEP_COLUMNS), runs),
         "pairs": summary["pairs"],

@@ -14,7 +14,6 @@ from offprincipal.reports import terminal, words
 from offprincipal.reports.numbers import number
 from offprincipal.reports.report import damage_reported
 
-Part = RenderableType
 _WATCHED = (
     ("KL of the step", "kl_step"),
     ("KL to base", "kl_cumulative"),
@@ -25,7 +24,7 @@ _WATCHED = (
 _ROWS = 12  # of a monitor's, the last among them
 
 
-def parts_of(folder: Path) -> Iterator[Part]:
+def parts_of(folder: Path) -> Iterator[RenderableType]:
     """Tables, and sentences as plain text, of everything that a folder holds.
 
     Args:
@@ -34,26 +33,22 @@ def parts_of(folder: Path) -> Iterator[Part]:
     Raises:
         FileError: it holds nothing of ours, or what it holds is damaged.
     """
-    there = [name for name in _KINDS if (folder / name).is_file()]
-    others = sorted(folder.glob("study-*.json"))  # of other profiles in the same folder
-    if not there:
-        raise FileError(f"{folder} holds none of {', '.join(_KINDS)}: give a folder that offprincipal wrote")
-    for name in there:
+    for name in _files_in(folder):
         with damage_reported(folder / name):
             yield from _KINDS[name](folder / name)
-    for path in others:
+    for path in sorted(folder.glob("study-*.json")):  # of other profiles in the same folder
         with damage_reported(path):
             yield from _study(path)
 
 
-def _study(path: Path) -> Iterator[Part]:
+def _study(path: Path) -> Iterator[RenderableType]:
     study = read_json(path)
     yield f"study '{study['profile']}' of {words.place_name(study['base']['name'])}"
     yield terminal.runs_table(study)
     yield terminal.claims_table(study)
 
 
-def _run(path: Path) -> Iterator[Part]:
+def _run(path: Path) -> Iterator[RenderableType]:
     record = read_json(path)
     settings = record["settings"]
     yield f"{settings['recipe']} on {', '.join(settings['tasks'])}, {settings['steps']} steps of {settings['batch']}"
@@ -63,14 +58,14 @@ def _run(path: Path) -> Iterator[Part]:
         yield f"stopped early: {stopped}"
 
 
-def _comparison(path: Path) -> Iterator[Part]:
+def _comparison(path: Path) -> Iterator[RenderableType]:
     summary = read_json(path)
     yield terminal.comparison_table(summary)
     yield from (f"note: {warning}" for warning in words.warnings_of(summary))
     yield from words.decisions(summary)
 
 
-def _trajectory(path: Path) -> Iterator[Part]:
+def _trajectory(path: Path) -> Iterator[RenderableType]:
     from offprincipal.reports.trajectory import trajectory_sentences, trajectory_table
 
     content = read_json(path)
@@ -78,13 +73,13 @@ def _trajectory(path: Path) -> Iterator[Part]:
     yield from trajectory_sentences(content)
 
 
-def _gates(path: Path) -> Iterator[Part]:
+def _gates(path: Path) -> Iterator[RenderableType]:
     from offprincipal.reports.gates import gates_tables
 
     yield gates_tables(read_json(path))
 
 
-def _preflight(path: Path) -> Iterator[Part]:
+def _preflight(path: Path) -> Iterator[RenderableType]:
     from offprincipal.reports.preflight import preflight_sentences, preflight_table
 
     content = read_json(path)
@@ -92,7 +87,7 @@ def _preflight(path: Path) -> Iterator[Part]:
     yield from preflight_sentences(content)
 
 
-def _monitor(path: Path) -> Iterator[Part]:
+def _monitor(path: Path) -> Iterator[RenderableType]:
     from offprincipal.training.monitor.table import read_monitor
 
     rows = [row for row in read_monitor(path.parent) if row["tensor"] is None]
@@ -106,12 +101,12 @@ def _monitor(path: Path) -> Iterator[Part]:
     yield table
 
 
-def _intervention(path: Path) -> Iterator[Part]:
+def _intervention(path: Path) -> Iterator[RenderableType]:
     record = read_json(path)
     yield from terminal.proof_lines(record["proof"], record["dtype"], undone=path.name == "undo.json")
 
 
-_KINDS: dict[str, Callable[[Path], Iterator[Part]]] = {
+_KINDS: dict[str, Callable[[Path], Iterator[RenderableType]]] = {
     "study.json": _study,
     "run.json": _run,
     "monitor.parquet": _monitor,
@@ -130,7 +125,11 @@ def as_json(folder: Path) -> dict[str, Any]:
     Raises:
         FileError: it holds none of ours.
     """
-    found = {name: read_json(folder / name) for name in _KINDS if name.endswith(".json") and (folder / name).is_file()}
+    return {name: read_json(folder / name) for name in _files_in(folder, ".json")}
+
+
+def _files_in(folder: Path, suffix: str = "") -> list[str]:
+    found = [name for name in _KINDS if name.endswith(suffix) and (folder / name).is_file()]
     if not found:
         raise FileError(f"{folder} holds none of {', '.join(_KINDS)}: give a folder that offprincipal wrote")
     return found

@@ -19,19 +19,17 @@ figures["figure-training"] = () => {
   });
 };
 
-const PARTS = [["rounding", "#7d8795"], ["magnitude", "#b8932c"], ["neurons", "#4aa3b8"], ["beyond all nulls", "#c24d52"]];
-
 figures["figure-anatomy"] = () => {
-  const masks = data.anatomy, rows = numbered(data.runs.length), traces = [], layout = { annotations: [], barmode: "relative", bargap: 0.3 };
+  const masks = data.anatomy, parts = data.anatomy_parts, rows = numbered(data.runs.length), traces = [], layout = { annotations: [], barmode: "relative", bargap: 0.3 };
   const reach = 1.08 * Math.max(1, ...masks.flatMap((mask) => mask.runs.map((run) => Math.abs(run.parts.reduce((sum, part) => sum + (part || 0), 0)))), ...masks.flatMap((mask) => mask.runs.flatMap((run) => run.parts.map((part) => Math.abs(part || 0)))));
   masks.forEach((mask, j) => {
     const domain = column(j, masks.length, 0.06), on = { orientation: "h", xaxis: "x" + suffix(j) };
-    PARTS.forEach(([part, colour], k) => traces.push({ ...on, type: "bar", y: rows, x: mask.runs.map((run) => run.parts[k]), customdata: data.runs.map((name) => label(name)), marker: { color: colour }, hovertemplate: `%{customdata}<br>${part}: %{x:+.2f} points<extra></extra>` }));
+    parts.forEach(([part, colour], k) => traces.push({ ...on, type: "bar", y: rows, x: mask.runs.map((run) => run.parts[k]), customdata: data.runs.map((name) => label(name)), marker: { color: colour }, hovertemplate: `%{customdata}<br>${part}: %{x:+.2f} points<extra></extra>` }));
     traces.push({ ...on, type: "scatter", mode: "markers", y: rows, x: mask.runs.map((run) => run.measured), marker: { symbol: "line-ns", size: 20, line: { color: INK, width: 2.5 } }, customdata: data.runs.map((name) => label(name)), hovertemplate: "%{customdata}<br>measured: %{x:+.2f} points beyond chance<extra></extra>" });
     layout["xaxis" + suffix(j)] = axis({ domain, range: [-reach, reach], zerolinewidth: 1.5, tickformat: "+~g", nticks: 6, title: title("points beyond chance") });
     layout.annotations.push(heading(mask.title, middle(domain)));
   });
-  legend("anatomy-legend", [...PARTS.map(([part, colour]) => ["", part, colour]), ["tick", "measured", ""]]);
+  legend("anatomy-legend", [...parts.map(([part, colour]) => ["", part, colour]), ["tick", "measured", ""]]);
   layout.yaxis = axis({ tickvals: rows, ticktext: data.runs.map((name) => label(name)), range: [data.runs.length - 0.5, -0.5], zeroline: false });
   draw("figure-anatomy", traces, { ...layout, height: 96 + 34 * data.runs.length });
 };
