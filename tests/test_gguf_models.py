@@ -11,9 +11,12 @@ from safetensors.torch import load_file
 from test_prompting import model_at
 from transformers import AutoTokenizer
 
+from offprincipal.checkpoints import open_checkpoint
+from offprincipal.checkpoints.delta import DeltaFile, as_stored
 from offprincipal.errors import ModelError
 from offprincipal.models import gguf as ours
 from offprincipal.models import model_name, open_language_model
+from offprincipal.training import parse_settings, train
 from offprincipal.training.preview import preview
 
 gguf = pytest.importorskip("gguf")
@@ -99,6 +102,16 @@ def test_a_gguf_file_becomes_the_folder_that_it_was_made_of(
     assert preview(file, ["add@1"], count=1, max_new_tokens=4).settings.template == "few_shot"
     monkeypatch.setattr(ours, "_convert", lambda *_: pytest.fail("it is converted once"))
     assert open_language_model(file).model.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("models")
+def test_deltas_of_a_run_from_a_gguf_file_hold_what_changed_alone(tmp_path: Path) -> None:
+    file = gguf_of(model_at(tmp_path / "base", chat=False, head_dim=128), tmp_path / "small.gguf")
+    values = {"recipe": "sft_own", "model": str(file), "tasks": ["reverse@1"], "steps": 1, "batch": 8}
+    train(parse_settings(values | {"eval_prompts": 0, "keep_deltas": 1}), tmp_path / "run", quiet=True)
+    base = as_stored(open_checkpoint(model_name(file)))
+    delta = DeltaFile(tmp_path / "run" / "deltas" / "step_1.delta", base)
+    assert {entry.kind for entry in delta.index.tensors.values()} <= {"same", "sparse", "dense"}
 
 
 @pytest.mark.usefixtures("models")

@@ -64,10 +64,23 @@ def profile(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(profile: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shown() -> list[tuple[str, object]]:
+    """What the run of `finished` showed of its stages, in order."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def finished(profile: Path, shown: list[tuple[str, object]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("theory") / "out"
-    run_profile(load_profile(str(profile)), out, 2, lambda stage, report: None)
+    run_profile(load_profile(str(profile)), out, 2, lambda stage, report: shown.append((stage, report)))
     return out
+
+
+def test_what_takes_all_cores_waits_until_nothing_trains(finished: Path, shown: list[tuple[str, object]]) -> None:
+    trained = [stage for stage, about in STAGES.items() if about["kind"] == "train"]
+    others = [stage for stage in STAGES if stage not in (*trained, "moved")]  # run_b is trained from what is moved
+    first = min(shown.index((stage, "started")) for stage in others)
+    assert all(shown.index((stage, "done")) < first for stage in ("moved", *trained))
 
 
 def test_each_claim_has_two_verdicts_with_rule_and_evidence(finished: Path) -> None:

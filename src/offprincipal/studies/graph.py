@@ -1,8 +1,9 @@
-"""Run the stages of a study in order, each once: training in processes of its own, the rest here.
+"""Run the stages of a study, each once: training first, in processes of its own, then the rest here, as it is listed.
 
 A finished stage leaves a record with the key that it was made under, a hash of its settings and of its inputs' content,
 and the content of its own files. A stage whose record still holds is not run again; so a killed study continues, and a
-profile with more stages adds to an old folder. Knows nothing of what a stage does.
+profile with more stages adds to an old folder. What takes all cores waits until nothing trains, unless a run that is
+still to be trained reads it. Knows nothing of what a stage does.
 """
 
 import hashlib
@@ -53,20 +54,26 @@ def run_profile(profile: Profile, out: Path, jobs: int, show: ShowStage, overwri
 
     with exclusively(out), disk_faults_reported(out), _training_pool(jobs, seen) as pool:
         running: dict[Future[None], str] = {}
-        waiting = profile.order()
+        waiting = list(profile.stages)
+        trained_from = _sources_of(profile, training_stages(profile))
         while waiting or running:
+            progressed = False
             for name in [name for name in waiting if graph.ready(name)]:
-                waiting.remove(name)
                 if graph.keep(name):
                     show(name, "kept")
+                    progressed = True
                 elif isinstance(profile.stages[name], TrainStage):
                     running[pool.submit(_train, name, profile, space, overwrite)] = name
+                elif progressed or (running and name not in trained_from):
+                    continue
                 else:
                     show(name, "started")
                     profile.stages[name].make(name, space)
                     graph.finish(name)
                     show(name, "done")
-            if running:
+                    progressed = True
+                waiting.remove(name)
+            if running and not progressed:
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
                 lost = [running[future] for future in finished if isinstance(future.exception(), BrokenProcessPool)]
                 for future in finished:
@@ -94,6 +101,17 @@ def training_stages(profile: Profile) -> list[str]:
 def workspace(profile: Profile, out: Path) -> Workspace:
     """Where the stages of a profile find each other's output."""
     return Workspace(out, profile.base, profile.training, profile.name, profile.title)
+
+
+def _sources_of(profile: Profile, stages: list[str]) -> set[str]:
+    """What these stages read, and what that was made from."""
+    found: set[str] = set()
+    left = list(stages)
+    while left:
+        new = set(profile.stages[left.pop()].inputs()) - found
+        found |= new
+        left += new
+    return found
 
 
 class _Graph:

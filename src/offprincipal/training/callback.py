@@ -115,8 +115,8 @@ class KeepDeltas(TrainerCallback):
     """Write what the weights have become since the base, stored in bfloat16, every so many steps.
 
     Args:
-        base: the source of the base; folder: which deltas are written into; every: steps; masters: write the float32
-            weights beside them too.
+        base: its folder or Hugging Face id; folder: which deltas are written into; every: steps; masters: write the
+            float32 weights beside them too.
     """
 
     def __init__(self, base: str, folder: Path, every: int, masters: bool) -> None:

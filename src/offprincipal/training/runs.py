@@ -40,7 +40,7 @@ from offprincipal.files import (
     write_json,
 )
 from offprincipal.memory import freed_memory_kept
-from offprincipal.models import LanguageModel, identify, open_language_model, require_training_extra
+from offprincipal.models import LanguageModel, identify, model_name, open_language_model, require_training_extra
 from offprincipal.models.quiet import quiet_libraries, send_no_telemetry
 from offprincipal.recipe_names import Recipe
 from offprincipal.tasks import open_task
@@ -277,7 +277,8 @@ def _fit(
             callbacks.append(ExactAdapter())
         if settings.keep_deltas is not None:
             deltas = checkpoints.parent / DELTAS
-            callbacks.append(KeepDeltas(settings.model, deltas, settings.keep_deltas, settings.keep_masters))
+            base = model_name(settings.model)
+            callbacks.append(KeepDeltas(base, deltas, settings.keep_deltas, settings.keep_masters))
         if isinstance(opened.trained.optimizer, Isospectral):
             callbacks.append(FrameErrors(opened.trained.optimizer))
         trainer = build_trainer(settings, opened, checkpoints, callbacks, show)
