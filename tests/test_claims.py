@@ -15,7 +15,8 @@ from offprincipal.comparison import compare
 from offprincipal.errors import StudyError
 from offprincipal.geometry.principal import principal_rank, principal_ranks
 from offprincipal.geometry.spectrum import decompose
-from offprincipal.studies.claims import CLAIMS, Evidence, decide, judge
+from offprincipal.geometry.synthetic import BLIND
+from offprincipal.studies.claims import CLAIMS, Evidence, decide, judge, negative
 from offprincipal.studies.claims.negative import blind_evidence, negative_controls
 from offprincipal.studies.claims.rules import judge_difference
 from offprincipal.studies.claims.units import Effect, OverUnits, TwoSamples, over_runs_of_pairs
@@ -268,6 +269,40 @@ def test_blind_updates_of_every_run_are_measured_like_the_runs_and_decide_nothin
         assert found["supported"] + found["contradicted"] <= 2, id
     assert counts["C5", "", "sft"]["as_published"]["supported"] >= 4  # rounding makes the published picture of anything
     assert judge("C5", evidence)[0]["controlled"]["verdict"] == "supported"
+
+
+@pytest.mark.parametrize("moved", [400, 40])
+def test_some_rows_of_a_large_embedding_tell_what_blind_updates_change(
+    moved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedding, linear = "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"
+    weights = {embedding: 0.05 * gaussian(400, 32, seed=1), linear: 0.05 * gaussian(64, 32, seed=2)}
+    base = write_model(tmp_path / "base", {name: tensor.bfloat16() for name, tensor in weights.items()})
+    runs = {}
+    for run in ("rl_0", "rl_1"):
+        update = 4e-4 * gaussian(400, 32, seed=len(runs) + 3)
+        update[moved:] = 0
+        tuned = {name: tensor.bfloat16().double() for name, tensor in weights.items()}
+        tuned[embedding] += update
+        tuned[linear] += 4e-4 * gaussian(64, 32, seed=len(runs) + 5)
+        runs[run] = write_model(tmp_path / run, {name: tensor.bfloat16() for name, tensor in tuned.items()})
+    compare(base, runs).write(tmp_path / "comparison")
+    evidence = Evidence.read(tmp_path / "comparison", list(runs), {}, "comparison")
+
+    def shares() -> list[float]:
+        blind = blind_evidence(evidence, str(base), {run: str(path) for run, path in runs.items()}, 6, 0.5, 2)
+        rows = [row for one in blind for rows in one.matrices.values() for row in rows if row["tensor"] == embedding]
+        for row in rows:
+            assert row["changed_count"] == pytest.approx((1 - row["unchanged_fraction"]) * 400 * 32, abs=1)
+        return [row["unchanged_fraction"] for row in rows]
+
+    whole = shares()
+    monkeypatch.setattr(negative, "_SAMPLED", 100 * 32)
+    some = shares()
+    assert some != whole
+    for kind in range(len(BLIND)):
+        of_kind = [i for i in range(len(whole)) if i // len(runs) % len(BLIND) == kind]
+        assert np.mean([some[i] for i in of_kind]) == pytest.approx(np.mean([whole[i] for i in of_kind]), abs=0.04)
 
 
 def test_a_run_that_was_not_compared_is_named(tmp_path: Path) -> None:

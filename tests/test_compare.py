@@ -420,6 +420,17 @@ def test_an_interval_needs_more_than_one_matrix_and_ignores_tensors_that_do_not_
     assert pooled.matrices == 20
 
 
+def test_a_null_is_pooled_over_the_matrices_of_its_figure() -> None:
+    angle, null = "principal_angle_left_max_deg", "principal_angle_left_max_deg_stored_null"
+    rows = [{"linear": True, "numel": 4, angle: 3.0, null: 2.0}, {"linear": True, "numel": 4, angle: None, null: 0.1}]
+    assert [pool_column(name, rows).value for name in (angle, null)] == [3.0, 2.0]
+    nulls = [column for metric in METRICS for column in metric.columns if column.name.endswith("_null")]
+    pooled = {column.name for metric in METRICS for column in metric.columns if column.pool != "none"}
+    assert {column.beside for column in nulls} <= pooled | {None}
+    every = {"unchanged_fraction_isotropic_null", "unchanged_fraction_rounding_null", "unchanged_fraction_scaled_null"}
+    assert {column.name for column in nulls if column.beside is None} == every  # every tensor has one
+
+
 def test_a_measured_matrix_is_let_go_at_once(folders: dict[str, Path]) -> None:
     gc.collect()
     gc.disable()

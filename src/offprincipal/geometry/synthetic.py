@@ -43,6 +43,37 @@ def blind_update(kind: str, update: Floats, rng: np.random.Generator) -> Floats:
     return found * (norm / size) if size > 0 else found
 
 
+def fewer_rows(kind: str, update: Floats, rows: int, rng: np.random.Generator) -> Floats:
+    """An update of so many rows whose blind updates are as some rows of those of the given one.
+
+    Args:
+        kind: of `blind_update`. Of `scaled` some rows are drawn, whose norms are dealt out; else all are added up, with
+            random signs, into so many, which keeps the singular values where these are fewer than the rows.
+        update: (n, m), float64.
+
+    Returns:
+        (min(rows, n), m); of as much energy a row as the update, on average.
+
+    >>> update = np.outer(np.arange(1.0, 1001.0), [3.0, 4.0])
+    >>> found = fewer_rows("turned", update, 100, np.random.default_rng(0))
+    >>> found.shape, bool(abs((found**2).sum() / (update**2).sum() * 10 - 1) < 0.4), int(np.linalg.matrix_rank(found))
+    ((100, 2), True, 1)
+    """
+    n = len(update)
+    if rows >= n:
+        return update
+    order = rng.permutation(n)
+    found: Floats = np.zeros((rows, update.shape[1]))
+    if kind == "scaled":
+        found += update[order[:rows]]
+        return found
+    for start in range(0, n, rows):
+        some = order[start : start + rows]
+        found[: len(some)] += update[some] * rng.choice((-1.0, 1.0), len(some))[:, None]
+    found *= _norm(update) * np.sqrt(rows / n) / (_norm(found) or 1.0)
+    return found
+
+
 def _norm(x: Floats) -> float:
     """Without BLAS, whose threads wait for each other where several matrices are at work."""
     return float(np.sqrt(np.square(x).sum()))

@@ -27,12 +27,14 @@ class Column:
         meaning: one phrase for tables and reports.
         unit: of its values.
         pool: how `summary.json` pools it over matrices (`measures.pooling`).
+        beside: the figure that it is a null of, and pooled over the matrices of.
     """
 
     name: str
     meaning: str
     unit: str = "1"
     pool: Pool = "parameters"
+    beside: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,12 @@ def _overlap(name: str) -> Metric:
         (
             Column(f"{name}_overlap", f"share of the changed entries in the {title} mask", pool="changed"),
             *(
-                Column(f"{name}_overlap_{rung}", f"the same if {words} placed them", pool="changed")
+                Column(
+                    f"{name}_overlap_{rung}",
+                    f"the same if {words} placed them",
+                    pool="changed",
+                    beside=f"{name}_overlap",
+                )
                 for rung, words in RUNGS.items()
             ),
             Column(
@@ -115,6 +122,7 @@ def _overlap(name: str) -> Metric:
                 f"{name}_overlap_scaled_null",
                 "the same if rounding alone placed them, each row and column stepping as far as it does",
                 pool="changed",
+                beside=f"{name}_overlap",
             ),
             Column(
                 f"{name}_log_odds",
@@ -158,7 +166,9 @@ def _with_nulls(names: dict[str, tuple[str, str]], nulls: tuple[tuple[str, str],
     measured = tuple(Column(name, meaning, unit) for name, (meaning, unit) in names.items())
     drawn = []
     for null, after in nulls:
-        drawn += [Column(f"{name}{null}", meaning + after, unit) for name, (meaning, unit) in names.items()]
+        drawn += [
+            Column(f"{name}{null}", meaning + after, unit, beside=name) for name, (meaning, unit) in names.items()
+        ]
         drawn += [Column(f"{name}{null}_sd", _SPREAD, unit, "none") for name, (_, unit) in names.items()]
     return measured + tuple(drawn)
 
@@ -176,7 +186,7 @@ def _angle_columns() -> tuple[Column, ...]:
 def _energy_columns() -> tuple[Column, ...]:
     sides = (("", "both principal subspaces"), ("_left", "the left one"), ("_right", "the right one"))
     return tuple(
-        Column(f"principal_energy{side}{suffix}", f"{meaning} {words}", unit, pool)
+        Column(f"principal_energy{side}{suffix}", f"{meaning} {words}", unit, pool, f"principal_energy{side}")
         for side, words in sides
         for suffix, meaning, unit, pool in _ENERGIES
     )

@@ -95,7 +95,7 @@ def pool_run(rows: Sequence[Row]) -> dict[str, Pooled]:
 
 
 def pool_column(name: str, rows: Sequence[Row]) -> "Estimate":
-    """One metric over the rows of one run.
+    """One metric over the rows of one run; a null over the matrices of its figure, so that both are of the same ones.
 
     Args:
         name: a pooled column of the registry.
@@ -105,7 +105,11 @@ def pool_column(name: str, rows: Sequence[Row]) -> "Estimate":
     pool = _POOLS[column.pool]
     counted = [row for row in rows if row["linear"] or not pool.linear_only]
     known = "update_norm" if column.pool == "relative_norm" else name  # of a zero base that is defined, too
-    parts = [(pool.top(row, name), pool.bottom(row, name)) if row[known] is not None else (0.0, 0.0) for row in counted]
+    needs = (known, column.beside or known)
+    parts = [
+        (0.0, 0.0) if any(row[need] is None for need in needs) else (pool.top(row, name), pool.bottom(row, name))
+        for row in counted
+    ]
     return estimate_ratio(parts, pool.finish)
 
 

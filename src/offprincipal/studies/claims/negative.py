@@ -5,7 +5,7 @@ again by the same rule. What is decided there is decided about nothing.
 """
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import combinations
@@ -17,7 +17,7 @@ from offprincipal.checkpoints import Array, Part
 from offprincipal.checkpoints.checkpoint import FLOATS
 from offprincipal.comparison.execution import one_core_each
 from offprincipal.comparison.work import CompareSettings, Work
-from offprincipal.geometry.synthetic import BLIND, blind_update
+from offprincipal.geometry.synthetic import BLIND, blind_update, fewer_rows
 from offprincipal.measures import location
 from offprincipal.measures.changes import Block, TensorPair
 from offprincipal.measures.columns import METRICS
@@ -29,6 +29,7 @@ from offprincipal.studies.claims.registry import CLAIMS
 
 Counts = dict[str, int]
 _SIDES = ("as_published", "controlled")
+_SAMPLED = 1 << 22  # entries, of a tensor that is no linear matrix, that stand for all of it
 _LOCATION = tuple(metric for metric in METRICS if metric.group in ("changes", "location"))
 
 
@@ -113,7 +114,8 @@ def _matrix(
     """Rows of every run and of the pairs that claims read, draw by draw."""
     base = BaseMatrix(part.name, work.read(work.base_checkpoint, part), work.settings.matrix)
     weight = base.weight.astype(np.float64)
-    updates = dict(_updates(work, part, weight))
+    values = {run: work.read(work.masters.get(run, own), part).reshape(weight.shape) for run, own in work.runs.items()}
+    updates = {run: found.astype(np.float64) - weight for run, found in values.items()}
     found = []
     for draw in range(draws):
         pairs = {
@@ -136,28 +138,27 @@ def _measured(pair: MatrixPair) -> Row:
 def _tensor(
     work: Work, part: Part, real: Mapping[tuple[str, str], Row], draws: int
 ) -> list[tuple[list[Row], list[Row]]]:
-    """Of a tensor that is no linear matrix, what changed is all that claims read."""
+    """Of a tensor that is no linear matrix what changed is all that claims read; of a large one some rows will do."""
     base = work.read(work.base_checkpoint, part).reshape(len(part.matrix_shape) and part.matrix_shape[0], -1)
-    weight = base.astype(np.float64)
+    most = max(1, _SAMPLED // max(base.shape[1], 1))
+    rng = np.random.default_rng(zlib.crc32(part.name.encode()))
+    drawn = slice(None) if len(base) <= most else rng.choice(len(base), most, replace=False)
+    weight = base[drawn].astype(np.float64)
     found: list[tuple[list[Row], list[Row]]] = [([], []) for _ in range(draws)]
-    for run, update in _updates(work, part, weight):  # one at a time, since an embedding may be most of the model
+    for run, checkpoint in work.runs.items():  # one at a time, since an embedding may be most of the model
+        update = work.read(work.masters.get(run, checkpoint), part).reshape(base.shape).astype(np.float64) - base
+        parts = {kind: fewer_rows(kind, update, len(weight), rng) for kind in BLIND[:draws]}
         for draw, (rows, _) in enumerate(found):
-            block = Block(base, *_stored(work, run, part, weight, update, draw))
-            pair = TensorPair(_once(block))
-            row: Row = {"unchanged_fraction": 1 - pair.changed_count / pair.numel if pair.numel else None}
-            rows.append(real[run, part.name] | row | {"changed_count": pair.changed_count})
+            stored = _stored(work, run, part, weight, parts[BLIND[draw % len(BLIND)]], draw)
+            pair = TensorPair(_once(Block(base[drawn], *stored)))
+            changed = pair.changed_count / pair.numel if pair.numel else 0.0
+            row: Row = {"unchanged_fraction": 1 - changed if pair.numel else None}
+            rows.append(real[run, part.name] | row | {"changed_count": round(changed * base.size)})
     return found
 
 
 def _once(block: Block) -> Callable[[], list[Block]]:
     return lambda: [block]
-
-
-def _updates(work: Work, part: Part, weight: np.ndarray[Any, Any]) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-    """Each run and its update, from masters where they were kept."""
-    for run, checkpoint in work.runs.items():
-        values = work.read(work.masters.get(run, checkpoint), part).reshape(weight.shape)
-        yield run, values.astype(np.float64) - weight
 
 
 def _stored(
