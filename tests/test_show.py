@@ -17,11 +17,11 @@ from offprincipal.reports.show import as_json, parts_of
 from offprincipal.training import TrainSettings, train
 
 
-def printed(folder: Path) -> str:
+def printed(folder: Path, explain: bool = False) -> str:
     console = Console(width=100, file=StringIO())
     with console.capture() as said:
-        for part in parts_of(folder):
-            console.print(part)
+        for part in parts_of(folder, explain):
+            console.print(part, highlight=False, markup=not isinstance(part, str))
     return said.get()
 
 
@@ -69,6 +69,30 @@ def test_the_other_kinds(tiny_model: Path, pair: tuple[Path, Path], tmp_path: Pa
     options = {"batches": 2, "prompts_per_batch": 1, "per_layer": False, "draws": 1, "max_new_tokens": 2}
     measure_gates(tiny_model, {"same": tiny_model}, task="add@1", **options).write(tmp_path / "gates")
     assert "same" in printed(tmp_path / "gates")
+
+
+def test_claims_are_a_row_each_and_explained_when_asked(tmp_path: Path) -> None:
+    def side(verdict: str, effect: float | None, **more: object) -> dict[str, object]:
+        ends = {"low": None, "high": None} if effect is None else {"low": effect - 0.001, "high": effect + 0.001}
+        return {"verdict": verdict, "effect": effect, **ends, "measure": "share", "sentence": "Found.", **more}
+
+    blind = {"draws": 20, "supported": 1, "contradicted": 2}
+    controlled = side("no effect beyond the control", -0.000705, control="rounding", negative_control=blind)
+    claim = {"id": "C5", "title": "off-principal", "of": None, "contrast": "sft_own", "statement": "It avoids them"}
+    claims = [claim | {"as_published": side("contradicted", -0.106), "controlled": controlled}]
+    claims += [claim | {"as_published": side("supported", 0.1), "controlled": side("inconclusive", None, control="x")}]
+    study = {"profile": "quick", "base": {"name": "embedded"}, "runs": [], "claims": claims}
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    said = printed(tmp_path)
+    rows = [line.split("  ") for line in said.splitlines() if "C5" in line]
+    assert [[cell.strip() for cell in row if cell.strip()] for row in rows] == [
+        ["C5 off-principal: sft_own", "contradicted -0.106", "no effect -0.000705", "3 of 20"],
+        ["C5 off-principal: sft_own", "supported 0.1", "inconclusive", "–"],
+    ]
+    explained = " ".join(printed(tmp_path, explain=True).split())
+    assert "C5 off-principal: sft_own. It avoids them. Control: rounding." in explained
+    assert "as published: contradicted -0.106 [-0.107, -0.105], share. Found." in explained
+    assert "with the control: inconclusive. Found." in explained
 
 
 def test_a_folder_that_is_not_ours_or_damaged_is_named(pair: tuple[Path, Path], tmp_path: Path) -> None:

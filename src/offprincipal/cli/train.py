@@ -56,6 +56,7 @@ def study(
         found = run_on_console(load_profile(profile, override or []), out, jobs, overwrite, console)
     if found:
         console.print(runs_table(found), *fine_tuning_tables(fine_tuning_figures(out, found)), claims_table(found))
+        say(f"what was found of each claim: offprincipal show --explain {out}")
     written = out / "report.html" if (out / "report.html").is_file() else out
     say(f"{'report' if found else 'results'}: {written}")
 

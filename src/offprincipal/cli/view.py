@@ -12,6 +12,10 @@ from offprincipal.cli.common import VIEWING, app, matrix_progress, say
 @app.command(rich_help_panel=VIEWING)
 def show(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What any command of ours wrote.")],
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Say what the nulls of every figure say, and what was found of every claim."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print its JSON files, by name, instead of tables.")] = False,
 ) -> None:
     """Print what a folder holds: a comparison, run, monitor, trajectory, study, gates or intervention."""
@@ -21,7 +25,7 @@ def show(
     if as_json:
         print(as_shown_json(showing.as_json(folder)))
         return
-    for part in showing.parts_of(folder):
+    for part in showing.parts_of(folder, explain):
         if isinstance(part, str):
             say(part, soft_wrap=False)
         else:

@@ -1,6 +1,6 @@
 """`offprincipal show`: what a folder of ours holds, printed as the command that wrote it did."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ _WATCHED = (
 _ROWS = 12  # of a monitor's, the last among them
 
 
-def parts_of(folder: Path) -> Iterator[RenderableType]:
+def parts_of(folder: Path, explain: bool = False) -> Iterator[RenderableType]:
     """Tables, and sentences as plain text, of everything that a folder holds.
 
     Args:
         folder: what any of our commands wrote; a run may hold what a monitor saw, too.
+        explain: say of every figure what its nulls say, and of every claim what was found.
 
     Raises:
         FileError: it holds nothing of ours, or what it holds is damaged.
@@ -36,9 +37,11 @@ def parts_of(folder: Path) -> Iterator[RenderableType]:
     for name in _files_in(folder):
         with damage_reported(folder / name):
             yield from _KINDS[name](folder / name)
+            yield from _EXPLAINED[name](read_json(folder / name)) if explain and name in _EXPLAINED else ()
     for path in sorted(folder.glob("study-*.json")):  # of other profiles in the same folder
         with damage_reported(path):
             yield from _study(path)
+            yield from terminal.claims_sentences(read_json(path)) if explain else ()
 
 
 def _study(path: Path) -> Iterator[RenderableType]:
@@ -116,6 +119,12 @@ _KINDS: dict[str, Callable[[Path], Iterator[RenderableType]]] = {
     "preflight.json": _preflight,
     "intervention.json": _intervention,
     "undo.json": _intervention,
+}
+
+
+_EXPLAINED: dict[str, Callable[[Any], Iterable[str]]] = {
+    "study.json": terminal.claims_sentences,
+    "summary.json": words.verdict_paragraph,
 }
 
 

@@ -1,9 +1,9 @@
 """Tables for the terminal, from the same files as the report. Reads and formats; computes no metric."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.console import Group
@@ -31,10 +31,9 @@ _SHOWN = (
     ("low-magnitude, %", "low_magnitude_overlap", "low_magnitude_overlap_rounding_null", 100),
     ("energy, %", "principal_energy", "principal_energy_stored_null", 100),
 )
-_ACROSS = 3  # runs beside each other, which fit 80 columns
-_DOWN = 4  # figures beside each other, where runs are below each other
+_SCREEN = 80  # columns that every terminal has
 _LONG = 12  # letters of a common beginning that is left out
-_WIDEST = 20  # letters that a column keeps for itself
+_WIDEST = 24  # letters that a column keeps for itself
 LADDER_COLUMNS = ("run", "mask", "chance", "precision", "magnitude", "neurons", "measured", "z")
 _VERDICTS = {
     "supported": "green",
@@ -44,6 +43,11 @@ _VERDICTS = {
 }
 
 
+def _lean() -> Table:
+    """A table that spends few columns on itself."""
+    return Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+
+
 def cache_line(info: CacheInfo) -> str:
     """Where decomposed bases are kept, how many matrices, and how much they take."""
     size, limit = (f"{amount / 1024**3:.2f} GiB" for amount in (info.size, info.limit))
@@ -51,32 +55,43 @@ def cache_line(info: CacheInfo) -> str:
 
 
 def comparison_table(summary: Mapping[str, Any]) -> Group:
-    """Figures × runs, each value with its null in brackets; of many runs, one a row, in two tables.
+    """Figures × runs, each value with its null in brackets; where that is too wide, runs × figures, in several tables.
 
     Args:
         summary: `summary.json`.
     """
-    rows, labels = figure_rows(summary), short_names(list(summary["runs"]))
-    if len(labels) <= _ACROSS:
-        tables = [_table_of(["", *labels], rows)]
-    else:
-        groups = [rows[start : start + _DOWN] for start in range(0, len(rows), _DOWN)]
-        tables = [_table_of(*_turned(["run", *labels], some)) for some in groups]
-    return Group("what training did to the weights (null in brackets)", *tables, *anatomy_table(summary))
+    head, rows = ["", *short_names(list(summary["runs"]))], figure_rows(summary)
+    if sum(_widths(head, rows)) > _SCREEN:
+        head, *rows = map(list, zip(["run", *head[1:]], *rows, strict=True))
+    tables = [_table_of(*block) for block in _blocks(head, rows)]
+    return Group("what training did to the weights (null in brackets)", *tables, *ladder_tables(summary))
 
 
-def _turned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the same table with its rows as columns."""
-    first, *others = map(list, zip(head, *rows, strict=True))
-    return first, others
+def _blocks(
+    head: Sequence[str], rows: Sequence[Sequence[str]]
+) -> Iterator[tuple[Sequence[str], Sequence[Sequence[str]]]]:
+    """A table as several, each with the first column and as many of the others as a screen has room for."""
+    widths, end = _widths(head, rows), 1
+    while end < len(head):
+        start, room = end, _SCREEN - widths[0]
+        while end < len(head) and (end == start or widths[end] <= room):
+            room -= widths[end]
+            end += 1
+        kept = (0, *range(start, end))
+        yield [head[place] for place in kept], [[row[place] for place in kept] for row in rows]
+
+
+def _widths(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """What the columns of a table take with the space between them, the words of a title below each other."""
+    titles = [max(map(len, title.split()), default=0) for title in head]
+    return [min(max([title, *(len(row[i]) for row in rows)]), _WIDEST) + 2 for i, title in enumerate(titles)]
 
 
 def _table_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Of which a title may take several lines, and a cell may not."""
-    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    for place, title in enumerate(head):
-        widest = max((len(row[place]) for row in rows), default=0)
-        table.add_column(shown(title), justify="right" if place else "left", min_width=min(widest, _WIDEST))
+    """Each column as wide as its cells, or as a title's longest word."""
+    table = _lean()
+    for place, (title, width) in enumerate(zip(head, _widths(head, rows), strict=True)):
+        table.add_column(shown(title), justify="right" if place else "left", width=width - 2, overflow="fold")
     for row in rows:
         table.add_row(*map(shown, row))
     return table
@@ -104,21 +119,20 @@ def figure_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def anatomy_table(summary: Mapping[str, Any]) -> list[Any]:
+def ladder_tables(summary: Mapping[str, Any]) -> list[Any]:
     """Where the changed entries lie, rung by rung of the ladder of nulls, in percent: nothing where none was located.
 
     Args:
         summary: `summary.json`.
     """
-    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    for title in LADDER_COLUMNS:
-        justify: Literal["left", "right"] = "left" if title in ("run", "mask") else "right"
-        table.add_column(title, justify=justify, no_wrap=title != "run", overflow="fold")
     labels = dict(zip(summary["runs"], short_names(list(summary["runs"])), strict=True))
-    for name, *cells in anatomy_rows(summary):
-        table.add_row(shown(labels[name]), *cells)
-    said = "of the changed entries, % in the mask; each null from left to right knows one thing more"
-    return [said, table] if table.row_count else []
+    head, rows = [title for title in LADDER_COLUMNS if title != "mask"], anatomy_rows(summary)
+    found: list[Any] = []
+    for mask in dict.fromkeys(mask for _, mask, *_ in rows):
+        of_mask = [[labels[run], *cells] for run, own, *cells in rows if own == mask]
+        found += [f"of the changed entries, % on {mask} weights: as each null has it, and measured"]
+        found += [_table_of(head, of_mask)]
+    return found
 
 
 def anatomy_rows(summary: Mapping[str, Any]) -> list[list[str]]:
@@ -155,7 +169,7 @@ def runs_table(study: Mapping[str, Any]) -> Group:
     Args:
         study: `study.json`, or anything with its `runs`.
     """
-    table = Table(box=SIMPLE)
+    table = _lean()
     table.add_column("run")
     for title in ("greedy, %", "sampled, %", "pass@k, %", "KL to base", "minutes"):
         table.add_column(title, justify="right")
@@ -181,7 +195,7 @@ def fine_tuning_tables(figures: Mapping[str, Any]) -> list[Group]:
 
 
 def _masks_table(figures: Mapping[str, Any]) -> Group:
-    table = Table(box=SIMPLE)
+    table = _lean()
     table.add_column("mask")
     for title in ("seeds", "trained, %", "distance to the full KL curve", "accuracy, %"):
         table.add_column(title, justify="right")
@@ -195,7 +209,7 @@ def _masks_table(figures: Mapping[str, Any]) -> Group:
 
 
 def _sweeps_table(figures: Mapping[str, Any]) -> Group:
-    table = Table(box=SIMPLE)
+    table = _lean()
     table.add_column("method")
     for title in ("rank", "seeds", "highest stable rate", "best accuracy, %"):
         table.add_column(title, justify="right")
@@ -213,7 +227,7 @@ def _sweeps_table(figures: Mapping[str, Any]) -> Group:
 
 
 def _matched_table(matched: Iterable[Mapping[str, Any]]) -> Table:
-    table = Table(box=SIMPLE)
+    table = _lean()
     table.add_column("at equal step")
     for title in ("rank", "seeds", "reached", "accuracy, %", "of the matched, %"):
         table.add_column(title, justify="right")
@@ -230,33 +244,49 @@ def _matched_table(matched: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def claims_table(study: Mapping[str, Any]) -> Group:
-    """Claims with both verdicts and their effects.
+    """A row a claim: the verdict and effect of either side, and of how many blind studies the control's rule decides.
 
     Args:
         study: `study.json`.
     """
-    table = Table(show_lines=True)
-    for title in ("claim", "as published", "with the control", "control, and blind studies decided"):
-        table.add_column(title)
+    table = _lean()
+    table.add_column("claim", overflow="fold")
+    for title in ("as published", "with the control"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("blind", justify="right", no_wrap=True)
     for claim in study["claims"]:
-        table.add_row(
-            f"{claim['id']} {claim['title']}{_contrast(claim)}\n[dim]{shown(claim['statement'])}[/]",
-            _judgement(claim["as_published"]),
-            _judgement(claim["controlled"]),
-            shown(claim["controlled"]["control"]) + _blind(claim["controlled"].get("negative_control")),
-        )
-    return Group("the paper's claims: verdict, effect, 95 % interval over runs or matched pairs of runs", table)
+        sides = (claim["as_published"], claim["controlled"])
+        table.add_row(_claim(claim), *map(_judgement, sides), _blind(claim["controlled"].get("negative_control")))
+    return Group(
+        "the paper's claims: verdict and effect; blind: of studies of updates that know nothing, those that the "
+        "control's rule decides",
+        table,
+    )
 
 
-def _contrast(claim: Mapping[str, Any]) -> str:
-    of = f": {shown(claim['of'])}" if claim.get("of") else ""
-    return of + (f", against {shown(claim['contrast'])}" if claim.get("contrast") else "")
+def claims_sentences(study: Mapping[str, Any]) -> Iterator[str]:
+    """Of each claim what it says, its control, and of either side the effect with its interval and what was found.
+
+    Args:
+        study: `study.json`.
+    """
+    for claim in study["claims"]:
+        yield f"{_claim(claim)}. {claim['statement']}. Control: {claim['controlled']['control']}."
+        for side, words in (("as_published", "as published"), ("controlled", "with the control")):
+            judged = claim[side]
+            ends = (judged["low"], judged["high"])
+            interval = "" if None in ends else f" [{ends[0]:.3g}, {ends[1]:.3g}]"
+            effect = "" if judged["effect"] is None else f" {judged['effect']:.3g}{interval}, {judged['measure']}"
+            yield f"  {words}: {judged['verdict']}{effect}. {judged['sentence']}"
+
+
+def _claim(claim: Mapping[str, Any]) -> str:
+    others = [shown(claim[key]) for key in ("of", "contrast") if claim.get(key)]
+    return f"{claim['id']} {claim['title']}" + (f": {', against '.join(others)}" if others else "")
 
 
 def _blind(counts: Mapping[str, int] | None) -> str:
-    if not counts:
-        return ""
-    return f"\n[dim]{counts['supported'] + counts['contradicted']} of {counts['draws']}[/]"
+    return f"{counts['supported'] + counts['contradicted']} of {counts['draws']}" if counts else "–"
 
 
 def settings_table(fields: Mapping[str, Any]) -> Table:
@@ -274,7 +304,7 @@ def settings_table(fields: Mapping[str, Any]) -> Table:
 
 def metrics_table(metrics: Iterable["Metric"]) -> Table:
     """Every figure by group: its name, what it means, and its unit."""
-    table = Table(box=SIMPLE)
+    table = _lean()
     for title in ("group", "figure", "what it is", "unit"):
         table.add_column(title, no_wrap=title == "figure")
     for metric in metrics:
@@ -285,7 +315,7 @@ def metrics_table(metrics: Iterable["Metric"]) -> Table:
 
 def profiles_table(profiles: Iterable["Profile"], runs_of: Callable[["Profile"], int]) -> Table:
     """Shipped studies: their names, what they ask, and how many runs they train."""
-    table = Table(box=SIMPLE)
+    table = _lean()
     for title in ("profile", "what it asks", "base"):
         table.add_column(title)
     table.add_column("training runs", justify="right")
@@ -330,13 +360,9 @@ def preview_lines(found: "Preview") -> list[str]:
 
 
 def _judgement(judged: Mapping[str, Any]) -> str:
-    color = _VERDICTS[judged["verdict"]]
-    if judged["effect"] is None:
-        return f"[{color}]{judged['verdict']}[/]"
-    text = f"[{color}]{judged['verdict']}[/]\n{judged['effect']:.3g}"
-    if judged["low"] is None or judged["high"] is None:
-        return text
-    return f"{text} [dim][{judged['low']:.3g}, {judged['high']:.3g}][/]"
+    verdict = judged["verdict"]
+    text = f"[{_VERDICTS[verdict]}]{verdict.removesuffix(' beyond the control')}[/]"
+    return text if judged["effect"] is None else f"{text} {judged['effect']:.3g}"
 
 
 def _with_null(metrics: Mapping[str, Any], metric: str, null: str | None, factor: float) -> str:
@@ -354,10 +380,12 @@ def _span(values: Iterable[float | None], factor: float = 1) -> str:
 
 
 def _format(value: float | None, factor: float = 1) -> str:
-    """Three significant digits; percentages to a tenth."""
+    """Three significant digits; percentages to a tenth, those below one to a hundredth."""
     if value is None:
         return "–"
-    return f"{100 * value:.1f}" if factor == 100 else f"{value:.3g}"
+    if factor == 100:
+        return f"{100 * value:.1f}" if abs(value) >= 0.01 or not value else f"{100 * value:.2f}"
+    return f"{value:.3g}"
 
 
 def delta_lines(made: "Made") -> list[str]:
