@@ -431,6 +431,23 @@ def test_a_null_is_pooled_over_the_matrices_of_its_figure() -> None:
     assert {column.name for column in nulls if column.beside is None} == every  # every tensor has one
 
 
+def test_a_base_that_the_run_was_not_trained_from_is_noticed(folders: dict[str, Path], tmp_path: Path) -> None:
+    def notes(base: Path, run: Path) -> str:
+        return " ".join(compare(base, {"run": run}, metrics=("changes",)).summary["runs"]["run"]["warnings"])
+
+    base, tuned, other = (shutil.copytree(folders[name], tmp_path / name) for name in ("base", "near", "far"))
+    assert not re.search("trained from|swapped|away", notes(base, tuned))
+    (tuned / "run.json").write_text(json.dumps({"base": {"source": str(base)}}))
+    assert not re.search("trained from|swapped|away", notes(base, tuned))
+    assert "are the two swapped?" in notes(tuned, base)
+    assert "it was trained from 'base', as its run.json says, and is compared with another base" in notes(other, tuned)
+    for record in ("[]", '{"base": 3}', '{"base": {"source": "\\u0000"}}', '{"base": {"source": "gone"}}', "{" * 9999):
+        (tuned / "run.json").write_text(record)
+        assert not re.search("trained from|swapped", notes(base, tuned))
+    unrelated = write_model(tmp_path / "unrelated", {name: x.flip(0) for name, x in base_weights().items()})
+    assert "is the base what it was trained from?" in notes(base, unrelated)
+
+
 def test_a_measured_matrix_is_let_go_at_once(folders: dict[str, Path]) -> None:
     gc.collect()
     gc.disable()

@@ -12,6 +12,7 @@ from offprincipal.checkpoints import Part
 from offprincipal.comparison.cache import cache_folder
 from offprincipal.comparison.execution import run_in_threads, run_on_ray
 from offprincipal.comparison.journal import gather, resumable, versions
+from offprincipal.comparison.lineage import lineage_warnings
 from offprincipal.comparison.measure import Row, TensorRows
 from offprincipal.comparison.memory import bytes_needed
 from offprincipal.comparison.result import Comparison
@@ -185,6 +186,7 @@ def _summary(work: Work, measured: list[TensorRows], matrices: list[Row], pairs:
                 *work.notes[name],
                 *_unmeasured_warnings(unmeasured, differing),
                 *_warnings(work, name, rows, not (differing or work.only_in_base or work.only_in_run(name))),
+                *lineage_warnings(work.base_checkpoint, checkpoint, rows),
                 *_error_bounds(rows),
                 *_fallback_warnings(work, name, measured),
             ],

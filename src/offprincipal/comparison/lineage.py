@@ -1,0 +1,54 @@
+"""Whether a base is what a run was trained from, as far as records and distances tell.
+
+A comparison with another base, or the wrong way round, looks like any other: its figures are of another update.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from offprincipal.checkpoints import Checkpoint
+from offprincipal.checkpoints.adapter import Adapter
+from offprincipal.checkpoints.hostile import is_file, read_json
+from offprincipal.errors import CheckpointError
+
+_RECORD = "run.json"
+_FAR = 0.5  # of the base's norm: fine-tuning moves weights by hundredths of it; unrelated ones lie 1.4 apart
+
+
+def lineage_warnings(base: Checkpoint, run: Checkpoint, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What speaks against this base.
+
+    Args:
+        rows: of `matrices.parquet`, of this run.
+    """
+    found = []
+    linear = [row for row in rows if row["linear"]]
+    norms = [math.sqrt(math.fsum((row[side] or 0.0) ** 2 for row in linear)) for side in ("update_norm", "base_norm")]
+    if norms[1] and norms[0] > _FAR * norms[1]:
+        found.append(
+            f"it lies {norms[0] / norms[1]:.2g} times the base's norm away, and unrelated weights lie 1.4 times it "
+            "apart: is the base what it was trained from?"
+        )
+    if _origin(base) in _folders(run):
+        found.append("the base was trained from this run, as its run.json says: are the two swapped?")
+    elif (origin := _origin(run)) and origin not in _folders(base):
+        found.append(f"it was trained from '{origin.name}', as its run.json says, and is compared with another base")
+    if isinstance(base, Adapter):
+        found.append("the base is a model with an adapter: what trained the adapter is no part of the update")
+    return found
+
+
+def _origin(checkpoint: Checkpoint) -> Path | None:
+    """The local folder that a training run of ours started from; None where no record names one that is there."""
+    for folder in checkpoint.folders:
+        with suppress(CheckpointError, OSError, ValueError, TypeError, KeyError):
+            if is_file(folder / _RECORD) and (origin := Path(read_json(folder / _RECORD)["base"]["source"])).is_dir():
+                return origin.resolve()
+    return None
+
+
+def _folders(checkpoint: Checkpoint) -> set[Path | None]:
+    return {folder.resolve() for folder in checkpoint.folders}
