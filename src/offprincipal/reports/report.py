@@ -5,7 +5,9 @@ security policy keeps it so: the browser runs the two scripts whose hashes it na
 """
 
 import base64
+import gzip
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,13 +159,23 @@ def _render(content: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.filters |= _filters()
     scripts = [_script(asset(PLOTLY)), _script("\n".join(map(asset, _SCRIPTS)))]
     hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
     return environment.get_template("report.html.j2").render(
-        content, beyond=words.beyond, style=Markup(asset("report.css")), scripts=scripts, hashes=Markup(hashes)
+        content,
+        packed=_packed(content["data"]),
+        beyond=words.beyond,
+        style=Markup(asset("report.css")),
+        scripts=scripts,
+        hashes=Markup(hashes),
     )
+
+
+def _packed(data: Any) -> str:
+    """JSON as the page's script reads it: a quarter of its size, and no name in it can be taken for markup."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def _filters() -> dict[str, Callable[..., str]]:

@@ -7,8 +7,14 @@ function failed(message) {
   note.textContent = "A figure could not be drawn: " + message;
 }
 addEventListener("error", (event) => failed(event.message));
+addEventListener("unhandledrejection", (event) => failed(event.reason));
 
-const whole = JSON.parse(document.getElementById("data").textContent);
+async function unpacked(id) {
+  const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), (letter) => letter.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
+}
+
+const whole = await unpacked("data");
 let data = whole; // without the runs that the reader has switched off
 const figures = {}; // id -> what draws it from `data`; each may be called again
 
