@@ -24,11 +24,14 @@ PROGRAM = Path(__file__).with_name("train_launched.py")
 
 
 def start(arguments: list[str], processes: int = 2) -> list["subprocess.Popen[str]"]:
-    """The processes, as a launcher would start them."""
+    """The processes, as a launcher would start them; `--deepspeed` for ZeRO-2."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    if "--deepspeed" in arguments:
+        pytest.importorskip("deepspeed")  # not installed with the tests
+        world |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
     return [
         subprocess.Popen(
             [sys.executable, str(PROGRAM), *arguments],
@@ -81,23 +84,29 @@ def one(taught_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("sharding", [[], ["--fsdp"]])
-def test_two_processes_learn_what_one_does(sharding: list[str], one: Path, taught_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sharding", "compute", "tolerance"),
+    [([], "float32", 1e-3), (["--fsdp"], "float32", 1e-3), (["--deepspeed"], "bfloat16", 1e-2)],
+)
+def test_two_processes_learn_what_one_does(
+    sharding: list[str], compute: str, tolerance: float, one: Path, taught_model: Path, tmp_path: Path
+) -> None:
     """Of one batch, which they share; sums are taken in another order, and Adam's first steps are large."""
     two = tmp_path / "two"
-    ends = launched([*sharding, *arguments(taught_model, two, "sft_teacher")])
+    ends = launched([*sharding, *arguments(taught_model, two, "sft_teacher", f"compute={compute}")])
     require_ended_well(ends)
-    assert "model:" in ends[0].stdout and not ends[1].stdout.strip()  # one process speaks
+    assert "model:" in ends[0].stdout and "model:" not in ends[1].stdout  # one process speaks
     found, alone = record_of(two), record_of(one)
     assert found["machine"]["processes"] == 2 and "processes" not in alone["machine"]
     assert found["accuracy"]["before"] == alone["accuracy"]["before"]
     for ours, theirs in zip(found["log"], alone["log"], strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance)
     base = load_file(taught_model / "model.safetensors")
     masters = [load_file(out / "masters" / "model.safetensors") for out in (two, one)]
     assert masters[0].keys() == masters[1].keys()
     moved = [torch.cat([(own[n] - base[n].float()).flatten() for n in sorted(base) if n in own]) for own in masters]
-    assert float(torch.cosine_similarity(*moved, dim=0)) > 0.98
+    assert float(torch.cosine_similarity(*moved, dim=0)) > 1 - 20 * tolerance
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in masters[0].values())
     stored = load_file(two / "model.safetensors")
     assert all(torch.equal(stored[name], tensor.bfloat16()) for name, tensor in masters[0].items())
     kept = load_file(two / "deltas" / "masters" / "step_3.safetensors")
@@ -105,9 +114,10 @@ def test_two_processes_learn_what_one_does(sharding: list[str], one: Path, taugh
     assert (two / "monitor.parquet").is_file() and not (two / "checkpoints").exists()
 
 
-def test_two_killed_processes_go_on_where_they_were(taught_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", ["--fsdp", "--deepspeed"])
+def test_two_killed_processes_go_on_where_they_were(sharding: str, taught_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    long = ["--fsdp", *arguments(taught_model, out, "grpo", "steps=8")]
+    long = [sharding, *arguments(taught_model, out, "grpo", "steps=8")]
     running = start(long)
     kept = out / "checkpoints" / "checkpoint-2" / "trainer_state.json"
     deadline = time.monotonic() + 200
@@ -125,7 +135,7 @@ def test_two_killed_processes_go_on_where_they_were(taught_model: Path, tmp_path
 
 @pytest.mark.parametrize(
     ("method", "sharding", "says"),
-    [("lora", "fsdp", "DDP instead"), ("isospectral", "fsdp", "DDP instead"), (None, "deepspeed", "DeepSpeed keeps")],
+    [("lora", "fsdp", "DDP instead"), ("isospectral", "zero 2", "DDP instead"), (None, "zero 3", "ZeRO-3 keeps")],
 )
 def test_what_would_lose_what_is_trained_is_refused(
     method: str | None, sharding: str, says: str, tiny_model: Path
@@ -133,7 +143,11 @@ def test_what_would_lose_what_is_trained_is_refused(
     values = {"recipe": "sft_own", "tasks": ["add"], "adapter": method and {"method": method}}
     base = open_language_model(tiny_model, "cpu")
     opened = Opened(base, prepare(parse_settings(values), base.model))
-    trainer = SimpleNamespace(is_fsdp_enabled=sharding == "fsdp", is_deepspeed_enabled=sharding == "deepspeed")
+    plugin = SimpleNamespace(zero_stage=int(sharding[-1])) if sharding.startswith("zero") else None
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    trainer = SimpleNamespace(
+        is_fsdp_enabled=sharding == "fsdp", is_deepspeed_enabled=plugin is not None, accelerator=accelerator
+    )
     with pytest.raises(TrainingError, match=says):
         require_trainable_here(opened, trainer)
 

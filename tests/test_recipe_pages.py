@@ -98,10 +98,14 @@ def test_the_configurations_of_a_page_are_accelerates(page: Path, tmp_path: Path
         path = tmp_path / "config.yaml"
         path.write_text(text)
         config = ClusterConfig.from_yaml_file(str(path))
-        assert config.fsdp_config == yaml.safe_load(text)["fsdp_config"]
+        given = yaml.safe_load(text)
+        assert config.fsdp_config == given.get("fsdp_config", {})
+        assert config.deepspeed_config == given.get("deepspeed_config", {})
         assert config.num_processes == 8 and config.mixed_precision == "bf16"
 
 
-def test_there_are_configurations_and_they_ask_for_fsdp2() -> None:
+def test_there_are_configurations_and_they_ask_for_fsdp2_or_a_zero_that_is_not_refused() -> None:
     found = [yaml.safe_load(text) for page in PAGES for text in blocks(page, "yaml")]
-    assert found and all(config["fsdp_config"]["fsdp_version"] == 2 for config in found)
+    assert {config["distributed_type"] for config in found} == {"FSDP", "DEEPSPEED"}
+    for config in found:
+        assert config.get("fsdp_config", {}).get("fsdp_version") == 2 or config["deepspeed_config"]["zero_stage"] == 2

@@ -86,8 +86,8 @@ def test_claims_are_a_row_each_and_explained_when_asked(tmp_path: Path) -> None:
     said = printed(tmp_path)
     rows = [line.split("  ") for line in said.splitlines() if "C5" in line]
     assert [[cell.strip() for cell in row if cell.strip()] for row in rows] == [
-        ["C5 off-principal: sft_own", "contradicted -0.106", "no effect -0.000705", "3 of 20"],
-        ["C5 off-principal: sft_own", "supported 0.1", "inconclusive", "–"],
+        ["C5 off-principal: sft_own", "contradicted -0.106", "–", "no effect -0.000705", "3/20"],
+        ["C5 off-principal: sft_own", "supported 0.1", "–", "inconclusive", "–"],
     ]
     explained = " ".join(printed(tmp_path, explain=True).split())
     assert "C5 off-principal: sft_own. It avoids them. Control: rounding." in explained

@@ -1,5 +1,6 @@
 """The linear matrices of a checkpoint, and those of a model that is open: fused projections and experts one by one."""
 
+import importlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,7 +113,14 @@ def matrices_of(model: Any) -> Iterator[ModelMatrix]:
 
 
 def whole(tensor: "Tensor") -> "Tensor":
-    """A tensor outside of autograd, gathered where it is sharded: every process calls it then."""
+    """A tensor outside of autograd, gathered where it is sharded: every process calls it then.
+
+    Of a parameter whose float32 values DeepSpeed keeps apart (ZeRO 1 and 2), those.
+    """
     detached = tensor.detach()
+    if hasattr(tensor, "_hp_mapping"):
+        apart: Tensor | None = importlib.import_module("deepspeed.utils").safe_get_full_fp32_param(tensor)
+        if apart is not None:
+            return apart.reshape(tensor.shape)
     gathered: Tensor = getattr(detached, "full_tensor", lambda: detached)()
     return gathered

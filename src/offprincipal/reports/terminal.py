@@ -244,7 +244,7 @@ def _matched_table(matched: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def claims_table(study: Mapping[str, Any]) -> Group:
-    """A row a claim: the verdict and effect of either side, and of how many blind studies the control's rule decides.
+    """A row a claim: the verdict and effect of either side, and how many blind studies its rule decides.
 
     Args:
         study: `study.json`.
@@ -253,13 +253,13 @@ def claims_table(study: Mapping[str, Any]) -> Group:
     table.add_column("claim", overflow="fold")
     for title in ("as published", "with the control"):
         table.add_column(title, no_wrap=True)
-    table.add_column("blind", justify="right", no_wrap=True)
+        table.add_column("blind", justify="right", no_wrap=True)
     for claim in study["claims"]:
         sides = (claim["as_published"], claim["controlled"])
-        table.add_row(_claim(claim), *map(_judgement, sides), _blind(claim["controlled"].get("negative_control")))
+        cells = [cell for side in sides for cell in (_judgement(side), _blind(side.get("negative_control")))]
+        table.add_row(_claim(claim), *cells)
     return Group(
-        "the paper's claims: verdict and effect; blind: of studies of updates that know nothing, those that the "
-        "control's rule decides",
+        "the paper's claims: verdict and effect; blind: studies of updates that know nothing in which the rule decides",
         table,
     )
 
@@ -286,7 +286,7 @@ def _claim(claim: Mapping[str, Any]) -> str:
 
 
 def _blind(counts: Mapping[str, int] | None) -> str:
-    return f"{counts['supported'] + counts['contradicted']} of {counts['draws']}" if counts else "–"
+    return f"{counts['supported'] + counts['contradicted']}/{counts['draws']}" if counts else "–"
 
 
 def settings_table(fields: Mapping[str, Any]) -> Table:

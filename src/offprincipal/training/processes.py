@@ -67,7 +67,7 @@ def whole_state(model: Any) -> dict[str, torch.Tensor]:
     ['weight', 'bias']
     """
     found = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         gathered = whole(tensor)  # one at a time
         if is_main():
             found[name] = gathered.cpu().contiguous()

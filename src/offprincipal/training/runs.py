@@ -310,20 +310,22 @@ def _fit(
 
 def require_trainable_here(opened: Opened, trainer: Any) -> None:
     """Refuse what would lose the float32 weights, or what is trained, over several processes."""
-    if trainer.is_deepspeed_enabled:
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
         raise TrainingError(
-            "DeepSpeed keeps the float32 weights where they cannot be read: launch with FSDP2 or DDP instead"
+            "ZeRO-3 keeps weights in pieces that the monitor cannot read: launch with FSDP2, which shards as much, or "
+            "with `--zero_stage 2`"
         )
-    if trainer.is_fsdp_enabled and (opened.trained.is_adapter or opened.trained.optimizer is not None):
+    sharded = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else None
+    if sharded and (opened.trained.is_adapter or opened.trained.optimizer is not None):
         raise TrainingError(
-            "FSDP shards whole weights, not what an adapter or a mask trains: launch with DDP instead, as "
+            f"{sharded} shards whole weights, not what an adapter or a mask trains: launch with DDP instead, as "
             "`accelerate launch --multi_gpu` does"
         )
 
 
 def _in_one_piece(settings: TrainSettings, opened: Opened, trainer: Any) -> Opened:
     """The models; in place of a trained one that is sharded, in the first process, another with its weights."""
-    if not trainer.is_fsdp_enabled:
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return opened
     state = whole_state(trainer.model)
     if not is_main():
