@@ -146,6 +146,22 @@ def test_everything_else_is_trained_as_adamw_trains_it() -> None:
         assert torch.equal(p, twin)
 
 
+def test_a_model_its_named_parameters_and_the_chosen_weights_are_trained_alike() -> None:
+    def trained(given: Callable[[Any], Any]) -> list[torch.Tensor]:
+        model: Any = small_model()
+        optimizer = IsospectralAdamW(given(model), lr=1e-2)
+        train(model, optimizer, range(3))
+        return [p.detach() for p in model.parameters()]
+
+    def chosen(model: Any) -> list[dict[str, Any]]:
+        kept = [model["q_proj"].weight, model["up_proj"].weight]
+        rest = [p for p in model.parameters() if not any(p is weight for weight in kept)]
+        return [{"params": kept}, {"params": rest, "isospectral": False}]
+
+    first, *others = [trained(given) for given in (lambda m: m, lambda m: m.named_parameters(), chosen)]
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
 def test_a_schedule_reaches_the_frames() -> None:
     model: Any = small_model()
     optimizer = IsospectralAdamW(model, lr=1e-2)
@@ -240,6 +256,7 @@ def test_a_trl_run_takes_it_unchanged(tiny_model: Path, tmp_path: Path) -> None:
         (lambda: IsospectralAdamW([nn.Parameter(torch.ones(4, 4).bfloat16())]), "stored as torch.bfloat16"),
         (lambda: IsospectralAdamW([nn.Parameter(torch.ones(4))]), "no matrix to keep"),
         (lambda: IsospectralAdamW(nn.Linear(4, 4)), "no matrix to keep"),
+        (lambda: IsospectralAdamW(small_model().parameters()), "no names to tell projections from embeddings"),
         (lambda: IsospectralAdamW([nn.Parameter(torch.ones(4, 4))], retraction="qr"), "choose of svd, newton-schulz"),  # type: ignore[arg-type]
         (lambda: IsospectralAdamW([nn.Parameter(torch.ones(4, 4))], lr=-1.0), "lr is -1.0"),
     ],

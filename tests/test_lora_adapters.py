@@ -437,6 +437,14 @@ class TestWhatIsSaved:
 
 
 class TestRefused:
+    def test_a_name_alone_is_an_ending_as_in_a_list(self, tiny_model: Path) -> None:
+        def adapted(asked: str | list[str]) -> list[str]:
+            model = adapt(opened(tiny_model), target_modules=asked)
+            return sorted(name for name, module in model.named_modules() if hasattr(module, "lora_A"))
+
+        modules = [adapted(asked) for asked in ("q_proj", ["q_proj"], r".*\.q_proj")]
+        assert modules[0] and modules[0] == modules[1] == modules[2]
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -449,7 +457,9 @@ class TestRefused:
             ({"rank_fraction": 1.0}, "rank_fraction is 1.0"),
             ({"density": 0.0}, "density is 0.0"),
             ({"target_modules": ["q_proj", "w_proj"]}, "no module is named 'w_proj'; linear layers are such as"),
-            ({"target_modules": "q_proj"}, "no module is named 'q_proj'"),
+            ({"target_modules": "w_proj"}, "no module is named 'w_proj'"),
+            ({"r": 4}, "r is called rank here"),
+            ({"ranks": 4}, "ranks is no setting"),
             ({"target_modules": "("}, "no regular expression"),
             ({"target_modules": []}, "no module is named"),
             ({"target_modules": ["embed_tokens"]}, "model.embed_tokens is Embedding; off_principal covers nn.Linear"),

@@ -1,5 +1,6 @@
 """Masks of a model's matrices: which entries each kind holds, what a density means, and what the file is tied to."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,15 @@ def test_stacked_experts_are_masked_matrix_by_matrix() -> None:
 def test_a_density_outside_its_range_is_refused(model: torch.nn.Module, density: float) -> None:
     with pytest.raises(AdapterError, match=r"outside \(0, 1\]"):
         make_masks(model, "random", density)
+
+
+def test_modules_are_named_by_endings_or_by_a_regular_expression(model: torch.nn.Module) -> None:
+    by_ending = make_masks(model, "random", 0.5, target_modules=["q_proj", "v_proj"])
+    assert set(by_ending) == {name for name, _ in model.named_parameters() if re.search("[qv]_proj.weight$", name)}
+    assert set(make_masks(model, "random", 0.5, target_modules=r".*\.[qv]_proj")) == set(by_ending)
+    assert set(make_masks(model, "random", 0.5, target_modules="q_proj")) < set(by_ending)
+    with pytest.raises(AdapterError, match="is no regular expression"):
+        make_masks(model, "random", 0.5, target_modules="(")
 
 
 def test_a_mask_that_would_name_no_matrix_is_refused(model: torch.nn.Module) -> None:

@@ -359,6 +359,7 @@ def test_progress_is_a_line_a_tenth_where_there_is_no_terminal(capsys: pytest.Ca
         ({"stepz": 1}, TrainingError, "stepz: there is no such setting; did you mean steps"),
         ({"max_step": 1}, TrainingError, "did you mean max_steps"),
         ({"adapter": {"method": "lora", "rnak": 2}}, TrainingError, "adapter.rnak: .* did you mean adapter.rank"),
+        ({"adapter": {"method": "lora", "lora_alpha": 2}}, TrainingError, "it is called adapter.alpha here"),
         ({"qqqq": 1}, TrainingError, "no such setting: `settings` lists them"),
         ({"tasks": ("rg:graph_color",)}, OffPrincipalError, "no reference answers|context"),
     ],

@@ -7,7 +7,6 @@ Knows nothing of trainers.
 import importlib
 import importlib.util
 import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offprincipal.adapters.choosing import is_target
 from offprincipal.adapters.factors import FrozenFactor, OffsetFactor
 from offprincipal.adapters.initialisations import INITIALISATIONS, OFFSET, Start, StartSettings
 from offprincipal.adapters.off_principal import ProjectedFactor, principal_subspaces
@@ -28,6 +28,7 @@ ALL_LINEAR = "all-linear"
 _ADAPTER = "default"
 _BY_RANK_FRACTION = ("geora", "off_principal")
 _BY_DENSITY = ("geora",)
+PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}  # and what they are called here
 
 
 def adapt(
@@ -42,6 +43,7 @@ def adapt(
     density: float = 0.5,
     seed: int = 0,
     resume: str | Path | None = None,
+    **others: Any,
 ) -> Any:
     """A PEFT model that trains a low-rank update s·B A of the chosen layers, by the chosen method.
 
@@ -55,8 +57,8 @@ def adapt(
             or where the factors start: `lora`, `pissa`, `milora`, `mica`, `olora`, `rlpo`, `rlmo`, `geora`. See
             `offprincipal.adapters.initialisations` for what each is taken to be.
         rank: r. The saved adapter of `pissa`, `milora`, `olora` and `geora` has rank 2r: [B, −B0] [A; A0].
-        target_modules: names or endings of names of layers, a regular expression of whole names, or `all-linear`: every
-            linear layer but the output head.
+        target_modules: names or endings of names of layers; a string is a regular expression of whole names, one such
+            ending, or `all-linear`: every linear layer but the output head.
         alpha: s = alpha/rank; None: alpha = rank, s = 1.
         dropout: of the layers' inputs, in the update only.
         rank_fraction: k = max(1, round(rank_fraction · min(n, m))) is the rank of the principal subspaces, for
@@ -64,11 +66,12 @@ def adapt(
         density: of the masks of `geora`.
         seed: of the random starts.
         resume: a folder that `save_pretrained` of such a model wrote, to train on from; the same settings and base.
+        others: none; PEFT's own names are told what they are called here.
 
     Raises:
-        AdapterError: peft is not installed, a setting is out of range, the method does not cover a layer, the rank is
-            too large for one, no layer is so named, the adapter to resume is of other settings. The model is unchanged
-            then.
+        AdapterError: peft is not installed, a setting is unknown or out of range, the method does not cover a layer,
+            the rank is too large for one, no layer is so named, the adapter to resume is of other settings. The model
+            is unchanged then.
 
     >>> layers = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
     >>> adapted = adapt(layers, "off_principal", rank=2, target_modules=["0"])
@@ -77,6 +80,9 @@ def adapt(
     """
     if importlib.util.find_spec("peft") is None:
         raise AdapterError(f"adapters need peft: {install_command('train')}")
+    for name in others:
+        ours = f"is called {PEFT_NAMES[name]} here" if name in PEFT_NAMES else "is no setting of it"
+        raise AdapterError(f"adapt: {name} {ours}")
     _check_settings(method, rank, alpha, dropout, rank_fraction, density)
     layers = target_layers(model, method, target_modules)
     _check_ranks(layers, method, rank, rank_fraction)
@@ -132,14 +138,11 @@ def target_layers(model: nn.Module, method: str, target_modules: str | Sequence[
         head = getattr(model, "get_output_embeddings", lambda: None)()
         chosen = [name for name, module in modules.items() if _is_linear(module) and module is not head]
     elif isinstance(target_modules, str):
-        try:
-            chosen = [name for name in modules if re.fullmatch(target_modules, name)]
-        except re.error as error:
-            raise AdapterError(f"target_modules {target_modules!r} is no regular expression: {error}") from error
+        chosen = [name for name in modules if is_target(name, target_modules)]
     else:
         chosen = []
         for wanted in target_modules:
-            matching = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
+            matching = [name for name in modules if is_target(name, [wanted])]
             if not matching:
                 raise AdapterError(_no_such(wanted, modules))
             chosen += [name for name in matching if name not in chosen]

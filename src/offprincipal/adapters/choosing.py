@@ -16,6 +16,7 @@ of all matrices together where the scope is `global`. The orders:
 Source: principal weights, LIFT (arXiv 2506.00772); the safe mask, arXiv 2511.08567.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -54,7 +55,7 @@ def make_masks(
     density: float | None = None,
     *,
     scope: Scope = "matrix",
-    target_modules: Sequence[str] | None = None,
+    target_modules: str | Sequence[str] | None = None,
     rank_fraction: float = 0.125,
     seed: int = 0,
     run: tuple[str | Path, str | Path] | None = None,
@@ -69,7 +70,8 @@ def make_masks(
             ¬`principal` at 0.5 holds; of `from_run`, all that the run changed.
         scope: `matrix` gives every matrix that density; `global` takes the first entries of all matrices together,
             which holds 4 bytes of memory an entry, 8 for `safe`.
-        target_modules: only modules whose name is one of these or ends in a dot and one of these; None for all.
+        target_modules: only modules whose name is one of these or ends in a dot and one of these; a string is a regular
+            expression of whole names, or one such ending; None for all.
         rank_fraction: k/min(n, m) of the principal subspace.
         seed: of `random`, and of the randomized decomposition of matrices larger than 1024.
         run: for `from_run`, the base and the tuned checkpoint of that run: anything that `compare` opens.
@@ -101,7 +103,7 @@ def make_masks(
     return packed(masks, base_hash(model, masks), about)
 
 
-def linear_matrices(model: torch.nn.Module, target_modules: Sequence[str] | None = None) -> Iterator[ModelMatrix]:
+def linear_matrices(model: torch.nn.Module, target_modules: str | Sequence[str] | None = None) -> Iterator[ModelMatrix]:
     """The attention and MLP projections of a model, fused ones and experts one by one.
 
     Raises:
@@ -109,7 +111,7 @@ def linear_matrices(model: torch.nn.Module, target_modules: Sequence[str] | None
     """
     found = False
     for matrix in matrices_of(model):
-        if not _is_target(matrix.parameter_name, target_modules):
+        if not is_target(matrix.parameter_name.removesuffix(".weight"), target_modules):
             continue
         if place_of(matrix.part.tensor).role in LINEAR_ROLES:
             require_trainable_type(matrix.parameter_name, matrix.parameter)
@@ -117,7 +119,8 @@ def linear_matrices(model: torch.nn.Module, target_modules: Sequence[str] | None
             found = True
             yield matrix
     if not found:
-        asked = "" if target_modules is None else f" named {', '.join(target_modules)}"
+        names = [target_modules] if isinstance(target_modules, str) else target_modules
+        asked = "" if names is None else f" named {', '.join(names)}"
         raise AdapterError(f"{type(model).__name__} has no linear matrix{asked}: name modules of its attention or MLP")
 
 
@@ -292,6 +295,23 @@ class _Run:
         return np.abs(np.clip(two.astype(np.float64) - one, -3e38, 3e38)).astype(np.float32).reshape(-1)
 
 
-def _is_target(name: str, target_modules: Sequence[str] | None) -> bool:
-    module = name.removesuffix(".weight")
-    return target_modules is None or any(f".{module}".endswith(f".{target}") for target in target_modules)
+def is_target(module: str, target_modules: str | Sequence[str] | None) -> bool:
+    """Whether a module's name is asked for: None is for all, a list holds names or endings, a string is a regular
+    expression of whole names, as PEFT has them, or an ending.
+
+    Raises:
+        AdapterError: the string is no regular expression.
+
+    >>> [is_target("model.layers.0.q_proj", asked) for asked in (["q_proj"], "q_proj", r".*\\.0\\..*", "proj", ["0"])]
+    [True, True, True, False, False]
+    """
+    if target_modules is None:
+        return True
+    if isinstance(target_modules, str):
+        try:
+            if re.fullmatch(target_modules, module):
+                return True
+        except re.error as error:
+            raise AdapterError(f"target_modules {target_modules!r} is no regular expression: {error}") from error
+        target_modules = [target_modules]
+    return any(f".{module}".endswith(f".{target}") for target in target_modules)

@@ -4,7 +4,7 @@ W = U Σ0 Vᵀ. A base optimizer steps on U and V as on any parameters, and a po
 orthonormal again. Which matrices are trained so is told by names; everything else is AdamW's. Knows no trainer.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -69,17 +69,18 @@ class Isospectral(Optimizer):
     rounding.
 
     Args:
-        params: a module, whose attention and MLP projections are trained so; or parameters or groups, of which all
-            matrices are, but for groups with `isospectral=False`.
+        params: a module or its `named_parameters()`, whose attention and MLP projections are trained so; or a list of
+            parameters or groups, of which all matrices are, but for groups with `isospectral=False`.
         frames: makes the base optimizer from groups of frames.
         lr: learning rate, of frames and of all other parameters; schedulers change it through `param_groups`.
-        betas, eps, weight_decay: of AdamW on all other parameters.
+        betas, eps, weight_decay: of AdamW on all other parameters, by default as torch has them.
         retraction: `svd`, by LAPACK in float64; or `newton-schulz`, products alone, whose `orthogonality_error` is
             measured at every step.
 
     Raises:
-        AdapterError: nothing is to be trained so, a matrix is not stored in float32 or float64 or is sharded, or there
-            is no such retraction.
+        AdapterError: nothing is to be trained so, a matrix is not stored in float32 or float64 or is sharded, there is
+            no such retraction, or parameters come without names, as `model.parameters()` has them, embeddings and heads
+            among them.
 
     Source: arXiv 2607.19331 (ISO), which released no optimizer: frames, fixed spectrum and base optimizer are its; the
     polar retraction is Absil, Mahony and Sepulchre 2008, 4.1.1.
@@ -93,15 +94,14 @@ class Isospectral(Optimizer):
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: float = 1e-2,
         retraction: Retraction = "svd",
     ) -> None:
         if retraction not in _RETRACTIONS:
             raise AdapterError(f"no retraction '{retraction}': choose of {', '.join(_RETRACTIONS)}")
         if not lr >= 0:
             raise AdapterError(f"lr is {lr}: give a learning rate of at least 0")
-        groups = isospectral_groups(params) if isinstance(params, torch.nn.Module) else params
-        super().__init__(groups, {"lr": lr, _KEY: True})
+        super().__init__(_groups(params), {"lr": lr, _KEY: True})
         self.retraction: Retraction = retraction
         self.orthogonality_error = 0.0
         self._build = frames
@@ -208,7 +208,7 @@ class IsospectralAdamW(Isospectral):
 
     >>> layer = torch.nn.Linear(8, 6, bias=False)
     >>> before = torch.linalg.svdvals(layer.weight)
-    >>> optimizer = IsospectralAdamW(layer.parameters(), lr=1e-2)
+    >>> optimizer = IsospectralAdamW([layer.weight], lr=1e-2)
     >>> layer(torch.ones(1, 8)).square().sum().backward()
     >>> optimizer.step()
     >>> torch.allclose(torch.linalg.svdvals(layer.weight), before, atol=1e-6)
@@ -221,7 +221,7 @@ class IsospectralAdamW(Isospectral):
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: float = 1e-2,
         retraction: Retraction = "svd",
     ) -> None:
         def build(groups: list[dict[str, Any]]) -> Optimizer:
@@ -241,7 +241,7 @@ class IsospectralMuon(Isospectral):
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: float = 1e-2,
         retraction: Retraction = "svd",
     ) -> None:
         muon: Any = getattr(torch.optim, "Muon", None)
@@ -256,14 +256,28 @@ class IsospectralMuon(Isospectral):
         super().__init__(params, build, lr=lr, retraction=retraction, **options)
 
 
-def isospectral_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+def _groups(params: Any) -> list[Any]:
+    if isinstance(params, torch.nn.Module):
+        return isospectral_groups(params.named_parameters())
+    given = list(params)
+    if given and isinstance(given[0], tuple):
+        return isospectral_groups(given)
+    if given and isinstance(params, Iterator) and isinstance(given[0], Tensor):
+        raise AdapterError(
+            "model.parameters() has no names to tell projections from embeddings and heads by: give the model, "
+            "model.named_parameters(), or a list of the weights that you mean"
+        )
+    return given
+
+
+def isospectral_groups(named: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
     """Trainable parameters of a model: attention and MLP projections, and the rest, which AdamW trains.
 
     >>> layer = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4), "norm": torch.nn.LayerNorm(4)})
-    >>> [(group["isospectral"], len(group["params"])) for group in isospectral_groups(layer)]
+    >>> [(group["isospectral"], len(group["params"])) for group in isospectral_groups(layer.named_parameters())]
     [(True, 1), (False, 3)]
     """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trained = [(name, p) for name, p in named if p.requires_grad]
     kept = [p for name, p in trained if p.dim() == 2 and place_of(name).role in LINEAR_ROLES]
     inside = {id(p) for p in kept}
     rest = [p for _, p in trained if id(p) not in inside]

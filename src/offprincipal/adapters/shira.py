@@ -24,7 +24,7 @@ def shira(
     kind: Kind,
     density: float,
     *,
-    target_modules: Sequence[str] | None = None,
+    target_modules: str | Sequence[str] | None = None,
     rank_fraction: float = 0.125,
     seed: int = 0,
     run: tuple[str | Path, str | Path] | None = None,
@@ -108,7 +108,7 @@ def shira_rank(density: float, shapes: Sequence[tuple[int, ...]]) -> int:
     return r
 
 
-def _linear_layers(model: torch.nn.Module, target_modules: Sequence[str] | None) -> dict[str, torch.nn.Linear]:
+def _linear_layers(model: torch.nn.Module, target_modules: str | Sequence[str] | None) -> dict[str, torch.nn.Linear]:
     """Module name -> layer, of the linear matrices of a model."""
     found = {}
     for matrix in linear_matrices(model, target_modules):

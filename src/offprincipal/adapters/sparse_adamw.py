@@ -35,8 +35,8 @@ class SparseAdamW(Optimizer):
     loads at any number of processes.
 
     Args:
-        params: `model.named_parameters()`, or groups whose `params` are such pairs. Parameters without a mask are left
-            out, and stay as they are.
+        params: a module or its `named_parameters()`, or groups whose `params` are such pairs. Parameters without a mask
+            are left out, and stay as they are.
         masks: parameter name -> bool tensor of its shape: `Masks`, or any mapping.
         lr, betas, eps, weight_decay: as of `torch.optim.AdamW`.
 
@@ -63,7 +63,7 @@ class SparseAdamW(Optimizer):
 
     def __init__(
         self,
-        params: Named | Iterable[dict[str, Any]],
+        params: torch.nn.Module | Named | Iterable[dict[str, Any]],
         masks: Mapping[str, Tensor],
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -219,16 +219,20 @@ def _step(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict
     state["step"] += 1
 
 
-def _masked_groups(params: Named | Iterable[dict[str, Any]], masks: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+def _masked_groups(
+    params: torch.nn.Module | Named | Iterable[dict[str, Any]], masks: Mapping[str, Tensor]
+) -> list[dict[str, Any]]:
     """Groups of those parameters that have a mask, with their names."""
-    given: list[Any] = list(params)
+    given: list[Any] = list(params.named_parameters() if isinstance(params, torch.nn.Module) else params)
     groups = given if given and isinstance(given[0], dict) else [{"params": given}]
     found: list[dict[str, Any]] = []
     seen: set[str] = set()
     for group in groups:
         pairs = list(group["params"])
         if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
-            raise AdapterError("SparseAdamW finds masks by name: give model.named_parameters(), not model.parameters()")
+            raise AdapterError(
+                "SparseAdamW finds masks by name: give the model or its named_parameters(), not model.parameters()"
+            )
         chosen = [(name, parameter) for name, parameter in pairs if name in masks]
         for name, parameter in chosen:
             _require_fit(name, parameter, masks[name])

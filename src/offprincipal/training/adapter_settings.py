@@ -43,8 +43,10 @@ class AdapterSettings(BaseModel):
     rank: int | None = Field(None, ge=1, description="of LoRA; 8 where not given")
     alpha: float | None = Field(None, gt=0, description="of LoRA, which is scaled by alpha/rank; the rank if not given")
     dropout: float | None = Field(None, ge=0, lt=1, description="of LoRA's inputs; 0 where not given")
-    target_modules: tuple[str, ...] | None = Field(
-        None, description="names of modules, or endings of them; every linear layer but the head where not given"
+    target_modules: str | tuple[str, ...] | None = Field(
+        None,
+        description="names of modules, endings of them, or a regular expression; every linear layer but the head where "
+        "not given",
     )
     mask: Kind | None = Field(None, description=f"{', '.join(KINDS)}; safe where not given (sparse, shira)")
     density: float | None = Field(

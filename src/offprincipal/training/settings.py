@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from offprincipal.adapters.adapt import PEFT_NAMES
 from offprincipal.assets import EMBEDDED
 from offprincipal.errors import TrainingError
 from offprincipal.recipe_names import RECIPES, Recipe
@@ -246,6 +247,8 @@ def _fault(error: Mapping[str, Any]) -> str:
     """What pydantic says of a value; of a setting that there is not, what may have been meant."""
     if error["type"] != "extra_forbidden":
         return str(error["msg"])
+    if error["loc"][0] == "adapter" and (ours := PEFT_NAMES.get(str(error["loc"][-1]))):
+        return f"there is no such setting: it is called adapter.{ours} here"
     known = [*setting_fields(), *_AS_TRL_HAS_IT]
     near = get_close_matches(".".join(map(str, error["loc"])), known, n=1)
     return f"there is no such setting; did you mean {near[0]}?" if near else "no such setting: `settings` lists them"
