@@ -59,8 +59,18 @@ def card(
 @app.command(rich_help_panel=VIEWING)
 def report(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that `compare` or `study` wrote.")],
+    figures: Annotated[
+        str | None,
+        typer.Option(metavar="FORMATS", help="Write FOLDER/figures for a paper in place of the page: pdf, svg, png."),
+    ] = None,
 ) -> None:
-    """Draw report.html anew from the tables in a folder."""
+    """Draw report.html anew from the tables in a folder, or its figures for a paper."""
+    if figures is not None:
+        from offprincipal.reports.plots import write_plots
+
+        for path in write_plots(folder, [name.strip() for name in figures.split(",")]):
+            say(str(path))
+        return
     from offprincipal.reports.report import write_report_of
 
     say(str(write_report_of(folder)))

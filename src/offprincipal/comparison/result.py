@@ -5,13 +5,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from offprincipal.comparison.measure import Row
 from offprincipal.comparison.tables import TABLES, arrow_table, write_tables
 from offprincipal.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from offprincipal.reports.plots import Plots
 
 _NULL_ENDINGS = ("_null", "_random")
 
@@ -106,6 +109,13 @@ class Comparison:
     def to_polars(self, table: str = "matrices") -> Any:
         """The same as a polars DataFrame; needs polars."""
         return _require("polars").from_arrow(self.to_arrow(table))
+
+    @property
+    def plot(self) -> "Plots":
+        """Figures by matplotlib: `result.plot.anatomy()`, `overlaps`, `agreement`, `layers` and `against_null`."""
+        from offprincipal.reports.plots import Plots
+
+        return Plots(self.summary, self.to_arrow)
 
     def write(self, out: str | Path) -> Path:
         """Write the four Parquet tables and `summary.json`, each under a temporary name first."""

@@ -79,13 +79,21 @@ def write_report_of(folder: Path) -> Path:
         FileError: the folder lacks a table.
         ArgumentError: the file cannot be written.
     """
-    out, path = folder / "report.html", folder / "study.json"
+    path = folder / "study.json"
+    return write_report(folder / "report.html", comparison_in(folder), read_json(path) if path.exists() else None)
+
+
+def comparison_in(folder: Path) -> Path:
+    """The folder of the comparison that a folder holds, or that its study judges.
+
+    Raises:
+        FileError: `study.json` is damaged.
+    """
+    path = folder / "study.json"
     if not path.exists():
-        return write_report(out, folder)
-    study = read_json(path)
+        return folder
     with damage_reported(folder):
-        comparison = folder / Path(study["comparison"]).name
-    return write_report(out, comparison, study)
+        return folder / Path(read_json(path)["comparison"]).name
 
 
 def _content(comparison: Path, study: dict[str, Any] | None) -> dict[str, Any]:
@@ -119,14 +127,14 @@ def _content(comparison: Path, study: dict[str, Any] | None) -> dict[str, Any]:
 
 def _figures(comparison: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     runs = list(summary["runs"])
-    matrices = _read(comparison, "matrices")
+    matrices = read_columns(comparison, "matrices")
     curves = comparison / "curves.parquet"
     return {
         "runs": runs,
         "anatomy": figures.anatomy(summary),
         "anatomy_parts": figures.ANATOMY_PARTS,
         "overlaps": figures.overlaps(summary),
-        "sweep": figures.sweep(_read(comparison, "masks", _SWEEP_COLUMNS), runs),
+        "sweep": figures.sweep(read_columns(comparison, "masks", _SWEEP_COLUMNS), runs),
         "pairs": summary["pairs"],
         "heat": figures.heatmaps(matrices, runs),
         "spectra": figures.spectra(matrices, curves, runs),
@@ -134,8 +142,12 @@ def _figures(comparison: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read(comparison: Path, table: str, columns: tuple[str, ...] | None = None) -> pa.Table:
-    """One table by columns, since a large model has too many rows to hold as dicts."""
+def read_columns(comparison: Path, table: str, columns: tuple[str, ...] | None = None) -> pa.Table:
+    """One table of a comparison by columns, since a large model has too many rows to hold as dicts.
+
+    Raises:
+        FileError: it is not there, or damaged.
+    """
     path = comparison / f"{table}.parquet"
     try:
         return pq.read_table(path, columns=list(columns) if columns else None)
