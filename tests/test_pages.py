@@ -1,5 +1,6 @@
 """The documentation: the tour runs as it stands there, but for sizes; no link leads nowhere, and no page is lost."""
 
+import importlib
 import re
 import shlex
 import shutil
@@ -64,6 +65,15 @@ def test_the_readme_snippet_runs(tiny_model: Path, monkeypatch: pytest.MonkeyPat
     tuned = shutil.copytree(tiny_model, tmp_path / "rl_checkpoint") / "model.safetensors"
     save_file({name: tensor * 1.01 for name, tensor in load_file(tuned).items()}, tuned, {"format": "pt"})
     exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_what_the_library_page_names_is_there() -> None:
+    page = (DOCS / "api.md").read_text()
+    named = re.findall(r"^::: (\S+)\n(?:    options:\n      members: \[(.*?)\])?", page, re.MULTILINE)
+    assert len(named) == page.count(":::") > 20
+    for module, members in named:
+        opened = importlib.import_module(module)
+        assert [name for name in members.split(", ") if name and not hasattr(opened, name)] == [], module
 
 
 def test_every_command_is_in_the_documentation() -> None:

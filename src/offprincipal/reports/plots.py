@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE, COLUMN = 6.9, 3.35  # inches
+_LOWEST = 1.8
 FORMATS = ("pdf", "svg", "png")
 _STYLE: Any = {
     "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7,
@@ -240,7 +241,7 @@ def _figure(
     except ImportError as error:
         raise ArgumentError(f"figures need matplotlib: {install_command('figures')}") from error
     with matplotlib.rc_context(_STYLE):
-        figure: Any = Figure(figsize=(width, height * (panels if down else 1)))
+        figure: Any = Figure(figsize=(width, max(_LOWEST, height * (panels if down else 1))))
         axes = figure.subplots(panels if down else 1, 1 if down else panels, squeeze=False, **shared)
         yield figure, list(axes.flat)
         figure._repr_png_ = partial(_drawn, figure, "png")  # for notebooks, whatever backend they have
