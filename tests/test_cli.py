@@ -43,6 +43,31 @@ def test_every_command_explains_itself(
     assert call(monkeypatch, *command, "-h") == 0 and capsys.readouterr().out == said
 
 
+@pytest.mark.parametrize(
+    ("what", "holds"), [("recipes", ["grpo", "sft_own"]), ("settings", ["adapter.rank"]), ("tasks", ["from_base"])]
+)
+def test_what_train_can_be_told_is_listed(
+    what: str, holds: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "train", "--list", what) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in holds)
+    if what != "recipes":  # the nouns that these lists once were
+        assert call(monkeypatch, what) == 0 and capsys.readouterr().out == said
+    assert call(monkeypatch, "train", "--list", "nouns") == 2
+    assert "choose of recipes, settings, tasks" in capsys.readouterr().err
+
+
+def test_tasks_are_named_at_once_or_one_by_one(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = ["--set", "eval_prompts=0", "--steps", "1", "--batch", "2", "--model", str(tiny_model)]
+    ways = {"a": ["--task", "count@1,reverse@1"], "b": ["--task", "count@1", "--task", "reverse@1"]}
+    for name, way in ways.items():
+        assert call(monkeypatch, "train", "sft_own", *way, *sets, "--out", str(tmp_path / name)) == 0
+        assert json.loads((tmp_path / name / "run.json").read_text())["settings"]["tasks"] == ["count@1", "reverse@1"]
+
+
 def test_compare_prints_figures_with_nulls_and_writes_its_files(
     pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

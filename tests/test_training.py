@@ -360,7 +360,7 @@ def test_progress_is_a_line_a_tenth_where_there_is_no_terminal(capsys: pytest.Ca
         ({"max_step": 1}, TrainingError, "did you mean max_steps"),
         ({"adapter": {"method": "lora", "rnak": 2}}, TrainingError, "adapter.rnak: .* did you mean adapter.rank"),
         ({"adapter": {"method": "lora", "lora_alpha": 2}}, TrainingError, "it is called adapter.alpha here"),
-        ({"qqqq": 1}, TrainingError, "no such setting: `settings` lists them"),
+        ({"qqqq": 1}, TrainingError, "no such setting: `train --list settings` has all"),
         ({"tasks": ("rg:graph_color",)}, OffPrincipalError, "no reference answers|context"),
     ],
 )

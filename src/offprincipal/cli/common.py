@@ -216,6 +216,15 @@ def direction_progress() -> Iterator[Any]:
         yield show
 
 
+def task_names(given: list[str]) -> list[str]:
+    """Tasks that were named one by one or several at once; a name with a colon is one, commas and all.
+
+    >>> task_names(["add,sort@2", "hf:data.jsonl?prompt=a,b"])
+    ['add', 'sort@2', 'hf:data.jsonl?prompt=a,b']
+    """
+    return [name.strip() for text in given for name in ([text] if ":" in text else text.split(",")) if name.strip()]
+
+
 def say(text: str, style: str | None = None, soft_wrap: bool = True) -> None:
     """One line on the terminal, whatever names are in it: no markup, no control characters."""
     from offprincipal.reports.words import plain

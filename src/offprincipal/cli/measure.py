@@ -19,6 +19,7 @@ from offprincipal.cli.common import (
     require_training,
     resumable,
     say,
+    task_names,
 )
 from offprincipal.errors import ArgumentError
 
@@ -367,7 +368,7 @@ def gates(
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", help="Take held-out prompts of a task; repeat for more.", rich_help_panel=ON),
+        typer.Option("--task", help="Take held-out prompts of tasks: a,b or repeated.", rich_help_panel=ON),
     ] = None,
     sequences: Annotated[
         Path | None,
@@ -458,7 +459,7 @@ def gates(
     from offprincipal.reports.gates import gates_tables
     from offprincipal.reports.terminal import as_shown_json
 
-    ground: Any = {"prompts": prompts, "task": task, "sequences": sequences}
+    ground: Any = {"prompts": prompts, "task": task and task_names(task), "sequences": sequences}
     options: Any = {"batches": batches, "prompts_per_batch": prompts_per_batch, "max_new_tokens": max_new_tokens}
     options |= {"draws": draws, "layer_draws": layer_draws, "per_layer": per_layer, "rank_fraction": rank_fraction}
     options |= {

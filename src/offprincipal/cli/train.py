@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from offprincipal.assets import EMBEDDED
-from offprincipal.cli.common import TRAINING, Out, app, require_training, resumable, say
+from offprincipal.cli.common import TRAINING, Out, app, require_training, resumable, say, task_names
 from offprincipal.errors import ArgumentError
 from offprincipal.recipe_names import RECIPES
 
@@ -22,6 +22,26 @@ def _print_profiles(wanted: bool) -> None:
 
         Console().print(profiles_table(map(load_profile, profile_names()), lambda p: len(training_stages(p))))
         raise typer.Exit
+
+
+def _print_list(what: str | None) -> None:
+    if what is None:
+        return
+    from offprincipal.reports import terminal
+
+    if what == "recipes":
+        Console().print(terminal.recipes_table(RECIPES))
+    elif what == "settings":
+        from offprincipal.training.settings import setting_fields
+
+        Console().print(terminal.settings_table(setting_fields()))
+    elif what == "tasks":
+        from offprincipal.tasks import open_task, symbolic_kinds
+
+        Console().print(terminal.tasks_table([open_task(kind) for kind in symbolic_kinds()]))
+    else:
+        raise ArgumentError(f"there is no list of '{what}': choose of recipes, settings, tasks")
+    raise typer.Exit
 
 
 @app.command(rich_help_panel=TRAINING)
@@ -68,12 +88,13 @@ def train(
         Path, typer.Option("--out", "-o", help="Folder of the run; the same command continues a killed one.")
     ],
     task: Annotated[
-        list[str], typer.Option("--task", help="add, sort@2, rg:NAME, hf:DATASET?prompt=…&answer=…; repeat for more.")
+        list[str],
+        typer.Option("--task", help="add, sort@2, rg:NAME, hf:DATASET?prompt=…&answer=…; several as a,b or repeated."),
     ],
     model: Annotated[str, typer.Option(help="Folder, Hugging Face id, or `embedded`.")] = "embedded",
     override: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; `offprincipal settings` lists them."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; `train --list settings` has them."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
@@ -94,6 +115,16 @@ def train(
     ] = None,
     density: Annotated[float | None, typer.Option(help="Share of entries that the mask holds.")] = None,
     overwrite: Overwrite = False,
+    listed: Annotated[
+        str | None,
+        typer.Option(
+            "--list",
+            metavar="WHAT",
+            callback=_print_list,
+            is_eager=True,
+            help="List recipes, settings or tasks, and exit.",
+        ),
+    ] = None,
 ) -> None:
     """Train a model on verifiable tasks, and measure it on held-out prompts before and after.
 
@@ -107,7 +138,7 @@ def train(
     from offprincipal.training.processes import is_main
 
     named = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "seed": seed}
-    values: dict[str, Any] = {"recipe": recipe, "model": model, "tasks": task}
+    values: dict[str, Any] = {"recipe": recipe, "model": model, "tasks": task_names(task)}
     values |= {key: value for key, value in named.items() if value is not None}
     of_adapter = {"method": adapter, "rank": rank, "mask": mask, "density": density}
     if given := {key: value for key, value in of_adapter.items() if value is not None}:
@@ -191,13 +222,10 @@ def undo(
         say(line)
 
 
-@app.command(rich_help_panel=TRAINING)
+@app.command(hidden=True)
 def settings() -> None:
-    """List every training setting with its default."""
-    from offprincipal.reports.terminal import settings_table
-    from offprincipal.training.settings import setting_fields
-
-    Console().print(settings_table(setting_fields()))
+    """List every training setting with its default: `train --list settings`."""
+    _print_list("settings")
 
 
 @app.command(rich_help_panel=TRAINING)
@@ -207,7 +235,7 @@ def tasks(
     ] = False,
     model: Annotated[str, typer.Option(help="Of the preview: a folder, a Hugging Face id, or `embedded`.")] = EMBEDDED,
     task: Annotated[
-        list[str] | None, typer.Option("--task", help="Of the preview, as train takes it; repeat for more.")
+        list[str] | None, typer.Option("--task", help="Of the preview, as train takes it: a,b or repeated.")
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -219,18 +247,16 @@ def tasks(
 
     The preview asks as `train` would: with the tokenizer's chat template, else with a few solved problems before each.
     """
-    from offprincipal.reports.terminal import preview_lines, tasks_table
-    from offprincipal.tasks import open_task, symbolic_kinds
+    from offprincipal.reports.terminal import preview_lines
 
     if not preview:
-        Console().print(tasks_table([open_task(kind) for kind in symbolic_kinds()]))
-        return
+        _print_list("tasks")
     require_training()
     from offprincipal.studies.profile import apply_override
     from offprincipal.training.preview import preview as ask
     from offprincipal.training.settings import parse_settings
 
-    given: dict[str, Any] = {"recipe": "grpo", "tasks": task or ["add"], "model": model}
+    given: dict[str, Any] = {"recipe": "grpo", "tasks": task_names(task or ["add"]), "model": model}
     for override in overrides or []:
         apply_override(given, override)
     chosen = parse_settings(given)

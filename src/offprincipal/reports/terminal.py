@@ -289,13 +289,25 @@ def _blind(counts: Mapping[str, int] | None) -> str:
     return f"{counts['supported'] + counts['contradicted']}/{counts['draws']}" if counts else "–"
 
 
+def recipes_table(recipes: Mapping[Any, str]) -> Table:
+    """Training recipes, each with what it learns from."""
+    table = _lean()
+    for title in ("recipe", "what it is"):
+        table.add_column(title)
+    for name, words in recipes.items():
+        table.add_row(name, words)
+    return table
+
+
 def settings_table(fields: Mapping[str, Any]) -> Table:
     """Settings with their defaults.
 
     Args:
         fields: name -> pydantic field.
     """
-    table = Table("setting", "default", "meaning")
+    table = _lean()
+    for title in ("setting", "default", "meaning"):
+        table.add_column(title)
     for name, field in fields.items():
         default = "required" if field.is_required() else str(field.default)
         table.add_row(name, shown(default), shown(field.description or ""))
@@ -326,7 +338,9 @@ def profiles_table(profiles: Iterable["Profile"], runs_of: Callable[["Profile"],
 
 def tasks_table(tasks: Iterable[Task]) -> Table:
     """Tasks, each with a held-out problem."""
-    table = Table("task", "prompt", "answer", "teacher's trace")
+    table = _lean()
+    for title in ("task", "prompt", "answer", "teacher's trace"):
+        table.add_column(title)
     for task in tasks:
         problem = mixture([task], "eval", 1)[0]
         table.add_row(

@@ -251,4 +251,8 @@ def _fault(error: Mapping[str, Any]) -> str:
         return f"there is no such setting: it is called adapter.{ours} here"
     known = [*setting_fields(), *_AS_TRL_HAS_IT]
     near = get_close_matches(".".join(map(str, error["loc"])), known, n=1)
-    return f"there is no such setting; did you mean {near[0]}?" if near else "no such setting: `settings` lists them"
+    return (
+        f"there is no such setting; did you mean {near[0]}?"
+        if near
+        else "no such setting: `train --list settings` has all"
+    )
