@@ -18,7 +18,7 @@ from offprincipal.geometry.spectrum import decompose
 from offprincipal.geometry.synthetic import BLIND
 from offprincipal.studies.claims import CLAIMS, Evidence, decide, judge, negative
 from offprincipal.studies.claims.negative import blind_evidence, negative_controls
-from offprincipal.studies.claims.rules import judge_difference
+from offprincipal.studies.claims.rules import Condition, Judgement, controlled_with, judge_difference, published_with
 from offprincipal.studies.claims.units import Effect, OverUnits, TwoSamples, over_runs_of_pairs
 
 SIGNATURES = [id for id, claim in CLAIMS.items() if not claim.needs]
@@ -303,6 +303,22 @@ def test_some_rows_of_a_large_embedding_tell_what_blind_updates_change(
     for kind in range(len(BLIND)):
         of_kind = [i for i in range(len(whole)) if i // len(runs) % len(BLIND) == kind]
         assert np.mean([some[i] for i in of_kind]) == pytest.approx(np.mean([whole[i] for i in of_kind]), abs=0.04)
+
+
+def test_the_figure_that_decided_a_claim_of_several_parts_is_the_one_that_is_shown() -> None:
+    headline = Judgement("supported", 9.7, 8.0, 11.1, "growth", "rule", "Found.", 3)
+    none = Judgement("no effect beyond the control", 1.01, 0.9, 1.1, "ratio", "rule", "", 4)
+    unsure = Judgement("inconclusive", 2.0, None, None, "share", "rule", "")
+    both = controlled_with(headline, [Condition("on the same tokens", none)])
+    assert (both.verdict, both.effect, both.low, both.high, both.units) == (none.verdict, 1.01, 0.9, 1.1, 4)
+    assert both.measure == "on the same tokens, which decided: ratio"
+    assert both.sentence == "Found. growth: 9.7 [8, 11.1]."
+    assert published_with(headline, [Condition("it is small", none, wanted=(none.verdict,))]).effect == 9.7
+    assert published_with(headline, [Condition("it is small", unsure), Condition("it holds", none)]).effect == 1.01
+    left = published_with(headline, [Condition("it is small", unsure)])
+    assert (left.verdict, left.effect, left.low) == ("inconclusive", 2.0, None)
+    own = published_with(none, [Condition("it is small", headline)])
+    assert (own.verdict, own.effect, own.measure) == ("contradicted", 1.01, "ratio")
 
 
 def test_a_run_that_was_not_compared_is_named(tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ def published_with(headline: Judgement, conditions: Sequence[Condition]) -> Judg
     """A claim of several parts, as published: every part has to come out as it says.
 
     Returns:
-        The headline's effect; `supported` if all parts came out as claimed, `contradicted` if one came out otherwise,
-        `inconclusive` if one is undecided.
+        `supported`, with the headline's effect, if all parts came out as claimed; with that of the first such part,
+        `contradicted` if one came out otherwise, `inconclusive` if one is undecided.
     """
     return _combined(headline, conditions)
 
@@ -68,7 +68,7 @@ def controlled_with(headline: Judgement, conditions: Sequence[Condition]) -> Jud
         return _with_rule(headline, conditions)
     found = _combined(headline, conditions)
     none: Verdict = "no effect beyond the control"
-    missed = {c.judgement.verdict for c in conditions if c.judgement.verdict not in (*c.wanted, "inconclusive")}
+    missed = {c.judgement.verdict for c in conditions if _missed(c)}
     return replace(found, verdict=none) if missed == {none} else found
 
 
@@ -88,13 +88,35 @@ def decided_alike(headline: Judgement, stricter: Judgement) -> Judgement:
 
 
 def _combined(headline: Judgement, conditions: Sequence[Condition]) -> Judgement:
-    parts = [(headline.verdict, ("supported",)), *((c.judgement.verdict, c.wanted) for c in conditions)]
-    verdict: Verdict = "supported"
-    if any(found == "inconclusive" for found, _ in parts):
-        verdict = "inconclusive"
-    if any(found not in (*wanted, "inconclusive") for found, wanted in parts):
-        verdict = "contradicted"
-    return replace(_with_rule(headline, conditions), verdict=verdict)
+    found = _with_rule(headline, conditions)
+    parts = [Condition("", headline), *conditions]
+    missed, undecided = filter(_missed, parts), (c for c in parts if c.judgement.verdict == "inconclusive")
+    decided = next(missed, None) or next(undecided, None)
+    if decided is None:
+        return found
+    verdict: Verdict = "contradicted" if _missed(decided) else "inconclusive"
+    if decided.judgement is headline:
+        return replace(found, verdict=verdict)
+    own, ends = (
+        decided.judgement,
+        f"[{headline.low:.3g}, {headline.high:.3g}]" if headline.low is not None and headline.high is not None else "",
+    )
+    said = "" if headline.effect is None else f" {headline.measure}: {headline.effect:.3g} {ends}".rstrip() + "."
+    return replace(
+        found,
+        verdict=verdict,
+        effect=own.effect,
+        low=own.low,
+        high=own.high,
+        units=own.units,
+        measure=f"{decided.words}, which decided: {own.measure}",
+        sentence=headline.sentence + said,
+    )
+
+
+def _missed(condition: Condition) -> bool:
+    """Whether a part is decided, and not as it was claimed."""
+    return condition.judgement.verdict not in (*condition.wanted, "inconclusive")
 
 
 def _with_rule(headline: Judgement, conditions: Sequence[Condition]) -> Judgement:
