@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from offprincipal.assets import EMBEDDED, embedded_base
 from offprincipal.checkpoints import (
@@ -52,19 +53,25 @@ _KINDS: tuple[tuple[Callable[[Path], bool], _Opener], ...] = (
 )
 
 
-def open_checkpoint(source: str | Path, base: Checkpoint | None = None) -> Checkpoint:
+def open_checkpoint(source: Any, base: Checkpoint | None = None) -> Checkpoint:
     """Open a model: nothing but headers is read.
 
     Args:
         source: a local folder or file; a model on the Hugging Face Hub, 'org/name' or 'org/name@revision'; or
             `embedded`, the base that is shipped. A folder holds safetensors or `pytorch_model.bin` (one file or
             shards), a PEFT adapter, or a checkpoint of torch.distributed, or is the root of a run with one such inside.
+            Or a `torch.nn.Module`.
         base: the model that it was trained from, on which an adapter sits, and whose names and layout the tensors are
             given as far as they can be told; without it an adapter sits on the base that it names.
 
     Raises:
         CheckpointError: it is no such checkpoint; the message says what is wrong, where, and what to do.
     """
+    if not isinstance(source, str | Path):
+        from offprincipal.checkpoints.in_memory import InMemory
+
+        opened = InMemory(source)
+        return opened if base is None else aligned(opened, base)
     path = _path_of(source)
     found = _open_file(path, str(source), base) if is_file(path) else _open_folder(path, str(source), base)
     return found if base is None else aligned(found, base)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from offprincipal.checkpoints import Part
 from offprincipal.comparison.cache import cache_folder
@@ -23,6 +23,11 @@ from offprincipal.files import identities, require_unchanged
 from offprincipal.measures.pooling import anatomy, pool_pair, pool_run
 from offprincipal.memory import SHARE, free_memory
 
+if TYPE_CHECKING:
+    import torch
+
+    Source = str | Path | torch.nn.Module
+
 Progress = Callable[[int, int, str], None]
 
 LOG = logging.getLogger("offprincipal")
@@ -30,8 +35,8 @@ _HOPELESS = 2  # times what is free that a matrix has to be said to need, which 
 
 
 def compare(
-    base: str | Path,
-    tuned: str | Path | Mapping[str, str | Path] | Sequence[str | Path],
+    base: "Source",
+    tuned: "Source | Mapping[str, Source] | Sequence[Source]",
     settings: CompareSettings | None = None,
     *,
     out: str | Path | None = None,
@@ -46,8 +51,8 @@ def compare(
     """Measure what training did to the weights, every figure beside its null.
 
     Args:
-        base: the base model: a folder, or a Hugging Face id.
-        tuned: the models trained from it, by the name of the run, or named after their folders.
+        base: the base model: a folder, a Hugging Face id, or a `torch.nn.Module`, such as `trainer.model`.
+        tuned: the models trained from it, of the same kinds, by the name of the run, or named after their folders.
         settings: metrics and their parameters.
         out: folder for the tables. A comparison that was killed goes on from the journal there; without it, nothing is
             written.
@@ -73,14 +78,16 @@ def compare(
         raise ArgumentError(f"both settings and {next(iter(options))} are given: give one of the two")
     if threads is not None and threads < 1:
         raise ArgumentError(f"threads is {threads}: give at least 1")
-    if isinstance(tuned, str | Path):
+    if not isinstance(tuned, Mapping | Sequence) or isinstance(tuned, str):
         tuned = [tuned]
     kept = _users_cache() if cache is True else Path(cache) if cache else None
     runs = name_runs(tuned)
     given = {name: str(source) for name, source in (masters or {}).items()}
     if unknown := sorted(given.keys() - runs.keys()):
         raise ArgumentError(f"masters are given of '{unknown[0]}', which is no run: runs are {', '.join(runs)}")
-    work = Work(str(base), runs, settings or CompareSettings.of(**options), kept, given)
+    work = Work(_source(base), runs, settings or CompareSettings.of(**options), kept, given)
+    if ray is not None and work.in_memory:
+        raise ArgumentError("workers of Ray cannot see a model in memory: save it, and give its folder")
     if work.settings.matrix.device != "cpu" and ray is None:
         from offprincipal.measures.spectral import chosen_device
 
@@ -144,8 +151,8 @@ def _users_cache() -> Path | None:
         return None
 
 
-def name_runs(tuned: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[str, str]:
-    """Run -> source; a source given without a name is named after its folder.
+def name_runs(tuned: "Mapping[str, Source] | Sequence[Source]") -> dict[str, Any]:
+    """Run -> source, a path as text; without a name it is that of its folder, or `model` for one in memory.
 
     Raises:
         ArgumentError: none is given, or two have one name.
@@ -154,9 +161,9 @@ def name_runs(tuned: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[st
     {'grpo': 'runs/grpo', 'sft': 'runs/sft'}
     """
     if isinstance(tuned, Mapping):
-        named = [(name, str(source)) for name, source in tuned.items()]
+        named = [(name, _source(source)) for name, source in tuned.items()]
     else:
-        named = [(Path(source).resolve().name, str(source)) for source in tuned]
+        named = [(Path(s).resolve().name if isinstance(s, str | Path) else "model", _source(s)) for s in tuned]
     named = [(name.encode("utf-8", "replace").decode(), source) for name, source in named]  # a folder's may be no text
     names = [name for name, _ in named]
     if not names:
@@ -165,6 +172,10 @@ def name_runs(tuned: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[st
     if repeated:
         raise ArgumentError(f"two runs are named '{repeated[0]}': tell them apart with NAME=PATH")
     return dict(named)
+
+
+def _source(given: Any) -> Any:
+    return str(given) if isinstance(given, str | Path) else given
 
 
 def _comparison(work: Work, measured: list[TensorRows]) -> Comparison:

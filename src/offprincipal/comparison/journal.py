@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -186,6 +187,7 @@ def _key(work: Work, opened: Identities) -> str:
     files = [[str(path), *identity[:2]] for path, identity in opened.items()]
     configs = [dict(checkpoint.config) for checkpoint in (work.base_checkpoint, *work.runs.values())]
     about = [asdict(work.settings), list(work.tuned), files, configs, versions()]
+    about += [secrets.token_hex()] if work.in_memory else []  # of which nothing tells whether it is the same again
     return hashlib.sha256(json.dumps(about, default=str, sort_keys=True).encode()).hexdigest()
 
 

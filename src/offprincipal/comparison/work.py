@@ -91,7 +91,7 @@ class Work:
     """What is to be compared, and how.
 
     Args:
-        base: source of the base; tuned: run -> source.
+        base: source of the base; tuned: run -> source; as `open_checkpoint` takes them.
         cache: where decompositions of bases are kept; None keeps none.
         given_masters: run -> source of its float32 masters, where they are not beside it.
 
@@ -99,8 +99,8 @@ class Work:
         CheckpointError: on first use, where a checkpoint cannot be read or the tensors do not match.
     """
 
-    base: str
-    tuned: Mapping[str, str]
+    base: Any
+    tuned: Mapping[str, Any]
     settings: CompareSettings
     cache: Path | None = None
     given_masters: Mapping[str, str] = field(default_factory=dict)
@@ -123,6 +123,11 @@ class Work:
             if masters is not None:
                 found[name] = masters
         return found
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether a side of it is a model that is open here, which no other process sees."""
+        return not all(isinstance(source, str | Path) for source in (self.base, *self.tuned.values()))
 
     @property
     def files(self) -> list[Path]:
