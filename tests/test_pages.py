@@ -1,10 +1,12 @@
 """The documentation: the tour runs as it stands there, but for sizes; no link leads nowhere, and no page is lost."""
 
 import importlib
+import json
 import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -65,6 +67,19 @@ def test_the_readme_snippet_runs(tiny_model: Path, monkeypatch: pytest.MonkeyPat
     tuned = shutil.copytree(tiny_model, tmp_path / "rl_checkpoint") / "model.safetensors"
     save_file({name: tensor * 1.01 for name, tensor in load_file(tuned).items()}, tuned, {"format": "pt"})
     exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cells = json.loads((DOCS / "tutorial.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] for cell in cells if cell["cell_type"] == "code")  # as a reader finds it
+    linked = re.findall(r"\]\((\w+\.md)\)", str(cells))
+    assert linked and all((DOCS / page).is_file() for page in linked)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for cell in code:
+        exec(compile(cell, "tutorial.ipynb", "exec"), names)
+    assert list(names["result"].runs) == ["rl", "sft"] and len(names["frame"]) == len(names["result"].matrices)
 
 
 def test_what_the_library_page_names_is_there() -> None:

@@ -30,7 +30,7 @@ _STYLE: Any = {
     "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7,
     "ytick.labelsize": 7, "axes.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False,
     "legend.frameon": False, "figure.constrained_layout.use": True, "pdf.fonttype": 42, "svg.fonttype": "none",
-    "svg.hashsalt": "offprincipal", "savefig.dpi": 300,
+    "svg.hashsalt": "offprincipal",
 }  # fmt: skip
 _GREY, _INK = "#9aa3ad", "#1f2733"
 
@@ -219,14 +219,14 @@ def _save(figure: "Figure", path: Path) -> Path:
     return path
 
 
-def _drawn(figure: "Figure", kind: str) -> bytes:
+def _drawn(figure: "Figure", kind: str, dpi: int = 300) -> bytes:
     """A figure as a file of that kind, which is the same whenever it is drawn."""
     import matplotlib
 
     dateless: dict[str, Any] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
     content = BytesIO()
     with matplotlib.rc_context(_STYLE):
-        figure.savefig(content, format=kind, metadata=dateless[kind])
+        figure.savefig(content, format=kind, dpi=dpi, metadata=dateless[kind])
     return content.getvalue()
 
 
@@ -244,7 +244,7 @@ def _figure(
         figure: Any = Figure(figsize=(width, max(_LOWEST, height * (panels if down else 1))))
         axes = figure.subplots(panels if down else 1, 1 if down else panels, squeeze=False, **shared)
         yield figure, list(axes.flat)
-        figure._repr_png_ = partial(_drawn, figure, "png")  # for notebooks, whatever backend they have
+        figure._repr_png_ = partial(_drawn, figure, "png", 110)  # for notebooks, whatever backend they have
 
 
 def _with_interval(axis: Any, row: int, found: Mapping[str, Any], colour: str, factor: float) -> None:
