@@ -173,6 +173,20 @@ def test_masks_come_from_a_file_or_from_an_earlier_run(
         assert not ((after[name] != base[name].float()) & (base[name] == changed[name])).any()
 
 
+def test_an_adapter_names_its_base_as_it_was_given_and_no_folder_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taught_model: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(taught_model)
+    train(settings(Path("base"), of("lora"), recipe="sft_own", steps=1), tmp_path / "run", quiet=True)
+    written = [path for path in (tmp_path / "run").rglob("*") if path.suffix in {".json", ".md"}]
+    assert (
+        json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "base"
+    )
+    assert not [path for path in written if str(tmp_path) in path.read_text() or str(taught_model) in path.read_text()]
+
+
 def test_overwriting_by_a_run_without_an_adapter_removes_the_adapter(taught_model: Path, tmp_path: Path) -> None:
     for method in ("lora", "sparse"):
         train(settings(taught_model, of(method), steps=1), tmp_path / "run", quiet=True, overwrite=True)

@@ -434,7 +434,7 @@ def _write_result(settings: TrainSettings, opened: Opened, out: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     with quiet_libraries():
-        opened.trained.save_parts(part)
+        opened.trained.save_parts(part, settings.model)
         model = opened.trained.merged()
         _require_finite(model, settings)
         model.save_pretrained(part / MASTERS, max_shard_size=_ONE_SHARD)

@@ -58,10 +58,17 @@ class Trained:
         """The plain transformers model that acts as what was trained; an adapter is used up by it."""
         return self.model.merge_and_unload() if self.is_adapter else self.model
 
-    def save_parts(self, folder: Path) -> None:
-        """Write what a plain model cannot tell: the adapter, or the masks."""
+    def save_parts(self, folder: Path, base: str) -> None:
+        """Write what a plain model cannot tell: the adapter, or the masks.
+
+        Args:
+            base: what the adapter names as its base, so that it names no folder of this machine that nobody gave.
+        """
         if self.is_adapter:
+            for config in self.model.peft_config.values():
+                config.base_model_name_or_path = base
             self.model.save_pretrained(folder / ADAPTER)
+            (folder / ADAPTER / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a card
         if self.masks is not None:
             self.masks.save(folder / MASKS)
 
