@@ -232,6 +232,19 @@ def test_the_page_refers_to_nothing_outside_itself(hostile: Path, tmp_path: Path
     assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', own))
 
 
+def test_many_runs_of_which_the_same_is_to_be_said_share_a_sentence() -> None:
+    def run(unchanged: float) -> dict[str, Any]:
+        return {"metrics": {"unchanged_fraction": {"value": unchanged}, "relative_update_norm": {"value": 1e-3}}}
+
+    runs = {"a_1": run(0.9), "still_1": run(1.0), "still_2": run(1.0), "a_2": run(0.95)}
+    said = decisions({"runs": runs, "pairs": []})
+    assert [re.split("[: ]", text)[0] for text in said] == ["a_1", "a_2", "still_1", "still_2"]
+    many = runs | {"a_3": run(0.8), "a_4": run(0.7)}
+    shared, *others = decisions({"runs": many, "pairs": []})
+    assert shared == "a_1, a_2, a_3, a_4: 5.0 to 30.0\xa0% of the weights changed."
+    assert [text.split()[0] for text in others] == ["still_1", "still_2"]
+
+
 @pytest.mark.parametrize("begin", ["", "sft_traces_", "llama-3-8b-instruct-grpo-on-mathematics/step-"])
 @pytest.mark.parametrize("count", [1, 3, 4, 20])
 def test_a_table_of_many_runs_fits_80_columns_and_cuts_nothing(hostile: Path, begin: str, count: int) -> None:

@@ -14,6 +14,7 @@ from offprincipal.comparison import compare
 from offprincipal.errors import FileError
 from offprincipal.gates import measure_gates
 from offprincipal.reports.show import as_json, parts_of
+from offprincipal.reports.words import warnings_of
 from offprincipal.training import TrainSettings, train
 
 
@@ -93,6 +94,18 @@ def test_claims_are_a_row_each_and_explained_when_asked(tmp_path: Path) -> None:
     assert "C5 off-principal: sft_own. It avoids them. Control: rounding." in explained
     assert "as published: contradicted -0.106 [-0.107, -0.105], share. Found." in explained
     assert "with the control: inconclusive. Found." in explained
+
+
+def test_notes_that_differ_in_numbers_alone_are_one() -> None:
+    def summary(*warnings: str) -> dict[str, object]:
+        return {"runs": {f"run_{i}": {"warnings": [text]} for i, text in enumerate(warnings)}}
+
+    bounds = [f"{count} matrices, right to {error}" for count, error in ((90, "1.2e-5"), (90, "3e-6"), (1_234, "0.5"))]
+    assert warnings_of(summary(*bounds[:2])) == ["90 matrices, right to 3e-6 to 1.2e-5"]
+    merged = "run_0, run_1, run_2: 90 to 1234 matrices, right to 3e-6 to 0.5"
+    assert warnings_of(summary(*bounds, "else")) == [merged, "run_3: else"]
+    tensors = [f"one of them is model.layers.{i}.q_proj" for i in (3, 12)]
+    assert warnings_of(summary(*tensors)) == [f"run_{i}: {text}" for i, text in enumerate(tensors)]
 
 
 def test_a_folder_that_is_not_ours_or_damaged_is_named(pair: tuple[Path, Path], tmp_path: Path) -> None:

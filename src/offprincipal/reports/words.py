@@ -10,7 +10,8 @@ Reads the pooled values of `summary.json` and computes no metric. The rules are 
 - a run's one sentence names precision, magnitude or neurons where that rung moves a share by `TINY` or more.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ TINY, SMALL = 0.01, 0.05
 ABOUT = 1.25
 _NOTHING = "none of the metrics that a sentence could be about was measured"
 _NOTABLE = 3  # pairs of runs that are told of unasked
+_FEW = 3  # runs that have a sentence each
 _RUNGS = {  # what explains where changed entries lie -> the rungs of the ladder that it lies between
     "precision": ("random", "rounding_null"),
     "magnitude": ("rounding_null", "spacing_null"),
@@ -77,7 +79,8 @@ def run_paragraph(name: str, metrics: Metrics, differing: int = 0, alone: int = 
 def decisions(summary: Mapping[str, Any]) -> list[str]:
     """One sentence a run: how much changed, and whether precision, neurons or step length explain it, or more is left.
 
-    Then one for each of the few pairs of runs whose agreement is furthest from what the ladder explains.
+    Of more than a few runs, those of which the same is to be said, but for its numbers, share theirs. Then one for each
+    of the few pairs of runs whose agreement is furthest from what the ladder explains.
 
     Args:
         summary: the content of `summary.json`.
@@ -85,12 +88,12 @@ def decisions(summary: Mapping[str, Any]) -> list[str]:
     Returns:
         As of `verdict_paragraph`, which says all of it.
     """
-    said = [
-        plain(f"{name}: {', '.join(clause for clause in _decided(run['metrics']) if clause)}.")
-        if not is_unchanged(run["metrics"])
-        else run_paragraphs({**summary, "runs": {name: run}})[name]
-        for name, run in summary["runs"].items()
-    ]
+    runs = summary["runs"]
+    still = {name for name, run in runs.items() if is_unchanged(run["metrics"])}
+    clauses = [(name, ", ".join(filter(None, _decided(runs[name]["metrics"])))) for name in runs if name not in still]
+    alike = _alike(clauses) if len(clauses) > _FEW else [([name], text) for name, text in clauses]
+    said = [plain(f"{', '.join(names)}: {text}.") for names, text in alike]
+    said += [text for name, text in run_paragraphs(summary).items() if name in still]
     pairs = sorted(summary["pairs"], key=_agreement_left_over, reverse=True)
     more = len(pairs) - _NOTABLE
     return [
@@ -200,15 +203,43 @@ def contract_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def warnings_of(summary: Mapping[str, Any]) -> list[str]:
-    """What a reader has to know of how the runs were read and measured: each once, with the runs that it is about."""
-    about: dict[str, list[str]] = {}
-    for name, run in summary["runs"].items():
-        for warning in run["warnings"]:
-            about.setdefault(warning, []).append(name)
-    return [
-        plain(warning if len(names) == len(summary["runs"]) else f"{', '.join(names)}: {warning}")
-        for warning, names in about.items()
-    ]
+    """What a reader has to know of how the runs were read and measured: each once, with the runs that it is about.
+
+    Those that differ in numbers alone are one, from the least to the largest.
+    """
+    runs = summary["runs"]
+    found = _alike((name, warning) for name, run in runs.items() for warning in run["warnings"])
+    return [plain(text if len(names) == len(runs) else f"{', '.join(names)}: {text}") for names, text in found]
+
+
+_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
+_NAMES_A_TENSOR = re.compile(r"\w\.\w+\.\w")
+
+
+def _alike(said: Iterable[tuple[str, str]]) -> list[tuple[list[str], str]]:
+    """What is said of runs, each once with the runs that it is said of; texts that differ in numbers alone are one."""
+    found: dict[str, dict[str, str]] = {}
+    for name, text in said:
+        shape = text if _NAMES_A_TENSOR.search(text) else _NUMBER.sub("#", text)
+        found.setdefault(shape, {})[name] = text
+    return [(list(texts), _ranged(texts.values())) for texts in found.values()]
+
+
+def _ranged(texts: Iterable[str]) -> str:
+    """Texts that differ in numbers alone as one, with the least and the largest of each.
+
+    >>> _ranged(["3 matrices, right to 1e-6", "3 matrices, right to 2e-5"])
+    '3 matrices, right to 1e-6 to 2e-5'
+    """
+    first, *others = texts
+    columns = zip(*map(_NUMBER.findall, (first, *others)), strict=False)
+    ends = iter([sorted(set(column), key=lambda number: float(number.replace(",", ""))) for column in columns])
+
+    def both(_: Any) -> str:
+        found = next(ends)
+        return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+    return _NUMBER.sub(both, first) if others else first
 
 
 def is_unchanged(metrics: Metrics) -> bool:
