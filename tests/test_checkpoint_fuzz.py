@@ -38,7 +38,8 @@ from offprincipal.errors import CheckpointError
 
 CASES = int(os.environ.get("OFFPRINCIPAL_FUZZ", "6000"))
 SEED = 0 if CASES == 6000 else CASES
-SECONDS = 2.0
+SECONDS = 60.0  # by the clock, after which a call hangs
+WORK = 5.0  # seconds of this process's own time, which other processes do not lengthen
 MEMORY = 1 << 29
 QKV, DOWN = "model.layers.0.self_attn.qkv_proj.weight", "model.layers.0.mlp.experts.down_proj"
 WEIGHTS = {
@@ -335,7 +336,7 @@ def use(folder: Path, base: Checkpoint) -> str:
 
 def outcome(folder: Path, base: Checkpoint) -> str:
     """What `use` says, or what went wrong."""
-    began = time.perf_counter()
+    began = time.process_time()
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         return use(folder, base)
@@ -343,7 +344,7 @@ def outcome(folder: Path, base: Checkpoint) -> str:
         return f"{type(error).__name__}: {str(error)[:200]}"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        assert time.perf_counter() - began < SECONDS
+        assert time.process_time() - began < WORK
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from offprincipal.studies.profile import apply_override, load_profile
 from offprincipal.training import parse_settings
 
 CASES = int(os.environ.get("OFFPRINCIPAL_FUZZ", "150"))
-SECONDS = 20.0
+SECONDS = 60.0
 
 
 @pytest.fixture(autouse=True)

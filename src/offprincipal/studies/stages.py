@@ -135,7 +135,7 @@ class TrainStage(StageKind):
 
 
 class CompareStage(StageKind):
-    """Compare training stages with the study's base; its folder holds the tables."""
+    """Compare training stages with the study's base; its folder holds the tables, and a journal while they are made."""
 
     kind: Literal["compare"]
     runs: tuple[str, ...] = Field(min_length=1)
@@ -151,8 +151,7 @@ class CompareStage(StageKind):
     def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
         matrix = MatrixSettings(self.rank_fraction, self.alpha, null_draws=self.null_draws, seed=self.seed)
         tuned = {run: space.folder(run) for run in self.runs}
-        found = compare(base_folder(space.base), tuned, CompareSettings(self.metrics, matrix))
-        found.write(space.folder(name))
+        compare(base_folder(space.base), tuned, CompareSettings(self.metrics, matrix), out=space.folder(name))
 
     def files(self, name: str, space: Workspace) -> list[Path]:
         tables = ("matrices.parquet", "masks.parquet", "pairs.parquet", "curves.parquet", "summary.json")
