@@ -314,6 +314,30 @@ def test_any_option_of_trl_can_be_set_and_what_others_decide_cannot(base_model: 
             train(run_of(base_model, "grpo", trl=options), tmp_path / "other", quiet=True)
 
 
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_vllm_is_asked_of_trl_by_its_own_options(
+    mode: str, base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL is let come as far as importing vllm; what it was told is in its own configuration."""
+    from trl.trainer import grpo_trainer
+
+    if importlib.util.find_spec("vllm") is not None:
+        pytest.skip("vllm is installed here")
+    told: list[Any] = []
+    begin, find = grpo_trainer.GRPOTrainer.__init__, importlib.util.find_spec
+
+    def noted(self: Any, *positional: Any, **named: Any) -> None:
+        told.append(named["args"])
+        begin(self, *positional, **named)
+
+    monkeypatch.setattr(grpo_trainer.GRPOTrainer, "__init__", noted)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: name == "vllm" or find(name, *of))
+    asked = run_of(base_model, "grpo", vllm=mode, trl={"vllm_gpu_memory_utilization": 0.3})
+    with pytest.raises(ImportError, match="vllm"):  # TRL's own attempt
+        train(asked, tmp_path / "run", quiet=True)
+    assert (told[0].use_vllm, told[0].vllm_mode, told[0].vllm_gpu_memory_utilization) == (True, mode, 0.3)
+
+
 def test_vllm_where_there_is_none_is_refused_with_a_sentence(base_model: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("vllm") is not None:
         pytest.skip("vllm is installed here")
