@@ -40,7 +40,8 @@ def run(model: Path, out: Path, *more: str) -> dict[str, list[str]]:
     said: dict[str, list[str]] = {}
 
     def show(stage: str, report: StepReport | str) -> None:
-        said.setdefault(stage, []).append(report if isinstance(report, str) else "step")
+        if isinstance(report, str) or report.metric:  # others say how much is measured
+            said.setdefault(stage, []).append(report if isinstance(report, str) else "step")
 
     run_profile(load_profile("quick", [*overrides(model), *more]), out, 2, show)
     return said

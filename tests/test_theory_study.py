@@ -12,6 +12,8 @@ from offprincipal.errors import StudyError
 from offprincipal.reports.report import write_report_of
 from offprincipal.studies import load_profile, pending, run_profile
 from offprincipal.studies.claims import CLAIMS
+from offprincipal.training import StepReport
+from offprincipal.training.progress import describe
 
 TRAIN = {
     "kind": "train",
@@ -81,6 +83,9 @@ def test_what_takes_all_cores_waits_until_nothing_trains(finished: Path, shown: 
     others = [stage for stage in STAGES if stage not in (*trained, "moved")]  # run_b is trained from what is moved
     first = min(shown.index((stage, "started")) for stage in others)
     assert all(shown.index((stage, "done")) < first for stage in ("moved", *trained))
+    measured = [report for stage, report in shown if stage == "comparison" and isinstance(report, StepReport)]
+    assert [report.step for report in measured] == sorted(report.step for report in measured)
+    assert describe(measured[-1]) == "measuring, 100 %"
 
 
 def test_each_claim_has_two_verdicts_with_rule_and_evidence(finished: Path) -> None:

@@ -171,8 +171,7 @@ def _lines(console: Console) -> ShowStage:
             console.print(f"{stage}: {report}", highlight=False, markup=False)
         elif now - last.get(stage, -_PRINT_EVERY) >= _PRINT_EVERY:
             last[stage] = now
-            console.print(
-                f"{stage}: step {report.step}/{report.steps}, {describe(report)}", highlight=False, markup=False
-            )
+            step = f"step {report.step}/{report.steps}, " if report.metric else ""
+            console.print(f"{stage}: {step}{describe(report)}", highlight=False, markup=False)
 
     return show

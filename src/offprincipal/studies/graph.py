@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def run_profile(profile: Profile, out: Path, jobs: int, show: ShowStage, overwri
                     continue
                 else:
                     show(name, "started")
-                    profile.stages[name].make(name, space)
+                    profile.stages[name].make(name, space, partial(show, name))
                     graph.finish(name)
                     show(name, "done")
                     progressed = True

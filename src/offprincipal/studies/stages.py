@@ -24,7 +24,7 @@ from offprincipal.models import model_name
 from offprincipal.studies.claims import CLAIMS, SOURCES, Evidence, judge
 from offprincipal.studies.claims.negative import negative_controls, walk_controls
 from offprincipal.tasks import open_task
-from offprincipal.training import ShowProgress, TrainSettings, parse_settings, silent, train
+from offprincipal.training import ShowProgress, StepReport, TrainSettings, parse_settings, silent, train
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,12 @@ class CompareStage(StageKind):
     def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
         matrix = MatrixSettings(self.rank_fraction, self.alpha, null_draws=self.null_draws, seed=self.seed)
         tuned = {run: space.folder(run) for run in self.runs}
-        compare(base_folder(space.base), tuned, CompareSettings(self.metrics, matrix), out=space.folder(name))
+
+        def show(done: int, total: int, _: str) -> None:
+            progress(StepReport("measuring", done, total))
+
+        settings = CompareSettings(self.metrics, matrix)
+        compare(base_folder(space.base), tuned, settings, out=space.folder(name), progress=show)
 
     def files(self, name: str, space: Workspace) -> list[Path]:
         tables = ("matrices.parquet", "masks.parquet", "pairs.parquet", "curves.parquet", "summary.json")
@@ -233,7 +238,7 @@ class ClaimsStage(StageKind):
             beyond=self.beyond,
         )
         claims = [entry for claim in self.claims for entry in judge(claim, evidence)]
-        self._add_negative_controls(claims, evidence, space)
+        self._add_negative_controls(claims, evidence, space, progress)
         study = {
             "schema": 2,
             "profile": space.profile,
@@ -247,12 +252,18 @@ class ClaimsStage(StageKind):
         _set_aside(space)
         write_json(space.out / "study.json", study)
 
-    def _add_negative_controls(self, claims: list[dict[str, Any]], evidence: Evidence, space: Workspace) -> None:
+    def _add_negative_controls(
+        self, claims: list[dict[str, Any]], evidence: Evidence, space: Workspace, progress: ShowProgress
+    ) -> None:
         """Beside each verdict, what its rule says of updates that know nothing."""
         runs = {run: str(space.folder(run)) for run in evidence.matrices if run in self.trained}
         alpha = read_json(space.folder(self.comparison) / "summary.json")["arguments"]["alpha"]
         base, threads = str(base_folder(space.base)), os.cpu_count() or 1
-        found = negative_controls(evidence, self.claims, base, runs, self.negative_control, alpha, threads)
+
+        def show(done: int, total: int) -> None:
+            progress(StepReport("blind studies", done, total))
+
+        found = negative_controls(evidence, self.claims, base, runs, self.negative_control, alpha, threads, show)
         found |= walk_controls(evidence, self.claims)
         for claim in claims:
             for side, counts in found.get((claim["id"], claim["of"] or "", claim["contrast"] or ""), {}).items():

@@ -14,21 +14,23 @@ _LINES = 10
 
 @dataclass(frozen=True)
 class StepReport:
-    """Where a run is.
+    """Where a run is, or another stage of a study.
 
     Args:
         stage: what it does now.
-        step: optimizer steps done.
-        steps: optimizer steps in all.
-        metric: name of the value that tells how it goes: `reward`, `reward_margin` or `loss`.
+        step: optimizer steps done, or entries measured.
+        steps: optimizer steps in all, or entries.
+        metric: name of the value that tells how it goes: `reward`, `reward_margin` or `loss`; empty where none does.
         value: that value in the last step; None before the first.
         seconds_per_step: the mean over this sitting; None before the first.
     """
 
-    stage: Literal["measuring the base", "sampling preferences", "training", "measuring the result"]
+    stage: Literal[
+        "measuring the base", "sampling preferences", "training", "measuring the result", "measuring", "blind studies"
+    ]
     step: int
     steps: int
-    metric: str
+    metric: str = ""
     value: float | None = None
     seconds_per_step: float | None = None
 
@@ -84,7 +86,11 @@ def describe(report: StepReport) -> str:
 
     >>> describe(StepReport("training", 4, 64, "reward", 0.25, 2.0))
     'reward 0.250, 2.00 s/step, 2:00 left'
+    >>> describe(StepReport("blind studies", 4, 64))
+    'blind studies, 6 %'
     """
+    if not report.metric:
+        return f"{report.stage}, {100 * report.step // max(report.steps, 1)} %"
     if report.stage != "training" or report.value is None or report.seconds_per_step is None:
         return report.stage
     left = round((report.steps - report.step) * report.seconds_per_step)

@@ -28,13 +28,21 @@ from offprincipal.studies.claims.evidence import Evidence, Row
 from offprincipal.studies.claims.registry import CLAIMS
 
 Counts = dict[str, int]
+Progress = Callable[[int, int], None]
 _SIDES = ("as_published", "controlled")
 _SAMPLED = 1 << 22  # entries, of a tensor that is no linear matrix, that stand for all of it
 _LOCATION = tuple(metric for metric in METRICS if metric.group in ("changes", "location"))
 
 
 def negative_controls(
-    evidence: Evidence, ids: Sequence[str], base: str, runs: Mapping[str, str], draws: int, alpha: float, threads: int
+    evidence: Evidence,
+    ids: Sequence[str],
+    base: str,
+    runs: Mapping[str, str],
+    draws: int,
+    alpha: float,
+    threads: int,
+    progress: Progress | None = None,
 ) -> dict[tuple[str, str, str], dict[str, Counts]]:
     """How often each claim's rule decides something of blind updates.
 
@@ -44,6 +52,7 @@ def negative_controls(
         base: where the base is; runs: run -> where it is.
         draws: blind updates of every run, of the kinds `BLIND` in turn.
         alpha: density of the masks.
+        progress: called with entries done, and entries in all.
 
     Returns:
         (claim, kind beyond RLVR, contrast) -> side, `as_published` or `controlled` -> `draws`, `supported`,
@@ -51,7 +60,7 @@ def negative_controls(
     """
     judged = [id for id in ids if CLAIMS[id].tables]
     found: dict[tuple[str, str, str], dict[str, Counts]] = {}
-    for blind in blind_evidence(evidence, base, runs, draws, alpha, threads) if judged and draws else []:
+    for blind in blind_evidence(evidence, base, runs, draws, alpha, threads, progress) if judged and draws else []:
         _count(found, blind, judged)
     return found
 
@@ -78,7 +87,13 @@ def _count(found: dict[tuple[str, str, str], dict[str, Counts]], blind: Evidence
 
 
 def blind_evidence(
-    evidence: Evidence, base: str, runs: Mapping[str, str], draws: int, alpha: float, threads: int
+    evidence: Evidence,
+    base: str,
+    runs: Mapping[str, str],
+    draws: int,
+    alpha: float,
+    threads: int,
+    progress: Progress | None = None,
 ) -> list[Evidence]:
     """The evidence as it would be had every run been a blind update; nulls of equal length stay those of the run."""
     # by warm starts, many from one base; without what no rule reads
@@ -91,8 +106,14 @@ def blind_evidence(
             return _matrix(work, part, real, draws, list(combinations(evidence.rl, 2)))
         return _tensor(work, part, real, draws)
 
+    by_part: list[list[tuple[list[Row], list[Row]]]] = []
+    done, total = 0, sum(part.numel for part in work.parts)
     with one_core_each(), ThreadPoolExecutor(threads) as pool:
-        by_part = list(pool.map(measured, work.parts))
+        for part, of_draws in zip(work.parts, pool.map(measured, work.parts), strict=True):
+            by_part.append(of_draws)
+            done += part.numel
+            if progress:
+                progress(done, total)
     found = []
     for draw in range(draws):
         matrices: dict[str, list[Row]] = {run: [] for run in runs}
