@@ -159,7 +159,7 @@ def _disk_fault(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno) if error.errno in _DISK_FAULTS else None
     said = str(error)
-    number = re.search(r"os error ([0-9]{1,3})", said)  # as Rust writes it
+    number = re.search(r"(?:os error|Os \{ code:) ([0-9]{1,3})", said)  # as Rust writes it, now and in safetensors 0.4
     if number is not None and int(number[1]) in _DISK_FAULTS:
         return os.strerror(int(number[1]))
     torchs = "inline_container" in said or "PytorchStreamWriter" in said or "file write failed" in said
