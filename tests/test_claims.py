@@ -263,7 +263,8 @@ def test_blind_updates_of_every_run_are_measured_like_the_runs_and_decide_nothin
             assert row["principal_overlap"] != real["principal_overlap"]
     seen: list[tuple[int, int]] = []
     base = str(tmp_path / "base")
-    counts = negative_controls(evidence, list(CLAIMS), base, runs, 6, 0.5, 2, lambda *counted: seen.append(counted))
+    drawn = blind_evidence(evidence, base, runs, 6, 0.5, 2, lambda *counted: seen.append(counted))
+    counts = negative_controls(drawn, list(CLAIMS))
     assert len(seen) == len(evidence.matrices["rl_0"]) and seen[-1][0] == seen[-1][1]
     assert {id for id, _, _ in counts} == {"C1", "C2", "C3", "C4", "C5", "C6"}
     for (id, _, _), sides in counts.items():

@@ -39,6 +39,9 @@ def test_a_language_model_is_named_and_laid_out_as_its_folder_is(tiny_model: Pat
     model = open_language_model(tiny_model, "cpu").model
     found = compare(tiny_model, model)
     assert list(found.runs) == ["model"] and found.runs["model"].unchanged_fraction.value == 1
+    layers = nn.Sequential(nn.Linear(4, 4))  # which can be iterated over, and is one model
+    assert list(compare(layers, layers).runs) == ["model"]
+    assert list(compare(tiny_model, iter([tiny_model])).runs) == [tiny_model.name]  # type: ignore[arg-type]
     opened, folder = open_checkpoint(model), open_checkpoint(tiny_model)
     assert opened.tensors.keys() == folder.tensors.keys()  # a tied head once
 

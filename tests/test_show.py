@@ -81,6 +81,7 @@ def test_claims_are_a_row_each_and_explained_when_asked(tmp_path: Path) -> None:
     controlled = side("no effect beyond the control", -0.000705, control="rounding", negative_control=blind)
     claim = {"id": "C5", "title": "off-principal", "of": None, "contrast": "sft_own", "statement": "It avoids them"}
     claims = [claim | {"as_published": side("contradicted", -0.106), "controlled": controlled}]
+    claim |= {"contrast": "sft [own]"}  # no markup, in tables or sentences
     claims += [claim | {"as_published": side("supported", 0.1), "controlled": side("inconclusive", None, control="x")}]
     study = {"profile": "quick", "base": {"name": "embedded"}, "runs": [], "claims": claims}
     (tmp_path / "study.json").write_text(json.dumps(study))
@@ -88,12 +89,12 @@ def test_claims_are_a_row_each_and_explained_when_asked(tmp_path: Path) -> None:
     rows = [line.split("  ") for line in said.splitlines() if "C5" in line]
     assert [[cell.strip() for cell in row if cell.strip()] for row in rows] == [
         ["C5 off-principal: sft_own", "contradicted -0.106", "–", "no effect -0.000705", "3/20"],
-        ["C5 off-principal: sft_own", "supported 0.1", "–", "inconclusive", "–"],
+        ["C5 off-principal: sft [own]", "supported 0.1", "–", "inconclusive", "–"],
     ]
     explained = " ".join(printed(tmp_path, explain=True).split())
     assert "C5 off-principal: sft_own. It avoids them. Control: rounding." in explained
     assert "as published: contradicted -0.106 [-0.107, -0.105], share. Found." in explained
-    assert "with the control: inconclusive. Found." in explained
+    assert "with the control: inconclusive. Found." in explained and "C5 off-principal: sft [own]. It" in explained
 
 
 def test_notes_that_differ_in_numbers_alone_are_one() -> None:

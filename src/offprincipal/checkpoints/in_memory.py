@@ -38,15 +38,13 @@ class InMemory:
             raise CheckpointError(f"{self.source} has an adapter: give model.merge_and_unload(), or the saved adapter")
         self.config: Mapping[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
         self._state = _once(model.state_dict(keep_vars=True))
-        for name, tensor in self._state.items():
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, tensor in sorted(self._state.items()):
             kind = str(tensor.dtype).removeprefix("torch.")
             if hasattr(tensor, "full_tensor") or tensor.is_meta or kind not in FLOATS | INTEGERS:
                 what = "sharded" if hasattr(tensor, "full_tensor") else "not loaded" if tensor.is_meta else f"of {kind}"
                 raise CheckpointError(f"{name} of {self.source} is {what}: save the model, and give its folder")
-        self.tensors = {
-            name: TensorInfo(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-            for name, tensor in sorted(self._state.items())
-        }
+            self.tensors[name] = TensorInfo(name, tuple(tensor.shape), kind)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """As of `Checkpoint`."""

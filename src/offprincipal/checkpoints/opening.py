@@ -70,10 +70,10 @@ def open_checkpoint(source: Any, base: Checkpoint | None = None) -> Checkpoint:
     if not isinstance(source, str | Path):
         from offprincipal.checkpoints.in_memory import InMemory
 
-        opened = InMemory(source)
-        return opened if base is None else aligned(opened, base)
-    path = _path_of(source)
-    found = _open_file(path, str(source), base) if is_file(path) else _open_folder(path, str(source), base)
+        found: Checkpoint = InMemory(source)
+    else:
+        path = _path_of(source)
+        found = _open_file(path, str(source), base) if is_file(path) else _open_folder(path, str(source), base)
     return found if base is None else aligned(found, base)
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from offprincipal.assets import EMBEDDED
 from offprincipal.cli.common import TRAINING, Out, app, require_training, resumable, say, task_names
@@ -24,24 +25,26 @@ def _print_profiles(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _print_list(what: str | None) -> None:
-    if what is None:
-        return
+def _list_of(what: str) -> Table:
     from offprincipal.reports import terminal
 
     if what == "recipes":
-        Console().print(terminal.recipes_table(RECIPES))
-    elif what == "settings":
+        return terminal.recipes_table(RECIPES)
+    if what == "settings":
         from offprincipal.training.settings import setting_fields
 
-        Console().print(terminal.settings_table(setting_fields()))
-    elif what == "tasks":
+        return terminal.settings_table(setting_fields())
+    if what == "tasks":
         from offprincipal.tasks import open_task, symbolic_kinds
 
-        Console().print(terminal.tasks_table([open_task(kind) for kind in symbolic_kinds()]))
-    else:
-        raise ArgumentError(f"there is no list of '{what}': choose of recipes, settings, tasks")
-    raise typer.Exit
+        return terminal.tasks_table([open_task(kind) for kind in symbolic_kinds()])
+    raise ArgumentError(f"there is no list of '{what}': choose of recipes, settings, tasks")
+
+
+def _print_list(what: str | None) -> None:
+    if what is not None:
+        Console().print(_list_of(what))
+        raise typer.Exit
 
 
 @app.command(rich_help_panel=TRAINING)
@@ -225,7 +228,7 @@ def undo(
 @app.command(hidden=True)
 def settings() -> None:
     """List every training setting with its default: `train --list settings`."""
-    _print_list("settings")
+    Console().print(_list_of("settings"))
 
 
 @app.command(rich_help_panel=TRAINING)
@@ -250,7 +253,8 @@ def tasks(
     from offprincipal.reports.terminal import preview_lines
 
     if not preview:
-        _print_list("tasks")
+        Console().print(_list_of("tasks"))
+        return
     require_training()
     from offprincipal.studies.profile import apply_override
     from offprincipal.training.preview import preview as ask

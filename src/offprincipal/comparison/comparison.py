@@ -78,10 +78,9 @@ def compare(
         raise ArgumentError(f"both settings and {next(iter(options))} are given: give one of the two")
     if threads is not None and threads < 1:
         raise ArgumentError(f"threads is {threads}: give at least 1")
-    if not isinstance(tuned, Mapping | Sequence) or isinstance(tuned, str):
-        tuned = [tuned]
+    several: Any = [tuned] if isinstance(tuned, str | Path) or hasattr(tuned, "state_dict") else tuned
     kept = _users_cache() if cache is True else Path(cache) if cache else None
-    runs = name_runs(tuned)
+    runs = name_runs(several)
     given = {name: str(source) for name, source in (masters or {}).items()}
     if unknown := sorted(given.keys() - runs.keys()):
         raise ArgumentError(f"masters are given of '{unknown[0]}', which is no run: runs are {', '.join(runs)}")

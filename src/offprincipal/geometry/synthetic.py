@@ -63,10 +63,11 @@ def fewer_rows(kind: str, update: Floats, rows: int, rng: np.random.Generator) -
     if rows >= n:
         return update
     order = rng.permutation(n)
-    found: Floats = np.zeros((rows, update.shape[1]))
+    found: Floats
     if kind == "scaled":
-        found += update[order[:rows]]
+        found = update[order[:rows]]
         return found
+    found = np.zeros((rows, update.shape[1]))
     for start in range(0, n, rows):
         some = order[start : start + rows]
         found[: len(some)] += update[some] * rng.choice((-1.0, 1.0), len(some))[:, None]

@@ -257,7 +257,7 @@ def claims_table(study: Mapping[str, Any]) -> Group:
     for claim in study["claims"]:
         sides = (claim["as_published"], claim["controlled"])
         cells = [cell for side in sides for cell in (_judgement(side), _blind(side.get("negative_control")))]
-        table.add_row(_claim(claim), *cells)
+        table.add_row(shown(_claim(claim)), *cells)
     return Group(
         "the paper's claims: verdict and effect; blind: studies of updates that know nothing in which the rule decides",
         table,
@@ -281,7 +281,7 @@ def claims_sentences(study: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _claim(claim: Mapping[str, Any]) -> str:
-    others = [shown(claim[key]) for key in ("of", "contrast") if claim.get(key)]
+    others = [claim[key] for key in ("of", "contrast") if claim.get(key)]
     return f"{claim['id']} {claim['title']}" + (f": {', against '.join(others)}" if others else "")
 
 

@@ -93,7 +93,7 @@ def decisions(summary: Mapping[str, Any]) -> list[str]:
     clauses = [(name, ", ".join(filter(None, _decided(runs[name]["metrics"])))) for name in runs if name not in still]
     alike = _alike(clauses) if len(clauses) > _FEW else [([name], text) for name, text in clauses]
     said = [plain(f"{', '.join(names)}: {text}.") for names, text in alike]
-    said += [text for name, text in run_paragraphs(summary).items() if name in still]
+    said += run_paragraphs({**summary, "runs": {name: runs[name] for name in runs if name in still}}).values()
     pairs = sorted(summary["pairs"], key=_agreement_left_over, reverse=True)
     more = len(pairs) - _NOTABLE
     return [

@@ -22,7 +22,7 @@ from offprincipal.files import read_json, write_json
 from offprincipal.measures.columns import GROUPS, Group
 from offprincipal.models import model_name
 from offprincipal.studies.claims import CLAIMS, SOURCES, Evidence, judge
-from offprincipal.studies.claims.negative import negative_controls, walk_controls
+from offprincipal.studies.claims.negative import blind_evidence, negative_controls, walk_controls
 from offprincipal.tasks import open_task
 from offprincipal.training import ShowProgress, StepReport, TrainSettings, parse_settings, silent, train
 
@@ -263,7 +263,10 @@ class ClaimsStage(StageKind):
         def show(done: int, total: int) -> None:
             progress(StepReport("blind studies", done, total))
 
-        found = negative_controls(evidence, self.claims, base, runs, self.negative_control, alpha, threads, show)
+        found = {}
+        if self.negative_control and any(CLAIMS[claim].tables for claim in self.claims):
+            blind = blind_evidence(evidence, base, runs, self.negative_control, alpha, threads, show)
+            found = negative_controls(blind, self.claims)
         found |= walk_controls(evidence, self.claims)
         for claim in claims:
             for side, counts in found.get((claim["id"], claim["of"] or "", claim["contrast"] or ""), {}).items():

@@ -5,7 +5,7 @@ again by the same rule. What is decided there is decided about nothing.
 """
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import combinations
@@ -34,25 +34,12 @@ _SAMPLED = 1 << 22  # entries, of a tensor that is no linear matrix, that stand 
 _LOCATION = tuple(metric for metric in METRICS if metric.group in ("changes", "location"))
 
 
-def negative_controls(
-    evidence: Evidence,
-    ids: Sequence[str],
-    base: str,
-    runs: Mapping[str, str],
-    draws: int,
-    alpha: float,
-    threads: int,
-    progress: Progress | None = None,
-) -> dict[tuple[str, str, str], dict[str, Counts]]:
+def negative_controls(blind: Iterable[Evidence], ids: Sequence[str]) -> dict[tuple[str, str, str], dict[str, Counts]]:
     """How often each claim's rule decides something of blind updates.
 
     Args:
-        evidence: of the runs themselves, to which the blind updates are matched.
+        blind: as `blind_evidence` draws it.
         ids: claims; those that rest on more than a comparison's tables are left out.
-        base: where the base is; runs: run -> where it is.
-        draws: blind updates of every run, of the kinds `BLIND` in turn.
-        alpha: density of the masks.
-        progress: called with entries done, and entries in all.
 
     Returns:
         (claim, kind beyond RLVR, contrast) -> side, `as_published` or `controlled` -> `draws`, `supported`,
@@ -60,8 +47,8 @@ def negative_controls(
     """
     judged = [id for id in ids if CLAIMS[id].tables]
     found: dict[tuple[str, str, str], dict[str, Counts]] = {}
-    for blind in blind_evidence(evidence, base, runs, draws, alpha, threads, progress) if judged and draws else []:
-        _count(found, blind, judged)
+    for one in blind:
+        _count(found, one, judged)
     return found
 
 
@@ -95,7 +82,15 @@ def blind_evidence(
     threads: int,
     progress: Progress | None = None,
 ) -> list[Evidence]:
-    """The evidence as it would be had every run been a blind update; nulls of equal length stay those of the run."""
+    """The evidence as it would be had every run been a blind update; nulls of equal length stay those of the run.
+
+    Args:
+        evidence: of the runs themselves, to which the blind updates are matched.
+        base: where the base is; runs: run -> where it is.
+        draws: blind updates of every run, of the kinds `BLIND` in turn.
+        alpha: density of the masks.
+        progress: called with entries done, and entries in all.
+    """
     # by warm starts, many from one base; without what no rule reads
     settings = MatrixSettings(alpha=alpha, alphas=(alpha,), exact_up_to=0, mask_tests=False)
     work = Work(base, runs, CompareSettings(matrix=settings))

@@ -97,11 +97,11 @@ def _combined(headline: Judgement, conditions: Sequence[Condition]) -> Judgement
     verdict: Verdict = "contradicted" if _missed(decided) else "inconclusive"
     if decided.judgement is headline:
         return replace(found, verdict=verdict)
-    own, ends = (
-        decided.judgement,
-        f"[{headline.low:.3g}, {headline.high:.3g}]" if headline.low is not None and headline.high is not None else "",
-    )
-    said = "" if headline.effect is None else f" {headline.measure}: {headline.effect:.3g} {ends}".rstrip() + "."
+    own, said = decided.judgement, ""
+    if headline.effect is not None:
+        known = headline.low is not None and headline.high is not None
+        ends = f" [{headline.low:.3g}, {headline.high:.3g}]" if known else ""
+        said = f" {headline.measure}: {headline.effect:.3g}{ends}."
     return replace(
         found,
         verdict=verdict,
