@@ -76,7 +76,8 @@ def test_compare_prints_figures_with_nulls_and_writes_its_files(
     assert "mine" in printed and "null in brackets" in printed
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {
-        *("matrices.parquet", "masks.parquet", "pairs.parquet", "curves.parquet", "summary.json", "report.html")
+        *("matrices.parquet", "masks.parquet", "pairs.parquet", "curves.parquet", "summary.json", "report.html"),
+        "measured.json",
     }
 
 

@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoint_folders import COMPARISON_FILES, base_and_two_runs, base_weights, tables_in, write_model
@@ -43,9 +44,9 @@ def test_one_thread_two_threads_and_ray_write_the_same_bytes(
 class Looking(Work):
     """Work that notes how many threads numpy's BLAS may take while a tensor is measured."""
 
-    def measure(self, part: Part) -> TensorRows:
+    def measure(self, part: Part, known: Any = ()) -> TensorRows:
         vars(self)["seen"].append([pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"])
-        return super().measure(part)
+        return super().measure(part, known)
 
 
 def test_every_worker_has_one_core_of_numpys_too(sources: tuple[Path, dict[str, Path]]) -> None:
@@ -54,7 +55,7 @@ def test_every_worker_has_one_core_of_numpys_too(sources: tuple[Path, dict[str, 
     for metrics in (("location",), ("spectrum",)):
         work = Looking(str(base), {"a": str(runs["a"])}, CompareSettings(metrics=metrics))  # type: ignore[arg-type]
         vars(work)["seen"] = []
-        list(run_in_threads(work, work.parts, 2, 1 << 40))
+        list(run_in_threads(work, Looking.measure, work.parts, 2, 1 << 40))
         seen = vars(work)["seen"]
         assert len(seen) == len(work.parts) and all(seen) and all(set(counts) == {1} for counts in seen)
     assert threadpool_info() == before

@@ -71,13 +71,13 @@ def test_a_budget_below_one_matrix_is_said(
 class Counted(Work):
     """Work that knows how many matrices, and how many bytes by estimate, are in flight."""
 
-    def measure(self, part: Any) -> Any:
+    def measure(self, part: Any, known: Any = ()) -> Any:
         own = vars(self)
         with own["lock"]:
             own["now"].append(part)
             own["most"].append((len(own["now"]), sum(bytes_needed(self, other) for other in own["now"])))
         try:
-            return super().measure(part)
+            return super().measure(part, known)
         finally:
             with own["lock"]:
                 own["now"].remove(part)
@@ -91,7 +91,7 @@ def test_no_more_are_in_flight_than_fit_and_the_largest_come_first(
     work = Counted(str(base), {name: str(path) for name, path in runs.items()}, APPROXIMATE)
     vars(work).update(lock=threading.Lock(), now=[], most=[])
     largest = max(bytes_needed(work, part) for part in work.parts)
-    found = list(run_in_threads(work, work.parts, 8, matrices * largest))
+    found = list(run_in_threads(work, Counted.measure, work.parts, 8, matrices * largest))
     assert {part.name for part, _ in found} == {part.name for part in work.parts}
     assert max(need for _, need in vars(work)["most"]) <= matrices * largest
     assert max(count for count, _ in vars(work)["most"]) >= matrices

@@ -136,7 +136,11 @@ def compare(
         typer.Option(metavar="ADDRESS", help="Measure on a Ray cluster; `local` starts one here.", rich_help_panel=HOW),
     ] = None,
     cache: Annotated[
-        bool, typer.Option(help="Keep decomposed bases; see `offprincipal cache`.", rich_help_panel=HOW)
+        bool,
+        typer.Option(
+            help="Keep decomposed bases (see `offprincipal cache`), and take runs that --out holds as measured.",
+            rich_help_panel=HOW,
+        ),
     ] = True,
     masters: Annotated[
         list[str] | None,
@@ -183,7 +187,8 @@ def compare(
 ) -> None:
     """Measure what training did to the weights, every figure beside the null that would explain it away.
 
-    Killed at any moment, the same command continues. Writes four Parquet tables, summary.json and report.html.
+    Killed at any moment, the same command continues; with one more run it measures that one. Writes four Parquet
+    tables, summary.json and report.html.
     """
     from offprincipal.comparison import CompareSettings, MatrixSettings, parse_condition
     from offprincipal.comparison import compare as compare_checkpoints
@@ -220,8 +225,10 @@ def compare(
                 say(kept)
             for warning in warnings_of(found.summary):
                 say(f"note: {warning}", style="yellow")
-            if held not in (None, compared_in(out)):
-                say(f"note: {out} held another comparison, which this one replaced: {held}", style="yellow")
+            if lost := [words for words in held.values() if words not in compared_in(out).values()]:
+                say(f"note: {out} held another comparison, which this one replaced: {lost[0]}", style="yellow")
+            if found.measured_before:
+                say(f"measured before, not again: {', '.join(found.measured_before)} (--no-cache measures all)")
             for sentence in (verdict_paragraph if explain else decisions)(found.summary):
                 say(sentence, soft_wrap=False)
             say(f"tables{' and report' if report else ''}: {out}")

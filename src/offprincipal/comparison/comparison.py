@@ -5,17 +5,19 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offprincipal.checkpoints import Part
 from offprincipal.comparison.cache import cache_folder
 from offprincipal.comparison.execution import run_in_threads, run_on_ray
-from offprincipal.comparison.journal import gather, resumable, versions
+from offprincipal.comparison.journal import gather, held, resumable, versions
 from offprincipal.comparison.lineage import lineage_warnings
 from offprincipal.comparison.measure import Row, TensorRows
 from offprincipal.comparison.memory import bytes_needed
 from offprincipal.comparison.result import Comparison
+from offprincipal.comparison.reuse import Before, keep_measured, measured_before
 from offprincipal.comparison.tables import TABLES
 from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError, FileError
@@ -54,13 +56,14 @@ def compare(
         base: the base model: a folder, a Hugging Face id, or a `torch.nn.Module`, such as `trainer.model`.
         tuned: the models trained from it, of the same kinds, by the name of the run, or named after their folders.
         settings: metrics and their parameters.
-        out: folder for the tables. A comparison that was killed goes on from the journal there; without it, nothing is
-            written.
+        out: folder for the tables. A comparison that was killed goes on from the journal there, and runs that were
+            measured there before are not measured again; without it, nothing is written.
         threads: matrices measured at once, each on one core; all cores by default. The numbers do not depend on it.
         memory: bytes that the matrices in flight may take together, .6 of what is free by default: the largest come
             first, and fewer at once where they do not fit. The numbers do not depend on it either.
         ray: address of a Ray cluster to measure on, or `local` for one on this machine, in place of threads.
-        cache: where decompositions of bases are kept: a folder, True for the user's cache folder, False for none.
+        cache: where decompositions of bases are kept: a folder, True for the user's cache folder, False for none, and
+            to measure all again whatever is in `out`.
         masters: run -> its float32 weights before they were stored, where they are not beside it.
         progress: called with entries done, entries in all, and the tensor's name.
         options: in place of `settings`, any of them, or of its `matrix`, by name: `alpha=0.3`.
@@ -92,25 +95,32 @@ def compare(
 
         chosen_device(work.settings.matrix.device)
 
-    def measure(waiting: Sequence[Part]) -> Iterable[tuple[Part, TensorRows]]:
-        if ray:
-            return run_on_ray(work, Work.measure, waiting, ray)
-        return run_in_threads(work, waiting, threads or os.cpu_count() or 1, _budget(work, memory))
-
     opened = identities(work.files)
-    measured: dict[str, TensorRows] = {}
+    with held(out) as folder:
+        before = measured_before(work, folder, opened) if cache and folder else Before()
+        measured: dict[str, TensorRows] = dict(before.rows) if before.all else {}
 
-    def restore(name: str, kept: dict[str, Any]) -> None:
-        measured[name] = TensorRows(**kept)
+        def measure(waiting: Sequence[Part]) -> Iterable[tuple[Part, TensorRows]]:
+            rows_of = partial(Work.measure, known=before.runs)
+            if ray:
+                return run_on_ray(work, rows_of, waiting, ray)
+            return run_in_threads(work, rows_of, waiting, threads or os.cpu_count() or 1, _budget(work, memory))
 
-    with resumable(work, out, opened, restore) as journal:
-        gather(work.parts, measured, measure, measured.__setitem__, journal, progress)
-        result = _comparison(work, [measured[part.name] for part in work.parts])
-        require_unchanged(opened)
-        if out is not None:
-            result.write(out)
-    if journal:
-        journal.discard()
+        def keep(name: str, rows: TensorRows) -> None:
+            measured[name] = before.merged(name, rows, list(work.runs))
+
+        def restore(name: str, kept: dict[str, Any]) -> None:
+            keep(name, TensorRows(**kept))
+
+        with resumable(folder, work, opened, restore, known=before.runs) as journal:
+            gather(work.parts, measured, measure, keep, journal, progress)
+            result = _comparison(work, [measured[part.name] for part in work.parts], before.runs)
+            require_unchanged(opened)
+            if folder:
+                result.write(folder)
+                keep_measured(work, folder, opened, measured)
+        if journal:
+            journal.discard()
     return result
 
 
@@ -177,11 +187,12 @@ def _source(given: Any) -> Any:
     return str(given) if isinstance(given, str | Path) else given
 
 
-def _comparison(work: Work, measured: list[TensorRows]) -> Comparison:
+def _comparison(work: Work, measured: list[TensorRows], known: tuple[str, ...]) -> Comparison:
     tables: dict[str, list[Row]] = {
         table: [row for rows in measured for row in getattr(rows, table)] for table in TABLES
     }
-    return Comparison(**tables, summary=_summary(work, measured, tables["matrices"], tables["pairs"]))
+    summary = _summary(work, measured, tables["matrices"], tables["pairs"])
+    return Comparison(**tables, summary=summary, measured_before=known)
 
 
 def _summary(work: Work, measured: list[TensorRows], matrices: list[Row], pairs: list[Row]) -> dict[str, Any]:

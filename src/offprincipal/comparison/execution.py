@@ -11,14 +11,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from threadpoolctl import threadpool_limits
 
 from offprincipal.checkpoints import Part
-from offprincipal.comparison.measure import TensorRows
 from offprincipal.comparison.memory import bytes_needed
 from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError, OffPrincipalError, install_command
@@ -28,15 +27,18 @@ _GIVE_BACK_AFTER = 16  # tensors
 T = TypeVar("T")
 
 
-def run_in_threads(work: Work, parts: Sequence[Part], threads: int, budget: int) -> Iterator[tuple[Part, TensorRows]]:
-    """Parts with their rows, as they are done, the largest first; the first error ends it.
+def run_in_threads(
+    work: Work, measure: Callable[[Any, Part], T], parts: Sequence[Part], threads: int, budget: int
+) -> Iterator[tuple[Part, T]]:
+    """Parts with what is measured of them, as they are done, the largest first; the first error ends it.
 
     Args:
+        measure: of the work and a part.
         budget: bytes that the matrices in flight may take together; one that needs more is measured alone.
     """
     needs = {part.name: bytes_needed(work, part) for part in parts}
     with one_core_each(needs_torch(work.settings.metrics)):
-        yield from in_threads(work.measure, parts, threads, needs, budget)
+        yield from in_threads(partial(measure, work), parts, threads, needs, budget)
 
 
 def in_threads(

@@ -33,28 +33,39 @@ _DIGITS = 16  # of a line's digest, in hexadecimal
 
 
 @contextmanager
-def resumable(
-    work: Work,
-    out: str | Path | None,
-    files: Identities,
-    restore: Callable[[str, dict[str, Any]], None],
-    name: str = NAME,
-) -> Iterator["Journal | None"]:
-    """The journal in an output folder held against other processes, once it gave back all it knows; none without one.
-
-    Args:
-        files: what is read, as it was when it was opened; restore, name: as `Journal` takes them.
-    """
+def held(out: str | Path | None) -> Iterator[Path | None]:
+    """An output folder, made where it is not there, and held against other processes; None without one."""
     if out is None:
         yield None
         return
     folder = Path(out)
     require_folder(folder)
-    journal = Journal(folder, _key(work, files), restore, name)
     with exclusively(folder):
         sweep(folder)
-        with journal.opened():
-            yield journal
+        yield folder
+
+
+@contextmanager
+def resumable(
+    folder: Path | None,
+    work: Work,
+    files: Identities,
+    restore: Callable[[str, dict[str, Any]], None],
+    name: str = NAME,
+    known: Collection[str] = (),
+) -> Iterator["Journal | None"]:
+    """The journal in a folder that is held, once it gave back all it knows; none without a folder.
+
+    Args:
+        files: what is read, as it was when it was opened; restore, name: as `Journal` takes them.
+        known: runs of which only what they have in common with others is measured.
+    """
+    if folder is None:
+        yield None
+        return
+    journal = Journal(folder, _key(work, files, known), restore, name)
+    with journal.opened():
+        yield journal
 
 
 def gather(
@@ -182,11 +193,11 @@ class Journal:
         return length
 
 
-def _key(work: Work, opened: Identities) -> str:
+def _key(work: Work, opened: Identities, known: Collection[str]) -> str:
     """What is compared and how: settings, versions, configurations, and every file's path, size and time."""
     files = [[str(path), *identity[:2]] for path, identity in opened.items()]
     configs = [dict(checkpoint.config) for checkpoint in (work.base_checkpoint, *work.runs.values())]
-    about = [asdict(work.settings), list(work.tuned), files, configs, versions()]
+    about = [asdict(work.settings), list(work.tuned), list(known), files, configs, versions()]
     about += [secrets.token_hex()] if work.in_memory else []  # of which nothing tells whether it is the same again
     return hashlib.sha256(json.dumps(about, default=str, sort_keys=True).encode()).hexdigest()
 

@@ -4,7 +4,7 @@ Knows nothing of files; a tensor comes with its name and place.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from offprincipal.comparison.cache import BaseCache
 
 Row = dict[str, Any]
+BASE_CURVE = "singular_values_base"
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,14 @@ def measure_matrix(
     groups: tuple[Group, ...],
     settings: MatrixSettings,
     cache: "BaseCache | None" = None,
+    known: Collection[str] = (),
 ) -> TensorRows:
     """All rows of one linear matrix.
 
     Args:
         base: (n, m), as stored; tuned: run -> the same; masters: run -> float32, where they were kept.
         cache: where decompositions of bases are kept.
+        known: runs whose own rows, and the base's curve, are known: only what they have in common is measured.
     """
     decompose = decomposes_base(groups)
     base_matrix = BaseMatrix(part.name, base, settings, decompose, cache)
@@ -64,6 +67,8 @@ def measure_matrix(
         pair.scan  # noqa: B018  # finds what is not finite before anything else is done
     found = TensorRows()
     for run, pair in pairs.items():
+        if run in known:
+            continue
         keys = {"run": run, **part.keys}
         found.matrices.append(keys | _matrix_row(pair, groups))
         if "location" in groups:
@@ -76,11 +81,13 @@ def measure_matrix(
                 found.curves.append(_curve(keys, f"principal_angles_{side}_deg", angles.cpu().numpy()))
         if decompose and pair.spectral.fell_back:
             found.fallbacks[run] = "tolerance"
-    if "spectrum" in groups:
+    if "spectrum" in groups and not known:
         values = base_matrix.spectral.svd.resolved.cpu().numpy()
-        found.curves.append(_curve({"run": None, **part.keys}, "singular_values_base", values))
+        found.curves.append(_curve({"run": None, **part.keys}, BASE_CURVE, values))
     if "location" in groups and len(pairs) > 1:
-        found.pairs.extend(part.keys | location.pair_row(a, b, pairs) for a, b in itertools.combinations(pairs, 2))
+        for a, b in itertools.combinations(pairs, 2):
+            if not (a in known and b in known):
+                found.pairs.append(part.keys | location.pair_row(a, b, pairs))
         found.curves.extend(_consensus_curves(pairs, {"run": None, **part.keys}))
     return found
 

@@ -78,6 +78,9 @@ class Comparison:
     """The tables of one comparison: rows as dicts, and the pooled summary, as `METRICS` in the docs define them.
 
     A notebook shows its table, each value with its null, the ladder, and the sentence that decides.
+
+    Args:
+        measured_before: runs whose own rows an earlier comparison in the same folder had.
     """
 
     matrices: list[Row]
@@ -85,6 +88,7 @@ class Comparison:
     pairs: list[Row]
     curves: list[Row]
     summary: dict[str, Any]
+    measured_before: tuple[str, ...] = ()
 
     @property
     def runs(self) -> dict[str, Run]:

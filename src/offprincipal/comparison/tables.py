@@ -94,12 +94,12 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return read_json(folder / "summary.json")
 
 
-def compared_in(folder: Path) -> str | None:
-    """What a folder holds a comparison of, in words; None where it holds none that can be read."""
+def compared_in(folder: Path) -> dict[str, str]:
+    """What a folder holds a comparison of: run -> its base and source, in words; none where it cannot be read."""
     with suppress(FileError, LookupError, TypeError, AttributeError):
         summary = read_summary(folder)
-        return f"{summary['base']} with {', '.join(str(run['source']) for run in summary['runs'].values())}"
-    return None
+        return {run: f"{summary['base']} with {found['source']}" for run, found in summary["runs"].items()}
+    return {}
 
 
 def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:

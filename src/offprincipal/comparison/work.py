@@ -4,7 +4,7 @@ A `Work` is made anew from sources and settings wherever tensors are measured: i
 on other machines.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cached_property, partial
@@ -168,8 +168,11 @@ class Work:
         """Whether a part is measured and pooled as a linear matrix."""
         return part.is_matrix if self.settings.include_embeddings else part.is_linear
 
-    def measure(self, part: Part) -> TensorRows:
+    def measure(self, part: Part, known: Collection[str] = ()) -> TensorRows:
         """All rows of one part.
+
+        Args:
+            known: runs whose own rows are known.
 
         Raises:
             CheckpointError: it cannot be read, holds NaN or infinity, or masters are another checkpoint's.
@@ -177,29 +180,29 @@ class Work:
         try:
             linear = self.is_linear(part)
             if not linear or self.settings.metrics == ("changes",):
-                blocks = {run: partial(self._blocks, part, run) for run in self.runs}
+                blocks = {run: partial(self._blocks, part, run) for run in self.runs if run not in known}
                 return measure_tensor(part, blocks, self.settings.metrics, linear)
-            return self._measure_matrix(part)
+            return self._measure_matrix(part, known)
         except NonFiniteTensor as error:
             raise CheckpointError(f"{part.name}: {error}. Look at how it was trained or converted") from error
 
-    def _measure_matrix(self, part: Part) -> TensorRows:
+    def _measure_matrix(self, part: Part, known: Collection[str]) -> TensorRows:
         read = {run: self.read(checkpoint, part) for run, checkpoint in self.runs.items()}
         masters = {run: self.read(checkpoint, part) for run, checkpoint in self.masters.items()}
         weight = self.read(self.base_checkpoint, part)
         matrix = self.settings.matrix
         cache = BaseCache(self.cache) if self.cache else None
-        measure = partial(measure_matrix, part, weight, read, masters, self.settings.metrics)
+        measure = partial(measure_matrix, part, weight, read, masters, self.settings.metrics, known=known)
         if matrix.device == "cpu":
-            return measure(matrix, cache)
+            return measure(settings=matrix, cache=cache)
         import torch
 
         try:
-            return measure(matrix, cache)
+            return measure(settings=matrix, cache=cache)
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
-            found = measure(replace(matrix, device="cpu"), cache)
-            return replace(found, fallbacks=dict.fromkeys(self.runs, "memory"))
+            found = measure(settings=replace(matrix, device="cpu"), cache=cache)
+            return replace(found, fallbacks=dict.fromkeys(self.runs.keys() - set(known), "memory"))
 
     def read(self, checkpoint: Checkpoint, part: Part) -> Array:
         """A part as one checkpoint stores it."""

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from offprincipal.checkpoints import Checkpoint, Part, open_checkpoint
 from offprincipal.comparison.execution import in_order, in_threads, one_core_each, run_on_ray
-from offprincipal.comparison.journal import gather, resumable
+from offprincipal.comparison.journal import gather, held, resumable
 from offprincipal.errors import ArgumentError, CheckpointError
 from offprincipal.files import identities, require_folder, require_unchanged, write_atomically, write_json
 from offprincipal.geometry.extrapolation import METHODS, Method
@@ -147,22 +147,22 @@ def trajectory(
     def restore(name: str, kept: Row) -> None:
         sums.add(name, restored(kept))
 
-    with resumable(work, out, opened, restore, JOURNAL) as journal:
+    with held(out) as folder, resumable(folder, work, opened, restore, JOURNAL) as journal:
         with one_core_each(needs_torch(work.settings.metrics)):
             gather(parts, sums.known, measure, sums.add, journal, progress)
         require_unchanged(opened)
         notes = dict.fromkeys(note for said in work.notes.values() for note in said)
         result = _result(work, sums, [*warnings, *notes])
-        if out is not None:
-            result.write(out)
+        if folder is not None:
+            result.write(folder)
             if predict is not None:
                 model = f"predicted-{label_of(predict)}"
                 gram = np.asarray(result.content["pooled"]["gram"])
-                write_prediction(work, gram, work.steps, predict, predict_by, Path(out) / model, progress)
+                write_prediction(work, gram, work.steps, predict, predict_by, folder / model, progress)
                 result.content["prediction"] = {"step": predict, "by": predict_by, "model": model}
-                result.write(out)
-    if journal:
-        journal.discard()
+                result.write(folder)
+        if journal:
+            journal.discard()
     return result
 
 
