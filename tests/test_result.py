@@ -53,6 +53,8 @@ def test_tables_are_those_that_are_written(result: Comparison, tmp_path: Path) -
         assert result.to_arrow(name).to_pylist() == read_table(tmp_path, name)
     frame = result.to_pandas("pairs")
     assert list(frame["jaccard"]) == [row["jaccard"] for row in result.pairs]
+    for name in ("matrices", "masks", "pairs", "curves"):
+        assert result.to_polars(name).to_dicts() == result.to_arrow(name).to_pylist()
     with pytest.raises(ArgumentError, match="no table 'matrix': choose of matrices"):
         result.to_arrow("matrix")
 

@@ -23,6 +23,10 @@ errors = Console(stderr=True)
 
 MEASURING, TRAINING, VIEWING = "Measure", "Train and intervene", "Look, keep and share"  # panels of the help
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder; made if absent.")]
+ReportTo = Annotated[
+    str | None,
+    typer.Option(metavar="TRACKER", help="Send the pooled figures to tensorboard, trackio or wandb, a run each."),
+]
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from offprincipal.cli.common import (
     MEASURING,
     Out,
+    ReportTo,
     app,
     direction_progress,
     errors,
@@ -184,6 +185,7 @@ def compare(
         bool, typer.Option("--json", help="Print summary.json instead of tables.", rich_help_panel=SHOWN)
     ] = False,
     report: Annotated[bool, typer.Option(help="Write report.html too.", rich_help_panel=SHOWN)] = True,
+    report_to: ReportTo = None,
 ) -> None:
     """Measure what training did to the weights, every figure beside the null that would explain it away.
 
@@ -197,6 +199,7 @@ def compare(
     from offprincipal.measures.columns import GROUPS
     from offprincipal.memory import parse_size
     from offprincipal.reports.terminal import as_shown_json, comparison_table
+    from offprincipal.reports.trackers import report_comparison, require_tracker
     from offprincipal.reports.words import contract_lines, decisions, verdict_paragraph, warnings_of
 
     groups: Any = GROUPS if metrics is None else tuple(part.strip() for part in metrics.split(","))
@@ -205,6 +208,8 @@ def compare(
     expected = [*(expect or []), *(read_contract(contract) if contract else [])]
     settings = CompareSettings(groups, matrix, include_embeddings, strict, tuple(expected))
     conditions = [parse_condition(text, settings.metrics) for text in fail_if or []]
+    if report_to:
+        require_tracker(report_to)  # before hours of measuring, not after
     runs = named_runs(tuned)
     options: Any = {"out": out, "threads": threads, "ray": ray, "cache": cache}
     options["memory"] = None if memory is None else parse_size(memory)
@@ -232,6 +237,10 @@ def compare(
             for sentence in (verdict_paragraph if explain else decisions)(found.summary):
                 say(sentence, soft_wrap=False)
             say(f"tables{' and report' if report else ''}: {out}")
+        if report_to:
+            told = report_comparison(found.summary, report_to, out)
+            if not as_json:
+                say(f"reported to: {told}")
     finally:  # a pipeline asks for this, whatever became of the printing
         _fail_if(conditions, found.summary, broken_phrases(found.summary))
 

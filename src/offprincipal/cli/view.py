@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from offprincipal.cli.common import VIEWING, app, matrix_progress, say
+from offprincipal.cli.common import VIEWING, ReportTo, app, matrix_progress, say
 
 
 @app.command(rich_help_panel=VIEWING)
@@ -63,8 +63,15 @@ def report(
         str | None,
         typer.Option(metavar="FORMATS", help="Write FOLDER/figures for a paper in place of the page: pdf, svg, png."),
     ] = None,
+    report_to: ReportTo = None,
 ) -> None:
-    """Draw report.html anew from the tables in a folder, or its figures for a paper."""
+    """Draw report.html anew from the tables in a folder, or its figures for a paper, or send them to a tracker."""
+    if report_to is not None:
+        from offprincipal.comparison import read_summary
+        from offprincipal.reports.trackers import report_comparison
+
+        say(f"reported to: {report_comparison(read_summary(folder), report_to, folder)}")
+        return
     if figures is not None:
         from offprincipal.reports.plots import write_plots
 
