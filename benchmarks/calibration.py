@@ -28,7 +28,7 @@ from offprincipal.comparison.measure import Row, measure_matrix
 from offprincipal.geometry import synthetic
 from offprincipal.measures.columns import GROUPS
 from offprincipal.measures.settings import MatrixSettings
-from offprincipal.studies.claims import CLAIMS, Evidence
+from offprincipal.paper.claims import CLAIMS, Evidence
 
 SHAPE, MATRICES = (64, 96), 8
 RL, SFT = (tuple(f"{kind}_{i}" for i in range(3)) for kind in ("rl", "sft"))

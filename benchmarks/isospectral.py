@@ -24,7 +24,7 @@ from offprincipal.models import open_language_model
 from offprincipal.models.quiet import quiet_libraries
 from offprincipal.training import parse_settings
 from offprincipal.training.recipes import build_trainer
-from offprincipal.training.trained import Opened, prepare
+from offprincipal.training.trained import RunModels, prepare
 
 TASKS = ("add", "sort@2")
 RATE = 1e-5
@@ -70,7 +70,7 @@ def trained(kind: str, steps: int, batch: int) -> Clock:
     settings = parse_settings(values | {"eval_prompts": 0, "device": "cpu", "adapter": KINDS[kind]})
     base, clock = open_language_model("embedded", "cpu"), Clock()
     with tempfile.TemporaryDirectory() as folder, quiet_libraries():
-        opened = Opened(base, prepare(settings, base.model))
+        opened = RunModels(base, prepare(settings, base.model))
         trainer = build_trainer(settings, opened, Path(folder), [clock])
         trainer.args.save_strategy = "no"
         trainer.train()

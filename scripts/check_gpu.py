@@ -165,7 +165,7 @@ def train_grpo(given: argparse.Namespace) -> Report:
 
 def train_pretrained(given: argparse.Namespace) -> Report:
     """A few steps of GRPO from `--model`, with the settings of the profile `pretrained`, in either precision."""
-    from offprincipal.studies.profile import load_profile
+    from offprincipal.paper.profile import load_profile
 
     if given.model is None:
         raise ValueError("name a pretrained model with --model")

@@ -16,10 +16,11 @@ from offprincipal.errors import StudyError
 from offprincipal.geometry.principal import principal_rank, principal_ranks
 from offprincipal.geometry.spectrum import decompose
 from offprincipal.geometry.synthetic import BLIND
-from offprincipal.studies.claims import CLAIMS, Evidence, decide, judge, negative
-from offprincipal.studies.claims.negative import blind_evidence, negative_controls
-from offprincipal.studies.claims.rules import Condition, Judgement, controlled_with, judge_difference, published_with
-from offprincipal.studies.claims.units import Effect, OverUnits, TwoSamples, over_runs_of_pairs
+from offprincipal.paper import negative
+from offprincipal.paper.claims import CLAIMS, Evidence, decide, judge
+from offprincipal.paper.claims.rules import ClaimPart, Judgement, controlled_with, judge_difference, published_with
+from offprincipal.paper.claims.units import Effect, OverUnits, TwoSamples, over_runs_of_pairs
+from offprincipal.paper.negative import blind_evidence, negative_controls
 
 SIGNATURES = [id for id, claim in CLAIMS.items() if not claim.needs]
 VERDICTS = {"supported", "contradicted", "no effect beyond the control", "inconclusive"}
@@ -313,15 +314,15 @@ def test_the_figure_that_decided_a_claim_of_several_parts_is_the_one_that_is_sho
     headline = Judgement("supported", 9.7, 8.0, 11.1, "growth", "rule", "Found.", 3)
     none = Judgement("no effect beyond the control", 1.01, 0.9, 1.1, "ratio", "rule", "", 4)
     unsure = Judgement("inconclusive", 2.0, None, None, "share", "rule", "")
-    both = controlled_with(headline, [Condition("on the same tokens", none)])
+    both = controlled_with(headline, [ClaimPart("on the same tokens", none)])
     assert (both.verdict, both.effect, both.low, both.high, both.units) == (none.verdict, 1.01, 0.9, 1.1, 4)
     assert both.measure == "on the same tokens, which decided: ratio"
     assert both.sentence == "Found. growth: 9.7 [8, 11.1]."
-    assert published_with(headline, [Condition("it is small", none, wanted=(none.verdict,))]).effect == 9.7
-    assert published_with(headline, [Condition("it is small", unsure), Condition("it holds", none)]).effect == 1.01
-    left = published_with(headline, [Condition("it is small", unsure)])
+    assert published_with(headline, [ClaimPart("it is small", none, wanted=(none.verdict,))]).effect == 9.7
+    assert published_with(headline, [ClaimPart("it is small", unsure), ClaimPart("it holds", none)]).effect == 1.01
+    left = published_with(headline, [ClaimPart("it is small", unsure)])
     assert (left.verdict, left.effect, left.low) == ("inconclusive", 2.0, None)
-    own = published_with(none, [Condition("it is small", headline)])
+    own = published_with(none, [ClaimPart("it is small", headline)])
     assert (own.verdict, own.effect, own.measure) == ("contradicted", 1.01, "ratio")
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offprincipal.errors import StudyError
-from offprincipal.studies import load_profile
+from offprincipal.paper import load_profile
 from offprincipal.studies.expansion import expand
 
 TRAIN = {"kind": "train"}

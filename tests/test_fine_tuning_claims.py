@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from outcome_rows import Row, curve_rows, masked, matched_row, sweep, write_outcomes
 
 from offprincipal.outcomes.curves import area_between, areas_between_seeds, areas_to_full, curves_by_run, runs_by_mask
+from offprincipal.paper.claims import Evidence, judge
+from offprincipal.paper.claims.units import OverUnits
 from offprincipal.students_t import student, t_quantile
-from offprincipal.studies.claims import Evidence, judge
-from offprincipal.studies.claims.units import OverUnits
 
 NONE = "no effect beyond the control"
 FULL_CURVE = (1.0, 2.0, 3.0, 4.0)

@@ -10,10 +10,11 @@ from test_reports import own_part
 from offprincipal.comparison import read_table
 from offprincipal.errors import StudyError
 from offprincipal.files import read_json
+from offprincipal.paper import load_profile
 from offprincipal.reports.report import write_report_of
-from offprincipal.studies import load_profile, pending, run_profile
+from offprincipal.studies import pending, run_profile
 from offprincipal.studies.fine_tuning import MATCHED, OutcomesStage
-from offprincipal.studies.graph import workspace
+from offprincipal.studies.running import workspace
 from offprincipal.training import StepReport
 
 WATCHED = {"kind": "train", "monitor": 1}
@@ -73,7 +74,7 @@ def run(profile: Path, out: Path) -> dict[str, list[str]]:
             said.setdefault(stage, []).append(report)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("offprincipal.studies.graph._RUNS_A_PROCESS", 100)  # starting one takes longer than such a run
+        patch.setattr("offprincipal.studies.running._RUNS_A_PROCESS", 100)  # starting one takes longer than such a run
         run_profile(load_profile(str(profile)), out, 2, show)
     return said
 

@@ -33,7 +33,7 @@ from offprincipal.gates.double import InFloat64
 from offprincipal.gates.fisher import counted_logits, logit_derivatives
 from offprincipal.gates.forward import fisher_sums, kl_sums
 from offprincipal.gates.measure import open_for_derivatives
-from offprincipal.gates.precision import precision_gate
+from offprincipal.gates.precision_gate import precision_gate
 from offprincipal.gates.sequences import Sequences, read_sequences, sample_continuations, shuffled_batches
 from offprincipal.gates.statistics import (
     interval,

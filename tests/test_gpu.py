@@ -27,7 +27,7 @@ from offprincipal.gates.sequences import Sequences
 from offprincipal.models import open_language_model
 from offprincipal.training import parse_settings, train
 from offprincipal.training.monitor import Monitor
-from offprincipal.training.monitor.figures import BaseMatrix
+from offprincipal.training.monitor.monitored_base import MonitoredBase
 from offprincipal.trajectories import trajectory
 
 # Set to `cpu`, the same code runs where there is no GPU, which checks this file and nothing else.
@@ -143,8 +143,8 @@ def test_gates_measure_what_they_measure_on_the_cpu(tiny_model: Path) -> None:
 def test_the_monitor_measures_what_it_measures_on_the_cpu() -> None:
     W = gaussian(300, 200, seed=0).float()
     moved = W + 1e-3 * gaussian(300, 200, seed=1).float()
-    there = BaseMatrix("w", W.to(DEVICE), 0.125).figures(moved.to(DEVICE))
-    here = BaseMatrix("w", W, 0.125).figures(moved)
+    there = MonitoredBase("w", W.to(DEVICE), 0.125).figures(moved.to(DEVICE))
+    here = MonitoredBase("w", W, 0.125).figures(moved)
     assert there.keys() == here.keys()
     for name, value in here.items():
         approximate = isinstance(value, float) and "error" not in name

@@ -18,7 +18,7 @@ from offprincipal.errors import TrainingError
 from offprincipal.models import open_language_model
 from offprincipal.training import parse_settings, train
 from offprincipal.training.runs import require_trainable_here
-from offprincipal.training.trained import Opened, prepare
+from offprincipal.training.trained import RunModels, prepare
 
 PROGRAM = Path(__file__).with_name("train_launched.py")
 
@@ -142,7 +142,7 @@ def test_what_would_lose_what_is_trained_is_refused(
 ) -> None:
     values = {"recipe": "sft_own", "tasks": ["add"], "adapter": method and {"method": method}}
     base = open_language_model(tiny_model, "cpu")
-    opened = Opened(base, prepare(parse_settings(values), base.model))
+    opened = RunModels(base, prepare(parse_settings(values), base.model))
     plugin = SimpleNamespace(zero_stage=int(sharding[-1])) if sharding.startswith("zero") else None
     accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
     trainer = SimpleNamespace(

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from offprincipal.comparison import read_table
 from offprincipal.errors import StudyError
 from offprincipal.geometry import walks
-from offprincipal.studies import load_profile, pending, run_profile
-from offprincipal.studies.claims import Evidence, judge
-from offprincipal.studies.claims.negative import walk_controls
+from offprincipal.paper import load_profile
+from offprincipal.paper.claims import Evidence, judge
+from offprincipal.paper.negative import walk_controls
+from offprincipal.studies import pending, run_profile
 from offprincipal.trajectories import trajectory
-from offprincipal.trajectories.figures import SCALARS, scalars_of
+from offprincipal.trajectories.scalars import SCALARS, scalars_of
 
 STEPS = [float(step) for step in range(1, 21)]
 RL = ("rl_1", "rl_2", "rl_3")

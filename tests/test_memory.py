@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from offprincipal import memory
 from offprincipal.comparison import CompareSettings, MatrixSettings, compare
 from offprincipal.comparison.execution import run_in_threads
-from offprincipal.comparison.memory import bytes_needed
+from offprincipal.comparison.memory_needs import bytes_needed
 from offprincipal.comparison.work import Work
 from offprincipal.errors import ArgumentError
 from offprincipal.geometry import nulls, principal, scan, spectrum

@@ -40,8 +40,8 @@ from offprincipal.training import TrainSettings, train
 from offprincipal.training.monitor import Monitor, read_monitor
 from offprincipal.training.monitor.cadence import Cadence
 from offprincipal.training.monitor.divergence import mean_divergence, sequences_of
-from offprincipal.training.monitor.figures import BaseMatrix
 from offprincipal.training.monitor.matrices import watched_matrices
+from offprincipal.training.monitor.monitored_base import MonitoredBase
 
 TIMES = {"monitor_seconds", "monitor_share", "setup_seconds"}
 
@@ -67,7 +67,7 @@ class TestFigures:
     def test_they_are_those_of_exact_decompositions(self) -> None:
         W = decaying(48, 80).float()
         moved = W + 1e-3 * torch.randn(48, 80, generator=torch.Generator().manual_seed(1))
-        row = BaseMatrix("w", W, 0.125).figures(moved)
+        row = MonitoredBase("w", W, 0.125).figures(moved)
         k, before, after = 6, spectrum.decompose(W), spectrum.decompose(moved)
         update = moved.double() - W.double()
         angles = subspace.principal_angles(before.U[:, :k], after.U[:, :k])
@@ -86,7 +86,7 @@ class TestFigures:
         W = decaying(96, 128).bfloat16().float()
         generator = torch.Generator().manual_seed(2)
         updates = [1e-3 * torch.randn(96, 128, generator=generator) for _ in range(16)]
-        rows = [BaseMatrix(f"w{i}", W, 0.125).figures(W + update) for i, update in enumerate(updates)]
+        rows = [MonitoredBase(f"w{i}", W, 0.125).figures(W + update) for i, update in enumerate(updates)]
         mean = {name: sum(row[name] for row in rows) / 16 for name in rows[0] if name != "solver"}
         for name in ("spectral_shift", "principal_angle_left_mean_deg", "principal_angle_right_mean_deg"):
             assert mean[name] == pytest.approx(mean[f"{name}_isotropic_null"], rel=0.25), name
@@ -96,13 +96,13 @@ class TestFigures:
         assert mean["principal_energy_enrichment"] == pytest.approx(1, abs=0.25)
 
     def test_scaling_shifts_the_spectrum_by_the_step_length_and_turns_nothing(self) -> None:
-        row = BaseMatrix("w", decaying(40, 30), 0.25).figures(1.01 * decaying(40, 30))
+        row = MonitoredBase("w", decaying(40, 30), 0.25).figures(1.01 * decaying(40, 30))
         assert row["spectral_shift_per_norm"] == pytest.approx(1, rel=1e-6)
         assert row["principal_angle_left_max_deg"] is None  # within the error
 
     def test_an_unmoved_matrix_has_no_direction(self) -> None:
         W = decaying(20, 30).float()
-        row = BaseMatrix("w", W, 0.2).figures(W)
+        row = MonitoredBase("w", W, 0.2).figures(W)
         assert row["update_norm"] == row["spectral_shift"] == 0 and row["principal_angle_left_max_deg"] < 1e-9
         assert (
             row["unchanged_fraction"] == row["unchanged_fraction_isotropic_null"] == 1 and row["hidden_fraction"] == 0
@@ -112,7 +112,7 @@ class TestFigures:
     def test_bfloat16_weights_hide_nothing(self) -> None:
         W = decaying(20, 30).bfloat16()
         moved = (W.float() * (1 + 2**-7)).bfloat16()
-        row = BaseMatrix("w", W, 0.2).figures(moved)
+        row = MonitoredBase("w", W, 0.2).figures(moved)
         assert row["hidden_fraction"] is None and row["unchanged_fraction"] == unchanged_fraction(W, moved)
 
     def test_a_matrix_that_turned_far_is_found(self) -> None:
@@ -120,7 +120,7 @@ class TestFigures:
         base = torch.diag(0.9 ** torch.arange(64.0, dtype=torch.float64))
         moved = base.clone()
         moved[7, 7], moved[8, 8] = base[8, 8] * 0.9, base[7, 7]
-        row = BaseMatrix("w", base, 0.125).figures(moved)
+        row = MonitoredBase("w", base, 0.125).figures(moved)
         assert row["principal_angle_left_max_deg"] == pytest.approx(90, abs=1e-3)
         assert row["singular_value_error"] < 1e-3
 
@@ -129,7 +129,7 @@ class TestFigures:
         name, generator = "model.layers.0.self_attn.q_proj.weight", torch.Generator().manual_seed(4)
         W = decaying(48, 80).to(dtype)
         moved = (W.double() + 1e-3 * torch.randn(48, 80, generator=generator)).to(dtype)
-        row = BaseMatrix(name, W, 0.125).figures(moved)
+        row = MonitoredBase(name, W, 0.125).figures(moved)
         for side, weight in (("base", W), ("run", moved)):
             (tmp_path / side).mkdir()
             save_file({name: weight}, tmp_path / side / "model.safetensors")

@@ -13,7 +13,7 @@ from matrices import seeds
 from offprincipal.errors import FileError
 from offprincipal.geometry.walks import random_walk_gram, walk_of
 from offprincipal.training.monitor import Monitor, read_monitor, walk
-from offprincipal.training.monitor.walk import BUCKETS, NAME, Walk, sketch_of
+from offprincipal.training.monitor.walk import BUCKETS, NAME, SketchedWalk, sketch_of
 
 
 @settings(max_examples=25)
@@ -76,14 +76,14 @@ def test_a_run_shows_how_straight_it_is_while_it_goes_on(kind: str, tmp_path: Pa
 def test_what_was_seen_is_kept_and_what_was_not_is_not_made_up(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     sketches = rng.standard_normal((5, BUCKETS)).cumsum(axis=0)
-    whole = Walk(tmp_path / "a", 0)
+    whole = SketchedWalk(tmp_path / "a", 0)
     (tmp_path / "a").mkdir()
     found = [whole.add(step, sketch) for step, sketch in enumerate(sketches, 1)]
-    again = Walk(tmp_path / "a", 3)  # what came after the step that training goes on from is dropped
+    again = SketchedWalk(tmp_path / "a", 3)  # what came after the step that training goes on from is dropped
     assert [again.add(step, sketches[step - 1]) for step in (4, 5)] == found[3:]
     (tmp_path / "a" / NAME).unlink()
-    lost = Walk(tmp_path / "a", 3)
+    lost = SketchedWalk(tmp_path / "a", 3)
     assert set(lost.add(4, sketches[3]).values()) == {None} and not (tmp_path / "a" / NAME).exists()
     (tmp_path / "a" / NAME).write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
     with pytest.raises(FileError, match=NAME):
-        Walk(tmp_path / "a", 3)
+        SketchedWalk(tmp_path / "a", 3)

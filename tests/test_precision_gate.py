@@ -9,7 +9,7 @@ from checkpoint_folders import write_model
 from matrices import gaussian
 
 from offprincipal.errors import ArgumentError, CheckpointError
-from offprincipal.gates.precision import PrecisionSettings, precision_gate
+from offprincipal.gates.precision_gate import PrecisionSettings, precision_gate
 
 NAMES = [f"model.layers.{i}.self_attn.{role}_proj.weight" for i in range(5) for role in ("q", "v")]
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qw
 from offprincipal.errors import ModelError, OffPrincipalError, TaskError, TrainingError
 from offprincipal.models import open_language_model
 from offprincipal.reports.terminal import preview_lines
-from offprincipal.studies.profile import apply_override
+from offprincipal.studies.overrides import apply_override
 from offprincipal.tasks import mixture, open_task, split_of
 from offprincipal.tasks.prompt_settings import PromptSettings
 from offprincipal.tasks.prompting import Prompting, is_character_level, prompting, read_answer
@@ -272,7 +272,7 @@ def test_what_is_learned_ends_as_the_prompt_asks(base_model: Path, chat_model: P
     import trl
 
     from offprincipal.training.recipes import build_trainer
-    from offprincipal.training.trained import Opened, prepare
+    from offprincipal.training.trained import RunModels, prepare
 
     seen: dict[str, Any] = {}
 
@@ -288,7 +288,7 @@ def test_what_is_learned_ends_as_the_prompt_asks(base_model: Path, chat_model: P
         run = by_the_model(run_of(model, "sft_own"))
         opened = open_language_model(model, "cpu")
         with pytest.raises(Caught):
-            build_trainer(run, Opened(opened, prepare(run, opened.model)), Path("nowhere"), [])
+            build_trainer(run, RunModels(opened, prepare(run, opened.model)), Path("nowhere"), [])
         row = seen["train_dataset"][0]
         learned = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
         assert opened.tokenizer.decode(learned[-1:]) == end

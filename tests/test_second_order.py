@@ -20,7 +20,7 @@ from offprincipal.geometry import synthetic
 from offprincipal.geometry.gaussian import moved_isotropically
 from offprincipal.geometry.principal import principal_rank
 from offprincipal.geometry.spectrum import decompose_by_gram, decompose_warm, spectral_shift
-from offprincipal.studies.claims import Evidence, judge
+from offprincipal.paper.claims import Evidence, judge
 
 SHAPE = (320, 400)
 K = principal_rank(SHAPE, 0.125)

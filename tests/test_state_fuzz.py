@@ -20,8 +20,9 @@ from test_checkpoint_fuzz import damaged, too_long, twisted
 
 from offprincipal import CompareSettings, compare
 from offprincipal.errors import OffPrincipalError
+from offprincipal.paper import load_profile
 from offprincipal.reports.report import write_report_of
-from offprincipal.studies.profile import apply_override, load_profile
+from offprincipal.studies.overrides import apply_override
 from offprincipal.training import parse_settings
 
 CASES = int(os.environ.get("OFFPRINCIPAL_FUZZ", "150"))
@@ -79,7 +80,7 @@ def test_a_report_of_damaged_tables_is_made_or_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_profile_is_used_or_refused(tmp_path: Path) -> None:
-    shipped = resources.files("offprincipal.studies") / "profiles" / "quick.yaml"
+    shipped = resources.files("offprincipal.paper") / "profiles" / "quick.yaml"
     text = shipped.read_text(encoding="utf-8")
     tree, chance, seen, wrong = yaml.safe_load(text), random.Random(CASES), Counter[str](), []
     for case in range(CASES):

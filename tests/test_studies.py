@@ -15,9 +15,10 @@ import pytest
 
 from offprincipal.comparison import read_table
 from offprincipal.errors import OffPrincipalError, StudyError
-from offprincipal.studies import load_profile, pending, run_profile
+from offprincipal.paper import load_profile
+from offprincipal.paper.profile import profile_names
+from offprincipal.studies import pending, run_profile
 from offprincipal.studies.console import estimate_minutes
-from offprincipal.studies.profile import profile_names
 from offprincipal.studies.stages import TrainStage
 from offprincipal.training import StepReport
 

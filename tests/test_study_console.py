@@ -6,8 +6,8 @@ from io import StringIO
 from rich.console import Console
 from rich.text import Text
 
+from offprincipal.paper.profile import Profile
 from offprincipal.studies.console import stage_progress
-from offprincipal.studies.profile import Profile
 from offprincipal.training import StepReport
 
 HEIGHT = 12

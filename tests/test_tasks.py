@@ -199,7 +199,7 @@ def test_a_reader_of_the_library_is_no_data_set_and_reads_nothing(
 
 
 def test_a_folder_that_is_no_data_set_is_not_walked_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offprincipal.tasks.hub._MOST_FILES", 20)
+    monkeypatch.setattr("offprincipal.tasks.hub_datasets._MOST_FILES", 20)
     deep = tmp_path / "a" / "b"
     deep.mkdir(parents=True)
     for i in range(30):

@@ -16,17 +16,17 @@ from matrices import gaussian
 from offprincipal.checkpoints import open_checkpoint
 from offprincipal.comparison import compare
 from offprincipal.files import write_json
-from offprincipal.gates.precision import PrecisionSettings, measure_precision
-from offprincipal.studies.claims import Evidence, judge
-from offprincipal.studies.claims.rules import (
-    Condition,
+from offprincipal.gates.precision_gate import PrecisionSettings, measure_precision
+from offprincipal.paper.claims import Evidence, judge
+from offprincipal.paper.claims.rules import (
+    ClaimPart,
     Judgement,
     controlled_with,
     judge_at_most,
     judge_positive,
     published_with,
 )
-from offprincipal.studies.claims.units import OverUnits
+from offprincipal.paper.claims.units import OverUnits
 from offprincipal.studies.experiments import agreement_rows, gaussian_like
 
 Row = dict[str, Any]
@@ -270,7 +270,7 @@ VERDICTS = st.sampled_from(["supported", "contradicted", NONE, "inconclusive"])
 
 @given(VERDICTS, st.lists(VERDICTS, max_size=3))
 def test_a_claim_of_several_parts_is_as_good_as_its_worst(headline: str, others: list[str]) -> None:
-    conditions = [Condition("c", judged(verdict)) for verdict in others]
+    conditions = [ClaimPart("c", judged(verdict)) for verdict in others]
     found = published_with(judged(headline), conditions).verdict
     whole = {headline, *others}
     if whole & {"contradicted", NONE}:
@@ -287,7 +287,7 @@ def test_a_claim_of_several_parts_is_as_good_as_its_worst(headline: str, others:
 
 def test_a_condition_that_wants_no_effect_is_missed_by_one() -> None:
     for verdict, expected in (("supported", "contradicted"), (NONE, "supported"), ("inconclusive", "inconclusive")):
-        conditions = [Condition("none is left", judged(verdict), wanted=(NONE,))]
+        conditions = [ClaimPart("none is left", judged(verdict), wanted=(NONE,))]
         assert controlled_with(judged("supported"), conditions).verdict == expected
 
 

@@ -9,9 +9,10 @@ import yaml
 
 from offprincipal.comparison import read_table
 from offprincipal.errors import StudyError
+from offprincipal.paper import load_profile
+from offprincipal.paper.claims import CLAIMS
 from offprincipal.reports.report import write_report_of
-from offprincipal.studies import load_profile, pending, run_profile
-from offprincipal.studies.claims import CLAIMS
+from offprincipal.studies import pending, run_profile
 from offprincipal.training import StepReport
 from offprincipal.training.progress import describe
 

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from offprincipal.adapters import Masks, SparseAdamW, make_masks
-from offprincipal.adapters.masks import base_hash, packed
+from offprincipal.adapters.weight_masks import base_hash, packed
 from offprincipal.checkpoints.matrices import whole
 
 STEPS = 6

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offprincipal.adapters.masks import Masks, base_hash, packed
+from offprincipal.adapters.weight_masks import Masks, base_hash, packed
 from offprincipal.checkpoints import (
     Checkpoint,
     open_checkpoint,

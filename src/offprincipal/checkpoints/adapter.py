@@ -30,7 +30,7 @@ from offprincipal.checkpoints.adapter_changes import (
     sharded,
     with_start,
 )
-from offprincipal.checkpoints.adapter_settings import CONFIG, AdapterSettings, read_settings
+from offprincipal.checkpoints.adapter_config import CONFIG, AdapterConfig, read_settings
 from offprincipal.checkpoints.alignment import key_of
 from offprincipal.checkpoints.checkpoint import FLOATS, Array, Checkpoint, TensorInfo
 from offprincipal.checkpoints.hostile import is_file
@@ -131,7 +131,7 @@ class Adapter:
         folder: Path,
         source: str,
         base: Checkpoint,
-        settings: AdapterSettings,
+        settings: AdapterConfig,
         file: SafetensorsFile | TorchFile,
         start: str | None = None,
     ) -> None:

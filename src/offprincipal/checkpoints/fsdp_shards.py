@@ -14,7 +14,7 @@ from typing import Any
 from offprincipal.checkpoints.checkpoint import Array, Checkpoint, TensorInfo
 from offprincipal.checkpoints.chunked import Chunk, Chunked, StoredTensor
 from offprincipal.checkpoints.hostile import is_file, read_bytes, read_config
-from offprincipal.checkpoints.torch_objects import Record, StoredPart, read_objects
+from offprincipal.checkpoints.torch_objects import PickledObject, StoredPart, read_objects
 from offprincipal.errors import CheckpointError
 
 _FILE = re.compile(r"model_world_size_([0-9]{1,6})_rank_([0-9]{1,6})\.pt")
@@ -137,7 +137,7 @@ def _box(part: Any, rank: int, ranks: int) -> tuple[tuple[int, ...], StoredPart]
 
 
 def _spec(part: Any) -> dict[str, Any]:
-    if not isinstance(part, Record) or part.kind != "DTensor":
+    if not isinstance(part, PickledObject) or part.kind != "DTensor":
         raise ValueError("it is no DTensor in every rank")
     return _fields(part.state["_spec"])
 
@@ -157,7 +157,7 @@ def _mesh_shape(mesh: Any, dimensions: int, ranks: int) -> tuple[int, ...]:
     found: tuple[int, ...] | None = None
     if isinstance(fields.get("mesh"), StoredPart):
         found = fields["mesh"].shape
-    elif isinstance(fields.get("_layout"), Record):
+    elif isinstance(fields.get("_layout"), PickledObject):
         axes = _fields(fields["_layout"]).get("axes", ())
         found = tuple(math.prod(_fields(axis)["shape"]) for axis in axes)
     if dimensions == 1:

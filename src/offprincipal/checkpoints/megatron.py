@@ -13,7 +13,7 @@ from typing import Any
 from offprincipal.checkpoints.checkpoint import TensorInfo
 from offprincipal.checkpoints.chunked import Chunk, StoredTensor
 from offprincipal.checkpoints.hostile import is_file
-from offprincipal.checkpoints.torch_objects import Record, read_objects
+from offprincipal.checkpoints.torch_objects import PickledObject, read_objects
 from offprincipal.errors import CheckpointError
 
 COMMON = "common.pt"
@@ -99,7 +99,7 @@ def config_in(folder: Path) -> dict[str, Any]:
     except CheckpointError:  # whatever else a trainer put there: no figure depends on it where there is a config.json
         return {}
     arguments = content.get("args") if isinstance(content, dict) else None
-    if not isinstance(arguments, Record) or not isinstance(arguments.state, dict):
+    if not isinstance(arguments, PickledObject) or not isinstance(arguments.state, dict):
         return {}
     said = {ours: arguments.state.get(theirs) for theirs, ours in _ARGUMENTS.items()}
     return {name: value for name, value in said.items() if type(value) is int and value > 0}

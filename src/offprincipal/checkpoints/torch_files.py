@@ -20,7 +20,7 @@ from offprincipal.checkpoints.checkpoint import FLOATS, Array, TensorInfo, witho
 from offprincipal.checkpoints.hostile import is_file, read_bytes, read_config
 from offprincipal.checkpoints.pickles import require_harmless
 from offprincipal.checkpoints.shards import open_files
-from offprincipal.checkpoints.torch_objects import MOST_PICKLE, Record, StoredPart, read_objects
+from offprincipal.checkpoints.torch_objects import MOST_PICKLE, PickledObject, StoredPart, read_objects
 from offprincipal.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def checked_tensor(value: object, where: str) -> "Tensor":
     import torch
 
     if not isinstance(value, torch.Tensor):
-        what = value.kind if isinstance(value, Record) else type(value).__name__
+        what = value.kind if isinstance(value, PickledObject) else type(value).__name__
         raise CheckpointError(
             f"{where} is {what[:80]}, not a tensor: this is no model's state dict. Save the weights alone"
         )

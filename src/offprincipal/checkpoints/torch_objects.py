@@ -99,7 +99,7 @@ class StoredPart:
         return np.ascontiguousarray(np.lib.stride_tricks.as_strided(array, self.shape, steps)).reshape(-1)
 
 
-class Record:
+class PickledObject:
     """What stands for an object of the pickle: what it was made of, and the state that was stored for it.
 
     Attributes:
@@ -112,8 +112,8 @@ class Record:
     state: Any
     items: list[Any]
 
-    def __new__(cls, *arguments: Any, **named: Any) -> "Record":  # pickles make objects with and without __init__
-        made = super().__new__(cls)
+    def __new__(cls, *arguments: Any, **named: Any) -> "PickledObject":
+        made = super().__new__(cls)  # pickles make objects with and without __init__
         made.arguments, made.state, made.items = arguments, named or None, []
         return made
 
@@ -138,7 +138,7 @@ class _Storage:
 
 
 def read_objects(path: Path) -> Any:
-    """What a file holds: dictionaries, lists and numbers as they are, tensors as `StoredPart`, all else as `Record`.
+    """What a file holds: dictionaries, lists and numbers, tensors as `StoredPart`, all else as `PickledObject`.
 
     Raises:
         CheckpointError: it is truncated or corrupt, in the format of torch before 1.6, or names what no trainer stores.
@@ -182,7 +182,7 @@ class _Unpickler(pickle.Unpickler):
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return _STORAGES[name]
         if (module, name) in _PLAIN or module.split(".")[0] in _PACKAGES:
-            return type(name, (Record,), {"kind": name})
+            return type(name, (PickledObject,), {"kind": name})
         raise CheckpointError(
             f"{self._path} holds more than tensors ({module[:60]}.{name[:60]}), which could run code, and was not "
             "opened. Do not trust it; if it is yours, save it again as safetensors"
@@ -198,7 +198,11 @@ class _Unpickler(pickle.Unpickler):
         self._file.seek(entry.header_offset)
         names = struct.unpack("<26xHH", self._file.read(30))
         start = entry.header_offset + 30 + sum(names)
-        size = entry.file_size if isinstance(dtype, Record) or dtype not in _TYPES else numel * _TYPES[dtype].itemsize
+        size = (
+            entry.file_size
+            if isinstance(dtype, PickledObject) or dtype not in _TYPES
+            else numel * _TYPES[dtype].itemsize
+        )
         if size > entry.file_size or start + size > self._path.stat().st_size:
             raise ValueError("a storage that ends after the file")
         return _Storage(self._path, start, size, dtype if isinstance(dtype, str) else "uint8")
@@ -222,15 +226,15 @@ def _first(value: Any, *_: Any) -> Any:
     return value
 
 
-def _wrapped(kind: Any, *arguments: Any) -> Record:
+def _wrapped(kind: Any, *arguments: Any) -> PickledObject:
     """A tensor of a class of its own, such as DTensor."""
-    made: Record = kind(*arguments)
+    made: PickledObject = kind(*arguments)
     return made
 
 
 def _rebuilt(build: Any, kind: Any, arguments: Any, state: Any) -> Any:
     """A tensor with attributes: those of a plain one are left out."""
     made = build(*arguments)
-    if isinstance(made, Record):
+    if isinstance(made, PickledObject):
         made.__setstate__(state)
     return made

@@ -18,10 +18,10 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard what was t
 
 def _print_profiles(wanted: bool) -> None:
     if wanted:
+        from offprincipal.paper import load_profile, profile_names
         from offprincipal.reports.terminal import profiles_table
-        from offprincipal.studies import load_profile, profile_names, training_stages
 
-        Console().print(profiles_table(map(load_profile, profile_names()), lambda p: len(training_stages(p))))
+        Console().print(profiles_table(map(load_profile, profile_names()), lambda p: len(p.training_stages())))
         raise typer.Exit
 
 
@@ -69,9 +69,9 @@ def study(
     Killed at any moment, the same command continues. Writes study.json, report.html, a folder a run, and the tables.
     """
     require_training()
+    from offprincipal.paper import load_profile
     from offprincipal.reports.fine_tuning import fine_tuning_figures
     from offprincipal.reports.terminal import claims_table, fine_tuning_tables, runs_table
-    from offprincipal.studies import load_profile
     from offprincipal.studies.console import run_on_console
 
     console = Console()
@@ -135,7 +135,7 @@ def train(
     """
     require_training()
     from offprincipal.reports.terminal import runs_table
-    from offprincipal.studies.profile import apply_override
+    from offprincipal.studies.overrides import apply_override
     from offprincipal.training import parse_settings
     from offprincipal.training import train as run
     from offprincipal.training.processes import is_main
@@ -256,7 +256,7 @@ def tasks(
         Console().print(_list_of("tasks"))
         return
     require_training()
-    from offprincipal.studies.profile import apply_override
+    from offprincipal.studies.overrides import apply_override
     from offprincipal.training.preview import preview as ask
     from offprincipal.training.settings import parse_settings
 

@@ -1,10 +1,10 @@
 """Compare a base with the checkpoints tuned from it: every metric beside its null, pooled, as tables."""
 
 from offprincipal.comparison.comparison import compare, name_runs
-from offprincipal.comparison.conditions import Condition, parse_condition
 from offprincipal.comparison.result import Comparison, Measured, Run
 from offprincipal.comparison.tables import read_summary, read_table
 from offprincipal.comparison.work import CompareSettings
+from offprincipal.conditions import Condition, parse_condition
 from offprincipal.measures.settings import MatrixSettings
 
 __all__ = [

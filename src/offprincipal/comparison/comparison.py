@@ -15,7 +15,7 @@ from offprincipal.comparison.execution import run_in_threads, run_on_ray
 from offprincipal.comparison.journal import gather, held, resumable, versions
 from offprincipal.comparison.lineage import lineage_warnings
 from offprincipal.comparison.measure import Row, TensorRows
-from offprincipal.comparison.memory import bytes_needed
+from offprincipal.comparison.memory_needs import bytes_needed
 from offprincipal.comparison.result import Comparison
 from offprincipal.comparison.reuse import Before, keep_measured, measured_before
 from offprincipal.comparison.tables import TABLES

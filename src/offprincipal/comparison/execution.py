@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from threadpoolctl import threadpool_limits
 
 from offprincipal.checkpoints import Part
-from offprincipal.comparison.memory import bytes_needed
+from offprincipal.comparison.memory_needs import bytes_needed
 from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError, OffPrincipalError, install_command
 from offprincipal.measures.columns import needs_torch

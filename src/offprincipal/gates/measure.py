@@ -25,7 +25,7 @@ from offprincipal.gates.directions import (
 from offprincipal.gates.double import computing_in
 from offprincipal.gates.forward import Array, Direction, fisher_sums, kl_sums
 from offprincipal.gates.kl_bound import FRACTIONS, curve, norm_bound
-from offprincipal.gates.precision import PrecisionSettings, precision_gate
+from offprincipal.gates.precision_gate import PrecisionSettings, precision_gate
 from offprincipal.gates.sequences import (
     Sequences,
     encode_prompts,

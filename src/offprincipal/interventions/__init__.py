@@ -6,7 +6,7 @@ with this package; transformers only when a model is opened.
 
 from offprincipal.interventions.applying import intervene
 from offprincipal.interventions.layers import parse_layers
-from offprincipal.interventions.record import Record, read_record
+from offprincipal.interventions.record import InterventionRecord, read_record
 from offprincipal.interventions.undoing import undo
 
-__all__ = ["Record", "intervene", "parse_layers", "read_record", "undo"]
+__all__ = ["InterventionRecord", "intervene", "parse_layers", "read_record", "undo"]

@@ -12,7 +12,7 @@ import torch
 from offprincipal.errors import InterventionError
 from offprincipal.files import new_folder, write_json
 from offprincipal.interventions.folders import write_model
-from offprincipal.interventions.opened import Opened, open_model, require_own_layers
+from offprincipal.interventions.opened import OpenedModel, open_model, require_own_layers
 from offprincipal.interventions.plan import Request, plan_of
 from offprincipal.interventions.proof import (
     SEQUENCES,
@@ -22,7 +22,7 @@ from offprincipal.interventions.proof import (
     require_equal,
     sampled_tokens,
 )
-from offprincipal.interventions.record import DTYPES, RECORD, Record, require_request
+from offprincipal.interventions.record import DTYPES, RECORD, InterventionRecord, require_request
 from offprincipal.interventions.rounding import rounded
 from offprincipal.models import hash_of, open_language_model
 
@@ -40,7 +40,7 @@ def intervene(
     seed: int = 0,
     dtype: str | None = None,
     overwrite: bool = False,
-) -> Record:
+) -> InterventionRecord:
     """Rotate or reorder a model's weights so that its function stays the same, and write it as a Hugging Face folder.
 
     Reordering comes first, then the values' rotation, then that of the residual stream. All is computed in float64 and
@@ -97,7 +97,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{package: metadata.version(package) for package in packages}}
 
 
-def _written(part: Path, opened: Opened, request: Request, dtype: str) -> Record:
+def _written(part: Path, opened: OpenedModel, request: Request, dtype: str) -> InterventionRecord:
     """Prove the intervention, write the model, and measure it as it was written."""
     model = opened.language_model.model
     uniform = random_tokens(opened.vocabulary, opened.length, request.seed)
@@ -119,7 +119,7 @@ def _written(part: Path, opened: Opened, request: Request, dtype: str) -> Record
         "length": opened.length,
     }
     result = {"weights_blake2b": hash_of(stored)}
-    return Record(opened.identity, opened.architecture.kind, request, dtype, result, proof, versions())
+    return InterventionRecord(opened.identity, opened.architecture.kind, request, dtype, result, proof, versions())
 
 
 def _listed(layers: Iterable[Any]) -> tuple[int, ...] | None:

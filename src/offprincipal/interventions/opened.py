@@ -18,7 +18,7 @@ _PREFIX = "model."  # lacking where a model was saved without its head
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedModel:
     """A model and what interventions need of it.
 
     Args:
@@ -50,7 +50,7 @@ class Opened:
         return min(LENGTH, self.language_model.context or LENGTH)
 
 
-def open_model(source: str | Path) -> Opened:
+def open_model(source: str | Path) -> OpenedModel:
     """Open a model.
 
     Raises:
@@ -69,7 +69,7 @@ def open_model(source: str | Path) -> Opened:
         raise InterventionError(f"{bad} in {source} holds NaN or infinity: give a model that was not damaged")
     folder = Path(name) if Path(name).is_dir() else None
     named = str(folder.resolve()) if folder is not None and str(source) != EMBEDDED else str(source)
-    return Opened(
+    return OpenedModel(
         source=named,
         folder=folder,
         language_model=language_model,
@@ -80,7 +80,7 @@ def open_model(source: str | Path) -> Opened:
     )
 
 
-def require_own_layers(opened: Opened, layers: set[int]) -> None:
+def require_own_layers(opened: OpenedModel, layers: set[int]) -> None:
     """Refuse layers that share a weight matrix with another layer.
 
     Raises:

@@ -1,6 +1,5 @@
 """Random orthogonal matrices: Haar, and Hadamard with random signs. Knows nothing of models."""
 
-import hashlib
 import math
 
 import torch
@@ -9,17 +8,6 @@ from torch import Tensor
 from offprincipal.errors import InterventionError
 
 MATRICES = ("haar", "hadamard")
-
-
-def generator_of(seed: int, *place: object) -> torch.Generator:
-    """A generator of its own for every place, so that drawing at one more place changes no other draw.
-
-    >>> first, again = (torch.rand(1, generator=generator_of(0, "rotate", 3)) for _ in range(2))
-    >>> bool(first == again), bool(first == torch.rand(1, generator=generator_of(0, "rotate", 4)))
-    (True, False)
-    """
-    digest = hashlib.blake2b(repr((seed, *place)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def random_orthogonal(n: int, matrix: str, generator: torch.Generator) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from offprincipal.geometry.draws import generator_of
 from offprincipal.interventions.architectures import EMBEDDING, HEAD, Architecture
 from offprincipal.interventions.operations import (
     Operation,
@@ -23,7 +24,7 @@ from offprincipal.interventions.operations import (
     by_heads,
     taken_back,
 )
-from offprincipal.interventions.orthogonal import generator_of, random_orthogonal
+from offprincipal.interventions.orthogonal import random_orthogonal
 
 Weights = dict[str, Tensor]
 

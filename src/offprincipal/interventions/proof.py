@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from offprincipal.errors import InterventionError
+from offprincipal.geometry.draws import generator_of
 from offprincipal.interventions.architectures import HEAD
-from offprincipal.interventions.orthogonal import generator_of
 
 TOLERANCE = 1e-9
 SEQUENCES = 8

@@ -20,7 +20,7 @@ MOST_SEED = 2**32
 
 
 @dataclass(frozen=True)
-class Record:
+class InterventionRecord:
     """What was done to a model.
 
     Args:
@@ -48,7 +48,7 @@ class Record:
         return {"schema": SCHEMA, **asdict(self)}
 
 
-def read_record(source: str | Path) -> Record:
+def read_record(source: str | Path) -> InterventionRecord:
     """The record in a file, or in the folder that `intervene` wrote.
 
     Raises:
@@ -64,7 +64,7 @@ def read_record(source: str | Path) -> Record:
         raise InterventionError(
             f"{path} is no record of schema {SCHEMA}: give the {RECORD} that `offprincipal intervene` wrote"
         )
-    return Record(
+    return InterventionRecord(
         base=_words(content, "base", ("source", "weights_blake2b"), path),
         architecture=_one_of(content, "architecture", str, path),
         request=_request(content, path),

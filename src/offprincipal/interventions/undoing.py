@@ -18,7 +18,7 @@ from offprincipal.files import new_folder, write_json
 from offprincipal.interventions.applying import UNDONE, require_dtype, versions
 from offprincipal.interventions.architectures import EMBEDDING, HEAD
 from offprincipal.interventions.folders import write_model
-from offprincipal.interventions.opened import Opened, open_model
+from offprincipal.interventions.opened import OpenedModel, open_model
 from offprincipal.interventions.plan import Plan, Weights, plan_of
 from offprincipal.interventions.proof import (
     SEQUENCES,
@@ -28,7 +28,7 @@ from offprincipal.interventions.proof import (
     require_equal,
     sampled_tokens,
 )
-from offprincipal.interventions.record import RECORD, Record, read_record, require_request
+from offprincipal.interventions.record import RECORD, InterventionRecord, read_record, require_request
 from offprincipal.interventions.rounding import rounded
 from offprincipal.models import hash_of, open_language_model
 
@@ -133,7 +133,7 @@ def undo(
     return content
 
 
-def _made_anew(record: Record, base: Opened, folder: Path) -> _Made:
+def _made_anew(record: InterventionRecord, base: OpenedModel, folder: Path) -> _Made:
     """The intervention of a record, made once more.
 
     Args:
@@ -159,7 +159,7 @@ def _made_anew(record: Record, base: Opened, folder: Path) -> _Made:
     return _Made(plan.before(base.weights), plan, exact, {name: stored[name] for name in exact})
 
 
-def _beside(record: Record, folder: Path, exact: Weights) -> Weights:
+def _beside(record: InterventionRecord, folder: Path, exact: Weights) -> Weights:
     """The intervened weights as they stand beside their record, if they are those that it asks for but for rounding."""
     if (folder / "config.json").is_file():
         weights: Weights = open_language_model(folder, "cpu", tokenizer=False).model.state_dict()
@@ -178,7 +178,7 @@ def _beside(record: Record, folder: Path, exact: Weights) -> Weights:
     )
 
 
-def _require_trained_from(trained: Opened, base: Opened, made: _Made) -> None:
+def _require_trained_from(trained: OpenedModel, base: OpenedModel, made: _Made) -> None:
     """Refuse a model that cannot have been trained from the intervened one."""
     if trained.architecture.kind != base.architecture.kind:
         raise InterventionError(
@@ -221,7 +221,7 @@ def _brought_back(made: _Made, weights: Weights, exact: bool) -> Weights:
     return back
 
 
-def _proved(trained: Opened, moved: Weights, made: _Made, result: Weights, exact: bool) -> float:
+def _proved(trained: OpenedModel, moved: Weights, made: _Made, result: Weights, exact: bool) -> float:
     """How far the result's float64 logits are from those of the weights that were brought back.
 
     Raises:
@@ -236,7 +236,7 @@ def _proved(trained: Opened, moved: Weights, made: _Made, result: Weights, exact
     return require_equal(logits(model, result, uniform), logits(model, expected, uniform), "bringing it back")
 
 
-def _cost(trained: Opened, stored: Weights) -> dict[str, float | int]:
+def _cost(trained: OpenedModel, stored: Weights) -> dict[str, float | int]:
     """How far the stored result is from the trained model, and over how many tokens."""
     model = trained.language_model.model
     sampled = sampled_tokens(model, trained.length, 0)
@@ -244,7 +244,7 @@ def _cost(trained: Opened, stored: Weights) -> dict[str, float | int]:
     return {"kl_stored": kl, "sequences": SEQUENCES, "length": trained.length}
 
 
-def _masters(checkpoint: Checkpoint, trained: Opened) -> Weights | None:
+def _masters(checkpoint: Checkpoint, trained: OpenedModel) -> Weights | None:
     """The float32 masters of a trained model, if it has any.
 
     Raises:

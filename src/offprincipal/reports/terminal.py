@@ -18,7 +18,7 @@ from offprincipal.tasks import Task, mixture
 if TYPE_CHECKING:
     from offprincipal.deltas import Made
     from offprincipal.measures.columns import Metric
-    from offprincipal.studies import Profile
+    from offprincipal.paper import Profile
     from offprincipal.training.preview import Preview
 
 _SHOWN = (

@@ -1,6 +1,5 @@
-"""Studies: train, compare and judge the paper's claims, as a graph of stages declared in a profile."""
+"""Studies: experiments as a graph of stages, each done once. Knows no claim: `paper` has those, and the profiles."""
 
-from offprincipal.studies.graph import pending, run_profile, training_stages
-from offprincipal.studies.profile import Profile, load_profile, profile_names
+from offprincipal.studies.running import pending, run_profile
 
-__all__ = ["Profile", "load_profile", "pending", "profile_names", "run_profile", "training_stages"]
+__all__ = ["pending", "run_profile"]

@@ -15,18 +15,21 @@ from offprincipal.assets import EMBEDDED
 from offprincipal.files import read_json
 from offprincipal.recipe_names import Recipe
 from offprincipal.studies.experiments import GatesStage, PrecisionStage
-from offprincipal.studies.graph import ShowStage, pending, run_profile
-from offprincipal.studies.profile import Profile, Stage
-from offprincipal.studies.stages import ClaimsStage, TrainStage
+from offprincipal.studies.graph import StageGraph
+from offprincipal.studies.running import ShowStage, pending, run_profile
+from offprincipal.studies.stages import StageKind, TrainStage
 from offprincipal.training import StepReport
 from offprincipal.training.progress import describe
 
 _MOST_JOBS = 4
+STUDY = "study.json"
 _PRINT_EVERY = 30.0  # seconds between lines where there is no terminal
 
 
-def run_on_console(profile: Profile, out: Path, jobs: int | None, overwrite: bool, console: Console) -> dict[str, Any]:
-    """Run what is left of a study and return `study.json`; nothing where no stage judges claims.
+def run_on_console(
+    profile: StageGraph, out: Path, jobs: int | None, overwrite: bool, console: Console
+) -> dict[str, Any]:
+    """Run what is left of a study and return `study.json`; nothing where no stage writes one.
 
     Raises:
         OffPrincipalError: the profile cannot run, or a stage failed.
@@ -36,9 +39,9 @@ def run_on_console(profile: Profile, out: Path, jobs: int | None, overwrite: boo
     console.print(f"study '{profile.name}': {profile.title}; base {profile.base}", highlight=False, markup=False)
     console.print(_forecast(profile, left, jobs), highlight=False, soft_wrap=True)
     with stage_progress(profile, console) as show:
-        run_profile(profile, out, jobs, show, overwrite)
-    judges = any(isinstance(stage, ClaimsStage) for stage in profile.stages.values())
-    return read_json(out / "study.json") if judges else {}
+        space = run_profile(profile, out, jobs, show, overwrite)
+    left_behind = {path for name, stage in profile.stages.items() for path in stage.files(name, space)}
+    return read_json(out / STUDY) if out / STUDY in left_behind else {}
 
 
 def default_jobs() -> int:
@@ -46,7 +49,7 @@ def default_jobs() -> int:
     return 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, _MOST_JOBS)
 
 
-def _forecast(profile: Profile, left: list[str], jobs: int) -> str:
+def _forecast(profile: StageGraph, left: list[str], jobs: int) -> str:
     if not left:
         return "everything is done already; nothing will run again"
     training = [name for name in left if isinstance(profile.stages[name], TrainStage)]
@@ -59,7 +62,7 @@ def _forecast(profile: Profile, left: list[str], jobs: int) -> str:
     )
 
 
-def estimate_minutes(profile: Profile, left: list[str], jobs: int) -> float | None:
+def estimate_minutes(profile: StageGraph, left: list[str], jobs: int) -> float | None:
     """How long the stages will take, from what they took when they were timed and from this machine's speed.
 
     Returns:
@@ -76,7 +79,7 @@ def estimate_minutes(profile: Profile, left: list[str], jobs: int) -> float | No
     return slowness * (makespan + sum(map(_seconds_besides_training, stages))) / 60
 
 
-def _seconds_besides_training(stage: Stage) -> float:
+def _seconds_besides_training(stage: StageKind) -> float:
     if isinstance(stage, TrainStage):
         return 0.0
     return _OTHER + (_PER_RUN[stage.kind] * len(stage.runs) if isinstance(stage, PrecisionStage | GatesStage) else 0.0)
@@ -114,7 +117,7 @@ def _seconds_of_work() -> float:
 
 
 @contextmanager
-def stage_progress(profile: Profile, console: Console) -> Iterator[ShowStage]:
+def stage_progress(profile: StageGraph, console: Console) -> Iterator[ShowStage]:
     """What shows where the stages of a study are: live rows on a terminal, lines elsewhere."""
     if console.is_terminal:
         with _bars(profile, console) as show:
@@ -124,7 +127,7 @@ def stage_progress(profile: Profile, console: Console) -> Iterator[ShowStage]:
 
 
 @contextmanager
-def _bars(profile: Profile, console: Console) -> Iterator[ShowStage]:
+def _bars(profile: StageGraph, console: Console) -> Iterator[ShowStage]:
     """A row a stage; where these are more than the screen has lines, a row for all, and one for each that runs now."""
     columns = (
         TextColumn("{task.description:<14}"),

@@ -23,7 +23,7 @@ from offprincipal.checkpoints.masters import masters_of
 from offprincipal.checkpoints.matrices import common_matrices
 from offprincipal.errors import StudyError
 from offprincipal.files import require_folder, write_atomically, write_json
-from offprincipal.gates.precision import (
+from offprincipal.gates.precision_gate import (
     PrecisionSettings,
     hidden_share,
     measure_precision,
@@ -34,13 +34,13 @@ from offprincipal.geometry.gaussian import isotropic_update
 from offprincipal.geometry.nulls import intersection_null, jaccard
 from offprincipal.geometry.precision import changed, exponent_class
 from offprincipal.geometry.ulp import total
-from offprincipal.studies.claims.causal import AS_TRAINED, UNDONE
-from offprincipal.studies.claims.evidence import SOURCES
 from offprincipal.studies.stages import StageKind, Workspace, base_folder
 from offprincipal.training import ShowProgress, silent
 
 Row = dict[str, Any]
 WEIGHTS = "model.safetensors"
+AGREEMENT, PRECISION, GATES = "agreement.parquet", "precision.parquet", "gates.json"
+AS_TRAINED, UNDONE = "as trained", "undone"  # views of an agreement
 
 
 class InterveneStage(StageKind):
@@ -96,10 +96,10 @@ class AgreementStage(StageKind):
         undone = open_checkpoint(back)
         keys = {"run_a": self.run, "run_b": self.intervened, "intervention": self.intervention}
         rows = agreement_rows([*opened, *own], [*opened, opened[0], masters_of(undone) or undone])
-        write_rows(space.folder(name) / SOURCES["agreement"], [keys | row for row in rows])
+        write_rows(space.folder(name) / AGREEMENT, [keys | row for row in rows])
 
     def files(self, name: str, space: Workspace) -> list[Path]:
-        return [space.folder(name) / SOURCES["agreement"]]
+        return [space.folder(name) / AGREEMENT]
 
 
 class GaussianStage(StageKind):
@@ -163,10 +163,10 @@ class PrecisionStage(StageKind):
             }
         require_folder(space.folder(name))
         write_json(space.folder(name) / "precision.json", {"schema": 1, "runs": pooled})
-        write_rows(space.folder(name) / SOURCES["precision"], rows)
+        write_rows(space.folder(name) / PRECISION, rows)
 
     def files(self, name: str, space: Workspace) -> list[Path]:
-        return [space.folder(name) / SOURCES["precision"], space.folder(name) / "precision.json"]
+        return [space.folder(name) / PRECISION, space.folder(name) / "precision.json"]
 
 
 class GatesStage(StageKind):
@@ -191,7 +191,7 @@ class GatesStage(StageKind):
         measure_gates(base_folder(space.base), tuned, task=self.tasks, **self.options).write(space.folder(name))
 
     def files(self, name: str, space: Workspace) -> list[Path]:
-        return [space.folder(name) / SOURCES["gates"]]
+        return [space.folder(name) / GATES]
 
 
 def agreement_rows(as_trained: Sequence[Checkpoint], undone: Sequence[Checkpoint]) -> list[Row]:

@@ -19,7 +19,6 @@ from offprincipal.comparison.tables import read_summary, read_table
 from offprincipal.errors import StudyError
 from offprincipal.files import read_json, require_folder, write_json
 from offprincipal.outcomes.sweeps import TriedRate, highest_stable, rate_for
-from offprincipal.studies.claims.evidence import SOURCES
 from offprincipal.studies.experiments import Row, write_rows
 from offprincipal.studies.stages import StageKind, TrainStage, Workspace, base_folder
 from offprincipal.training import ShowProgress, silent
@@ -27,6 +26,7 @@ from offprincipal.training.monitor.table import NAME as MONITOR
 from offprincipal.training.runs import RECORD
 
 MATCHED = "matched.json"
+OUTCOMES_TABLE, CURVES_TABLE = "outcomes.parquet", "kl_curves.parquet"
 _OF_WEIGHTS = ("update_norm", "relative_update_norm", "spectral_shift", "spectral_shift_isotropic_null")
 _OF_ANSWERS = ("greedy_accuracy", "sampled_accuracy", "sampled_accuracy_se", "pass_at_k", "kl_to_base")
 Size = Literal["update_norm", "kl_to_base"]
@@ -120,7 +120,7 @@ class OutcomesStage(StageKind):
         write_rows(curves, [row for run in watched for row in curve(run, space.folder(run))], CURVES)
 
     def files(self, name: str, space: Workspace) -> list[Path]:
-        return [space.folder(name) / SOURCES[source] for source in ("outcomes", "kl_curves")]
+        return [space.folder(name) / table for table in (OUTCOMES_TABLE, CURVES_TABLE)]
 
     def _weights(self, run: str, name: str, space: Workspace) -> dict[str, Any]:
         compared = read_summary(space.folder(self.comparison))["runs"]

@@ -10,16 +10,16 @@ from offprincipal.checkpoints.safetensors_folder import MASTERS
 from offprincipal.errors import StudyError
 from offprincipal.files import require_folder
 from offprincipal.reports.trajectory import write_figure
-from offprincipal.studies.claims.evidence import SOURCES
 from offprincipal.studies.experiments import Row, write_rows
 from offprincipal.studies.stages import StageKind, Workspace, base_folder
 from offprincipal.training import ShowProgress, silent
 from offprincipal.training.runs import DELTAS
 from offprincipal.trajectories import trajectory
-from offprincipal.trajectories.figures import NULLS, SCALARS, SIDES, scalars_of
+from offprincipal.trajectories.scalars import NULLS, SCALARS, SIDES, scalars_of
 from offprincipal.trajectories.trajectory import PAGE, followed
 
 WEIGHTS = ("stored", "float32")
+TABLE = "trajectories.parquet"
 
 
 class TrajectoryStage(StageKind):
@@ -63,7 +63,7 @@ class TrajectoryStage(StageKind):
                 for draw, G in enumerate(blind):
                     told = scalars_of(G, found["steps"], rows[-1]["drift_stored_line_null"])
                     rows.append(dict.fromkeys(rows[-1]) | nulls | keys | {"draw": draw} | told)
-        write_rows(space.folder(name) / SOURCES["trajectories"], rows)
+        write_rows(space.folder(name) / TABLE, rows)
 
     def _blind(self, base: Path, kept: Path, masters: bool) -> np.ndarray[Any, np.dtype[np.float64]]:
         if not self.negative_control:
@@ -74,7 +74,7 @@ class TrajectoryStage(StageKind):
         return found
 
     def files(self, name: str, space: Workspace) -> list[Path]:
-        return [space.folder(name) / SOURCES["trajectories"]]
+        return [space.folder(name) / TABLE]
 
 
 def _row(pooled: Row) -> Row:

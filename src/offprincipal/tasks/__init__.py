@@ -37,7 +37,7 @@ def open_task(name: str) -> Task:
 
         return ReasoningGymTask(rest)
     if rest and kind == "hf":
-        from offprincipal.tasks.hub import HubTask
+        from offprincipal.tasks.hub_datasets import HubTask
 
         return HubTask.parse(rest)
     return SymbolicTask.parse(name)

@@ -248,7 +248,7 @@ def _boxed(text: str) -> str:
 
 
 def _equal_as_mathematics(answer: str, text: str) -> bool:
-    from offprincipal.tasks.hub import equal_as_mathematics
+    from offprincipal.tasks.hub_datasets import equal_as_mathematics
 
     return equal_as_mathematics(answer, text)
 

@@ -51,7 +51,7 @@ from offprincipal.training.monitor import Monitor, base_file, table
 from offprincipal.training.processes import in_main, is_main, join, processes, whole_state
 from offprincipal.training.progress import ShowProgress, StepReport, silent, terminal_progress
 from offprincipal.training.settings import TrainSettings
-from offprincipal.training.trained import ADAPTER, MASKS, Opened, prepare
+from offprincipal.training.trained import ADAPTER, MASKS, RunModels, prepare
 
 SCHEMA = 1
 RECORD = "run.json"
@@ -163,7 +163,7 @@ def _run(settings: TrainSettings, out: Path, show: ShowProgress, siblings: Itera
 
     models = in_main(known)  # before an adapter is put into the base
     with quiet_libraries():
-        opened = Opened(language_model, prepare(settings, language_model.model), teacher)
+        opened = RunModels(language_model, prepare(settings, language_model.model), teacher)
 
     def begun() -> dict[str, Any]:
         started = _started(out, settings, models)
@@ -207,7 +207,7 @@ def _run(settings: TrainSettings, out: Path, show: ShowProgress, siblings: Itera
 
 
 def _teacher(settings: TrainSettings, language_model: LanguageModel) -> LanguageModel | None:
-    """Opened before anything is measured or written, as it may not fit the model."""
+    """RunModels before anything is measured or written, as it may not fit the model."""
     if settings.teacher is None:
         return None
     from offprincipal.training.recipes.distillation import require_one_vocabulary
@@ -248,12 +248,12 @@ def _measure(settings: TrainSettings, model: LanguageModel | Path, reference: La
 
 def _fit(
     settings: TrainSettings,
-    opened: Opened,
+    opened: RunModels,
     checkpoints: Path,
     started: dict[str, Any],
     show: ShowProgress,
     monitor: Monitor | None,
-) -> tuple[list[dict[str, Any]], Opened]:
+) -> tuple[list[dict[str, Any]], RunModels]:
     """Train, from the last whole checkpoint where there is one; the log, one entry a step, and the models afterwards.
 
     What the run started from is noted only once its data have proved usable, so that a fault in the settings can be
@@ -308,7 +308,7 @@ def _fit(
     return log, opened
 
 
-def require_trainable_here(opened: Opened, trainer: Any) -> None:
+def require_trainable_here(opened: RunModels, trainer: Any) -> None:
     """Refuse what would lose the float32 weights, or what is trained, over several processes."""
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
         raise TrainingError(
@@ -323,7 +323,7 @@ def require_trainable_here(opened: Opened, trainer: Any) -> None:
         )
 
 
-def _in_one_piece(settings: TrainSettings, opened: Opened, trainer: Any) -> Opened:
+def _in_one_piece(settings: TrainSettings, opened: RunModels, trainer: Any) -> RunModels:
     """The models; in place of a trained one that is sharded, in the first process, another with its weights."""
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return opened
@@ -425,7 +425,7 @@ def _require_finite(model: Any, settings: TrainSettings) -> None:
             )
 
 
-def _write_result(settings: TrainSettings, opened: Opened, out: Path) -> None:
+def _write_result(settings: TrainSettings, opened: RunModels, out: Path) -> None:
     """Masters in float32, the stored model in bfloat16, an adapter or masks beside them, every file whole or absent.
 
     Ends with a bfloat16 model, whose adapter is merged.

@@ -74,7 +74,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Opened:
+class RunModels:
     """The models of a run.
 
     Args:

@@ -23,9 +23,9 @@ from offprincipal.geometry.extrapolation import METHODS, Method
 from offprincipal.measures.columns import needs_torch
 from offprincipal.measures.settings import Device, MatrixSettings
 from offprincipal.memory import SHARE, free_memory
-from offprincipal.trajectories.figures import Row, Sums
 from offprincipal.trajectories.measure import Moved, restored
 from offprincipal.trajectories.prediction import Progress, predictions_of, require_predictable, write_prediction
+from offprincipal.trajectories.scalars import Row, Sums
 from offprincipal.trajectories.sources import expanded, label_of, steps_of
 from offprincipal.trajectories.work import Followed, TrajectorySettings
 

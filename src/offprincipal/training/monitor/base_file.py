@@ -10,7 +10,7 @@ from torch import Tensor
 
 from offprincipal.errors import FileError
 from offprincipal.files import write_atomically
-from offprincipal.training.monitor.divergence import Sequences
+from offprincipal.training.monitor.divergence import PaddedSequences
 
 NAME = "monitor.base.safetensors"
 _WEIGHT, _IDS, _LENGTHS, _COUNTED, _LOG_P = "weight:", "ids", "lengths", "counted", "log_probabilities"
@@ -27,7 +27,7 @@ class Remembered:
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
-    sequences: Sequences | None = None
+    sequences: PaddedSequences | None = None
     log_p: Tensor | None = None
 
     def write(self, folder: Path) -> None:
@@ -66,4 +66,4 @@ def remembered(folder: Path, names: list[str]) -> Remembered:
         raise FileError(f"{path} is of other matrices than are watched now: choose the same, or another folder")
     if _LOG_P not in tensors:
         return Remembered(weights)
-    return Remembered(weights, Sequences(tensors[_IDS], tensors[_LENGTHS], tensors[_COUNTED]), tensors[_LOG_P])
+    return Remembered(weights, PaddedSequences(tensors[_IDS], tensors[_LENGTHS], tensors[_COUNTED]), tensors[_LOG_P])

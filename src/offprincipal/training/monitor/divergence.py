@@ -20,7 +20,7 @@ _TERMS_AT_ONCE = 1 << 22  # terms of the divergence in float64 at once: 32 MiB
 
 
 @dataclass(frozen=True)
-class Sequences:
+class PaddedSequences:
     """Token sequences of several lengths, padded on the right.
 
     Args:
@@ -41,7 +41,7 @@ class Sequences:
 
 def sequences_of(
     rows: Sequence[Sequence[int]], vocabulary: int | None = None, counted: Sequence[Sequence[bool]] | None = None
-) -> Sequences:
+) -> PaddedSequences:
     """The sequences that divergence is measured on.
 
     At most 16 rows, spread evenly over those given, and the last 64 tokens of each; fewer where 256 MiB of float32
@@ -72,7 +72,7 @@ def sequences_of(
     chosen = [usable[i * len(usable) // count] for i in range(count)]
     ids = torch.tensor([row + [0] * (longest - len(row)) for row, _ in chosen])
     counts = torch.tensor([[False, *mark[1:]] + [False] * (longest - len(mark)) for _, mark in chosen])
-    return Sequences(ids, torch.tensor([len(row) for row, _ in chosen]), counts)
+    return PaddedSequences(ids, torch.tensor([len(row) for row, _ in chosen]), counts)
 
 
 def unpadded(ids: Tensor, values: Tensor, mask: Tensor | None) -> tuple[list[list[int]], list[list[bool]]]:
@@ -94,7 +94,7 @@ def vocabulary_of(model: Any) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def log_probabilities(model: Any, sequences: Sequences) -> Tensor:
+def log_probabilities(model: Any, sequences: PaddedSequences) -> Tensor:
     """What a policy says of every token that counts, given those before it; its mode and all random states stay.
 
     Every process of a sharded model calls it together.

@@ -18,17 +18,17 @@ from offprincipal.files import require_folder
 from offprincipal.training.monitor.base_file import Remembered, remembered
 from offprincipal.training.monitor.cadence import Cadence
 from offprincipal.training.monitor.divergence import (
-    Sequences,
+    PaddedSequences,
     log_probabilities,
     mean_divergence,
     sequences_of,
     vocabulary_of,
 )
-from offprincipal.training.monitor.figures import BaseMatrix
 from offprincipal.training.monitor.matrices import WatchedMatrix, watched_matrices
+from offprincipal.training.monitor.monitored_base import MonitoredBase
 from offprincipal.training.monitor.table import MonitorTable, Row, pooled
 from offprincipal.training.monitor.verdicts import parse_watch
-from offprincipal.training.monitor.walk import BUCKETS, Walk, sketch_of
+from offprincipal.training.monitor.walk import BUCKETS, SketchedWalk, sketch_of
 from offprincipal.training.processes import in_main, is_main
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ class Monitor:
         self._cadence = Cadence(self._every, self._cadence.budget)
         self._matrices: list[WatchedMatrix] = []
         self._base = Remembered()
-        self._bases: dict[str, BaseMatrix] = {}
-        self._sequences: Sequences | None = None
+        self._bases: dict[str, MonitoredBase] = {}
+        self._sequences: PaddedSequences | None = None
         self._before: Tensor | None = None
         self._due = False
         self._setup_seconds = self._since = 0.0
@@ -240,21 +240,21 @@ class Monitor:
         else:
             in_main(lambda: self._base.write(self.out))
 
-    def _recall(self, step: int) -> Sequences | None:
+    def _recall(self, step: int) -> PaddedSequences | None:
         self._base = remembered(self.out, [matrix.name for matrix in self._matrices])
         self._open_table(step)
         return self._base.sequences
 
     def _open_table(self, after_step: int) -> None:
         self._table = MonitorTable(self.out, after_step)
-        self._walk = Walk(self.out, after_step)
+        self._walk = SketchedWalk(self.out, after_step)
 
     def _decompose(self) -> None:
         for matrix in self._matrices:
             weight = self._base.weights[matrix.name].to(matrix.parameter.device)
             self._base.weights[matrix.name] = weight
             try:
-                self._bases[matrix.name] = BaseMatrix(matrix.name, weight, self._rank_fraction)
+                self._bases[matrix.name] = MonitoredBase(matrix.name, weight, self._rank_fraction)
             except NonFiniteTensor as error:
                 raise NonFiniteTensor(f"{matrix.name}: {error}") from error
         began = time.perf_counter()

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from offprincipal.errors import FileError
 from offprincipal.files import write_atomically
 from offprincipal.measures.pooling import pool_run
-from offprincipal.training.monitor.figures import COLUMNS
+from offprincipal.training.monitor.monitored_base import COLUMNS
 from offprincipal.training.monitor.walk import COLUMNS as WALK
 
 NAME = "monitor.parquet"

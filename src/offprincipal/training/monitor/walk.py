@@ -59,7 +59,7 @@ def sketch_of(name: str, displacement: Floats) -> NDArray[np.float64]:
     return found
 
 
-class Walk:
+class SketchedWalk:
     """The sketches so far, in memory and in a file.
 
     Args:

@@ -14,11 +14,11 @@ from offprincipal.tasks import open_task
 from offprincipal.tasks.prompting import prompting
 from offprincipal.training.progress import ShowProgress, silent
 from offprincipal.training.recipes import distillation, online, preference, supervised
-from offprincipal.training.recipes.run import Run, shared_arguments
+from offprincipal.training.recipes.run import RecipeRun, shared_arguments
 from offprincipal.training.settings import TrainSettings
-from offprincipal.training.trained import Opened
+from offprincipal.training.trained import RunModels
 
-_BUILDERS: dict[Recipe, Callable[[Run], Any]] = {
+_BUILDERS: dict[Recipe, Callable[[RecipeRun], Any]] = {
     "grpo": online.grpo,
     "dr_grpo": online.dr_grpo,
     "rloo": online.rloo,
@@ -32,7 +32,7 @@ _BUILDERS: dict[Recipe, Callable[[Run], Any]] = {
 
 def build_trainer(
     settings: TrainSettings,
-    opened: Opened,
+    opened: RunModels,
     checkpoints: Path,
     callbacks: Sequence[Any],
     show: ShowProgress = silent,
@@ -53,7 +53,7 @@ def build_trainer(
         TrainingError: a logger of `report_to` is not installed, or the base's completions are all alike to a verifier.
     """
     _require_loggers(settings)
-    run = Run(
+    run = RecipeRun(
         settings,
         opened.base,
         opened.teacher,

@@ -5,10 +5,10 @@ from typing import Any
 
 from offprincipal.errors import TrainingError
 from offprincipal.models import LanguageModel
-from offprincipal.training.recipes.run import Run, dataset
+from offprincipal.training.recipes.run import RecipeRun, dataset
 
 
-def distill(run: Run) -> Any:
+def distill(run: RecipeRun) -> Any:
     """Reverse KL(student‖teacher) of every token, exact, at the sampling temperature (arXiv 2306.13649)."""
     trl: Any = importlib.import_module("trl")
     teacher = run.teacher

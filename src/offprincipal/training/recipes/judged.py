@@ -22,7 +22,7 @@ from offprincipal.models.quiet import quiet_libraries
 from offprincipal.tasks import Problem, Task, problems
 from offprincipal.training.processes import in_main
 from offprincipal.training.progress import StepReport
-from offprincipal.training.recipes.run import Run
+from offprincipal.training.recipes.run import RecipeRun
 
 KEPT = "judged.parquet"
 _PROMPTS_AT_ONCE = 64
@@ -41,7 +41,9 @@ class _Answered:
     verdicts: list[bool]
 
 
-def kept_or_sampled(run: Run, base: LanguageModel, sample: Callable[[Run, LanguageModel], Columns]) -> Columns:
+def kept_or_sampled(
+    run: RecipeRun, base: LanguageModel, sample: Callable[[RecipeRun, LanguageModel], Columns]
+) -> Columns:
     """What an earlier sitting of the run sampled, or what is sampled and kept now.
 
     Raises:
@@ -67,7 +69,7 @@ def kept_or_sampled(run: Run, base: LanguageModel, sample: Callable[[Run, Langua
     return in_main(kept_or_new)
 
 
-def sampled_pairs(run: Run, base: LanguageModel) -> Columns:
+def sampled_pairs(run: RecipeRun, base: LanguageModel) -> Columns:
     """A verified and a failed completion for each of steps · batch prompts, the first of either kind.
 
     Prompts without both are passed over, and others are drawn in their place.
@@ -100,7 +102,7 @@ def sampled_pairs(run: Run, base: LanguageModel) -> Columns:
     )
 
 
-def sampled_examples(run: Run, base: LanguageModel) -> Columns:
+def sampled_examples(run: RecipeRun, base: LanguageModel) -> Columns:
     """steps · batch completions, rollouts_per_prompt of each prompt, with their verdicts.
 
     Returns:
@@ -126,7 +128,7 @@ def sampled_examples(run: Run, base: LanguageModel) -> Columns:
     return columns
 
 
-def _answered(run: Run, base: LanguageModel) -> Iterator[_Answered]:
+def _answered(run: RecipeRun, base: LanguageModel) -> Iterator[_Answered]:
     """Training prompts without end, the tasks in turn, each with its sampled completions."""
     settings = run.settings
     stream = _endless(run.tasks, settings.seed)
@@ -152,7 +154,7 @@ def _endless(tasks: Mapping[str, Task], seed: int) -> Iterator[Problem]:
     return (next(stream) for stream in streams)
 
 
-def _show(run: Run, found: int) -> None:
+def _show(run: RecipeRun, found: int) -> None:
     run.show(StepReport("sampling preferences", found // run.settings.batch, run.settings.steps, "loss"))
 
 

@@ -6,24 +6,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from offprincipal.errors import TrainingError
-from offprincipal.training.recipes.run import Run, dataset
+from offprincipal.training.recipes.run import RecipeRun, dataset
 
 RIGHT, WRONG = 1.0, -1.0
 
 
-def grpo(run: Run) -> Any:
+def grpo(run: RecipeRun) -> Any:
     """DAPO's token-level loss (arXiv 2503.14476); advantages are in standard deviations of the prompt's rewards."""
     trl: Any = importlib.import_module("trl")
     return _trainer(run, trl.GRPOTrainer, trl.GRPOConfig, loss_type="dapo")
 
 
-def dr_grpo(run: Run) -> Any:
+def dr_grpo(run: RecipeRun) -> Any:
     """Dr. GRPO (arXiv 2503.20783): token losses are summed over a constant length, and advantages are not scaled."""
     trl: Any = importlib.import_module("trl")
     return _trainer(run, trl.GRPOTrainer, trl.GRPOConfig, loss_type="dr_grpo", scale_rewards="none")
 
 
-def rloo(run: Run) -> Any:
+def rloo(run: RecipeRun) -> Any:
     """REINFORCE leave-one-out (arXiv 2402.14740): the baseline is the mean reward of the prompt's other completions."""
     trl: Any = importlib.import_module("trl")
     trainer = _trainer(run, trl.RLOOTrainer, trl.RLOOConfig)
@@ -32,7 +32,7 @@ def rloo(run: Run) -> Any:
     return trainer
 
 
-def _trainer(run: Run, trainer: Any, configuration: Any, **loss: Any) -> Any:
+def _trainer(run: RecipeRun, trainer: Any, configuration: Any, **loss: Any) -> Any:
     run.require_room(run.language_model)
     settings = run.settings
     if settings.vllm is not None:
@@ -52,7 +52,7 @@ def _trainer(run: Run, trainer: Any, configuration: Any, **loss: Any) -> Any:
     return trainer(**run.trainer, reward_funcs=_verifier(run), args=arguments, train_dataset=data)
 
 
-def _verifier(run: Run) -> Callable[..., list[float]]:
+def _verifier(run: RecipeRun) -> Callable[..., list[float]]:
     """The reward: +1 for a verified completion and -1 for any other."""
     prompting, problems = run.prompting, run.problems
 

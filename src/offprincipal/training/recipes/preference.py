@@ -11,10 +11,10 @@ from typing import Any
 
 from offprincipal.models import LanguageModel, open_language_model
 from offprincipal.training.recipes.judged import Columns, kept_or_sampled, sampled_examples, sampled_pairs
-from offprincipal.training.recipes.run import Run, dataset
+from offprincipal.training.recipes.run import RecipeRun, dataset
 
 
-def dpo(run: Run) -> Any:
+def dpo(run: RecipeRun) -> Any:
     """Direct preference optimization (arXiv 2305.18290), the sigmoid loss, on pairs of one prompt."""
     trl: Any = importlib.import_module("trl")
     reference = _reference(run)
@@ -25,7 +25,7 @@ def dpo(run: Run) -> Any:
     )
 
 
-def kto(run: Run) -> Any:
+def kto(run: RecipeRun) -> Any:
     """Kahneman-Tversky optimization (arXiv 2402.01306): each completion against a reference point that all share.
 
     The reference point is a KL that TRL estimates within a micro-batch, on prompts with the completion of the example
@@ -43,14 +43,14 @@ def kto(run: Run) -> Any:
     )
 
 
-def _reference(run: Run) -> LanguageModel:
+def _reference(run: RecipeRun) -> LanguageModel:
     settings = run.settings
     reference = open_language_model(settings.model, settings.device, settings.trust_remote_code)
     reference.model.requires_grad_(False)
     return replace(reference, stops=run.prompting.stop_ids)
 
 
-def _beta(run: Run) -> dict[str, float]:
+def _beta(run: RecipeRun) -> dict[str, float]:
     return {} if run.settings.beta is None else {"beta": run.settings.beta}
 
 

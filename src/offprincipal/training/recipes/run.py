@@ -52,7 +52,7 @@ DECIDED = {
 
 
 @dataclass(frozen=True)
-class Run:
+class RecipeRun:
     """What every recipe starts from.
 
     Args:

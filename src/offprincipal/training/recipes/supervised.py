@@ -6,22 +6,22 @@ from typing import Any
 
 from offprincipal.errors import TaskError
 from offprincipal.tasks import Problem, Task
-from offprincipal.training.recipes.run import Run, dataset
+from offprincipal.training.recipes.run import RecipeRun, dataset
 
 _IGNORED = -100
 
 
-def sft_teacher(run: Run) -> Any:
+def sft_teacher(run: RecipeRun) -> Any:
     """The tasks' traces in a teacher's format."""
     return _trainer(run, lambda task, problem: task.teacher_trace(problem))
 
 
-def sft_own(run: Run) -> Any:
+def sft_own(run: RecipeRun) -> Any:
     """The tasks' reference answers."""
     return _trainer(run, _own_answer)
 
 
-def _trainer(run: Run, learn: Callable[[Task, Problem], str]) -> Any:
+def _trainer(run: RecipeRun, learn: Callable[[Task, Problem], str]) -> Any:
     """Cross-entropy on the completion alone, end of sequence included; the prompt is tokenized as for sampling."""
     trl: Any = importlib.import_module("trl")
     learned = [run.prompting.completion(learn(run.tasks[p.task], p)) for p in run.problems]

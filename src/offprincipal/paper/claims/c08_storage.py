@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable, Mapping
 
-from offprincipal.gates.precision import Null, location, unchanged
+from offprincipal.gates.precision_gate import Null, location, unchanged
 from offprincipal.measures.pooling import Estimate
-from offprincipal.studies.claims.evidence import Evidence, Row
-from offprincipal.studies.claims.registry import claim
-from offprincipal.studies.claims.rules import (
-    Condition,
+from offprincipal.paper.claims.evidence import Evidence, Row
+from offprincipal.paper.claims.registry import claim
+from offprincipal.paper.claims.rules import (
+    ClaimPart,
     Judgement,
     controlled_with,
     differences,
@@ -40,7 +40,7 @@ def precision(evidence: Evidence) -> tuple[Judgement, Judgement]:
     sweep = {run: by_run[run] for run in evidence.rl if run in by_run}
     kept = {cell: _of(sweep, cell, unchanged) for cell in (_STORED, _WHOLE, _LONG)}
     gone = [
-        Condition(
+        ClaimPart(
             f"sparsity goes {words}",
             judge_difference(
                 over_units(differences(kept[_STORED], kept[cell])),
@@ -59,7 +59,7 @@ def precision(evidence: Evidence) -> tuple[Judgement, Judgement]:
     return published_with(published, [*gone, stays]), controlled_with(controlled, [*gone, beyond])
 
 
-def _bias(sweep: Sweep, null: Null, words: str, said: str) -> tuple[Judgement, Condition]:
+def _bias(sweep: Sweep, null: Null, words: str, said: str) -> tuple[Judgement, ClaimPart]:
     """The bias that a longer step leaves, and as a condition that of float32, where nothing is rounded at all."""
     whole = _of(sweep, _WHOLE, lambda rows: location(rows, "principal", "distance", "random"))
     stays = judge_difference(
@@ -73,7 +73,7 @@ def _bias(sweep: Sweep, null: Null, words: str, said: str) -> tuple[Judgement, C
         measure=f"share of the changed weights in the principal mask minus {words}, {_LONG_WORDS}",
         sentence=f"{said} Points on principal weights beyond {words}: {_listed(sweep, null)}.".strip(),
     )
-    return headline, Condition("the bias stays in float32, where every entry moves", stays)
+    return headline, ClaimPart("the bias stays in float32, where every entry moves", stays)
 
 
 def _listed(sweep: Sweep, null: Null) -> str:

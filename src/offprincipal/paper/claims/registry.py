@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from offprincipal.studies.claims.evidence import Evidence
-from offprincipal.studies.claims.rules import Judgement
+from offprincipal.paper.claims.evidence import Evidence
+from offprincipal.paper.claims.rules import Judgement
 
 
 @dataclass(frozen=True)

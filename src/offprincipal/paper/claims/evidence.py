@@ -12,19 +12,23 @@ from offprincipal.errors import StudyError
 from offprincipal.files import read_json
 from offprincipal.measures.columns import RUNGS
 from offprincipal.measures.pooling import STEPS, anatomy, jaccard_estimate, pool_column
-from offprincipal.studies.claims.rules import differences, over_units, ratios
-from offprincipal.studies.claims.units import Effect, TwoSamples
+from offprincipal.paper.claims.rules import differences, over_units, ratios
+from offprincipal.paper.claims.units import Effect, TwoSamples
+from offprincipal.studies.experiments import AGREEMENT, GATES, PRECISION
+from offprincipal.studies.fine_tuning import CURVES_TABLE, OUTCOMES_TABLE
+from offprincipal.studies.trajectories import TABLE as TRAJECTORIES
+from offprincipal.training.monitor.table import NAME as MONITOR
 
 SOURCES = {
-    "agreement": "agreement.parquet",
-    "precision": "precision.parquet",
+    "agreement": AGREEMENT,
+    "precision": PRECISION,
     "bounds": "matrices.parquet",
-    "gates": "gates.json",
-    "watched_rl": "monitor.parquet",
-    "watched_sft": "monitor.parquet",
-    "outcomes": "outcomes.parquet",
-    "kl_curves": "kl_curves.parquet",
-    "trajectories": "trajectories.parquet",
+    "gates": GATES,
+    "watched_rl": MONITOR,
+    "watched_sft": MONITOR,
+    "outcomes": OUTCOMES_TABLE,
+    "kl_curves": CURVES_TABLE,
+    "trajectories": TRAJECTORIES,
 }
 
 Row = dict[str, Any]

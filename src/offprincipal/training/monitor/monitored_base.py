@@ -41,7 +41,7 @@ _WATCHED = frozenset(column.name for column in COLUMNS)
 _METRICS = tuple(metric for metric in METRICS if any(column.name in _WATCHED for column in metric.columns))
 
 
-class BaseMatrix:
+class MonitoredBase:
     """One matrix before training, decomposed.
 
     Args:

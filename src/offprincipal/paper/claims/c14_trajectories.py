@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from offprincipal.studies.claims.evidence import Evidence, Row
-from offprincipal.studies.claims.registry import claim
-from offprincipal.studies.claims.rules import (
-    Condition,
+from offprincipal.paper.claims.evidence import Evidence, Row
+from offprincipal.paper.claims.registry import claim
+from offprincipal.paper.claims.rules import (
+    ClaimPart,
     Judgement,
     by_run,
     controlled_with,
@@ -47,7 +47,7 @@ def _published(evidence: Evidence) -> Judgement:
             f"{by_run(line, '{:.1%}')}; of the walk, {by_run(_of(rows, 'linearity_r2_random_walk_null'), '{:.1%}')}."
         ),
     )
-    return published_with(headline, [Condition("a line in the step explains most of them", linear)])
+    return published_with(headline, [ClaimPart("a line in the step explains most of them", linear)])
 
 
 def _controlled(evidence: Evidence) -> Judgement:
@@ -58,7 +58,7 @@ def _controlled(evidence: Evidence) -> Judgement:
         for name in ("rank1_share", "linearity_r2")
     }
     conditions = [
-        Condition(
+        ClaimPart(
             words,
             judge_difference(over_units(beyond_walk[name]), measure=f"{measure}, minus that of the random walk"),
         )

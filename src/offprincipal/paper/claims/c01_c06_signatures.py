@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from offprincipal.studies.claims.evidence import Evidence
-from offprincipal.studies.claims.registry import claim
-from offprincipal.studies.claims.rules import (
-    Condition,
+from offprincipal.paper.claims.evidence import Evidence
+from offprincipal.paper.claims.registry import claim
+from offprincipal.paper.claims.rules import (
+    ClaimPart,
     Judgement,
     by_run,
     controlled_with,
@@ -20,7 +20,7 @@ from offprincipal.studies.claims.rules import (
     published_with,
     ratios,
 )
-from offprincipal.studies.claims.units import over_runs_of_pairs
+from offprincipal.paper.claims.units import over_runs_of_pairs
 
 Values = Mapping[str, float | None]
 _SCALED = "the run's own steps, dealt out blindly with the lengths of its rows and columns"
@@ -173,7 +173,7 @@ def _judge_overlap(evidence: Evidence, mask: str, expected_sign: int) -> tuple[J
 
 def _beyond(
     evidence: Evidence, mask: str, expected_sign: int, null: str, what: str
-) -> tuple[Judgement, list[Condition]]:
+) -> tuple[Judgement, list[ClaimPart]]:
     """How far a mask's share of the changes lies beyond a null, and whether it does so more than in SFT."""
     name, words, runs = f"{mask}_overlap", mask.replace("_", "-"), (*evidence.rl, *evidence.against)
     overlap, expected = evidence.beside(runs, name, f"{name}_{null}")
@@ -192,7 +192,7 @@ def _beyond(
     more = judge_difference(
         evidence.contrasted(beyond), expected_sign, measure=f"the same of RLVR minus SFT, each minus {what}"
     )
-    return headline, [Condition("it is more so than in SFT", more)]
+    return headline, [ClaimPart("it is more so than in SFT", more)]
 
 
 def _judge_against_stored(

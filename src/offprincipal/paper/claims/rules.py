@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from offprincipal.studies.claims.units import Effect, OverUnits
+from offprincipal.paper.claims.units import Effect, OverUnits
 
 Verdict = Literal["supported", "contradicted", "no effect beyond the control", "inconclusive"]
 
@@ -41,7 +41,7 @@ class Judgement:
 
 
 @dataclass(frozen=True)
-class Condition:
+class ClaimPart:
     """A part of a claim beside its headline: in words, as judged by its own rule, and the verdict that it wants."""
 
     words: str
@@ -49,7 +49,7 @@ class Condition:
     wanted: tuple[Verdict, ...] = ("supported",)
 
 
-def published_with(headline: Judgement, conditions: Sequence[Condition]) -> Judgement:
+def published_with(headline: Judgement, conditions: Sequence[ClaimPart]) -> Judgement:
     """A claim of several parts, as published: every part has to come out as it says.
 
     Returns:
@@ -59,7 +59,7 @@ def published_with(headline: Judgement, conditions: Sequence[Condition]) -> Judg
     return _combined(headline, conditions)
 
 
-def controlled_with(headline: Judgement, conditions: Sequence[Condition]) -> Judgement:
+def controlled_with(headline: Judgement, conditions: Sequence[ClaimPart]) -> Judgement:
     """A claim of several parts, with its control: the headline decides, but is `supported` only if the others hold.
 
     A condition that wants an effect, and finds none beyond the margin, leaves none.
@@ -87,9 +87,9 @@ def decided_alike(headline: Judgement, stricter: Judgement) -> Judgement:
     return replace(stricter, verdict=verdict, rule=rule, sentence=headline.sentence)
 
 
-def _combined(headline: Judgement, conditions: Sequence[Condition]) -> Judgement:
+def _combined(headline: Judgement, conditions: Sequence[ClaimPart]) -> Judgement:
     found = _with_rule(headline, conditions)
-    parts = [Condition("", headline), *conditions]
+    parts = [ClaimPart("", headline), *conditions]
     missed, undecided = filter(_missed, parts), (c for c in parts if c.judgement.verdict == "inconclusive")
     decided = next(missed, None) or next(undecided, None)
     if decided is None:
@@ -114,12 +114,12 @@ def _combined(headline: Judgement, conditions: Sequence[Condition]) -> Judgement
     )
 
 
-def _missed(condition: Condition) -> bool:
+def _missed(condition: ClaimPart) -> bool:
     """Whether a part is decided, and not as it was claimed."""
     return condition.judgement.verdict not in (*condition.wanted, "inconclusive")
 
 
-def _with_rule(headline: Judgement, conditions: Sequence[Condition]) -> Judgement:
+def _with_rule(headline: Judgement, conditions: Sequence[ClaimPart]) -> Judgement:
     also = "; ".join(f"{c.words} ({c.judgement.measure}: {' or '.join(c.wanted)} by its own rule)" for c in conditions)
     return replace(headline, rule=f"{headline.rule}. Supported only if also {also}") if conditions else headline
 

@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from offprincipal.studies.claims import signatures
-from offprincipal.studies.claims.evidence import Evidence
-from offprincipal.studies.claims.registry import claim
-from offprincipal.studies.claims.rules import (
-    Condition,
+from offprincipal.paper.claims import c01_c06_signatures as signatures
+from offprincipal.paper.claims.evidence import Evidence
+from offprincipal.paper.claims.registry import claim
+from offprincipal.paper.claims.rules import (
+    ClaimPart,
     Judgement,
     controlled_with,
     published_with,
@@ -33,8 +33,8 @@ def beyond_rlvr(evidence: Evidence) -> tuple[Judgement, Judgement]:
     parts = [(words, rule(evidence)) for words, rule in _PARTS]
     published, controlled = signatures.off_principal(evidence)
     found = (
-        published_with(published, [Condition(words, judged[0]) for words, judged in parts]),
-        controlled_with(controlled, [Condition(words, judged[1]) for words, judged in parts]),
+        published_with(published, [ClaimPart(words, judged[0]) for words, judged in parts]),
+        controlled_with(controlled, [ClaimPart(words, judged[1]) for words, judged in parts]),
     )
     return _named(found[0], evidence), _named(found[1], evidence)
 

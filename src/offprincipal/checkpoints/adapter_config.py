@@ -28,7 +28,7 @@ _MOST_REPEATS, _MOST_OPTIONS = 3, 4  # with these a name of 250 characters takes
 _MOST_PATTERNS = 1000
 
 
-class AdapterSettings(BaseModel):
+class AdapterConfig(BaseModel):
     """The fields that decide an adapter's update; the others are about its training."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
@@ -81,7 +81,7 @@ class AdapterSettings(BaseModel):
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
-def read_settings(folder: Path) -> AdapterSettings:
+def read_settings(folder: Path) -> AdapterConfig:
     """The settings of the adapter in a folder.
 
     Raises:
@@ -95,7 +95,7 @@ def read_settings(folder: Path) -> AdapterSettings:
     if kind == "ADALORA":  # its pattern is of the triplets that are left, which the file has alone
         content = {key: value for key, value in content.items() if key != "rank_pattern"}
     try:
-        settings = AdapterSettings.model_validate(content)
+        settings = AdapterConfig.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))

@@ -24,8 +24,8 @@ from offprincipal.measures.columns import METRICS
 from offprincipal.measures.pair import BaseMatrix, MatrixPair
 from offprincipal.measures.settings import MatrixSettings
 from offprincipal.measures.spectral import ANGLES
-from offprincipal.studies.claims.evidence import Evidence, Row
-from offprincipal.studies.claims.registry import CLAIMS
+from offprincipal.paper.claims.evidence import Evidence, Row
+from offprincipal.paper.claims.registry import CLAIMS
 
 Counts = dict[str, int]
 Progress = Callable[[int, int], None]

@@ -16,11 +16,11 @@ from offprincipal.outcomes.sweeps import (
     stable_run,
     sweeps_of,
 )
-from offprincipal.studies.claims.evidence import Evidence, Row
-from offprincipal.studies.claims.registry import claim
-from offprincipal.studies.claims.rules import (
+from offprincipal.paper.claims.evidence import Evidence, Row
+from offprincipal.paper.claims.registry import claim
+from offprincipal.paper.claims.rules import (
     SHARE_MARGIN,
-    Condition,
+    ClaimPart,
     Judgement,
     controlled_with,
     judge_at_most,
@@ -29,7 +29,7 @@ from offprincipal.studies.claims.rules import (
     nothing,
     published_with,
 )
-from offprincipal.studies.claims.units import OverUnits
+from offprincipal.paper.claims.units import OverUnits
 
 PLAIN, PRINCIPAL = "lora", "pissa"
 _MATCHES = (("update_norm", "update norm"), ("kl_to_base", "KL to the base"))
@@ -66,7 +66,7 @@ def _published(plain: Sweeps, principal: Sweeps, said: str) -> Judgement:
         sentence=said,
     )
     ends = [(open_end(plain[pair]), open_end(principal[pair])) for pair in pairs]
-    return published_with(_within_bounds(headline, ends), [Condition("PiSSA gains nothing", gains_nothing)])
+    return published_with(_within_bounds(headline, ends), [ClaimPart("PiSSA gains nothing", gains_nothing)])
 
 
 def _within_bounds(headline: Judgement, ends: Sequence[tuple[str | None, str | None]]) -> Judgement:
@@ -95,7 +95,7 @@ def _controlled(rows: Sequence[Row]) -> Judgement:
     judged = [_at_equal(rows, by, words) for by, words in _MATCHES]
     said = " ".join(judgement.sentence for judgement in judged)
     headline, also = judged
-    found = controlled_with(headline, [Condition("it is so at equal KL too", also)])
+    found = controlled_with(headline, [ClaimPart("it is so at equal KL too", also)])
     return replace(found, sentence=said)
 
 

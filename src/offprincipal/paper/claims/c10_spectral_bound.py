@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from offprincipal.measures.pooling import pool_column
-from offprincipal.studies.claims.evidence import Evidence, Row
-from offprincipal.studies.claims.registry import claim
-from offprincipal.studies.claims.rules import Judgement, judge_at_most, judge_ratio, mean, nothing, over_units
+from offprincipal.paper.claims.evidence import Evidence, Row
+from offprincipal.paper.claims.registry import claim
+from offprincipal.paper.claims.rules import Judgement, judge_at_most, judge_ratio, mean, nothing, over_units
 
 BOUNDS = ("weyl", "mirsky", "ky_fan", "wedin")
 SLACK = 1e-3  # of a bound, for what rounding and the error bound of an approximation may add

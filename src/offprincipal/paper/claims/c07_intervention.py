@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from offprincipal.measures.pooling import jaccard_estimate
-from offprincipal.studies.claims.evidence import Evidence, Row
-from offprincipal.studies.claims.registry import claim
-from offprincipal.studies.claims.rules import (
-    Condition,
+from offprincipal.paper.claims.evidence import Evidence, Row
+from offprincipal.paper.claims.registry import claim
+from offprincipal.paper.claims.rules import (
+    ClaimPart,
     Judgement,
     controlled_with,
     differences,
@@ -17,9 +17,9 @@ from offprincipal.studies.claims.rules import (
     over_units,
     published_with,
 )
+from offprincipal.studies.experiments import AS_TRAINED, UNDONE
 
 _UNITS = "interventions, each with runs of its own"
-AS_TRAINED, UNDONE = "as trained", "undone"
 
 Null = Literal["random", "spacing_null"]
 _WORDS = {"random": "random locations", "spacing_null": "the spacing null"}
@@ -49,7 +49,7 @@ def causal(evidence: Evidence) -> tuple[Judgement, Judgement]:
 
 def _fall(
     touched: Sequence[Row], untouched: Sequence[Row], null: Null, said: str
-) -> tuple[Judgement, tuple[Condition, Condition]]:
+) -> tuple[Judgement, tuple[ClaimPart, ClaimPart]]:
     """By how much the agreement beyond a null is smaller where the coordinates changed, and what else has to hold."""
     left, kept = (_beyond(rows, null) for rows in (touched, untouched))
     fell = differences(kept, {run: left.get(run) for run in kept})
@@ -65,8 +65,8 @@ def _fall(
         sentence=said,
     )
     return headline, (
-        Condition("the agreement stays elsewhere", stays),
-        Condition("none is left where the coordinates changed", gone, wanted=("no effect beyond the control",)),
+        ClaimPart("the agreement stays elsewhere", stays),
+        ClaimPart("none is left where the coordinates changed", gone, wanted=("no effect beyond the control",)),
     )
 
 

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from offprincipal.studies.claims.evidence import Evidence, Row
-from offprincipal.studies.claims.registry import claim
-from offprincipal.studies.claims.rules import (
+from offprincipal.paper.claims.evidence import Evidence, Row
+from offprincipal.paper.claims.registry import claim
+from offprincipal.paper.claims.rules import (
     RATIO_MARGIN,
     SHARE_MARGIN,
-    Condition,
+    ClaimPart,
     Judgement,
     by_run,
     controlled_with,
@@ -22,7 +22,7 @@ from offprincipal.studies.claims.rules import (
     over_units,
     published_with,
 )
-from offprincipal.studies.claims.units import TwoSamples
+from offprincipal.paper.claims.units import TwoSamples
 
 Runs = Mapping[str, list[Row]]
 
@@ -53,17 +53,17 @@ def _published(rl: Runs, gates: Mapping[str, Any]) -> Judgement:
     used = {run: entry["norm_bound"]["tightness"] for run, entry in gates.items()}
     known = {run: value for run, value in used.items() if value is not None}
     conditions = [
-        Condition(
+        ClaimPart(
             "each step's KL is small",
             judge_difference(
                 over_units(steps), measure=f"nats a token and step, no effect being less than {SHARE_MARGIN:g}"
             ),
             wanted=("no effect beyond the control",),
         ),
-        Condition(
+        ClaimPart(
             "each step's KL is more than none", judge_positive(over_units(steps), measure="nats a token and step")
         ),
-        Condition(
+        ClaimPart(
             "the norm bound holds",
             judge_at_most(
                 max(known.values(), default=None), RATIO_MARGIN, measure="Fisher norm of the update over √(2K)"
@@ -111,7 +111,7 @@ def _controlled(rl: Runs, sft: Runs, ground: Mapping[str, Mapping[str, float]]) 
             f"prompts: {on_base}."
         ),
     )
-    return controlled_with(headline, [Condition("it is so where both are measured on the same tokens", alike)])
+    return controlled_with(headline, [ClaimPart("it is so where both are measured on the same tokens", alike)])
 
 
 def _known(rows: Sequence[Row], column: str) -> list[float]:

@@ -15,11 +15,11 @@ from offprincipal.outcomes.curves import (
     mask_words,
     runs_by_mask,
 )
-from offprincipal.studies.claims.evidence import Evidence
-from offprincipal.studies.claims.registry import claim
-from offprincipal.studies.claims.rules import (
+from offprincipal.paper.claims.evidence import Evidence
+from offprincipal.paper.claims.registry import claim
+from offprincipal.paper.claims.rules import (
     RATIO_MARGIN,
-    Condition,
+    ClaimPart,
     Judgement,
     controlled_with,
     judge_at_most,
@@ -28,7 +28,7 @@ from offprincipal.studies.claims.rules import (
     nothing,
     published_with,
 )
-from offprincipal.studies.claims.units import OverUnits
+from offprincipal.paper.claims.units import OverUnits
 
 TRACKS = RATIO_MARGIN - 1  # of the full run's own divergence: a curve no further off than this follows it
 
@@ -60,7 +60,7 @@ def _published(
 ) -> Judgement:
     safe, principal, projections = areas.get(PUBLISHED, {}), areas["principal", density], areas.get(PROJECTIONS, {})
     conditions = [
-        Condition(
+        ClaimPart(
             f"the safe curve is within {TRACKS:g} of the full one, beyond what freezing all but projections costs",
             judge_at_most(
                 fmean(safe[seed] - projections.get(seed, 0.0) for seed in safe) if safe else None,
@@ -69,7 +69,7 @@ def _published(
                 "seeds",
             ),
         ),
-        Condition(
+        ClaimPart(
             "principal weights end less accurate",
             judge_difference(
                 _difference(runs.get(PUBLISHED, {}), runs["principal", density]),
@@ -97,7 +97,7 @@ def _controlled(areas: Mapping[Masked, Mapping[int, float]], density: float) -> 
         measure=f"distance from the full run's KL curve: principal weights over the safe mask, both at {density:g}",
         sentence=f"A random mask is {shown:.2f} times as far from the full curve as the safe one." if shown else "",
     )
-    return controlled_with(headline, [Condition("the safe mask is nearer than a random one", beyond_chance)])
+    return controlled_with(headline, [ClaimPart("the safe mask is nearer than a random one", beyond_chance)])
 
 
 def _ratio(above: Mapping[int, float], below: Mapping[int, float]) -> OverUnits:
