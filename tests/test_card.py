@@ -104,7 +104,9 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def do_GET(self) -> None:
-        if self.path.endswith("/README.md"):
+        if self.path.endswith("/README.md") and not self.card:
+            self.answer(b"{}", 404, X_Error_Code="EntryNotFound")
+        elif self.path.endswith("/README.md"):
             self.answer(self.card.encode(), ETag='"1"', X_Repo_Commit="a" * 40)
         else:
             self.answer(b"{}", 404, X_Error_Code="RepoNotFound")
@@ -175,6 +177,44 @@ def test_it_is_opened_as_a_pull_request_on_the_card_that_is_there(
     assert set(files) == {README, FIGURE, PAIRS}
     assert "# My model" in files[README].decode() and "license: apache-2.0" in files[README].decode()
     assert files[PAIRS] == (tmp_path / "card" / PAIRS).read_bytes()
+
+
+def test_a_card_that_cannot_be_fetched_is_not_replaced_by_none(
+    comparison: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub drops out between the card and the commit: what answers then must not get a card without the old one."""
+    silent = ThreadingHTTPServer(("127.0.0.1", 0), Hub)  # bound, so that nobody else is there, and answers nothing
+    address = f"http://127.0.0.1:{silent.server_address[1]}"
+    silent.server_close()
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    code = (
+        "import sys, huggingface_hub as hub; from pathlib import Path; from offprincipal.cli import main\n"
+        "made = sys.argv.pop(); hub.HfApi.create_commit = lambda *a, **k: Path(made).touch()\n"  # the Hub, back again
+        "main()"
+    )
+    made = tmp_path / "committed"
+    command = [sys.executable, "-c", code, "card", str(comparison), "--push", "org/model", "-o", str(tmp_path / "card")]
+    environment = os.environ | {"HF_TOKEN": "hf_test", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([*command, str(made)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "cannot open a pull request for org/model" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not made.exists()
+
+
+def test_a_card_of_another_model_in_the_folder_is_not_pushed(
+    hub: ThreadingHTTPServer, comparison: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card" / README).write_text("# Of another model\n")
+    Hub.card = ""
+    assert push(hub, comparison, tmp_path, "org/model").returncode == 0
+    assert "Of another model" not in (tmp_path / "card" / README).read_text()
+
+
+def test_the_base_on_the_hub_is_named_in_place_of_a_folder(comparison: Path, tmp_path: Path) -> None:
+    readme = write_card(read_summary(comparison), tmp_path / "card", "org/base").read_text()
+    assert "Measured from `org/base`" in readme and "offprincipal compare org/base" in readme
+    rows = [json.loads(line) for line in (tmp_path / "card" / PAIRS).read_text().splitlines()]
+    assert {row["base"] for row in rows} == {"org/base"}
 
 
 def test_a_model_that_there_is_not_ends_with_exit_code_2_and_the_files_are_kept(

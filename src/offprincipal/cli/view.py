@@ -36,20 +36,25 @@ def show(
 def card(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that `compare` wrote.")],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for README.md, its figure and its data; a README there is kept.")
-    ] = Path("card"),
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder for README.md, its figure and its data; a README there is kept. Default: FOLDER/card.",
+        ),
+    ] = None,
     push: Annotated[
         str | None, typer.Option(metavar="ORG/NAME", help="Open it as a pull request for this model on the Hub.")
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option(metavar="ORG/NAME", help="The base on the Hub, for metadata that name none.")
+        str | None, typer.Option(metavar="ORG/NAME", help="The base on the Hub, named in place of a folder.")
     ] = None,
 ) -> None:
     """Write a model card's section about what training did: table, anatomy, figure, and data of a fixed form."""
     from offprincipal.comparison import read_summary
     from offprincipal.reports.card import push_card, write_card
 
-    summary = read_summary(folder)
+    summary, out = read_summary(folder), out or folder / "card"
     if push is None:
         say(f"section: {write_card(summary, out, base_model)}")
     else:

@@ -30,14 +30,16 @@ _MARKED = re.compile(r"([\\`*_{}\[\]<>|~$&#])")
 _NO_METADATA = "---\n{}\n---\n"
 
 
-def write_card(summary: Mapping[str, Any], out: Path, base_model: str | None = None, existing: str = "") -> Path:
+def write_card(
+    summary: Mapping[str, Any], out: Path, base_model: str | None = None, existing: str | None = None
+) -> Path:
     """Write the section, its figure and its pairs into a folder.
 
     Args:
         summary: `summary.json` of a comparison.
         out: the folder; made if absent. A README.md in it is kept around the section.
-        base_model: the base's id on the Hub, for metadata that name none.
-        existing: the model card to put the section into, in place of one that is in the folder.
+        base_model: the base's id on the Hub, which is named in place of a folder, and in metadata that name none.
+        existing: the model card to put the section into, or "" for none; None for the one that is in the folder.
 
     Returns:
         The README.
@@ -47,10 +49,10 @@ def write_card(summary: Mapping[str, Any], out: Path, base_model: str | None = N
     """
     require_folder(out)
     readme = out / README
-    if not existing and readme.is_file():
-        existing = readme.read_text(encoding="utf-8", errors="replace")
+    if existing is None:
+        existing = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     with damage_reported(out):
-        shared = without_paths(dict(summary))
+        shared = without_paths(dict(summary)) | ({"base": base_model} if base_model else {})
         figure = anatomy_svg(shared)
         texts = {
             README: with_section(existing, section(shared, bool(figure)), base_model),
@@ -81,15 +83,10 @@ def push_card(summary: Mapping[str, Any], repo: str, out: Path, base_model: str 
     Raises:
         FileError: the Hub does not take it, or a file cannot be written.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     try:
-        try:
-            card = ModelCard.load(repo, ignore_metadata_errors=True).content
-        except EntryNotFoundError:
-            card = ""
-        write_card(summary, out, base_model, card)
+        write_card(summary, out, base_model, _card_of(repo))
         files = [name for name in (README, FIGURE, PAIRS) if (out / name).is_file()]
         commit = HfApi().create_commit(
             repo,
@@ -98,13 +95,28 @@ def push_card(summary: Mapping[str, Any], repo: str, out: Path, base_model: str 
             commit_description="Measured with offprincipal, each figure beside the null that would explain it away.",
             create_pr=True,
         )
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except FileError:
+        raise
+    except Exception as error:  # the Hub's own errors, and those of any connection
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FileError(
             f"cannot open a pull request for {repo}: {reason}. The section is in {out}; see that the model exists, and "
             "that `hf auth login` or HF_TOKEN has a token that may write discussions"
         ) from error
     return str(commit.pr_url)
+
+
+def _card_of(repo: str) -> str:
+    """The card of a model on the Hub; "" where the Hub says that it has none, and not where it cannot be asked."""
+    from huggingface_hub import ModelCard
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return str(ModelCard.load(repo, ignore_metadata_errors=True).content)
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        return ""
 
 
 def section(summary: Mapping[str, Any], with_figure: bool) -> str:
