@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoint_folders import base_weights, moved, stored, write_model
+from checkpoint_folders import base_weights, moved, stored, tables_in, write_model
 
 from offprincipal.cli import main
 
@@ -94,16 +94,27 @@ def test_a_long_comparison_prints_a_line_now_and_then_off_a_terminal(
     assert re.search(r"^100% of [\d,]+ parameters after 0:\d\d, 0:00 left; ", slow.err, re.MULTILINE)
 
 
-def test_a_comparison_that_replaces_another_says_so(
+def test_a_comparison_that_would_be_lost_is_not_replaced_unasked(
     pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def said(*runs: str) -> str:
-        assert call(monkeypatch, "compare", *runs, "--no-report", "--metrics", "changes", "--out", str(tmp_path)) == 0
-        return " ".join(capsys.readouterr().out.split())
+    base, tuned = pair
 
-    replaced = f"held another comparison, which this one replaced: {pair[0]} with {pair[1]}"
-    assert "held another" not in said(*pair) and "held another" not in said(*pair)
-    assert replaced in said(pair[1], pair[0])
+    def said(*words: str, code: int = 0) -> str:
+        assert call(monkeypatch, "compare", *words, "--no-report", "--out", str(tmp_path)) == code
+        return " ".join(capsys.readouterr().err.split())
+
+    said(base, tuned, "--metrics", "location")
+    before = tables_in(tmp_path)
+    for words, what in (
+        ((tuned, base, "--metrics", "location"), f"a comparison with {base}"),
+        ((base, base, "--metrics", "location"), f"a comparison of {tuned}, which is not among these runs"),
+        ((base, tuned, "--metrics", "changes"), "a comparison that measured location too"),
+    ):
+        assert f"holds {what}: choose another --out, or replace it with --overwrite" in said(*words, code=2)
+        assert tables_in(tmp_path) == before
+    said(base, tuned, f"again={tuned}", "--metrics", "location")
+    said(base, f"again={tuned}", "--metrics", "changes", "--overwrite")
+    assert len(json.loads((tmp_path / "summary.json").read_text())["runs"]) == 1
 
 
 def test_json_is_the_summary_and_nothing_else(

@@ -95,6 +95,26 @@ def test_one_file_of_torch_is_a_model(name: str, tmp_path: Path) -> None:
             open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "whose"),
+    [
+        ("mp_rank_00", "Megatron's older format"),
+        ("mp_rank_00_001", "Megatron's older format"),
+        ("flax_model.msgpack", "Flax's"),
+        ("flax_model-00001-of-00002.msgpack", "Flax's"),
+        ("tf_model.h5", "TensorFlow's"),
+        ("model.onnx", "ONNX"),
+    ],
+)
+def test_weights_that_are_not_read_are_named(name: str, whose: str, tmp_path: Path) -> None:
+    """A folder of them, and the file itself."""
+    (tmp_path / name).mkdir() if name.startswith("mp_") else (tmp_path / name).write_bytes(b"weights")
+    (tmp_path / "config.json").write_text("{}")
+    for source in (tmp_path, tmp_path / name)[: 1 if name.startswith("mp_") else 2]:
+        with pytest.raises(CheckpointError, match=f"{name} is {whose}"):
+            open_checkpoint(source)
+
+
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "model-Q4.gguf").write_bytes(b"GGUF")
     (tmp_path / "notes.txt").write_text("no")

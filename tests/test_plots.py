@@ -44,6 +44,10 @@ def test_the_parts_of_an_anatomy_add_up_to_what_was_measured(result: Comparison)
 
 def test_points_are_the_figures_of_the_tables(result: Comparison) -> None:
     figure: Any = result.plot.against_null()
+    for null in ("rounding", "rounding_null", "random"):
+        assert result.plot.against_null("principal_overlap", null)
+    with pytest.raises(NothingToDraw, match=r"principal_overlap has no null 'odd': it has .*rounding"):
+        result.plot.against_null("principal_overlap", "odd")
     drawn = sorted(tuple(point) for points in figure.axes[0].collections for point in points.get_offsets().tolist())
     names = ("spectral_shift_stored_null", "spectral_shift")
     assert drawn == sorted(tuple(row[name] for name in names) for row in result.matrices if row["spectral_shift"])

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from checkpoint_folders import base_weights, moved, stored, write_model
 
-from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare, read_table
-from offprincipal.errors import ArgumentError
+import offprincipal
+from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare, read_comparison, read_table
+from offprincipal.errors import ArgumentError, FileError
 
 HOSTILE = "<img src=x>\x1b[31m"
 
@@ -57,6 +58,32 @@ def test_tables_are_those_that_are_written(result: Comparison, tmp_path: Path) -
         assert result.to_polars(name).to_dicts() == result.to_arrow(name).to_pylist()
     with pytest.raises(ArgumentError, match="no table 'matrix': choose of matrices"):
         result.to_arrow("matrix")
+
+
+def test_a_finished_comparison_is_read_back(result: Comparison, tmp_path: Path) -> None:
+    result.write(tmp_path)
+    found = read_comparison(tmp_path)
+    assert found.summary == result.summary and found.matrices == result.to_arrow("matrices").to_pylist()
+    assert found.runs["rl"].unchanged_fraction == result.runs["rl"].unchanged_fraction
+    with pytest.raises(FileError, match="Give a folder that offprincipal wrote"):
+        read_comparison(tmp_path / "nowhere")
+
+
+def test_a_run_that_is_not_there_is_told_by_those_that_are(result: Comparison) -> None:
+    with pytest.raises(ArgumentError, match="no run 'grpo' was compared: there are rl"):
+        result.runs["grpo"]
+    assert "grpo" not in result.runs and dict(result.runs).keys() == result.summary["runs"].keys()
+
+
+def test_groups_may_be_a_text_and_a_mistyped_one_is_told(result: Comparison) -> None:
+    assert CompareSettings(metrics="location,update").metrics == ("changes", "location", "update")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="no metric group 'changed': did you mean changes"):
+        CompareSettings(metrics="changed")  # type: ignore[arg-type]
+
+
+def test_the_package_shows_its_verbs() -> None:
+    assert {"compare", "train", "read_comparison", "Monitor"} <= set(dir(offprincipal))
+    assert "import_module" not in dir(offprincipal)
 
 
 def test_without_polars_it_says_what_else_there_is(result: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from offprincipal.adapters import adapt
-    from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare
+    from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare, read_comparison
     from offprincipal.deltas import apply_delta, make_delta
     from offprincipal.forecast import preflight
     from offprincipal.gates import measure_gates
@@ -32,6 +32,7 @@ _HOMES = {
     "make_delta": "deltas",
     "measure_gates": "gates",
     "preflight": "forecast",
+    "read_comparison": "comparison",
     "TrainSettings": "training",
     "Trajectory": "trajectories",
     "evaluate": "training",
@@ -54,9 +55,14 @@ __all__ = [
     "make_delta",
     "measure_gates",
     "preflight",
+    "read_comparison",
     "train",
     "trajectory",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt(3)
 _KEEP = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}
 _RETURN = {_MMAP_MAX: 65536, _TRIM_THRESHOLD: 64 * 2**20}  # as glibc is after its first large blocks
+_LEAST = 1 << 20  # bytes: below, a unit was forgotten
 _held = 0
 
 
@@ -33,10 +34,10 @@ def parse_size(text: str) -> int:
     >>> parse_size("1.5GB"), parse_size("512 MiB")
     (1610612736, 536870912)
     """
-    found = re.fullmatch(r"\s*([0-9]{1,12}(?:\.[0-9]{1,6})?)\s*([kmgt]?)i?b?\s*", text.lower())
-    size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
-    if size < 1:
-        raise ArgumentError(f"'{text}' is no amount of memory: give one such as 8GB or 512MB")
+    found = re.fullmatch(r"\s*([0-9]{1,12}(?:\.[0-9]{1,6})?)\s*(?:([kmgt])i?)?b?\s*", text.lower())
+    size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
+    if size < _LEAST:  # of a number without its unit, too
+        raise ArgumentError(f"'{text}' is no amount of memory to work in: give one such as 8GB or 512MB")
     return size
 
 

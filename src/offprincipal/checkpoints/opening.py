@@ -1,7 +1,8 @@
 """From a source, as the user names it, to the checkpoint that it is. A new kind of checkpoint is entered here."""
 
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,12 @@ from offprincipal.errors import CheckpointError
 
 _DEEPEST, _MOST_FOLDERS = 3, 2000  # of the folders inside of a run's root that are looked into
 _SHOWN = 8
+_FOREIGN = {
+    "Megatron's older format": re.compile(r"mp_rank_[0-9]+(_[0-9]+)*"),
+    "Flax's": re.compile(r"flax_model.*\.msgpack(\.index\.json)?"),
+    "TensorFlow's": re.compile(r"tf_model.*\.h5(\.index\.json)?|.*\.ckpt\.index|saved_model\.pb"),
+    "ONNX": re.compile(r".*\.onnx"),
+}
 _Opener = Callable[[Path, str, Checkpoint | None], Checkpoint]
 _KINDS: tuple[tuple[Callable[[Path], bool], _Opener], ...] = (
     (
@@ -88,7 +95,10 @@ def _open_folder(folder: Path, source: str, base: Checkpoint | None) -> Checkpoi
     if inside:
         more = f" and {len(inside) - _SHOWN} more" if len(inside) > _SHOWN else ""
         names = ", ".join(str(path.relative_to(folder)) for path, _ in inside[:_SHOWN])
-        raise CheckpointError(f"{folder} holds {len(inside)} models, {names}{more}: name the one that is meant")
+        raise CheckpointError(
+            f"{folder} holds {len(inside)} models, {names}{more}: name the one that is meant, or follow a run's "
+            "checkpoints with `offprincipal trajectory`"
+        )
     raise CheckpointError(f"{folder} is no model{_what_it_holds(folder)}")
 
 
@@ -160,14 +170,19 @@ def _open_file(path: Path, source: str, base: Checkpoint | None) -> Checkpoint:
         return SafetensorsFolder(folder, source, [path])
     if name.endswith((*torch_files.SUFFIXES, *(suffix + INDEX for suffix in torch_files.SUFFIXES))):
         return TorchFolder(folder, source, [path])
+    read = ", ".join((safetensors_folder.SUFFIX, *torch_files.SUFFIXES, gguf_file.SUFFIX, delta.SUFFIX))
     raise CheckpointError(
-        f"{path} is no file of weights: give a .safetensors file, or the folder that holds config.json and the weights"
+        f"{path} is no file of weights{_foreign([name])}: give one of {read}, or the folder that holds config.json and "
+        "the weights"
     )
 
 
 def _what_it_holds(folder: Path) -> str:
     """What to say of a folder that holds no model."""
     names = sorted(path.name for path in folder.glob("*") if is_file(path))
+    foreign = _foreign([path.name for path in folder.glob("*")])
+    if foreign:
+        return f"{foreign}: convert it to a Hugging Face folder with the tools of what wrote it"
     for name in names:
         if name.endswith(gguf_file.SUFFIX):
             return f": it holds {name}, which is to be named itself"
@@ -181,6 +196,15 @@ def _what_it_holds(folder: Path) -> str:
         f": it has neither {safetensors_folder.WEIGHTS} nor {safetensors_folder.INDEX}, nor {torch_files.WEIGHTS}, an "
         "adapter, or a distributed checkpoint, and no folder inside of it has"
     )
+
+
+def _foreign(names: Sequence[str]) -> str:
+    """Whose weights these are, of kinds that are not read; "" of others."""
+    for name in sorted(names):
+        for kind, pattern in _FOREIGN.items():
+            if pattern.fullmatch(name):
+                return f" that is read: {name} is {kind}"
+    return ""
 
 
 def _open_model(source: str) -> Checkpoint:

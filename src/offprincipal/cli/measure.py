@@ -186,6 +186,9 @@ def compare(
     ] = False,
     report: Annotated[bool, typer.Option(help="Write report.html too.", rich_help_panel=SHOWN)] = True,
     report_to: ReportTo = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a comparison of other runs that is in the folder.")
+    ] = False,
 ) -> None:
     """Measure what training did to the weights, every figure beside the null that would explain it away.
 
@@ -195,14 +198,14 @@ def compare(
     from offprincipal.comparison import CompareSettings, MatrixSettings, parse_condition
     from offprincipal.comparison import compare as compare_checkpoints
     from offprincipal.comparison.contract import broken_phrases, read_contract
-    from offprincipal.comparison.tables import compared_in
+    from offprincipal.comparison.tables import require_nothing_lost
     from offprincipal.measures.columns import GROUPS
     from offprincipal.memory import parse_size
     from offprincipal.reports.terminal import as_shown_json, comparison_table
     from offprincipal.reports.trackers import report_comparison, require_tracker
     from offprincipal.reports.words import contract_lines, decisions, verdict_paragraph, warnings_of
 
-    groups: Any = GROUPS if metrics is None else tuple(part.strip() for part in metrics.split(","))
+    groups: Any = GROUPS if metrics is None else metrics
     chosen: Any = {"solver": solver, "tolerance": tolerance, "device": device}
     matrix = MatrixSettings(rank_fraction, alpha, null_draws=null_draws, seed=seed, **chosen)
     expected = [*(expect or []), *(read_contract(contract) if contract else [])]
@@ -214,7 +217,8 @@ def compare(
     options: Any = {"out": out, "threads": threads, "ray": ray, "cache": cache}
     options["memory"] = None if memory is None else parse_size(memory)
     options["masters"] = named_masters(masters or [], runs)
-    held = compared_in(out)
+    if not overwrite:
+        require_nothing_lost(out, base, runs, settings.metrics)
     with resumable(), matrix_progress() as progress:
         found = compare_checkpoints(base, runs, settings, **options, progress=progress)
     try:
@@ -230,8 +234,6 @@ def compare(
                 say(kept)
             for warning in warnings_of(found.summary):
                 say(f"note: {warning}", style="yellow")
-            if lost := [words for words in held.values() if words not in compared_in(out).values()]:
-                say(f"note: {out} held another comparison, which this one replaced: {lost[0]}", style="yellow")
             if found.measured_before:
                 say(f"measured before, not again: {', '.join(found.measured_before)} (--no-cache measures all)")
             for sentence in (verdict_paragraph if explain else decisions)(found.summary):

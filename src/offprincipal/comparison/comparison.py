@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 
 LOG = logging.getLogger("offprincipal")
+_NOT_COARSER = {"bfloat16", "float32", "float64"}  # than bfloat16
 _HOPELESS = 2  # times what is free that a matrix has to be said to need, which is said generously, to be refused
 
 
@@ -96,6 +97,8 @@ def compare(
         chosen_device(work.settings.matrix.device)
 
     opened = identities(work.files)
+    if out is not None:
+        _require_no_model(Path(out), [work.base, *work.tuned.values()])
     with held(out) as folder:
         before = measured_before(work, folder, opened) if cache and folder else Before()
         measured: dict[str, TensorRows] = dict(before.rows) if before.all else {}
@@ -122,6 +125,13 @@ def compare(
         if journal:
             journal.discard()
     return result
+
+
+def _require_no_model(out: Path, sources: Sequence[Any]) -> None:
+    """Raises `FileError` where the output folder is a model's own."""
+    for source in sources:
+        if isinstance(source, str) and Path(source).is_dir() and out.resolve() == Path(source).resolve():
+            raise FileError(f"output folder {out} is a model that is read: choose another --out")
 
 
 def _budget(work: Work, memory: int | None) -> int:
@@ -276,11 +286,14 @@ def _warnings(work: Work, name: str, rows: list[Row], whole: bool) -> list[str]:
     if unchanged and min(unchanged) == 1 and whole:
         warnings.append("no weight changed: this checkpoint equals the base once both are stored in bfloat16")
     compared = {part.tensor for part in work.parts}
+    theirs = compared & run.tensors.keys()
     types = [", ".join(sorted({c.tensors[name].dtype for name in compared & c.tensors.keys()})) for c in (base, run)]
     if types[0] != types[1]:
+        finer = types[0] == "bfloat16" and {run.tensors[name].dtype for name in theirs} <= _NOT_COARSER
+        update = "norms and spectra are of the update before storing" if finer else "some of the update is rounding"
         warnings.append(
-            f"the base is stored as {types[0]}, the run as {types[1]}: some of the update is rounding, and what "
-            "changed is decided after rounding both sides to bfloat16"
+            f"the base is stored as {types[0]}, the run as {types[1]}: {update}, and what changed is decided after "
+            "rounding both sides to bfloat16"
         )
     elif types[0] != "bfloat16":
         warnings.append(

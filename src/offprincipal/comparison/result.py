@@ -1,7 +1,7 @@
 """What a comparison found: its tables, and each run's pooled figures, as a program or a notebook reads them."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from offprincipal.comparison.measure import Row
-from offprincipal.comparison.tables import TABLES, arrow_table, write_tables
+from offprincipal.comparison.tables import TABLES, arrow_table, read_summary, read_table, write_tables
 from offprincipal.errors import ArgumentError
 
 if TYPE_CHECKING:
     from offprincipal.reports.plots import Plots
 
-_NULL_ENDINGS = ("_null", "_random")
+NULL_ENDINGS = ("_null", "_random")
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Run:
     def _nulls(self, name: str) -> dict[str, float | None]:
         """Those of one figure, and not of another whose name begins alike."""
         metrics = self.content["metrics"]
-        own = [metric for metric in metrics if not metric.endswith(_NULL_ENDINGS)]
+        own = [metric for metric in metrics if not metric.endswith(NULL_ENDINGS)]
         found = {}
         for metric in metrics:
-            if metric.endswith(_NULL_ENDINGS) and metric.startswith(f"{name}_"):
+            if metric.endswith(NULL_ENDINGS) and metric.startswith(f"{name}_"):
                 of = max((other for other in own if metric.startswith(f"{other}_")), key=len, default=None)
                 if of == name:
                     found[metric[len(name) + 1 :].removesuffix("_null")] = metrics[metric]["value"]
@@ -91,9 +91,9 @@ class Comparison:
     measured_before: tuple[str, ...] = ()
 
     @property
-    def runs(self) -> dict[str, Run]:
+    def runs(self) -> "Runs":
         """The pooled figures of each run: `result.runs["rl"].unchanged_fraction.value`."""
-        return {name: Run(content) for name, content in self.summary["runs"].items()}
+        return Runs(self.summary["runs"])
 
     def to_arrow(self, table: str = "matrices") -> pa.Table:
         """One of the tables `matrices`, `masks`, `pairs` and `curves`, its fields with their meaning and unit.
@@ -133,6 +133,49 @@ class Comparison:
         from offprincipal.reports.notebook import comparison_html
 
         return comparison_html(self.summary)
+
+
+class Runs(Mapping[str, Run]):
+    """Runs by name; one that is not there is told by the names of those that are."""
+
+    def __init__(self, contents: Mapping[str, Mapping[str, Any]]) -> None:
+        self._contents = contents
+
+    def __getitem__(self, name: str) -> Run:
+        if name not in self._contents:
+            raise ArgumentError(f"no run '{name}' was compared: there are {', '.join(self._contents)}")
+        return Run(self._contents[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._contents
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._contents)
+
+    def __len__(self) -> int:
+        return len(self._contents)
+
+    def __repr__(self) -> str:
+        return f"Runs {', '.join(self)}"
+
+
+def read_comparison(folder: str | Path) -> Comparison:
+    """The comparison that a folder holds, as `compare` wrote it: the tables and the pooled figures.
+
+    Raises:
+        FileError: the folder holds none, or a table is damaged.
+
+    >>> import tempfile
+    >>> from offprincipal.assets import embedded_base
+    >>> from offprincipal.comparison import compare
+    >>> out = tempfile.mkdtemp()
+    >>> _ = compare(embedded_base(), {"same": embedded_base()}, metrics=("changes",), out=out)
+    >>> read_comparison(out).runs["same"].unchanged_fraction.value
+    1.0
+    """
+    summary = read_summary(Path(folder))
+    tables: dict[str, list[Row]] = {table: read_table(Path(folder), table) for table in TABLES}
+    return Comparison(tables["matrices"], tables["masks"], tables["pairs"], tables["curves"], summary)
 
 
 def _require(package: str) -> Any:

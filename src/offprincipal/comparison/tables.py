@@ -3,6 +3,7 @@
 Every file is written under a temporary name and renamed, `summary.json` last.
 """
 
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
@@ -94,12 +95,28 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return read_json(folder / "summary.json")
 
 
-def compared_in(folder: Path) -> dict[str, str]:
-    """What a folder holds a comparison of: run -> its base and source, in words; none where it cannot be read."""
+def require_nothing_lost(folder: Path, base: str, runs: Mapping[str, Any], groups: Collection[str]) -> None:
+    """Refuse to replace a comparison of another base, of runs that are not among these, or of more metric groups.
+
+    Args:
+        runs: run -> its source, as they are to be compared; groups: of metrics, to be measured.
+
+    Raises:
+        FileError: the folder holds such a comparison.
+    """
+    what = ""
     with suppress(FileError, LookupError, TypeError, AttributeError):
         summary = read_summary(folder)
-        return {run: f"{summary['base']} with {found['source']}" for run, found in summary["runs"].items()}
-    return {}
+        other = [run["source"] for run in summary["runs"].values() if run["source"] not in runs.values()]
+        more = [group for group in summary["arguments"]["metrics"] if group not in groups]
+        if summary["base"] != base:
+            what = f"a comparison with {summary['base']}"
+        elif other:
+            what = f"a comparison of {other[0]}, which is not among these runs"
+        elif more:
+            what = f"a comparison that measured {', '.join(more)} too"
+    if what:
+        raise FileError(f"{folder} holds {what}: choose another --out, or replace it with --overwrite")
 
 
 def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:

@@ -40,9 +40,9 @@ class CompareSettings:
     """What decides the numbers of a comparison, beside the checkpoints.
 
     Args:
-        metrics: groups to measure, beside `changes`, which are always counted. `location` decomposes nothing by itself,
-            so it leaves out the principal and safe masks where no group decomposes the base; `update` is of the update
-            alone.
+        metrics: groups to measure, or a text of them, "location,update", beside `changes`, which are always counted.
+            `location` decomposes nothing by itself, so it leaves out the principal and safe masks where no group
+            decomposes the base; `update` is of the update alone.
         matrix: what decides the numbers of one matrix.
         include_embeddings: measure and pool embeddings and heads as linear matrices too.
         strict: a tensor that the base or a run alone has is an error.
@@ -56,10 +56,15 @@ class CompareSettings:
     expect: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        unknown = [group for group in self.metrics if group not in GROUPS]
-        if unknown or not self.metrics:
-            raise ArgumentError(f"no metric group {unknown or 'given'}: choose of {', '.join(GROUPS)}")
-        object.__setattr__(self, "metrics", tuple(g for g in GROUPS if g in ("changes", *self.metrics)))
+        named = [one.strip() for one in self.metrics.split(",")] if isinstance(self.metrics, str) else [*self.metrics]
+        if not named:
+            raise ArgumentError(f"no metric group is given: choose of {', '.join(GROUPS)}")
+        for group in named:
+            if group not in GROUPS:
+                near = get_close_matches(group, GROUPS, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"choose of {', '.join(GROUPS)}"
+                raise ArgumentError(f"no metric group '{group}': {hint}")
+        object.__setattr__(self, "metrics", tuple(group for group in GROUPS if group in ("changes", *named)))
         parse_expectations(self.expect, self.metrics)  # refuses what is none
 
     @classmethod

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from offprincipal.comparison.result import NULL_ENDINGS
 from offprincipal.comparison.tables import read_summary
 from offprincipal.errors import ArgumentError, FileError, install_command
 from offprincipal.files import require_folder, write_atomically
@@ -143,19 +144,24 @@ class Plots:
             figure.colorbar(drawn, ax=axes, label=metric if unit == "1" else f"{metric}, {unit}", aspect=40)
         return figure
 
-    def against_null(self, metric: str = "spectral_shift", null: str = "stored_null") -> "Figure":
+    def against_null(self, metric: str = "spectral_shift", null: str = "stored") -> "Figure":
         """Every linear matrix of every run: what was measured over what a null would show; on the line they are alike.
 
         Args:
-            metric: a figure of `matrices.parquet`; null: the ending of its null's name.
+            metric: a figure of `matrices.parquet`; null: one of its nulls, as `runs[…].<metric>.nulls` names them.
 
         Raises:
             NothingToDraw: either was not measured.
         """
-        table, beside = self._matrices(), f"{metric}_{null}"
-        for name in (metric, beside):
-            if name not in table.column_names:
-                raise NothingToDraw(f"no figure '{name}' was measured of these runs: `compare --list metrics` has all")
+        table = self._matrices()
+        if metric not in table.column_names:
+            raise NothingToDraw(f"no figure '{metric}' was measured of these runs: `compare --list metrics` has all")
+        nulls = [name for name in table.column_names if name.startswith(f"{metric}_") and name.endswith(NULL_ENDINGS)]
+        wanted = [name for name in nulls if name in (f"{metric}_{null}", f"{metric}_{null}_null")]
+        if not wanted:
+            there = ", ".join(name[len(metric) + 1 :].removesuffix("_null") for name in nulls) or "none"
+            raise NothingToDraw(f"{metric} has no null '{null}': it has {there}")
+        (beside,) = wanted
         rows = table.select(["run", metric, beside]).to_pylist()
         known = [row for row in rows if row[metric] and row[beside] and row[metric] > 0 and row[beside] > 0]
         self._measured(known, "it, beside its null")
