@@ -32,7 +32,7 @@ from offprincipal.training.progress import silent
 from offprincipal.training.recipes import _BUILDERS
 from offprincipal.training.recipes.judged import KEPT, sampled_examples, sampled_pairs
 from offprincipal.training.recipes.preference import kto
-from offprincipal.training.recipes.run import Run, shared_arguments
+from offprincipal.training.recipes.run import RecipeRun, shared_arguments
 
 NEW = ("rloo", "dr_grpo", "dpo", "kto", "distill")
 LOSS_AT_THE_BASE = {"dpo": math.log(2), "kto": 0.5, "rloo": 0.0, "dr_grpo": 0.0}  # closed forms: the ratio is one
@@ -191,12 +191,12 @@ def test_a_student_that_is_its_teacher_does_not_move(taught_model: Path, tmp_pat
     assert record["log"][0]["loss"] == pytest.approx(0, abs=1e-7) and record["log"][0]["gradient_norm"] < 1e-4
 
 
-def run_of(run: TrainSettings, base: LanguageModel, checkpoints: Path = Path("nowhere")) -> Run:
+def run_of(run: TrainSettings, base: LanguageModel, checkpoints: Path = Path("nowhere")) -> RecipeRun:
     tasks = {name: open_task(name) for name in run.tasks}
     arguments = shared_arguments(run, base, checkpoints)
     trainer = {"model": base.model, "processing_class": base.tokenizer}
     asking = prompting(run.prompt, base.tokenizer, tasks.values())
-    return Run(run, base, None, asking, checkpoints, silent, arguments, trainer)
+    return RecipeRun(run, base, None, asking, checkpoints, silent, arguments, trainer)
 
 
 def log_likelihood(policy: LanguageModel, prompt: list[int], completion: list[int]) -> float:

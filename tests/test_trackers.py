@@ -1,5 +1,6 @@
 """A finished comparison goes to an experiment tracker: TensorBoard's own files, and the calls that W&B takes."""
 
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,17 @@ def init(**about): calls.append(("init", about))
 def log(values): calls.append(("log", values))
 def finish(): calls.append(("finish",))
 """
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, path: Path, code: str) -> Any:
+    """A module in trackio's place for as long as a test runs."""
+    path.write_text(code)
+    spec = importlib.util.spec_from_file_location("trackio", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    return module
 
 
 @pytest.fixture
@@ -47,14 +59,9 @@ def test_tensorboard_reads_every_figure_of_every_run(folder: Path) -> None:
 def test_what_takes_wandbs_calls_gets_a_run_each_without_paths_of_this_machine(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "packages").mkdir()
-    (tmp_path / "packages" / "trackio.py").write_text(RECORDER)
-    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
-    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    trackio = stand_in(monkeypatch, tmp_path / "trackio.py", RECORDER)
     summary = read_summary(folder)
     assert "project mine" in report_comparison(summary, "trackio", folder, "mine")
-    import trackio  # type: ignore[import-not-found]
-
     calls: list[Any] = trackio.calls
     assert [call[0] for call in calls] == ["init", "log", "finish"] * 2
     assert [call[1]["name"] for call in calls[::3]] == ["../a", "b"]
@@ -82,10 +89,7 @@ def test_a_tracker_that_is_not_there_is_refused_before_anything_is_measured(
 def test_what_a_tracker_refuses_is_said_and_the_comparison_is_whole(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "packages").mkdir()
-    (tmp_path / "packages" / "trackio.py").write_text("def init(**about): raise RuntimeError('no account')")
-    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
-    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    stand_in(monkeypatch, tmp_path / "trackio.py", "def init(**about): raise RuntimeError('no account')")
     found = CliRunner().invoke(app, ["report", str(folder), "--report-to", "trackio"])
     assert found.exit_code != 0
     assert "no account" in str(found.exception) and "Try again by" in str(found.exception)

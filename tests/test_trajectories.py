@@ -18,7 +18,7 @@ from offprincipal import make_delta, trajectory
 from offprincipal.errors import ArgumentError, CheckpointError, FileError
 from offprincipal.reports.trajectory import _some_of as shown_of
 from offprincipal.reports.trajectory import figure_of as page_of
-from offprincipal.trajectories import figures, measure
+from offprincipal.trajectories import measure, scalars
 from offprincipal.trajectories.sources import expanded, label_of, steps_of
 from offprincipal.trajectories.trajectory import JSON, TABLE
 
@@ -336,7 +336,7 @@ def test_of_very_many_checkpoints_only_the_whole_model_keeps_its_matrices(
 ) -> None:
     base, root, _ = run
     few = trajectory(base, root).content
-    monkeypatch.setattr(figures, "_MATRICES_UP_TO", len(STEPS) - 1)
+    monkeypatch.setattr(scalars, "_MATRICES_UP_TO", len(STEPS) - 1)
     many = trajectory(base, root).content
     assert many["pooled"] == few["pooled"]
     for group in ("by_role", "by_layer"):
