@@ -102,9 +102,9 @@ def stand_in(monkeypatch: Any) -> Iterator[None]:
     """Whoever asks for `cuda` gets the stand-in, in this thread and in those that measure."""
 
     def there(measure: Callable[..., Any]) -> Callable[..., Any]:
-        def measured(self: Work, part: Any, known: Any = ()) -> Any:
+        def measured(self: Work, *asked: Any, **named: Any) -> Any:
             with Intercepting():
-                return measure(self, part, known)
+                return measure(self, *asked, **named)
 
         return measured
 
