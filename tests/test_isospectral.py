@@ -277,3 +277,79 @@ def test_states_of_others_are_refused() -> None:
     theirs.step()
     with pytest.raises(AdapterError, match="of other matrices"):
         optimizer.load_state_dict(theirs.state_dict())
+
+
+def steps_of(optimizer: Any, model: Any, count: int = 2) -> None:
+    for _ in range(count):
+        optimizer.zero_grad()
+        sum(p.square().sum() for p in model.parameters()).backward()
+        optimizer.step()
+
+
+def small() -> torch.nn.ModuleDict:
+    torch.manual_seed(0)
+    return torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 6), "norm": torch.nn.LayerNorm(4)})
+
+
+def test_each_group_has_its_own_settings_as_under_torchs_adamw() -> None:
+    ours, theirs = small(), small()
+    own = {"weight_decay": 0.3, "betas": (0.5, 0.9), "eps": 1e-3, "lr": 0.01}
+    groups = [
+        {"params": [ours["q_proj"].weight]},
+        {"params": [*ours["norm"].parameters()], "isospectral": False, **own},
+    ]
+    steps_of(IsospectralAdamW(groups, lr=0.1), ours)
+    steps_of(torch.optim.AdamW([{"params": [*theirs["norm"].parameters()], **own}]), theirs)
+    assert torch.equal(ours["norm"].weight, theirs["norm"].weight)
+    with pytest.raises(AdapterError, match=r"betas are \(2"):
+        IsospectralAdamW(small(), betas=(2.0, 2.0))
+
+
+def test_a_schedule_of_momenta_reaches_the_optimizers_inside() -> None:
+    model = small()
+    optimizer = IsospectralAdamW(model, lr=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=5)
+    steps_of(optimizer, model)
+    schedule.step()
+    steps_of(optimizer, model, 1)
+    inside = [(group["lr"], group["betas"]) for inner in optimizer._inner for group in inner.param_groups]
+    assert set(inside) == {(group["lr"], group["betas"]) for group in optimizer.param_groups} and len(inside) == 4
+    assert all(group["weight_decay"] == 0 for group in optimizer._of_frames.param_groups)
+
+
+def test_names_tell_in_groups_too_and_a_bare_list_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(9, 8), "q_proj": torch.nn.Linear(8, 6)})
+    named = IsospectralAdamW([{"params": list(model.named_parameters()), "lr": 0.5}])
+    assert [tuple(W.shape) for W in named._matrices()] == [(6, 8)]
+    assert {group["lr"] for group in named.param_groups} == {0.5}
+    assert "embeddings and heads too" not in caplog.text
+    bare = IsospectralAdamW([p for p in model.parameters() if p.requires_grad])
+    assert len(bare._matrices()) == 2 and "embeddings and heads too" in caplog.text
+
+
+def test_weights_that_something_else_wrote_are_not_overwritten() -> None:
+    model = small()
+    optimizer = IsospectralAdamW(model, lr=1e-3)
+    steps_of(optimizer, model)
+    kept = optimizer.state_dict()
+    with torch.no_grad():
+        model["q_proj"].weight.mul_(2)
+    changed = model["q_proj"].weight.clone()
+    with pytest.raises(AdapterError, match="is not the one that this optimizer left"):
+        steps_of(optimizer, model, 1)
+    assert torch.equal(model["q_proj"].weight, changed)
+    other = small()
+    resumed = IsospectralAdamW(other, lr=1e-3)
+    resumed.load_state_dict(kept)  # without the weights that it left
+    with pytest.raises(AdapterError, match="load the model's weights together"):
+        steps_of(resumed, other, 1)
+    with pytest.raises(AdapterError, match="groups cannot be added"):
+        optimizer.add_param_group({"params": [torch.zeros(2, 2)]})
+
+
+def test_weights_that_are_loaded_again_as_they_were_are_gone_on_with() -> None:
+    model = small()
+    optimizer = IsospectralAdamW(model, lr=1e-3)
+    steps_of(optimizer, model)
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    steps_of(optimizer, model, 1)

@@ -580,3 +580,18 @@ def test_the_command_ends_a_run_that_a_condition_ends(
     assert json.loads((out / "run.json").read_text())["settings"]["stop_if"] == ["unchanged_fraction < 1"]
     assert call(monkeypatch, *words, "--set", "monitor=2", "--set", 'stop_if=["reward < 1"]') == 2
     assert "no metric 'reward' is measured" in capsys.readouterr().err
+
+
+def test_what_another_runs_monitor_saw_is_put_aside_not_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.ModuleDict({"q_proj": nn.Linear(12, 8, bias=False)})
+    for run in range(3):
+        monitor = Monitor(tmp_path, every=1)
+        monitor.start(model)
+        with torch.no_grad():
+            model["q_proj"].weight.mul_(1.01)
+        monitor.observe(run + 1, model)
+    tables = ("monitor-1.parquet", "monitor-2.parquet", "monitor.parquet")
+    assert [pq.read_table(tmp_path / name)["step"].to_pylist() for name in tables] == [[1, 1], [2, 2], [3, 3]]
+    assert "it is monitor-2.parquet now" in caplog.text
+    with pytest.raises(ArgumentError, match="lists of token ids"):
+        Monitor(tmp_path, sequences=["1+1="])

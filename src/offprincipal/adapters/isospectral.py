@@ -4,6 +4,7 @@ W = U Σ0 Vᵀ. A base optimizer steps on U and V as on any parameters, and a po
 orthonormal again. Which matrices are trained so is told by names; everything else is AdamW's. Knows no trainer.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from offprincipal.adapters.sparse_adamw import require_settings
 from offprincipal.checkpoints.roles import LINEAR_ROLES, place_of
 from offprincipal.errors import AdapterError
 from offprincipal.geometry.polar import newton_schulz, orthogonality_error, polar_factor, tangent
@@ -20,6 +22,8 @@ Retraction = Literal["svd", "newton-schulz"]
 Build = Callable[[list[dict[str, Any]]], Optimizer]
 _RETRACTIONS: dict[str, Callable[[Tensor], Tensor]] = {"svd": polar_factor, "newton-schulz": newton_schulz}
 _KEY = "isospectral"
+_SAME = 1e-4  # of a matrix's norm: how far it may be from its frames' product, as another machine rounds it
+LOG = logging.getLogger("offprincipal")
 
 
 @dataclass
@@ -66,14 +70,16 @@ class Isospectral(Optimizer):
 
     Frames are made at the first step, from the weights as they are then. A step of the base optimizer moves U and V;
     each is then replaced by its polar factor, so that the singular values of W stay those of the base to float32's
-    rounding.
+    rounding. This is the base of `IsospectralAdamW` and `IsospectralMuon`.
 
     Args:
         params: a module or its `named_parameters()`, whose attention and MLP projections are trained so; or a list of
-            parameters or groups, of which all matrices are, but for groups with `isospectral=False`.
+            parameters or groups, of which all matrices are, but for groups with `isospectral=False`; groups of named
+            parameters are told apart by their names too.
         frames: makes the base optimizer from groups of frames.
         lr: learning rate, of frames and of all other parameters; schedulers change it through `param_groups`.
-        betas, eps, weight_decay: of AdamW on all other parameters, by default as torch has them.
+        betas, eps, weight_decay: of AdamW on all other parameters, by default as torch has them; of each group, where
+            it has its own.
         retraction: `svd`, by LAPACK in float64; or `newton-schulz`, products alone, whose `orthogonality_error` is
             measured at every step.
 
@@ -99,15 +105,17 @@ class Isospectral(Optimizer):
     ) -> None:
         if retraction not in _RETRACTIONS:
             raise AdapterError(f"no retraction '{retraction}': choose of {', '.join(_RETRACTIONS)}")
-        if not lr >= 0:
-            raise AdapterError(f"lr is {lr}: give a learning rate of at least 0")
-        super().__init__(_groups(params), {"lr": lr, _KEY: True})
+        self._inner: list[Optimizer] = []
+        super().__init__(
+            _groups(params), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, _KEY: True}
+        )
+        for group in self.param_groups:
+            require_settings(group["lr"], group["betas"], group["eps"], group["weight_decay"])
         self.retraction: Retraction = retraction
         self.orthogonality_error = 0.0
         self._build = frames
-        self._others: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
         self._frames: list[Frames] = []
-        self._inner: list[Optimizer] = []
+        self._written: list[int | None] = []  # torch's count of changes of each matrix, after we last wrote it
         if not self._matrices():
             raise AdapterError(
                 "no matrix to keep the singular values of: give a model with attention or MLP "
@@ -116,16 +124,32 @@ class Isospectral(Optimizer):
         for W in self._matrices():
             _require_whole(W)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of any optimizer, before the first step.
+
+        Raises:
+            AdapterError: it has stepped, and frames and moments are those of its groups.
+        """
+        if self._inner:
+            raise AdapterError("groups cannot be added after the first step: make a new optimizer of all of them")
+        super().add_param_group(param_group)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step of the base optimizer on frames and of AdamW on the rest, the retraction, and the new weights."""
+        """One step of the base optimizer on frames and of AdamW on the rest, the retraction, and the new weights.
+
+        Raises:
+            AdapterError: a matrix is no longer what the frames make up, since something else wrote to it.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if not self._inner:
             self._prepare([Frames.of(W) for W in self._matrices()])
-        for W, frames in zip(self._matrices(), self._frames, strict=True):
+        for place, (W, frames) in enumerate(zip(self._matrices(), self._frames, strict=True)):
+            if self._written[place] != W._version:
+                _require_own(W, frames)
             frames.take_gradient(W.grad)
         self._follow_schedule()
         for inner in self._inner:
@@ -135,6 +159,7 @@ class Isospectral(Optimizer):
         self.orthogonality_error = max((f.retract(retraction) for _, f in moved), default=0.0)
         for W, frames in moved:
             W.copy_(frames.product())
+        self._written = [W._version for W in self._matrices()]
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,6 +182,8 @@ class Isospectral(Optimizer):
         if _KEY not in state_dict:
             raise AdapterError("this state is of another optimizer: it has no frames; begin a new run")
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        for group in self.param_groups:
+            group |= {key: value for key, value in self.defaults.items() if key not in group}  # of an earlier version
         content = state_dict[_KEY]
         if content is None:
             return
@@ -179,7 +206,7 @@ class Isospectral(Optimizer):
 
     def _prepare(self, frames: list[Frames]) -> None:
         """Optimizers on the frames, and on everything else, a group for each of ours."""
-        self._frames, self._inner = frames, []
+        self._frames, self._inner, self._written = frames, [], [None] * len(frames)
         left = iter(frames)
         inside: list[dict[str, Any]] = []
         beside: list[dict[str, Any]] = []
@@ -188,23 +215,39 @@ class Isospectral(Optimizer):
             others = [p for p in group["params"] if not (group[_KEY] and p.dim() == 2)]
             inside.append({"params": [x for _ in matrices for f in (next(left),) for x in (f.U, f.V)]})
             beside.append({"params": others})
-        for groups, build in ((inside, self._build), (beside, self._adamw)):
-            if any(group["params"] for group in groups):
-                self._inner.append(
-                    build([group | {"lr": ours["lr"]} for group, ours in zip(groups, self.param_groups, strict=True)])
-                )
-
-    def _adamw(self, groups: list[dict[str, Any]]) -> Optimizer:
-        return torch.optim.AdamW(groups, **self._others)
+        self._of_frames = self._build(inside)
+        self._inner.append(self._of_frames)
+        if any(group["params"] for group in beside):
+            self._inner.append(torch.optim.AdamW(beside))
+        self._follow_schedule()
 
     def _follow_schedule(self) -> None:
+        """Give the optimizers inside what ours say of each group; frames have no weight decay."""
         for inner in self._inner:
+            followed = ("lr", "betas", "eps") if inner is self._of_frames else ("lr", "betas", "eps", "weight_decay")
             for ours, theirs in zip(self.param_groups, inner.param_groups, strict=True):
-                theirs["lr"] = ours["lr"]
+                theirs.update({key: ours[key] for key in followed if key in theirs})
 
 
 class IsospectralAdamW(Isospectral):
-    """`Isospectral` with AdamW on the frames, without weight decay there, which a retraction would undo.
+    """Train matrices at fixed singular values by AdamW on their frames, and all other parameters by AdamW.
+
+    Args:
+        params: a module or its `named_parameters()`, whose attention and MLP projections keep their singular values; or
+            a list of parameters or groups, of which all matrices do, but for groups with `isospectral=False`.
+        lr: learning rate of frames, whose entries are about 1/√n, and of all other parameters.
+        betas, eps: of AdamW on frames and on all other parameters.
+        weight_decay: of AdamW on all other parameters; frames have none, since a retraction would undo it.
+        retraction: `svd`, by LAPACK in float64; or `newton-schulz`, products alone.
+
+    Attributes:
+        orthogonality_error: the largest ‖UᵀU − I‖_F that is left after a step's retraction; 0 before the first.
+
+    Raises:
+        AdapterError: nothing is to be trained so, a matrix is not stored in float32 or float64 or is sharded, a setting
+            is out of range, or parameters come without names, as `model.parameters()` has them.
+
+    Source: arXiv 2607.19331 (ISO); see `Isospectral`.
 
     >>> layer = torch.nn.Linear(8, 6, bias=False)
     >>> before = torch.linalg.svdvals(layer.weight)
@@ -227,12 +270,27 @@ class IsospectralAdamW(Isospectral):
         def build(groups: list[dict[str, Any]]) -> Optimizer:
             return torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=0.0)
 
-        options: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, build, lr=lr, retraction=retraction, **options)
+        super().__init__(params, build, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, retraction=retraction)
 
 
 class IsospectralMuon(Isospectral):
-    """`Isospectral` with torch's Muon on the frames; `momentum` is Muon's, the rest is AdamW's on other parameters."""
+    """Train matrices at fixed singular values by torch's Muon on their frames, and all other parameters by AdamW.
+
+    Args:
+        params, lr, betas, eps, weight_decay, retraction: as of `IsospectralAdamW`; betas and eps of other parameters.
+        momentum: of Muon.
+
+    Raises:
+        AdapterError: as of `IsospectralAdamW`, or torch is older than 2.9 and has no Muon.
+
+    >>> layer = torch.nn.Linear(8, 6, bias=False)
+    >>> before = torch.linalg.svdvals(layer.weight)
+    >>> optimizer = IsospectralMuon([layer.weight], lr=1e-2, retraction="newton-schulz")
+    >>> layer(torch.ones(1, 8)).square().sum().backward()
+    >>> optimizer.step()
+    >>> torch.allclose(torch.linalg.svdvals(layer.weight), before, atol=1e-6)
+    True
+    """
 
     def __init__(
         self,
@@ -252,22 +310,41 @@ class IsospectralMuon(Isospectral):
             found: Optimizer = muon(groups, momentum=momentum, weight_decay=0.0)
             return found
 
-        options: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, build, lr=lr, retraction=retraction, **options)
+        super().__init__(params, build, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, retraction=retraction)
 
 
 def _groups(params: Any) -> list[Any]:
     if isinstance(params, torch.nn.Module):
         return isospectral_groups(params.named_parameters())
+    if not isinstance(params, Iterable) or isinstance(params, Tensor):
+        raise AdapterError(f"params is a {type(params).__name__}: give a torch.nn.Module, or its named_parameters()")
     given = list(params)
     if given and isinstance(given[0], tuple):
         return isospectral_groups(given)
+    if given and isinstance(given[0], dict):
+        return [part for group in given for part in _parts_of(group)]
     if given and isinstance(params, Iterator) and isinstance(given[0], Tensor):
         raise AdapterError(
             "model.parameters() has no names to tell projections from embeddings and heads by: give the model, "
             "model.named_parameters(), or a list of the weights that you mean"
         )
+    if any(p.dim() != 2 for p in given):
+        LOG.warning(
+            "a list of parameters has no names: all its matrices keep their singular values, embeddings and heads too. "
+            "Give the model, or model.named_parameters(), to keep those of the projections alone"
+        )
     return given
+
+
+def _parts_of(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group, or its two parts, where its parameters have names and it does not say what they are."""
+    members = group["params"]
+    members = [members] if isinstance(members, Tensor) else list(members)
+    if not members or not isinstance(members[0], tuple):
+        return [group | {"params": members}]
+    if _KEY in group:
+        return [group | {"params": [p for _, p in members]}]
+    return [group | part for part in isospectral_groups(members)]
 
 
 def isospectral_groups(named: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
@@ -283,6 +360,16 @@ def isospectral_groups(named: Iterable[tuple[str, Tensor]]) -> list[dict[str, An
     rest = [p for _, p in trained if id(p) not in inside]
     groups: Iterable[tuple[bool, list[Any]]] = ((True, kept), (False, rest))
     return [{"params": members, _KEY: isospectral} for isospectral, members in groups if members]
+
+
+def _require_own(W: Tensor, frames: Frames) -> None:
+    """Raises `AdapterError` where a matrix is not what its frames make up."""
+    away = torch.linalg.vector_norm(W.double() - frames.product())
+    if not away <= _SAME * torch.linalg.vector_norm(frames.S):
+        raise AdapterError(
+            f"a matrix of shape {tuple(W.shape)} is not the one that this optimizer left: load the model's weights "
+            "together with the optimizer's state, or make a new optimizer for the weights as they are"
+        )
 
 
 def _require_whole(W: Tensor) -> None:

@@ -70,7 +70,7 @@ class SparseAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ) -> None:
-        _require_settings(lr, betas, eps, weight_decay)
+        require_settings(lr, betas, eps, weight_decay)
         self._masks = masks
         groups = _masked_groups(params, masks)
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -257,12 +257,17 @@ def _require_fit(name: str, parameter: Tensor, mask: Tensor) -> None:
         raise AdapterError(f"{name} is not contiguous in memory: make it so before it is trained under a mask")
 
 
-def _require_settings(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+def require_settings(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Check settings of AdamW.
+
+    Raises:
+        AdapterError: one is out of range.
+    """
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         if not (math.isfinite(value) and value >= 0):
-            raise AdapterError(f"{name} {value} is no number from 0 up: choose one")
+            raise AdapterError(f"{name} is {value}: give a number from 0 up")
     if not all(0 <= beta < 1 for beta in betas):
-        raise AdapterError(f"betas {betas} are not both in [0, 1): choose such")
+        raise AdapterError(f"betas are {betas}: give two numbers from 0, below 1")
 
 
 def _local(tensor: Tensor) -> Tensor:

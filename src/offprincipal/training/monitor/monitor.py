@@ -89,6 +89,8 @@ class Monitor:
         self._every: int | Literal["auto"] = every
         self._patterns = None if matrices is None else _texts(matrices)
         self._rank_fraction = rank_fraction
+        if sequences is not None and any(isinstance(one, str) for one in sequences):
+            raise ArgumentError("sequences are lists of token ids: give tokenizer(texts)['input_ids']")
         self._given = sequences
         self.out = Path(out).expanduser()
         require_folder(self.out)
@@ -116,8 +118,9 @@ class Monitor:
 
         Args:
             model: the module that is trained, prepared for it (sharded, wrapped).
-            step: optimizer steps done. At 0 the model is the base, and what a former run left in the folder is
-                replaced; later, the base is what that run left, and its rows beyond the step are dropped.
+            step: optimizer steps done. At 0 the model is the base, and the table that a former run left in the folder
+                is put aside, as `monitor-1.parquet`; later, the base is what that run left, and its rows beyond the
+                step are dropped.
 
         Raises:
             ArgumentError, TrainingError: no such matrices, or they cannot be watched.

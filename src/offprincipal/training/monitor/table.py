@@ -4,6 +4,8 @@ The whole table is written anew under a temporary name and renamed, so that a ki
 nothing of models or how figures come about.
 """
 
+import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ from offprincipal.training.monitor.monitored_base import COLUMNS
 from offprincipal.training.monitor.walk import COLUMNS as WALK
 
 NAME = "monitor.parquet"
+LOG = logging.getLogger("offprincipal")
 Row = Mapping[str, Any]
 
 _OF_THE_RUN = {
@@ -65,8 +68,8 @@ class MonitorTable:
     """The rows so far, in memory and in the file.
 
     Args:
-        folder: that holds the file; after_step: rows beyond it are dropped, since training goes on from there; at 0 the
-            file goes.
+        folder: that holds the file; after_step: rows beyond it are dropped, since training goes on from there; at 0 a
+            file with rows is put aside, as `monitor-1.parquet`, and so on.
 
     Raises:
         FileError: the file is no table of a monitor.
@@ -76,10 +79,19 @@ class MonitorTable:
         self.path = folder / NAME
         self._table = SCHEMA.empty_table()
         if after_step == 0:
-            self.path.unlink(missing_ok=True)
+            self._put_aside()
         elif self.path.exists():
             found = _read(self.path)
             self._table = found.filter(pa.compute.less_equal(found["step"], after_step))
+
+    def _put_aside(self) -> None:
+        """What another run left here is kept, under a number."""
+        if not self.path.exists():
+            return
+        numbered = (self.path.with_stem(f"{self.path.stem}-{number}") for number in itertools.count(1))
+        aside = next(path for path in numbered if not path.exists())
+        self.path.rename(aside)
+        LOG.warning("%s held what another run's monitor saw: it is %s now", self.path.parent, aside.name)
 
     def add(self, rows: Sequence[Row]) -> None:
         """Keep rows; they outlive this process.
