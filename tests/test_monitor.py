@@ -583,7 +583,7 @@ def test_the_command_ends_a_run_that_a_condition_ends(
 
 
 def test_what_another_runs_monitor_saw_is_put_aside_not_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = nn.ModuleDict({"q_proj": nn.Linear(12, 8, bias=False)})
+    model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(12, 8, bias=False)})
     for run in range(3):
         monitor = Monitor(tmp_path, every=1)
         monitor.start(model)

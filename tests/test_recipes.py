@@ -21,15 +21,14 @@ from offprincipal.errors import OffPrincipalError
 from offprincipal.models import LanguageModel, open_language_model
 from offprincipal.models.decoding import complete
 from offprincipal.models.quiet import quiet_libraries
-from offprincipal.recipe_names import RECIPES, Recipe
-from offprincipal.studies.console import _STEP
+from offprincipal.recipes import RECIPES, Recipe
 from offprincipal.studies.stages import TrainStage, Workspace
 from offprincipal.tasks import mixture, open_task, split_of
 from offprincipal.tasks.prompting import prompting
 from offprincipal.training import StepReport, TrainSettings, evaluate, train
 from offprincipal.training.monitor import read_monitor
 from offprincipal.training.progress import silent
-from offprincipal.training.recipes import _BUILDERS
+from offprincipal.training.recipes import builder_of
 from offprincipal.training.recipes.judged import KEPT, sampled_examples, sampled_pairs
 from offprincipal.training.recipes.preference import kto
 from offprincipal.training.recipes.run import RecipeRun, shared_arguments
@@ -220,7 +219,7 @@ def test_an_adapter_is_trained_alone_beside_no_second_one(
     )
     before = {name: tensor.clone() for name, tensor in wrapped.state_dict().items()}
     with quiet_libraries():
-        trainer = _BUILDERS[run.settings.recipe](run)
+        trainer = builder_of(run.settings.recipe)(run)
         trainer.train()
     assert list(wrapped.peft_config) == ["default"]
     moved = {name for name, tensor in wrapped.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -385,7 +384,7 @@ def test_the_command_trains_each_recipe_that_its_help_names(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert set(RECIPES) == set(get_args(Recipe)) == set(_STEP)
+    assert set(RECIPES) == set(get_args(Recipe))
     assert call(monkeypatch, "train", "--help") == 0
     assert ", ".join(RECIPES) in " ".join(capsys.readouterr().out.replace("│", " ").split())
     words = ["train", "distill", "--task", TAUGHT_TASK, "--model", str(taught_model), "--out", str(tmp_path / "run")]

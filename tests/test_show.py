@@ -56,7 +56,7 @@ def test_a_run_is_shown_with_what_its_monitor_saw(tiny_model: Path, tmp_path: Pa
     )
     train(settings, tmp_path / "run", quiet=True)
     said = printed(tmp_path / "run")
-    assert "sft_own on count@1, 3 steps of 8" in said and "KL of the step" in said
+    assert "sft_own on count@1: 3 steps, 8 sequences each" in said and "KL of the step" in said
     assert set(as_json(tmp_path / "run")) == {"run.json"}
 
 

@@ -351,7 +351,13 @@ def test_progress_is_a_line_a_tenth_where_there_is_no_terminal(capsys: pytest.Ca
     ("changes", "kind", "message"),
     [
         ({"model": "/nowhere/at/all"}, ModelError, "not there"),
-        ({"tasks": ("adds",)}, TaskError, "no symbolic task"),
+        ({"tasks": ("adds",)}, TaskError, "no task 'adds': did you mean add"),
+        ({"recipe": "sft"}, TrainingError, "no recipe 'sft': did you mean sft_own or sft_teacher"),
+        ({"recipe": "grop"}, TrainingError, "did you mean grpo"),
+        ({"per_device_train_batch_size": 4}, TrainingError, "here it is micro_batch, and batch"),
+        ({"adapter": {"rank": 4}}, TrainingError, "are of an adapter: name it, as in --adapter lora"),
+        ({"trl": {"bogus": 1}, "model": "/nowhere/at/all"}, TrainingError, "of TRL has no option 'bogus'"),
+        ({"report_to": "nobody", "model": "/nowhere/at/all"}, TrainingError, "report_to 'nobody' is not installed"),
         ({"batch": 12, "recipe": "grpo"}, TrainingError, "not divisible by rollouts_per_prompt"),
         ({"max_new_tokens": 250, "recipe": "grpo"}, ModelError, "exceeds the model's context of 256"),
         ({"steps": 0}, TrainingError, "steps: .*greater than or equal to 1"),
@@ -369,6 +375,18 @@ def test_unusable_settings_say_what_to_change(
 ) -> None:
     with pytest.raises(kind, match=message):
         train(settings(tiny_model, **changes), tmp_path / "run", quiet=True)
+
+
+def test_a_teachers_traces_that_are_the_answers_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """They would make sft_teacher the same run as sft_own, to the byte, under another name."""
+    rows = [{"question": f"{a}+1=", "answer": str(a + 1)} for a in range(8)] * 20
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = f"hf:{tmp_path / 'sums.jsonl'}"
+    with pytest.raises(TaskError, match="has no traces, only answers"):
+        train(settings(tiny_model, recipe="sft_teacher", tasks=task, eval_prompts=0), tmp_path / "run", quiet=True)
+    traced = [row | {"answer": f"{row['question']}{row['answer']} #### {row['answer']}"} for row in rows]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in traced))
+    assert train(settings(tiny_model, recipe="sft_teacher", tasks=task, eval_prompts=0), tmp_path / "run", quiet=True)
 
 
 def test_unusable_folders_say_what_to_change(tiny_model: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from offprincipal.assets import EMBEDDED
 from offprincipal.cli.common import TRAINING, Out, app, require_training, resumable, say, task_names
 from offprincipal.errors import ArgumentError
-from offprincipal.recipe_names import RECIPES
+from offprincipal.recipes import RECIPES
 
 Replace = Annotated[bool, typer.Option("--overwrite", help="Replace an intervention that is in the folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard what was trained there under other settings.")]
@@ -29,7 +29,7 @@ def _list_of(what: str) -> Table:
     from offprincipal.reports import terminal
 
     if what == "recipes":
-        return terminal.recipes_table(RECIPES)
+        return terminal.recipes_table({name: recipe.what for name, recipe in RECIPES.items()})
     if what == "settings":
         from offprincipal.training.settings import setting_fields
 

@@ -54,7 +54,9 @@ def _study(path: Path) -> Iterator[RenderableType]:
 def _run(path: Path) -> Iterator[RenderableType]:
     record = read_json(path)
     settings = record["settings"]
-    yield f"{settings['recipe']} on {', '.join(settings['tasks'])}, {settings['steps']} steps of {settings['batch']}"
+    done = len(record["log"])
+    steps = f"{settings['steps']} steps" if done >= settings["steps"] else f"{done} of {settings['steps']} steps"
+    yield f"{settings['recipe']} on {', '.join(settings['tasks'])}: {steps}, {settings['batch']} sequences each"
     run = {"name": path.resolve().parent.name, "seconds": record["seconds"], **record["accuracy"]}
     yield terminal.runs_table({"runs": [run]})
     if stopped := record.get("stopped"):
@@ -99,9 +101,16 @@ def _monitor(path: Path) -> Iterator[RenderableType]:
     for title in ("step", *(title for title, _ in _WATCHED)):
         table.add_column(title, justify="right")
     for row in rows[::-1][::every][::-1]:
-        values = [(row.get(name), 100 if "%" in title else 1) for title, name in _WATCHED]
-        table.add_row(str(row["step"]), *(number(None if v is None else factor * v) for v, factor in values))
+        table.add_row(str(row["step"]), *(_beside_null(row, title, name) for title, name in _WATCHED))
     yield table
+    yield "in brackets: a Gaussian update of the same length in the same matrices; KL in nats a token"
+
+
+def _beside_null(row: dict[str, Any], title: str, name: str) -> str:
+    """A figure of the monitor, and its isotropic null where it has one."""
+    factor = 100 if "%" in title else 1
+    value, null = (None if row.get(key) is None else factor * row[key] for key in (name, f"{name}_isotropic_null"))
+    return number(value) if null is None else f"{number(value)} ({number(null)})"
 
 
 def _intervention(path: Path) -> Iterator[RenderableType]:
@@ -139,6 +148,10 @@ def as_json(folder: Path) -> dict[str, Any]:
 
 def _files_in(folder: Path, suffix: str = "") -> list[str]:
     found = [name for name in _KINDS if name.endswith(suffix) and (folder / name).is_file()]
+    if not found and (folder / "checkpoints").is_dir():
+        raise FileError(
+            f"{folder} holds a run that is not complete: `offprincipal train` with the same settings goes on with it"
+        )
     if not found:
         raise FileError(f"{folder} holds none of {', '.join(_KINDS)}: give a folder that offprincipal wrote")
     return found

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from offprincipal.assets import EMBEDDED
 from offprincipal.files import read_json
-from offprincipal.recipe_names import Recipe
+from offprincipal.recipes import RECIPES
 from offprincipal.studies.experiments import GatesStage, PrecisionStage
 from offprincipal.studies.graph import StageGraph
 from offprincipal.studies.running import ShowStage, pending, run_profile
@@ -73,7 +73,7 @@ def estimate_minutes(profile: StageGraph, left: list[str], jobs: int) -> float |
         return None
     slowness = _seconds_of_work() / _REFERENCE_WORK
     training = [s.train_settings(profile.base, profile.training) for s in stages if isinstance(s, TrainStage)]
-    seconds = [_FIXED_TRAIN + s.steps * s.batch / 256 * _STEP[s.recipe] for s in training]
+    seconds = [_FIXED_TRAIN + s.steps * s.batch / 256 * RECIPES[s.recipe].seconds for s in training]
     at_once = min(jobs, os.cpu_count() or 1)
     makespan = max(sum(seconds) / at_once, max(seconds, default=0.0))
     return slowness * (makespan + sum(map(_seconds_besides_training, stages))) / 60
@@ -86,16 +86,6 @@ def _seconds_besides_training(stage: StageKind) -> float:
 
 
 # Seconds on one core of the reference machine, as timed for the embedded base.
-_STEP: dict[Recipe, float] = {  # for 256 sequences; with the sampling of preferences, which comes before the steps
-    "grpo": 2.2,
-    "dr_grpo": 2.0,
-    "rloo": 2.6,
-    "dpo": 4.2,
-    "kto": 2.4,
-    "distill": 2.6,
-    "sft_own": 0.8,
-    "sft_teacher": 1.6,
-}
 _FIXED_TRAIN = 10.0
 _OTHER = 5.0
 _PER_RUN = {"precision": 8.0, "gates": 25.0}

@@ -9,6 +9,7 @@ import random
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from offprincipal.errors import TaskError
 from offprincipal.tasks.protocol import Problem
@@ -47,7 +48,7 @@ class SymbolicTask:
 
     def __post_init__(self) -> None:
         if self.kind not in _DRAWS:
-            raise TaskError(f"no symbolic task '{self.kind}': choose one of {', '.join(_DRAWS)}")
+            raise TaskError(f"no task '{self.kind}': {_meant(self.kind)}")
         if self.level is not None and self.level not in LEVELS:
             raise TaskError(f"task '{self.kind}' has no level {self.level}: choose 1, 2 or 3")
 
@@ -73,6 +74,17 @@ class SymbolicTask:
 
     def teacher_trace(self, problem: Problem) -> str:
         return f"{problem.data['working']}{ANSWER_MARK}{problem.answer}"
+
+
+def _meant(name: str) -> str:
+    """What may be meant by a name that is no symbolic task's."""
+    near = get_close_matches(name.lower(), _DRAWS, n=2)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return (
+        f"choose of {', '.join(_DRAWS)}; or rg:NAME of reasoning-gym; or hf:DATASET?prompt=COLUMN&answer=COLUMN, of "
+        "the Hub, such as hf:openai/gsm8k?config=main, or a JSON, CSV or Parquet file"
+    )
 
 
 def symbolic_kinds() -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 torch is imported with this package; transformers, TRL and datasets only when a model is opened or trained.
 """
 
-from offprincipal.recipe_names import RECIPES, Recipe
+from offprincipal.recipes import RECIPES, Recipe
 from offprincipal.training.evaluation import evaluate
 from offprincipal.training.progress import ShowProgress, StepReport, silent, terminal_progress
 from offprincipal.training.runs import train

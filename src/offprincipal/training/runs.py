@@ -17,6 +17,7 @@ Knows nothing of what the recipes do.
 """
 
 import json
+import logging
 import os
 import platform
 import shutil
@@ -42,7 +43,7 @@ from offprincipal.files import (
 from offprincipal.memory import freed_memory_kept
 from offprincipal.models import LanguageModel, identify, model_name, open_language_model, require_training_extra
 from offprincipal.models.quiet import quiet_libraries, send_no_telemetry
-from offprincipal.recipe_names import Recipe
+from offprincipal.recipes import RECIPES
 from offprincipal.tasks import open_task
 from offprincipal.tasks.prompting import prompting
 from offprincipal.training.defaults import by_the_model
@@ -58,6 +59,7 @@ RECORD = "run.json"
 CHECKPOINTS, DELTAS = "checkpoints", "deltas"
 STARTED = "started.json"
 MASTERS = "masters"
+LOG = logging.getLogger("offprincipal")
 TENSORBOARD = "runs"
 _MEASURING_SEED = 0  # one for all runs, so that they are measured on the same prompts with the same noise
 _ONE_SHARD = 2**60
@@ -79,13 +81,6 @@ _LOGGED = {
     "kl": "reference_point",
     "orthogonality_error": "orthogonality_error",
     "seconds": "seconds",
-}
-_SHOWN: dict[Recipe, str] = {  # of those, where it is not the loss that tells how a run goes
-    "grpo": "reward",
-    "dr_grpo": "reward",
-    "rloo": "reward",
-    "dpo": "rewards/margins",
-    "kto": "rewards/margins",
 }
 
 
@@ -121,10 +116,13 @@ def train(
         FileError: another process is training in the folder.
     """
     require_training_extra()
+    from offprincipal.training.recipes import require_usable
+
     send_no_telemetry()
     join(settings.device)
     for name in settings.tasks:
-        open_task(name)  # an unknown task is refused before a model is opened
+        open_task(name)  # what cannot be used is refused before a model is opened
+    require_usable(settings)
     settings = by_the_model(settings)
     folder = Path(out).expanduser()
     require_folder(folder.parent)
@@ -149,7 +147,7 @@ def train(
 
 
 def _run(settings: TrainSettings, out: Path, show: ShowProgress, siblings: Iterable[Path]) -> dict[str, Any]:
-    metric = _LOGGED[_SHOWN.get(settings.recipe, "loss")]
+    metric = _LOGGED[RECIPES[settings.recipe].shown]
     language_model = open_language_model(settings.model, settings.device, settings.trust_remote_code)
     asking = prompting(settings.prompt, language_model.tokenizer, map(open_task, settings.tasks))
     language_model = replace(language_model, stops=asking.stop_ids)
@@ -270,7 +268,7 @@ def _fit(
     )
     from offprincipal.training.recipes import build_trainer
 
-    key = _SHOWN.get(settings.recipe, "loss")
+    key = RECIPES[settings.recipe].shown
     with quiet_libraries():
         callbacks: list[Any] = [Timekeeper(show, _LOGGED[key], key), NoSignal(), SaveSlowSteps(), SpareMemory()]
         if opened.trained.is_adapter:
@@ -291,7 +289,10 @@ def _fit(
             write_json(checkpoints / STARTED, started)
             return _last_whole_checkpoint(checkpoints)
 
+        again = (checkpoints / STARTED).is_file()
         last = in_main(noted)
+        if again and is_main():
+            _say_where(checkpoints.parent, last)
         try:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except torch.OutOfMemoryError as error:
@@ -306,6 +307,14 @@ def _fit(
         if "loss" in entry
     ]
     return log, opened
+
+
+def _say_where(run: Path, last: Path | None) -> None:
+    """What a run that was ended goes on from."""
+    if last is None:
+        LOG.warning("%s was ended before its first checkpoint and starts again: a smaller save_every keeps more", run)
+    else:
+        LOG.warning("%s goes on after step %s", run, last.name.rpartition("-")[2])
 
 
 def require_trainable_here(opened: RunModels, trainer: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
@@ -17,13 +18,13 @@ from pydantic import (
 from offprincipal.adapters.adapt import PEFT_NAMES
 from offprincipal.assets import EMBEDDED
 from offprincipal.errors import TrainingError
-from offprincipal.recipe_names import RECIPES, Recipe
+from offprincipal.recipes import RECIPES, Recipe, recipe_named
 from offprincipal.tasks.prompt_settings import PromptSettings
 from offprincipal.training.adapter_settings import AdapterSettings
 from offprincipal.training.monitor.verdicts import parse_watch
 
-_REWARDED: tuple[Recipe, ...] = ("grpo", "dr_grpo", "rloo")  # by groups of completions of one prompt
-_PREFERRING: tuple[Recipe, ...] = ("dpo", "kto")
+_REWARDED = tuple(name for name, recipe in RECIPES.items() if recipe.learns_from == "groups")
+_PREFERRING = tuple(name for name, recipe in RECIPES.items() if recipe.learns_from == "preferences")
 # which older runs have not
 _LATER = (
     *(
@@ -46,7 +47,40 @@ _AS_TRL_HAS_IT = {
     "num_generations": "rollouts_per_prompt",
     "max_completion_length": "max_new_tokens",
     "save_steps": "save_every",
+    "lr": "learning_rate",
 }
+_TRLS = {  # what these are called here, or why they are not
+    "per_device_train_batch_size": "micro_batch, and batch, which is of the whole step",
+    "gradient_accumulation_steps": "batch, of the whole step, and micro_batch, of which it is made",
+    "num_train_epochs": "steps",
+    "max_prompt_length": "nothing: a prompt that is too long is refused by name",
+    "bf16": "compute=bfloat16",
+    "fp16": "compute",
+    "logging_steps": "nothing: every step is logged",
+    "save_strategy": "save_every",
+    "max_length": "max_new_tokens",
+    "lora_r": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_target_modules": "adapter.target_modules",
+    "use_peft": "adapter.method=lora",
+    "use_vllm": "vllm=colocate or vllm=server",
+    "output_dir": "--out",
+    "model_name_or_path": "model",
+    "dataset_name": "tasks, as in hf:DATASET",
+}
+
+
+def _recipe(value: Any) -> Any:
+    return recipe_named(value) if isinstance(value, str) else value
+
+
+def _several(value: Any) -> Any:
+    """One is as good as a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_several)]
 
 
 class TrainSettings(BaseModel):
@@ -61,9 +95,13 @@ class TrainSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    recipe: Recipe = Field(description="; ".join(f"{name}: {what}" for name, what in RECIPES.items()))
+    recipe: Annotated[Recipe, BeforeValidator(_recipe)] = Field(
+        description="; ".join(f"{name}: {recipe.what}" for name, recipe in RECIPES.items())
+    )
     model: str = Field(EMBEDDED, description="base model: a folder, a Hugging Face id, or 'embedded'")
-    tasks: tuple[str, ...] = Field(min_length=1, description="tasks, in equal shares, as open_task names them")
+    tasks: Texts = Field(
+        min_length=1, description="tasks, in equal shares: add, sort@2, rg:NAME, hf:DATASET; `--list tasks` has some"
+    )
     steps: int = Field(80, ge=1, description="optimizer steps")
     batch: int = Field(
         240,
@@ -100,16 +138,16 @@ class TrainSettings(BaseModel):
         16, ge=1, description="steps between the checkpoints that a killed run continues from, or 5 minutes if sooner"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    report_to: tuple[str, ...] = Field((), description="where the Trainer also logs to: trackio, tensorboard, wandb")
+    report_to: Texts = Field((), description="where the Trainer also logs to: trackio, tensorboard, wandb; or [a,b]")
     monitor: Literal["auto"] | Annotated[int, Field(ge=1)] | None = Field(
         None,
         description="steps between looks at weights and policy, written to monitor.parquet; auto: within 3 % of the "
         "step time; None: never",
     )
-    stop_if: tuple[str, ...] | None = Field(
+    stop_if: Texts | None = Field(
         None, description="conditions of the monitor that end the training, as 'spectral_shift_per_norm > .5'"
     )
-    warn_if: tuple[str, ...] | None = Field(None, description="conditions of the monitor that are only reported")
+    warn_if: Texts | None = Field(None, description="conditions of the monitor that are only reported")
     keep_deltas: int | None = Field(
         None,
         ge=1,
@@ -245,14 +283,18 @@ def parse_settings(values: Mapping[str, Any]) -> TrainSettings:
 
 def _fault(error: Mapping[str, Any]) -> str:
     """What pydantic says of a value; of a setting that there is not, what may have been meant."""
+    if error["type"] == "missing" and error["loc"] == ("adapter", "method"):
+        return "rank, mask and density are of an adapter: name it, as in --adapter lora or --adapter sparse"
     if error["type"] != "extra_forbidden":
         return str(error["msg"])
     if error["loc"][0] == "adapter" and (ours := PEFT_NAMES.get(str(error["loc"][-1]))):
         return f"there is no such setting: it is called adapter.{ours} here"
+    if ours := _TRLS.get(str(error["loc"][-1])):
+        return f"there is no such setting; here it is {ours}"
     known = [*setting_fields(), *_AS_TRL_HAS_IT]
     near = get_close_matches(".".join(map(str, error["loc"])), known, n=1)
     return (
         f"there is no such setting; did you mean {near[0]}?"
         if near
-        else "no such setting: `train --list settings` has all"
+        else "no such setting: `train --list settings` has all, and an option of TRL's is trl.NAME"
     )

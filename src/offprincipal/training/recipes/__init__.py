@@ -9,25 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from offprincipal.errors import TrainingError
-from offprincipal.recipe_names import Recipe
+from offprincipal.recipes import RECIPES, Recipe
 from offprincipal.tasks import open_task
 from offprincipal.tasks.prompting import prompting
 from offprincipal.training.progress import ShowProgress, silent
-from offprincipal.training.recipes import distillation, online, preference, supervised
-from offprincipal.training.recipes.run import RecipeRun, shared_arguments
+from offprincipal.training.recipes.run import RecipeRun, require_options, shared_arguments
 from offprincipal.training.settings import TrainSettings
 from offprincipal.training.trained import RunModels
-
-_BUILDERS: dict[Recipe, Callable[[RecipeRun], Any]] = {
-    "grpo": online.grpo,
-    "dr_grpo": online.dr_grpo,
-    "rloo": online.rloo,
-    "dpo": preference.dpo,
-    "kto": preference.kto,
-    "distill": distillation.distill,
-    "sft_teacher": supervised.sft_teacher,
-    "sft_own": supervised.sft_own,
-}
 
 
 def build_trainer(
@@ -50,9 +38,8 @@ def build_trainer(
     Raises:
         TaskError: a task is unknown or has no reference answers to learn from.
         ModelError: a prompt or example does not fit the context.
-        TrainingError: a logger of `report_to` is not installed, or the base's completions are all alike to a verifier.
+        TrainingError: TRL refuses an option, or the base's completions are all alike to a verifier.
     """
-    _require_loggers(settings)
     run = RecipeRun(
         settings,
         opened.base,
@@ -67,14 +54,27 @@ def build_trainer(
             "optimizers": (opened.trained.optimizer, None),
         },
     )
-    trainer = _BUILDERS[settings.recipe](run)
+    trainer = builder_of(settings.recipe)(run)
     trainer.remove_callback(importlib.import_module("transformers").PrinterCallback)
     for callback in callbacks:
         trainer.add_callback(callback)
     return trainer
 
 
-def _require_loggers(settings: TrainSettings) -> None:
+def builder_of(recipe: Recipe) -> Callable[[RecipeRun], Any]:
+    """What makes TRL's trainer of a recipe."""
+    module, _, function = RECIPES[recipe].build.partition(".")
+    found: Callable[[RecipeRun], Any] = getattr(importlib.import_module(f"{__name__}.{module}"), function)
+    return found
+
+
+def require_usable(settings: TrainSettings) -> None:
+    """Check what can be told before a model is opened and measured.
+
+    Raises:
+        TrainingError: a logger of `report_to` is not installed, or TRL has no such option.
+    """
+    require_options(settings.trl, getattr(importlib.import_module("trl"), RECIPES[settings.recipe].configuration))
     available = importlib.import_module("transformers.integrations").get_available_reporting_integrations()
     for logger in settings.report_to:
         if logger not in available:

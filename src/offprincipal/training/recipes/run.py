@@ -104,14 +104,7 @@ class RecipeRun:
             TrainingError: TRL has no such option, refuses its value, or a setting of ours decides it.
         """
         given = self.settings.trl
-        known = {field.name for field in fields(configuration)}
-        for name in given:
-            if name in DECIDED:
-                raise TrainingError(f"trl.{name} is decided by {DECIDED[name]}: set that instead")
-            if name not in known:
-                near = get_close_matches(name, known, n=3)
-                hint = f"did you mean {', '.join(near)}?" if near else "its documentation lists them"
-                raise TrainingError(f"{configuration.__name__} of TRL has no option '{name}': {hint}")
+        require_options(given, configuration)
         try:
             return configuration(**(self.arguments | own | given))
         except (TypeError, ValueError) as error:
@@ -120,6 +113,22 @@ class RecipeRun:
             raise TrainingError(
                 f"TRL refuses {', '.join(f'trl.{n}={v}' for n, v in given.items())}: {error}"
             ) from error
+
+
+def require_options(given: Mapping[str, Any], configuration: Any) -> None:
+    """Check options of one of TRL's configurations by name.
+
+    Raises:
+        TrainingError: it has no such option, or a setting of ours decides it.
+    """
+    known = {field.name for field in fields(configuration)}
+    for name in given:
+        if name in DECIDED:
+            raise TrainingError(f"trl.{name} is decided by {DECIDED[name]}: set that instead")
+        if name not in known:
+            near = get_close_matches(name, known, n=3)
+            hint = f"did you mean {', '.join(near)}?" if near else "its documentation lists them"
+            raise TrainingError(f"{configuration.__name__} of TRL has no option '{name}': {hint}")
 
 
 def shared_arguments(settings: TrainSettings, language_model: LanguageModel, checkpoints: Path) -> dict[str, Any]:

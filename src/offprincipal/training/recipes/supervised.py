@@ -12,7 +12,18 @@ _IGNORED = -100
 
 
 def sft_teacher(run: RecipeRun) -> Any:
-    """The tasks' traces in a teacher's format."""
+    """The tasks' traces in a teacher's format.
+
+    Raises:
+        TaskError: a task's traces are its answers, so that this would be `sft_own`.
+    """
+    for name, task in run.tasks.items():
+        own = [problem for problem in run.problems if problem.task == name]
+        if own and all(task.teacher_trace(problem).strip() == problem.answer.strip() for problem in own):
+            raise TaskError(
+                f"task '{name}' has no traces, only answers, so that sft_teacher would be sft_own: give an answer "
+                "column that has the working and then #### and the answer, as GSM8K's, or train sft_own"
+            )
     return _trainer(run, lambda task, problem: task.teacher_trace(problem))
 
 

@@ -1,0 +1,115 @@
+"""The training recipes, one record each. Light, so that the command line lists them without the libraries."""
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Literal
+
+from offprincipal.errors import TrainingError
+
+Recipe = Literal["grpo", "dr_grpo", "rloo", "dpo", "kto", "distill", "sft_teacher", "sft_own"]
+
+
+@dataclass(frozen=True)
+class RecipeRecord:
+    """All that a recipe is, but for its code.
+
+    Args:
+        what: it is, in a phrase.
+        build: its function of a `RecipeRun`, in a module of `training.recipes`.
+        configuration: of TRL, whose options `trl.NAME` are.
+        learns_from: groups of completions of a prompt; the base's completions and a verifier's preferences; a teacher;
+            or examples.
+        shown: in TRL's log, what tells how a run goes.
+        seconds: of a step of 256 sequences of the embedded base, on one core of the reference machine; with the
+            sampling of preferences, which comes before the steps.
+    """
+
+    what: str
+    build: str
+    configuration: str
+    learns_from: Literal["groups", "preferences", "teacher", "examples"]
+    seconds: float
+    shown: str = "loss"
+
+
+RECIPES: dict[Recipe, RecipeRecord] = {
+    "grpo": RecipeRecord(
+        "reinforcement learning from the tasks' verifiers, with DAPO's loss",
+        "online.grpo",
+        "GRPOConfig",
+        "groups",
+        seconds=2.2,
+        shown="reward",
+    ),
+    "dr_grpo": RecipeRecord(
+        "the same with Dr. GRPO's loss, which divides by neither length nor standard deviation",
+        "online.dr_grpo",
+        "GRPOConfig",
+        "groups",
+        seconds=2.0,
+        shown="reward",
+    ),
+    "rloo": RecipeRecord(
+        "REINFORCE from the same verifiers, each completion against the mean of the others of its prompt",
+        "online.rloo",
+        "RLOOConfig",
+        "groups",
+        seconds=2.6,
+        shown="reward",
+    ),
+    "dpo": RecipeRecord(
+        "pairs of the base's own completions of a prompt, a verified one preferred to a failed one",
+        "preference.dpo",
+        "DPOConfig",
+        "preferences",
+        seconds=4.2,
+        shown="rewards/margins",
+    ),
+    "kto": RecipeRecord(
+        "the base's own completions one by one, each labelled by the verifier",
+        "preference.kto",
+        "KTOConfig",
+        "preferences",
+        seconds=2.4,
+        shown="rewards/margins",
+    ),
+    "distill": RecipeRecord(
+        "a teacher's next-token distribution on the student's own completions",
+        "distillation.distill",
+        "DistillationConfig",
+        "teacher",
+        seconds=2.6,
+    ),
+    "sft_teacher": RecipeRecord(
+        "supervised on the tasks' traces in a teacher's format",
+        "supervised.sft_teacher",
+        "SFTConfig",
+        "examples",
+        seconds=1.6,
+    ),
+    "sft_own": RecipeRecord(
+        "supervised on reference answers in the base's own format",
+        "supervised.sft_own",
+        "SFTConfig",
+        "examples",
+        seconds=0.8,
+    ),
+}
+_ELSEWHERE = {"sft": "sft_own or sft_teacher", "ppo": "grpo", "gspo": "grpo", "dapo": "grpo", "gkd": "distill"}
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe of a name, however it is capitalised.
+
+    Raises:
+        TrainingError: there is none; the message says which may have been meant.
+
+    >>> recipe_named("GRPO")
+    'grpo'
+    """
+    for recipe in RECIPES:
+        if name.strip().lower().replace("-", "_") == recipe:
+            return recipe
+    near = _ELSEWHERE.get(name.lower()) or " or ".join(get_close_matches(name.lower(), RECIPES, n=2))
+    hint = f"did you mean {near}?" if near else f"choose of {', '.join(RECIPES)}"
+    raise TrainingError(f"no recipe '{name}': {hint}")
