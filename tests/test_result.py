@@ -95,7 +95,7 @@ def test_without_polars_it_says_what_else_there_is(result: Comparison, monkeypat
 def test_a_notebook_shows_a_page_and_no_name_in_it_is_markup(result: Comparison) -> None:
     shown = result._repr_html_()
     assert shown.count("<table>") == 2
-    assert "<th>rl</th>" in shown and "<td>principal</td>" in shown
+    assert '<th scope="col">rl</th>' in shown and "<td>principal</td>" in shown
     assert "<img" not in shown and "&lt;img" in shown and "\x1b" not in shown
     assert len(shown) < 10_000 and len(repr(result)) < 200
 

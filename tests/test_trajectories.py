@@ -135,16 +135,24 @@ def test_a_folder_that_holds_one_checkpoint_and_nothing_else_is_a_runs_root(tmp_
 
 
 def test_steps_are_told_from_names() -> None:
-    assert steps_of(["run/global_step_20/actor", "run/global_step_5/actor/"]) == [20.0, 5.0]
-    assert steps_of(["org/name@step_100", "org/name@step_200"]) == [100.0, 200.0]
-    assert steps_of(["iter_0000100", "run/epoch-2"]) == [100.0, 2.0]
-    assert steps_of(["first", "second"]) == [1.0, 2.0]
-    assert steps_of(["checkpoint-7", "final"]) == [1.0, 2.0]  # where one has none
+    def told(sources: list[str], steps: list[float] | None = None) -> list[float]:
+        return [step for _, step in steps_of(sources, steps)]
+
+    assert told(["run/global_step_20/actor", "run/global_step_5/actor/"]) == [20.0, 5.0]
+    assert told(["org/name@step_100", "org/name@step_200"]) == [100.0, 200.0]
+    assert told(["iter_0000100", "run/epoch-2"]) == [100.0, 2.0]
+    notes: list[str] = []
+    assert steps_of(["first", "second"], notes=notes) == [("first", 1.0), ("second", 2.0)]
+    assert "no name tells a step" in notes[0]
+    assert steps_of(["run/checkpoint-0", "run/checkpoint-9"], notes=notes) == [("run/checkpoint-9", 9.0)]
+    assert "run/checkpoint-0 is step 0, what the run started from" in notes[1]
     assert [label_of(step) for step in (5.0, 1e6, 0.5, 123456.5)] == ["5", "1000000", "0.5", "123456.5"]
-    assert steps_of(["Qwen2.5-7B", "Llama-3"], [3, 4]) == [3.0, 4.0]
+    assert told(["Qwen2.5-7B", "Llama-3"], [3, 4]) == [3.0, 4.0]
     for names, steps, says in (
         (["checkpoint-5", "other/checkpoint-5"], None, "are both at step 5"),
         (["a", "b"], [1], "1 steps are given for 2"),
+        (["checkpoint-7", "final"], None, "final tells no step in its name, and checkpoint-7 does"),
+        (["checkpoint-0"], None, "no checkpoint is left beside step 0"),
         (["a"], [0], "is not above 0"),
         (["a"], [float("nan")], "is not above 0"),
     ):
@@ -194,7 +202,8 @@ def test_the_command(run: tuple[Path, Path, list[Weights]], tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     for words in ("random walk", "rank-1 share", "cannot tell", "gone back", "tables and figures"):
         assert words in done.stdout, words
-    assert "plotly" in (tmp_path / "out" / "trajectory.html").read_text()
+    page = (tmp_path / "out" / "trajectory.html").read_text()
+    assert "plotly" in page and "straight line, stored" in page and "cannot tell a walk from a line" in page
     as_json = command(base, root, "--out", tmp_path / "out", "--json", "--no-report")
     assert json.loads(as_json.stdout) == json.loads((tmp_path / "out" / JSON).read_text())
     for arguments, says in (
@@ -343,7 +352,9 @@ def test_of_very_many_checkpoints_only_the_whole_model_keeps_its_matrices(
         for name, found in many[group].items():
             assert found == few[group][name] | {"gram": None, "increment_cosine": None}
     (cosines,) = (trace for trace in page_of(many).data if trace.type == "heatmap")
-    np.testing.assert_array_equal(np.array(cosines.z, float), np.array(few["pooled"]["increment_cosine"], float))
+    expected = np.array(few["pooled"]["increment_cosine"], float)
+    np.fill_diagonal(expected, np.nan)  # a step's cosine with itself says nothing
+    np.testing.assert_array_equal(np.array(cosines.z, float), expected)
 
 
 def test_a_table_of_a_thousand_checkpoints_fits_a_screen() -> None:

@@ -5,6 +5,7 @@ Pages hold Plotly's bundle of cartesian charts, a third of the whole.
 
 import gzip
 import html
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,12 @@ from offprincipal.files import write_atomically
 from offprincipal.reports.words import plain
 
 WEB = "web"
+_STYLE = (
+    "<style>body{font:16px/1.5 system-ui,sans-serif;color:#1f2733;background:#fff}main{max-width:60rem;margin:0 auto}"
+    "table{border-collapse:collapse;font-size:.9rem}caption{text-align:left;font-weight:600}"
+    "th,td{padding:.25rem .8rem;text-align:right;border-bottom:1px solid #dde3ea}"
+    "tbody th{text-align:left;font-weight:400}</style>"
+)
 PLOTLY = "vendor/plotly-cartesian.min.js.gz"
 
 
@@ -22,17 +29,31 @@ def asset(name: str) -> str:
     return (gzip.decompress(content) if name.endswith(".gz") else content).decode()
 
 
-def write_page(out: Path, figure: Any, title: str) -> Path:
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
+    """A table whose first column names its rows; everything in it is text."""
+
+    def line(cells: Sequence[str], first: str, tag: str) -> str:
+        tags = [first, *[tag] * (len(cells) - 1)]
+        shown = (html.escape(plain(cell)) for cell in cells)
+        return "<tr>" + "".join(f"<{t}>{s}</{t.split()[0]}>" for t, s in zip(tags, shown, strict=True)) + "</tr>"
+
+    top = line(head, "td", 'th scope="col"') if not head[0] else line(head, 'th scope="col"', 'th scope="col"')
+    body = "".join(line(row, 'th scope="row"', "td") for row in rows)
+    named = f"<caption>{html.escape(plain(caption))}</caption>" if caption else ""
+    return f"<table>{named}<thead>{top}</thead><tbody>{body}</tbody></table>"
+
+
+def write_page(out: Path, figure: Any, title: str, above: str = "") -> Path:
     """Write a Plotly figure as one HTML file that needs no other, whole or not at all.
 
     Args:
-        title: plain text, of whatever letters.
+        title: plain text, of whatever letters. above: HTML that stands over the figure.
 
     Raises:
         FileError: it cannot be written.
     """
     page = str(figure.to_html(include_plotlyjs=False, full_html=True, config={"displaylogo": False}))
-    head = f"<head><title>{html.escape(plain(title))}</title><script>{asset(PLOTLY)}</script>"
-    titled = page.replace("<head>", head, 1)
+    head = f"<head><title>{html.escape(plain(title))}</title>{_STYLE}<script>{asset(PLOTLY)}</script>"
+    titled = page.replace("<head>", head, 1).replace("<body>", f"<body><main>{above}</main>", 1)
     write_atomically(out, lambda path: path.write_text(titled, encoding="utf-8", errors="replace"))
     return out

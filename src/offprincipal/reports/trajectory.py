@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Column, Table
 
 from offprincipal.reports import numbers
-from offprincipal.reports.page import write_page
+from offprincipal.reports.page import html_table, write_page
 from offprincipal.reports.words import place_name, plain, shown
 
 FIGURES = {
@@ -22,6 +22,8 @@ FIGURES = {
     "linearity_r2": "linearity R²",
 }
 PREDICTED = {"linear": "line of\neach weight", "rank1": "line along\none direction", "last": "last one\nkept"}
+BESIDE = "the run, between a random walk of its steps and a straight line"
+BESIDE_COLUMNS = ("run", "random walk", "random walk, stored", "straight line, stored")
 _WALK, _RUN = "#8899a6", "#1c2733"
 _NULLS = ("random_walk_null", "stored_walk_null", "stored_line_null")
 _OVERLAPS = {
@@ -42,16 +44,19 @@ def trajectory_table(content: Mapping[str, Any]) -> Group:
         content: `trajectory.json`.
     """
     whole = content["pooled"]
-    beside = Table(Column("", no_wrap=True), box=SIMPLE, title="the run, between a walk and a line")
-    for title in ("run", "random walk", "the same stored", "straight line stored"):
-        beside.add_column(title, justify="right")
-    for name, title in FIGURES.items():
-        row = whole[name]
-        beside.add_row(title, *(numbers.number(row[key]) for key in ("value", *_NULLS)))
-    drift = whole["drift"]
-    beside.add_row("cosine of far steps", _interval(drift), "0", *(_decimals(drift[null]) for null in _NULLS[1:]))
+    beside = Table(Column("", no_wrap=True), box=SIMPLE, title=BESIDE)
+    for title in BESIDE_COLUMNS:
+        beside.add_column(title.replace(", ", ",\n"), justify="right")
+    for cells in beside_rows(content):
+        beside.add_row(*cells)
     steps = Table(Column("step", no_wrap=True, justify="right"), box=SIMPLE)
-    for title in ("from base", "step's length", "unchanged\nsince base", "unchanged\nsince last", "gone back"):
+    for title in (
+        "‖ΔW‖/‖W‖\nfrom base",
+        "‖ΔW‖\nof a step",
+        "unchanged\nsince base",
+        "unchanged\nsince last",
+        "gone back",
+    ):
         steps.add_column(title, justify="right")
     for t, step in _some_of(content["steps"]):
         shares = ("unchanged_fraction", "unchanged_since_last", "reverted_fraction")
@@ -69,6 +74,16 @@ def trajectory_table(content: Mapping[str, Any]) -> Group:
     more = [] if whole["subspace_overlap"] is None else [_overlap_table(content)]
     more += [] if content["held_out"] is None else [_held_out_table(content)]
     return Group(beside, steps, roles, *more)
+
+
+def beside_rows(content: Mapping[str, Any]) -> list[list[str]]:
+    """Each figure of the whole model, as `BESIDE_COLUMNS` head it behind its name."""
+    whole = content["pooled"]
+    rows = [
+        [title, *(numbers.number(whole[name][key]) for key in ("value", *_NULLS))] for name, title in FIGURES.items()
+    ]
+    drift = whole["drift"]
+    return [*rows, ["cosine of far steps", _interval(drift), "0", *(_decimals(drift[null]) for null in _NULLS[1:])]]
 
 
 def _overlap_table(content: Mapping[str, Any]) -> Table:
@@ -104,7 +119,7 @@ def trajectory_sentences(content: Mapping[str, Any]) -> list[str]:
         "ballistic": "Ballistic: steps far apart in time go the same way",
         "diffusive with drift": "Diffusive with drift: steps far apart share some direction",
         "diffusive": "Diffusive: steps far apart share next to no direction",
-        "cannot tell": f"These {count} checkpoints, as they are stored, cannot tell a walk from a line",
+        "cannot tell": f"{count} checkpoint{'s' * (count > 1)}, as stored, cannot tell a walk from a line",
     }[whole["verdict"]]
     line_cosine = _decimals(drift["stored_line_null"])
     cosine = (
@@ -118,8 +133,9 @@ def trajectory_sentences(content: Mapping[str, Any]) -> list[str]:
         f"One direction holds {numbers.percent(share['value'])} of the displacements; a random walk of the same steps "
         f"has {numbers.percent(share['random_walk_null'])} along one, a straight line, stored, "
         f"{numbers.percent(share['stored_line_null'])}. A line through the checkpoints explains "
-        f"{numbers.percent(line['value'])} of where they are; of that walk, "
-        f"{numbers.percent(line['random_walk_null'])}, of that line {numbers.percent(line['stored_line_null'])}.",
+        f"{numbers.percent(line['value'])} of where they are; of where a random walk's would be, "
+        f"{numbers.percent(line['random_walk_null'])}, and a straight line's, stored, "
+        f"{numbers.percent(line['stored_line_null'])}.",
         *_overlap_sentences(content),
         *_prediction_sentences(content),
     ]
@@ -165,7 +181,16 @@ def write_figure(out: Path, content: Mapping[str, Any]) -> Path:
     Raises:
         FileError: it cannot be written.
     """
-    return write_page(out, figure_of(content), f"offprincipal trajectory: {place_name(content['base'])}")
+    title = f"offprincipal trajectory: {place_name(content['base'])}"
+    return write_page(out, figure_of(content), title, summary_html(content))
+
+
+def summary_html(content: Mapping[str, Any]) -> str:
+    """What the tables come to, and each figure beside its nulls, as HTML; names are text."""
+    said = [*content["warnings"], *trajectory_sentences(content)]
+    return "".join(f"<p>{html.escape(plain(text))}</p>" for text in said) + html_table(
+        ["", *BESIDE_COLUMNS], beside_rows(content), BESIDE
+    )
 
 
 def figure_of(content: Mapping[str, Any]) -> graph_objects.Figure:
@@ -211,10 +236,18 @@ def figure_of(content: Mapping[str, Any]) -> graph_objects.Figure:
         title=f"{count} checkpoints from {base}: {content['pooled']['verdict']}",
         height=1150 if rows == 3 else 1500,
         barmode="group",
-        legend={"orientation": "h", "y": -0.06},
+        legend=_beneath(0.0, 1.0, above=True),
+        legend2=_beneath(0.56, figure.layout.yaxis6.domain[0]),
+        legend3=_beneath(0.0, figure.layout.yaxis7.domain[0] if rows == 4 else 0.0),
         updatemenus=[{"buttons": buttons, "x": 0.5, "xanchor": "center", "y": 1.04, "yanchor": "bottom"}],
     )
     return figure
+
+
+def _beneath(x: float, y: float, above: bool = False) -> dict[str, Any]:
+    """A legend under a panel, or over the first one."""
+    place = {"yanchor": "bottom", "y": y + 0.03} if above else {"yanchor": "top", "y": y - 0.045}
+    return {"orientation": "h", "x": x, "xanchor": "left", "font": {"size": 11}, **place}
 
 
 def _add_way(figure: graph_objects.Figure, found: Mapping[str, Any], steps: Sequence[float], shown: bool) -> None:
@@ -232,16 +265,19 @@ def _add_way(figure: graph_objects.Figure, found: Mapping[str, Any], steps: Sequ
         style: dict[str, Any] = {"mode": "lines+markers", "visible": shown, "legendgroup": name}
         figure.add_scatter(x=steps, y=values, name=name, line=line, row=1, col=1, **style)
     labels = [f"{step:g}" for step in steps]
-    scale: dict[str, Any] = {"zmin": -1, "zmax": 1, "colorscale": "RdBu", "reversescale": True, "visible": shown}
+    scale: dict[str, Any] = {"colorscale": "RdBu", "reversescale": True, "visible": shown}
     bar = {"len": 0.2, "y": 0.89, "title": "cosine"}
     if found["increment_cosine"] is not None:
         some = slice(None, None, -(-len(steps) // _CELLS))
         cells = [row[some] for row in found["increment_cosine"][some]]
+        cells = [[None if i == j else c for j, c in enumerate(row)] for i, row in enumerate(cells)]
+        most = max((abs(c) for row in cells for c in row if c is not None), default=1.0) or 1.0
+        scale |= {"zmin": -most, "zmax": most}  # of the others: each step's with itself is 1
         figure.add_heatmap(z=cells, x=labels[some], y=labels[some], colorbar=bar, row=1, col=2, **scale)
     for key, name, colour in (("components", "run", _RUN), ("components_random_walk_null", "random walk", _WALK)):
         x, y = zip(*([[0.0, 0.0], *found[key]]), strict=True)
         line = {"color": colour, "dash": "solid" if key == "components" else "dash"}
-        style = {"mode": "lines+markers", "visible": shown, "text": ["base", *labels]}
+        style = {"mode": "lines+markers", "visible": shown, "text": ["base", *labels], "showlegend": False}
         figure.add_scatter(x=x, y=y, name=f"path of the {name}", line=line, row=2, col=1, **style)
     for key, name, colour in (("", "run", _RUN), ("_random_walk_null", "random walk", _WALK)):
         shares = found[f"eigenvalue_shares{key}"]
@@ -252,6 +288,7 @@ def _add_way(figure: graph_objects.Figure, found: Mapping[str, Any], steps: Sequ
     for side, colour in _SIDES.items() if overlap else ():
         for kind, (name, dash) in _OVERLAPS.items():
             style = {"mode": "lines+markers", "visible": shown, "line": {"color": colour, "dash": dash}}
+            style["legend"] = "legend3"
             figure.add_scatter(x=steps, y=overlap[side][kind], name=f"{side}: {name}", row=4, col=1, **style)
 
 
@@ -272,7 +309,15 @@ def _name_axes(figure: graph_objects.Figure, with_overlaps: bool) -> None:
 def _add_roles(figure: graph_objects.Figure, by_role: Mapping[str, Any]) -> None:
     for key, name, colour in (("value", "rank-1 share", _RUN), ("random_walk_null", "that of its random walk", _WALK)):
         values = [found["rank1_share"][key] for found in by_role.values()]
-        figure.add_bar(x=[plain(role) for role in by_role], y=values, name=name, marker_color=colour, row=2, col=2)
+        figure.add_bar(
+            x=[plain(role) for role in by_role],
+            y=values,
+            name=name,
+            marker_color=colour,
+            showlegend=False,
+            row=2,
+            col=2,
+        )
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%", row=2, col=2)
 
 
@@ -283,7 +328,8 @@ def _add_held_out(figure: graph_objects.Figure, rows: Sequence[Mapping[str, Any]
             values = [row[method][key] for row in rows]
             line = {"color": colour, "dash": dash}
             name = words.replace("\n", " ") + ending
-            figure.add_scatter(x=steps, y=values, name=name, line=line, mode="lines+markers", row=3, col=2)
+            style = {"mode": "lines+markers", "legend": "legend2"}
+            figure.add_scatter(x=steps, y=values, name=name, line=line, row=3, col=2, **style)
     figure.update_xaxes(title="step", row=3, col=2)
     figure.update_yaxes(title="missed by, of its distance", rangemode="tozero", tickformat=".0%", row=3, col=2)
 

@@ -9,11 +9,15 @@ from offprincipal.checkpoints.delta import SUFFIX
 from offprincipal.errors import ArgumentError
 
 _STEP = re.compile(r"(?:^|[-_=.@])(?:checkpoint|global_step|step|iter|epoch)?s?[-_=]?([0-9]{1,12})$")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".distcp", SUFFIX)
 _ENDING = re.compile(r"\.(?:delta|safetensors|gguf|bin|pt|pth|ckpt)$")
 
 
-def expanded(checkpoints: str | Path | Sequence[str | Path]) -> list[str]:
+def expanded(checkpoints: str | Path | Sequence[str | Path], notes: list[str] | None = None) -> list[str]:
     """The checkpoints that are named; those inside of a run's root, in the order of their steps.
+
+    Args:
+        notes: takes what is said of models in a run's root that are not followed.
 
     Raises:
         ArgumentError: there is none.
@@ -25,6 +29,9 @@ def expanded(checkpoints: str | Path | Sequence[str | Path]) -> list[str]:
             path for path in held if (path.is_dir() or path.name.endswith(SUFFIX)) and _step_in(path.name) is not None
         ]
         if len(inside) > 1 or (inside and inside == held):
+            left = sorted(path.name for path in held if path not in inside and _holds_weights(path))
+            if left and notes is not None:
+                notes.append(f"not followed, since their names tell no step: {', '.join(left)} (--steps says them)")
             return [str(path) for path in sorted(inside, key=lambda path: _step_in(path.name) or 0)]
     if not given:
         raise ArgumentError("no checkpoint given: name at least one, or the run's folder")
@@ -37,19 +44,50 @@ def _revisions(source: str) -> list[str]:
     return hub.revisions(source) if pattern and not Path(source).exists() else [source]
 
 
-def steps_of(sources: Sequence[str], steps: Sequence[float] | None = None) -> list[float]:
-    """The step of each checkpoint: as given, as its name tells, or its place where the names do not tell.
+def _holds_weights(path: Path) -> bool:
+    return any(any(path.glob(f"*{ending}")) for ending in _WEIGHTS) if path.is_dir() else path.suffix in _WEIGHTS
+
+
+def steps_of(
+    sources: Sequence[str], steps: Sequence[float] | None = None, notes: list[str] | None = None
+) -> list[tuple[str, float]]:
+    """Checkpoints with their steps: as given, as their names tell, or their places where no name tells.
+
+    What is called step 0 is what the run started from, and is left out.
+
+    Args:
+        notes: takes what is said of that, and of names that tell nothing.
 
     Raises:
-        ArgumentError: there are not as many, one is not above 0, or two are the same.
+        ArgumentError: there are not as many steps, one is not above 0, two are the same, or some names tell and others
+            do not.
 
-    >>> steps_of(["run/checkpoint-20", "run/checkpoint-5"]), steps_of(["a", "b"])
-    ([20.0, 5.0], [1.0, 2.0])
+    >>> steps_of(["run/checkpoint-20", "run/checkpoint-0", "run/checkpoint-5"])
+    [('run/checkpoint-20', 20.0), ('run/checkpoint-5', 5.0)]
+    >>> steps_of(["a", "b"])
+    [('a', 1.0), ('b', 2.0)]
     """
+    said = [] if notes is None else notes
     if steps is None:
-        told = [_step_in(source) for source in sources]
-        known = [step for step in told if step is not None and step > 0]
-        steps = known if len(known) == len(sources) else [float(i) for i in range(1, len(sources) + 1)]
+        told = {source: _step_in(source) for source in sources}
+        known = {source: step for source, step in told.items() if step is not None}
+        if known and len(known) < len(told):
+            silent = next(source for source in told if source not in known)
+            raise ArgumentError(
+                f"{silent} tells no step in its name, and {next(iter(known))} does: give --steps, one for each, or "
+                "leave it out"
+            )
+        if not known:
+            said.append(
+                f"no name tells a step: the {len(sources)} checkpoints are steps 1 to {len(sources)} as they were "
+                "given; --steps says others"
+            )
+        if begun := [source for source, step in known.items() if step == 0]:
+            said.append(f"{begun[0]} is step 0, what the run started from, and is left out")
+        sources = [source for source in sources if told[source] != 0]
+        steps = [known[source] for source in sources] if known else [float(i) for i in range(1, len(sources) + 1)]
+    if not sources:
+        raise ArgumentError("no checkpoint is left beside step 0: name at least one")
     if len(steps) != len(sources):
         raise ArgumentError(f"{len(steps)} steps are given for {len(sources)} checkpoints: give one for each")
     seen: dict[float, str] = {}
@@ -61,7 +99,7 @@ def steps_of(sources: Sequence[str], steps: Sequence[float] | None = None) -> li
                 f"{seen[step]} and {source} are both at step {label_of(step)}: leave one out, or give --steps"
             )
         seen[step] = source
-    return [float(step) for step in steps]
+    return [(source, float(step)) for source, step in zip(sources, steps, strict=True)]
 
 
 def _step_in(source: str) -> float | None:

@@ -36,7 +36,7 @@ JSON, TABLE, PAGE = "trajectory.json", "trajectory.parquet", "trajectory.html"
 JOURNAL = "trajectory.journal.jsonl"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trajectory:
     """What many checkpoints of one run did.
 
@@ -59,6 +59,15 @@ class Trajectory:
         write_atomically(folder / TABLE, partial(pq.write_table, table, use_dictionary=["tensor", "role"]))
         write_json(folder / JSON, self.content)
         return folder
+
+    def __repr__(self) -> str:
+        steps = self.content["steps"]
+        return f"Trajectory over {len(steps)} checkpoints, steps {label_of(steps[0])} to {label_of(steps[-1])}"
+
+    def _repr_html_(self) -> str:
+        from offprincipal.reports.notebook import trajectory_html
+
+        return trajectory_html(self.content)
 
     def plot(self) -> "Figure":
         """The figures of the report, which a notebook shows: distances, cosines, the path, shares and predictions."""
@@ -122,7 +131,8 @@ def trajectory(
         MatrixSettings(device=device),
         subspace_rank,
         masters,
-        warnings if skip_broken else None,
+        skip_broken,
+        warnings,
     )
     if (subspace_rank is not None or device != "cpu") and ray is None:
         from offprincipal.measures.spectral import chosen_device
@@ -173,23 +183,23 @@ def followed(
     matrix: MatrixSettings = MatrixSettings(),  # noqa: B008  # frozen
     subspace_rank: int | None = None,
     masters: bool = False,
-    broken: list[str] | None = None,
+    skip_broken: bool = False,
+    notes: list[str] | None = None,
 ) -> Followed:
     """The work of a trajectory, nothing of it measured yet.
 
     Args:
         matrix: which says where subspaces are found; the rest as `trajectory` takes it.
-        broken: takes what is said of checkpoints that cannot be opened, and are left out; None: they are an error.
+        notes: takes what is said of checkpoints that are left out, and of names that tell no step.
 
     Raises:
         CheckpointError, ArgumentError: as `trajectory`.
     """
-    sources = expanded(checkpoints)
-    at = steps_of(sources, steps)
-    order = sorted(range(len(sources)), key=lambda i: at[i])
-    labels = {label_of(at[i]): sources[i] for i in order}
-    if broken is not None:
-        labels = dict(_opening(labels, open_checkpoint(base), broken))
+    said = [] if notes is None else notes
+    at = steps_of(expanded(checkpoints, said), steps, said)
+    labels = {label_of(step): source for source, step in sorted(at, key=lambda pair: pair[1])}
+    if skip_broken:
+        labels = dict(_opening(labels, open_checkpoint(base), said))
     if not labels:
         raise ArgumentError("no checkpoint is left: name at least one that can be opened")
     settings = TrajectorySettings(("changes",), matrix, subspace_rank=subspace_rank, masters=masters)
