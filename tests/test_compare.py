@@ -523,3 +523,17 @@ def test_masters_are_named_on_the_command_line(folders: dict[str, Path], tmp_pat
         if code == 0:
             page = (tmp_path / "out" / "report.html").read_text()
             assert f"--masters near={masters.relative_to(folders['base'].parent)}" in page
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_the_ruler_may_miss_is_said_where_it_is_used(tmp_path: Path, kept: bool) -> None:
+    """Steps of one size, at which the rounding null without masters is furthest off."""
+    weights = {"model.layers.0.mlp.up_proj.weight": (0.02 * gaussian(256, 384, seed=0)).bfloat16()}
+    sign = gaussian(256, 384, seed=1).sign()
+    masters = {name: (tensor.double() + 6.3e-5 * sign).float() for name, tensor in weights.items()}
+    run = write_model(tmp_path / "run", stored(masters), masters if kept else None)
+    found = compare(write_model(tmp_path / "base", weights), {"run": run}, metrics="location")  # type: ignore[arg-type]
+    said = [text for text in found.summary["runs"]["run"]["warnings"] if "estimated from small weights" in text]
+    rungs = found.summary["runs"]["run"]["anatomy"]["low_magnitude"]
+    assert abs(rungs["spacing"] - rungs["rounding"]) < 0.002 if kept else abs(rungs["spacing"] - rungs["rounding"]) > 0.02
+    assert bool(said) is not kept

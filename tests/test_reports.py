@@ -141,9 +141,9 @@ def rungs_of(rungs: tuple[float, ...], z: float | None, **more: float) -> dict[s
         ((0.5, 0.4, 0.4, 0.4, 0.4), 0.2, "where precision would put them (nothing beyond that)"),
         ((0.5, 0.4, 0.4, 0.43, 0.433), 9.0, "where precision and neurons would put them (a tiny rest beyond that)"),
         (
-            (0.5, 0.4, 0.42, 0.45, 0.5),
+            (0.5, 0.4, 0.42, 0.45, 0.51),
             9.0,
-            "where precision, magnitude and neurons would put them (beyond that +5.00",
+            "6.00 percentage points more on principal weights than precision, magnitude and neurons would put there",
         ),
         ((0.5, 0.4, 0.4, 0.4, 0.4), None, "where precision would put them."),
     ],
@@ -156,10 +156,10 @@ def test_one_sentence_a_run_names_what_explains_it(rungs: tuple[float, ...], z: 
 @pytest.mark.parametrize(
     ("shift", "angle", "said"),
     [
-        (1.1, 0.9, "about what step length"),
+        (1.1, 0.9, "about what length alone gives (1.10 and 0.90 times)"),
         (0.5, 0.6, "less than"),
         (2.0, 3.0, "more than"),
-        (0.5, 2.0, "0.50 to 2.00"),
+        (0.5, 2.0, "the spectrum 0.50 times, the subspaces 2.00 times what length alone moves them"),
     ],
 )
 def test_it_says_whether_step_length_explains_how_far(shift: float, angle: float, said: str) -> None:

@@ -34,6 +34,7 @@ Progress = Callable[[int, int, str], None]
 
 LOG = logging.getLogger("offprincipal")
 _NOT_COARSER = {"bfloat16", "float32", "float64"}  # than bfloat16
+_RULERS_ERROR = 0.01  # of a mask's share: what the rounding null without masters is known to, of smooth steps
 _HOPELESS = 2  # times what is free that a matrix has to be said to need, which is said generously, to be refused
 
 
@@ -219,6 +220,7 @@ def _summary(work: Work, measured: list[TensorRows], matrices: list[Row], pairs:
                 *_warnings(work, name, rows, not (differing or work.only_in_base or work.only_in_run(name))),
                 *lineage_warnings(work.base_checkpoint, checkpoint, rows),
                 *_error_bounds(rows),
+                *_ruler_warnings(rows, name in work.masters),
                 *_fallback_warnings(work, name, measured),
             ],
             "differing_unmeasured": len(differing),
@@ -253,6 +255,17 @@ def _error_bounds(rows: list[Row]) -> list[str]:
     angles = [angle for row in rows if (angle := row.get("angle_error_deg")) is not None]
     known = f", their principal angles to {max(angles):.2g}°" if angles else ""
     return [f"{len(errors)} matrices were approximated: their singular values are right to {max(errors):.1e}{known}"]
+
+
+def _ruler_warnings(rows: list[Row], masters: bool) -> list[str]:
+    """That the rounding null is an estimate, where what is read from it is no less than its error may be."""
+    steps = [abs(rungs["spacing"] - rungs["rounding"]) for rungs in anatomy(rows).values()]
+    if masters or not steps or max(steps) < _RULERS_ERROR:
+        return []
+    return [
+        "without float32 masters the rounding null is estimated from small weights: of steps of one size it may be off "
+        "by points, which then count as magnitude; --masters gives them where a trainer kept them"
+    ]
 
 
 _FALLBACKS = {

@@ -1,4 +1,4 @@
-"""Gaussian updates: step length without direction, as drawn, as it would be stored, and what it does to a spectrum.
+"""Gaussian updates: length without direction, as drawn, as it would be stored, and what it does to a spectrum.
 
 Knows nothing of files, models or layers.
 """
@@ -14,7 +14,7 @@ from offprincipal.geometry.subspace import principal_angles
 def isotropic_update(
     shape: torch.Size, norm: float, generator: torch.Generator, dtype: torch.dtype = torch.float64
 ) -> Tensor:
-    """A Gaussian update of a given Frobenius norm: step length without direction.
+    """A Gaussian update of a given Frobenius norm: length without direction.
 
     Args:
         shape: of the result; norm: its Frobenius norm; generator: its randomness, on the CPU.

@@ -19,7 +19,7 @@ from offprincipal.files import require_folder, write_atomically
 from offprincipal.reports.figures import ANATOMY_PARTS, anatomy
 from offprincipal.reports.places import reproducing, without_paths
 from offprincipal.reports.report import damage_reported
-from offprincipal.reports.terminal import LADDER_COLUMNS, anatomy_rows, figure_rows
+from offprincipal.reports.terminal import LADDER, LADDER_COLUMNS, NULLS, anatomy_rows, figure_rows
 from offprincipal.reports.words import decisions, plain
 
 README, FIGURE, PAIRS = "README.md", "offprincipal.svg", "offprincipal.jsonl"
@@ -128,12 +128,11 @@ def section(summary: Mapping[str, Any], with_figure: bool) -> str:
     """
     parts = [
         "## What training did to the weights",
-        f"Measured from `{_code(summary['base'])}` with offprincipal {summary['versions']['offprincipal']}; in "
-        "brackets, the null: what an update that knows nothing of the weights would show.",
+        f"Measured from `{_code(summary['base'])}` with offprincipal {summary['versions']['offprincipal']}; {NULLS}.",
         _table(["", *summary["runs"]], figure_rows(summary)),
     ]
     if rungs := anatomy_rows(summary):
-        parts.append("Of the changed entries, % in the mask; each null from left to right knows one thing more:")
+        parts.append(f"Of the changed entries, % in the mask: {LADDER}.")
         parts.append(_table(LADDER_COLUMNS, rungs))
     if with_figure:
         parts.append(f"![Where the change fell, and what explains it: points beyond chance]({FIGURE})")

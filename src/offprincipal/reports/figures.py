@@ -56,7 +56,7 @@ class Chosen:
 
 _RUNGS = ("_random", "_rounding_null", "_spacing_null", "_margin_null", "")
 ANATOMY_PARTS = (  # what the step up to each rung but the first is, and its colour
-    ("rounding", "#7d8795"),
+    ("precision", "#7d8795"),
     ("magnitude", "#b8932c"),
     ("neurons", "#4aa3b8"),
     ("beyond all nulls", "#c24d52"),

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from offprincipal.reports.page import html_table
-from offprincipal.reports.terminal import LADDER_COLUMNS, anatomy_rows, figure_rows
+from offprincipal.reports.terminal import LADDER, LADDER_COLUMNS, NULLS, anatomy_rows, figure_rows
 from offprincipal.reports.trajectory import summary_html as trajectory_html
 from offprincipal.reports.words import decisions
 
@@ -20,8 +20,9 @@ def comparison_html(summary: Mapping[str, Any]) -> str:
     """
     parts = ["<p>What training did to the weights (null in brackets)</p>"]
     parts.append(html_table(["", *summary["runs"]], figure_rows(summary)))
+    parts.append(f"<p>{NULLS}</p>")
     if rungs := anatomy_rows(summary):
-        parts.append("<p>Of the changed entries, % in the mask; each null from left to right knows one thing more</p>")
+        parts.append(f"<p>Of the changed entries, % in the mask: {LADDER}</p>")
         parts.append(html_table(LADDER_COLUMNS, rungs))
     parts += [f"<p>{escape(sentence)}</p>" for sentence in decisions(summary)]
     return "\n".join(parts)

@@ -34,7 +34,13 @@ _SHOWN = (
 _SCREEN = 80  # columns that every terminal has
 _LONG = 12  # letters of a common beginning that is left out
 _WIDEST = 24  # letters that a column keeps for itself
-LADDER_COLUMNS = ("run", "mask", "chance", "precision", "magnitude", "neurons", "measured", "z")
+LADDER_COLUMNS = ("run", "mask", "chance", "rounding", "spacing", "margins", "measured", "z")
+NULLS = (
+    "principal and low-magnitude: of the changed entries, the share there; energy: of the update, in the principal "
+    "subspaces. In brackets, the null: of unchanged, a Gaussian update as long; of spectrum, angles and energy, that "
+    "update stored; of the shares, rounding alone"
+)
+LADDER = "each null from left to right knows one thing more; z: how far beyond margins, in standard errors"
 _VERDICTS = {
     "supported": "green",
     "contradicted": "red",
@@ -64,7 +70,7 @@ def comparison_table(summary: Mapping[str, Any]) -> Group:
     if sum(_widths(head, rows)) > _SCREEN:
         head, *rows = map(list, zip(["run", *head[1:]], *rows, strict=True))
     tables = [_table_of(*block) for block in _blocks(head, rows)]
-    return Group("what training did to the weights (null in brackets)", *tables, *ladder_tables(summary))
+    return Group("what training did to the weights (null in brackets)", *tables, f"{NULLS}.", *ladder_tables(summary))
 
 
 def _blocks(
@@ -132,7 +138,7 @@ def ladder_tables(summary: Mapping[str, Any]) -> list[Any]:
         of_mask = [[labels[run], *cells] for run, own, *cells in rows if own == mask]
         found += [f"of the changed entries, % on {mask} weights: as each null has it, and measured"]
         found += [_table_of(head, of_mask)]
-    return found
+    return [*found, f"{LADDER}."] if found else []
 
 
 def anatomy_rows(summary: Mapping[str, Any]) -> list[list[str]]:

@@ -21,7 +21,7 @@ FIGURES = {
     "rank2_share": "rank-2 share",
     "linearity_r2": "linearity R²",
 }
-PREDICTED = {"linear": "line of\neach weight", "rank1": "line along\none direction", "last": "last one\nkept"}
+PREDICTED = {"linear": "line of\neach weight", "rank1": "line along\none direction", "last": "last one\nas it was"}
 BESIDE = "the run, between a random walk of its steps and a straight line"
 BESIDE_COLUMNS = ("run", "random walk", "random walk, stored", "straight line, stored")
 _WALK, _RUN = "#8899a6", "#1c2733"
@@ -236,18 +236,18 @@ def figure_of(content: Mapping[str, Any]) -> graph_objects.Figure:
         title=f"{count} checkpoints from {base}: {content['pooled']['verdict']}",
         height=1150 if rows == 3 else 1500,
         barmode="group",
-        legend=_beneath(0.0, 1.0, above=True),
-        legend2=_beneath(0.56, figure.layout.yaxis6.domain[0]),
-        legend3=_beneath(0.0, figure.layout.yaxis7.domain[0] if rows == 4 else 0.0),
-        updatemenus=[{"buttons": buttons, "x": 0.5, "xanchor": "center", "y": 1.04, "yanchor": "bottom"}],
+        margin={"t": 150, "r": 190},
+        legend={"orientation": "h", "x": 0, "y": 1.03, "yanchor": "bottom"},
+        legend2=_beside(figure.layout.yaxis6),
+        legend3=_beside(figure.layout.yaxis7) if overlap else {},
+        updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.03, "yanchor": "bottom"}],
     )
     return figure
 
 
-def _beneath(x: float, y: float, above: bool = False) -> dict[str, Any]:
-    """A legend under a panel, or over the first one."""
-    place = {"yanchor": "bottom", "y": y + 0.03} if above else {"yanchor": "top", "y": y - 0.045}
-    return {"orientation": "h", "x": x, "xanchor": "left", "font": {"size": 11}, **place}
+def _beside(axis: Any) -> dict[str, Any]:
+    """A legend to the right of a panel."""
+    return {"x": 1.01, "y": axis.domain[1], "yanchor": "top", "font": {"size": 11}}
 
 
 def _add_way(figure: graph_objects.Figure, found: Mapping[str, Any], steps: Sequence[float], shown: bool) -> None:
@@ -266,7 +266,8 @@ def _add_way(figure: graph_objects.Figure, found: Mapping[str, Any], steps: Sequ
         figure.add_scatter(x=steps, y=values, name=name, line=line, row=1, col=1, **style)
     labels = [f"{step:g}" for step in steps]
     scale: dict[str, Any] = {"colorscale": "RdBu", "reversescale": True, "visible": shown}
-    bar = {"len": 0.2, "y": 0.89, "title": "cosine"}
+    top, bottom = reversed(figure.layout.yaxis2.domain)
+    bar = {"len": top - bottom, "y": top, "yanchor": "top", "x": 1.01, "title": "cosine"}
     if found["increment_cosine"] is not None:
         some = slice(None, None, -(-len(steps) // _CELLS))
         cells = [row[some] for row in found["increment_cosine"][some]]
@@ -324,11 +325,12 @@ def _add_roles(figure: graph_objects.Figure, by_role: Mapping[str, Any]) -> None
 def _add_held_out(figure: graph_objects.Figure, rows: Sequence[Mapping[str, Any]]) -> None:
     steps = [row["step"] for row in rows]
     for (method, words), colour in zip(PREDICTED.items(), _METHODS, strict=True):
-        for key, dash, ending in (("value", "solid", ""), ("random_walk_null", "dash", ", of a random walk")):
+        for key, dash, ending in (("value", "solid", ""), ("random_walk_null", "dash", "; of a walk")):
             values = [row[method][key] for row in rows]
             line = {"color": colour, "dash": dash}
             name = words.replace("\n", " ") + ending
-            style = {"mode": "lines+markers", "legend": "legend2"}
+            marker = {"symbol": "circle" if key == "value" else "circle-open"}
+            style = {"mode": "lines+markers", "legend": "legend2", "marker": marker}
             figure.add_scatter(x=steps, y=values, name=name, line=line, row=3, col=2, **style)
     figure.update_xaxes(title="step", row=3, col=2)
     figure.update_yaxes(title="missed by, of its distance", rangemode="tozero", tickformat=".0%", row=3, col=2)

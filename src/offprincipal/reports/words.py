@@ -5,7 +5,7 @@ Reads the pooled values of `summary.json` and computes no metric. The rules are 
 - *beyond that*, that is spacings, rows and columns, is said only where |z|, the score test against the margin null,
   exceeds `Z_BEYOND`, and never without the size of the effect, because millions of entries make the smallest
   difference significant;
-- *about what step length gives* means within a factor of `ABOUT` of a random update of equal length,
+- *about what length alone gives* means within a factor of `ABOUT` of a random update of equal length,
   stored alike (the stored null);
 - a run's one sentence names precision, magnitude or neurons where that rung moves a share by `TINY` or more.
 """
@@ -22,6 +22,7 @@ from offprincipal.reports.numbers import degrees, number, percent, points, signe
 Z_BEYOND = 3.0
 TINY, SMALL = 0.01, 0.05
 ABOUT = 1.25
+_SAME = 1 - 1e-12  # the cosine of two updates that are one
 _NOTHING = "none of the metrics that a sentence could be about was measured"
 _NOTABLE = 3  # pairs of runs that are told of unasked
 _FEW = 3  # runs that have a sentence each
@@ -77,7 +78,7 @@ def run_paragraph(name: str, metrics: Metrics, differing: int = 0, alone: int = 
 
 
 def decisions(summary: Mapping[str, Any]) -> list[str]:
-    """One sentence a run: how much changed, and whether precision, neurons or step length explain it, or more is left.
+    """One sentence a run: how much changed, and whether precision, neurons or length explain it, or more is left.
 
     Of more than a few runs, those of which the same is to be said, but for its numbers, share theirs. Then one for each
     of the few pairs of runs whose agreement is furthest from what the ladder explains.
@@ -126,8 +127,12 @@ def _where(value: _Reader) -> str:
     places = f"where {_listed(explain) if explain else 'chance'} would put them"
     zs = {mask: z for mask in known if (z := value(f"{mask}_z")) is not None}
     left = {mask: gap for mask in zs if (gap := _gap(mask, value)) is not None}
-    if left and max(map(abs, left.values())) >= TINY:
-        mask = max(left, key=lambda mask: abs(left[mask]))
+    mask = max(left, key=lambda mask: abs(left[mask])) if left else ""
+    if left and abs(left[mask]) >= SMALL:
+        more = "more" if left[mask] > 0 else "fewer"
+        size, expected = points(abs(left[mask])).removeprefix("+"), _listed(explain or ["chance"])
+        return f"{size.replace('points', 'percentage points')} {more} on {MASKS[mask]} than {expected} would put there"
+    if left and abs(left[mask]) >= TINY:
         return f"{places} (beyond that {_spelled(left[mask])} on {MASKS[mask]})"
     rest = "a tiny rest beyond that" if left else "nothing beyond that" if zs else ""
     return f"{places} ({rest})" if rest else places
@@ -135,13 +140,19 @@ def _where(value: _Reader) -> str:
 
 def _how_far(value: _Reader) -> str:
     """Whether spectrum and subspaces moved as far as a random update of equal length would move them."""
-    pairs = [(value(name), value(f"{name}_stored_null")) for name in ("spectral_shift", "principal_angle_left_max_deg")]
-    ratios = [found / null for found, null in pairs if found is not None and null]
+    ratios = {}
+    for words, name in (("the spectrum", "spectral_shift"), ("the subspaces", "principal_angle_left_max_deg")):
+        found, null = value(name), value(f"{name}_stored_null")
+        if found is not None and null:
+            ratios[words] = found / null
     if not ratios:
         return ""
-    verdicts = {_explained([ratio]) for ratio in ratios}
-    told = verdicts.pop() if len(verdicts) == 1 else f"{_span(ratios, _times)} times what step length alone gives"
-    return f"and spectrum and subspaces moved {told}" if len(ratios) > 1 else f"and it moved {told}"
+    times = f"{' and '.join(map(_times, ratios.values()))} times"
+    verdicts = {_explained([ratio]) for ratio in ratios.values()}
+    if len(verdicts) == 1:
+        return f"and {' and '.join(ratios)} moved {verdicts.pop()} ({times})"
+    each = [f"{words} {_times(ratio)} times" for words, ratio in ratios.items()]
+    return f"and {', '.join(each)} what length alone moves them"
 
 
 def _agreement_left_over(pair: Mapping[str, Any]) -> float:
@@ -157,19 +168,21 @@ def pair_sentence(pair: Mapping[str, Any]) -> str:
     """How far two runs changed the same entries, beside every rung of the ladder of nulls."""
     names = f"{plain(pair['run_a'])} and {plain(pair['run_b'])}"
     found, chance, rounding, null, z = (pair[f"jaccard{suffix}"] for suffix in ("", *_TOLD))
+    if pair.get("update_cosine") is not None and found == 1 and pair["update_cosine"] >= _SAME:
+        return f"{names} hold the same values."
     if found is None:
         return f"{names}: the agreement of their changed entries is undefined, since neither changed any."
     if chance == 0:
         return f"{names} share no changed entry, since one of them changed none."
     return (
         f"{names} changed the same entries with a Jaccard index of {number(found)}; "
-        f"chance alone gives {number(chance)}, rounding alone {number(rounding)}, and equal spacings, rows and columns "
+        f"chance alone gives {number(chance)}, rounding alone {number(rounding)}, and spacing and margins "
         f"{number(null)}: {_beyond(found, null, z)}."
     )
 
 
 def answers(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Over all runs: what precision explains, what step length explains, and what is left to geometry.
+    """Over all runs: what precision explains, what length explains, and what is left to geometry.
 
     Returns:
         Heading -> sentence; the answers whose metrics were not measured are left out.
@@ -184,7 +197,7 @@ def answers(summary: Mapping[str, Any]) -> dict[str, str]:
     readers = [_reader(metrics) for metrics in changed]
     found = {
         "Precision": _precision_answer(readers),
-        "Step length": _step_answer(readers),
+        "Length": _length_answer(readers),
         "Geometry": _energy_answer(readers),
     }
     return {heading: sentence for heading, sentence in found.items() if sentence}
@@ -334,7 +347,7 @@ def _distance(value: _Reader) -> str:
     moved = value("relative_update_norm")
     if moved == 0:
         return "No linear matrix moved: all of it is in embeddings, heads, norms or biases."
-    return f"The update's norm is {number(moved)} of the base's (step length)." if moved is not None else ""
+    return f"The update's norm is {number(moved)} of the base's." if moved is not None else ""
 
 
 def _turn(value: _Reader) -> str:
@@ -364,7 +377,7 @@ def _place(mask: str, value: _Reader) -> str:
     chance, rounding = (percent(value(f"{mask}_overlap_{rung}")) for rung in ("random", "rounding_null"))
     return (
         f"Of the changed entries {percent(found)} are {MASKS[mask]}; chance alone would put {chance} there, rounding "
-        f"alone {rounding}, and equal spacings, rows and columns {percent(null)}: "
+        f"alone {rounding}, and spacing and margins {percent(null)}: "
         f"{_beyond(found, null, value(f'{mask}_z'))}."
     )
 
@@ -392,7 +405,7 @@ def _precision_answer(readers: Sequence[_Reader]) -> str:
     gaps = [gap for r in known for mask in MASKS if (gap := _gap(mask, r)) is not None]
     return (
         f"principal weights hold {spans[0]} of the changed entries, where chance would put {spans[1]}, "
-        f"bfloat16 rounding alone {spans[2]}, and equal spacings, rows and columns {spans[3]}; {_left_over(gaps)}."
+        f"bfloat16 rounding alone {spans[2]}, and spacing and margins {spans[3]}; {_left_over(gaps)}."
     )
 
 
@@ -417,7 +430,7 @@ def _left_over(gaps: Sequence[float]) -> str:
     )
 
 
-def _step_answer(readers: Sequence[_Reader]) -> str:
+def _length_answer(readers: Sequence[_Reader]) -> str:
     moved = [x for r in readers if (x := r("relative_update_norm")) is not None]
     if not moved:
         return ""
@@ -437,12 +450,12 @@ def _step_answer(readers: Sequence[_Reader]) -> str:
 
 def _explained(ratios: Sequence[float]) -> str:
     if all(1 / ABOUT <= ratio <= ABOUT for ratio in ratios):
-        return "about what step length alone gives"
+        return "about what length alone gives"
     if all(ratio < 1 / ABOUT for ratio in ratios):
-        return "less than step length alone gives"
+        return "less than length alone gives"
     if all(ratio > ABOUT for ratio in ratios):
-        return "more than step length alone gives"
-    return "which step length alone explains in some runs and not in others"
+        return "more than length alone gives"
+    return "which length alone explains in some runs and not in others"
 
 
 def _energy_answer(readers: Sequence[_Reader]) -> str:

@@ -107,7 +107,7 @@ def _agreement(evidence: Evidence) -> str:
             shown = ["undefined" if value is None else f"{value:.3f}" for value in values]
             said.append(
                 f"{words} agree with a Jaccard of {shown[0]}; chance gives {shown[1]}, rounding alone {shown[2]}, and "
-                f"equal spacings, rows and columns {shown[3]}."
+                f"spacing and margins {shown[3]}."
             )
     return " ".join(said)
 

@@ -31,7 +31,7 @@ Runs = Mapping[str, list[Row]]
     "C9",
     "KL bound",
     "Each on-policy step moves the policy by a small KL even with beta = 0, and the weight step obeys the norm bound",
-    "step length: the KL of SFT over the squared length of its update",
+    "length: the KL of SFT over the squared length of its update",
     tables=(),
     needs=("watched_rl", "watched_sft", "gates"),
 )

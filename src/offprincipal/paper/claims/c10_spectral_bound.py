@@ -16,7 +16,7 @@ SLACK = 1e-3  # of a bound, for what rounding and the error bound of an approxim
     "C10",
     "bounds",
     "Weyl, Mirsky, Ky Fan and Wedin bound the spectral change",
-    "step length: how much of the bounds a Gaussian update of equal length uses, stored alike",
+    "length: how much of the bounds a Gaussian update of equal length uses, stored alike",
     tables=(),
     needs=("bounds",),
 )

@@ -39,7 +39,7 @@ _MATCHES = (("update_norm", "update norm"), ("kl_to_base", "KL to the base"))
     "C12",
     "PEFT",
     "Principal LoRA (PiSSA) gains nothing and collapses at higher learning rates, where plain LoRA is robust",
-    "step length: LoRA and PiSSA at equal update norm, and at equal KL, of either at its highest stable rate",
+    "length: LoRA and PiSSA at equal update norm, and at equal KL, of either at its highest stable rate",
     tables=(),
     needs=("outcomes",),
 )
