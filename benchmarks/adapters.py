@@ -19,7 +19,7 @@ import torch
 from harness import Table, in_rounds, number, ratios, torch_threads
 
 from offprincipal import adapt
-from offprincipal.adapters.adapt import METHODS
+from offprincipal.adapters.adapting import METHODS
 from offprincipal.models import open_language_model
 
 RANK = 8

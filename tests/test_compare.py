@@ -535,5 +535,7 @@ def test_what_the_ruler_may_miss_is_said_where_it_is_used(tmp_path: Path, kept: 
     found = compare(write_model(tmp_path / "base", weights), {"run": run}, metrics="location")  # type: ignore[arg-type]
     said = [text for text in found.summary["runs"]["run"]["warnings"] if "estimated from small weights" in text]
     rungs = found.summary["runs"]["run"]["anatomy"]["low_magnitude"]
-    assert abs(rungs["spacing"] - rungs["rounding"]) < 0.002 if kept else abs(rungs["spacing"] - rungs["rounding"]) > 0.02
+    assert (
+        abs(rungs["spacing"] - rungs["rounding"]) < 0.002 if kept else abs(rungs["spacing"] - rungs["rounding"]) > 0.02
+    )
     assert bool(said) is not kept

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from offprincipal.adapters import SparseAdamW, adapt
-from offprincipal.adapters.adapt import METHODS
+from offprincipal.adapters.adapting import METHODS
 from offprincipal.comparison import compare
 from offprincipal.gates import GateSettings
 from offprincipal.gates.forward import fisher_sums, kl_sums

@@ -349,7 +349,7 @@ def refused(says: str, out: Path, act: Callable[[], object]) -> None:
         ({"rotate": [2]}, r"rotate layer 2: the model has layers 0 to 1"),
         ({"permute": [-1]}, r"permute layer -1"),
         ({"rotate": [0.5]}, "whole numbers"),
-        ({"rotate": "0-1"}, "whole numbers"),
+        ({"rotate": "1-0"}, "names no layers"),
         ({}, "nothing to do"),
         ({"rotate": [0], "matrix": "fourier"}, "haar or hadamard"),
         ({"rotate": [0], "seed": -1}, "seed -1"),
@@ -430,7 +430,7 @@ def test_a_folder_in_use_is_not_written_over(base: Path, tmp_path: Path) -> None
         refused("that are not an intervention", out, lambda: intervene(base, out, rotate=[0], overwrite=overwrite))  # noqa: B023
     (out / "thesis.tex").unlink()
     intervene(base, out, rotate=[0])
-    refused("pass --overwrite", out, lambda: intervene(base, out, rotate=[1]))
+    refused(r"--overwrite \(overwrite=True\)", out, lambda: intervene(base, out, rotate=[1]))
     refused("holds a model that is read", out, lambda: intervene(out, out, rotate=[1], overwrite=True))
     (tmp_path / ".out.part").mkdir()  # of a process that was killed
     intervene(base, out, rotate=[1], overwrite=True)

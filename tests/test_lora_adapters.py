@@ -22,7 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import offprincipal
 from offprincipal.adapters import adapt, initialisations
-from offprincipal.adapters.adapt import METHODS
+from offprincipal.adapters.adapting import METHODS
 from offprincipal.adapters.initialisations import INITIALISATIONS, OFFSET, Start, StartSettings
 from offprincipal.adapters.off_principal import ProjectedFactor, principal_subspaces
 from offprincipal.adapters.record import RECORD, WEIGHTS

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from offprincipal.adapters import make_masks
-from offprincipal.adapters.shira import shira, shira_rank
+from offprincipal.adapters.shira_model import shira, shira_rank
 from offprincipal.errors import AdapterError
 from offprincipal.models import open_language_model
 

@@ -121,7 +121,7 @@ def _require_replaceable(
     if not any((out / mark).is_file() for mark in marks):
         raise FileError(f"output folder {out} holds files that are not {what}'s: choose another --out")
     if not overwrite:
-        raise FileError(f"output folder {out} holds {what}: choose another --out or pass --overwrite")
+        raise FileError(f"output folder {out} holds {what}: choose another --out, or --overwrite (overwrite=True) it")
 
 
 def _replace_folder(out: Path, part: Path) -> None:
@@ -213,6 +213,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
+        if not path.parent.is_dir():
+            raise FileError(f"cannot write {path}: there is no folder {path.parent}. Make it first") from error
         reason = error.strerror or error
         raise FileError(f"cannot write {path}: {reason}. Free some space or choose another --out") from error
 

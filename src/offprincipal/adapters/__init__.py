@@ -3,10 +3,10 @@
 torch is imported with this package; peft only when an adapter is made.
 """
 
-from offprincipal.adapters.adapt import adapt
+from offprincipal.adapters.adapting import adapt
 from offprincipal.adapters.choosing import KINDS, Kind, make_masks
 from offprincipal.adapters.isospectral import Isospectral, IsospectralAdamW, IsospectralMuon
-from offprincipal.adapters.shira import shira
+from offprincipal.adapters.shira_model import shira
 from offprincipal.adapters.sparse_adamw import SparseAdamW
 from offprincipal.adapters.weight_masks import Masks
 

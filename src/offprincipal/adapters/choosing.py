@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from offprincipal.adapters.given import module_of
 from offprincipal.adapters.weight_masks import Masks, base_hash, packed
 from offprincipal.checkpoints import (
     Checkpoint,
@@ -44,6 +45,7 @@ Kind = Literal["principal", "off_principal", "low_magnitude", "safe", "random", 
 Scope = Literal["matrix", "global"]
 Scores = NDArray[np.float32]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+ALL_LINEAR = "all-linear"
 DEFAULT_DENSITY = 0.5
 _LARGEST = np.uint32(0x7F7FFFFF)  # the bits of the largest finite float32
 _PROBES = 24
@@ -71,14 +73,14 @@ def make_masks(
         scope: `matrix` gives every matrix that density; `global` takes the first entries of all matrices together,
             which holds 4 bytes of memory an entry, 8 for `safe`.
         target_modules: only modules whose name is one of these or ends in a dot and one of these; a string is a regular
-            expression of whole names, or one such ending; None for all.
+            expression of whole names, or one such ending; None, or `all-linear`, for all.
         rank_fraction: k/min(n, m) of the principal subspace.
         seed: of `random`, and of the randomized decomposition of matrices larger than 1024.
         run: for `from_run`, the base and the tuned checkpoint of that run: anything that `compare` opens.
 
     Raises:
-        AdapterError: the density is outside (0, 1] or more than the run changed, no matrix is named, or weights are
-            quantised.
+        AdapterError: the density is outside (0, 1] or more than the run changed, no matrix is named, weights are
+            quantised, or the run's base is another.
         CheckpointError: the run cannot be read, or is of another architecture.
         NonFiniteTensor: a weight is NaN or infinite.
 
@@ -88,6 +90,7 @@ def make_masks(
     0.25
     """
     require_settings(kind, density, scope, rank_fraction, run)
+    model, target_modules = module_of(model), None if target_modules == ALL_LINEAR else target_modules
     matrices = list(linear_matrices(model, target_modules))
     orders = _orders(kind, rank_fraction, seed, run, model)
     groups = [matrices] if scope == "global" else [[matrix] for matrix in matrices]
@@ -147,6 +150,8 @@ def require_settings(
         raise AdapterError(f"rank_fraction {rank_fraction} is outside (0, 1]: choose the principal subspace's share")
     if (kind == "from_run") != (run is not None):
         raise AdapterError("run=(base, tuned) and the mask from_run belong together: give both or neither")
+    if run is not None and not (isinstance(run, tuple | list) and len(run) == 2):
+        raise AdapterError(f"run is {run!r}: give the base and the tuned checkpoint of the run, run=(base, tuned)")
 
 
 def first_entries(scores: Scores, size: int) -> NDArray[np.bool_]:
@@ -289,7 +294,13 @@ class _Run:
                 "run of the model's own architecture"
             )
         sides = (side.read(name, part.start, part.stop) for side in (self._base, self._tuned))
-        one, two = (values_of_codes(bf16_codes(part.of(side))) for side in sides)
+        before, after = (bf16_codes(part.of(side)) for side in sides)
+        if not np.array_equal(before, bf16_codes(_weights(matrix))):
+            raise AdapterError(
+                f"{part.tensor} of the model is not that of {self._base.source}: give run=(base, tuned) of this base, "
+                "in this order"
+            )
+        one, two = (values_of_codes(codes) for codes in (before, after))
         if not (np.isfinite(one).all() and np.isfinite(two).all()):
             raise NonFiniteTensor(f"{name} holds NaN or infinity in the run. Look at how it was trained")
         return np.abs(np.clip(two.astype(np.float64) - one, -3e38, 3e38)).astype(np.float32).reshape(-1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from offprincipal.adapters.given import module_of
 from offprincipal.adapters.sparse_adamw import require_settings
 from offprincipal.checkpoints.roles import LINEAR_ROLES, place_of
 from offprincipal.errors import AdapterError
@@ -314,8 +315,8 @@ class IsospectralMuon(Isospectral):
 
 
 def _groups(params: Any) -> list[Any]:
-    if isinstance(params, torch.nn.Module):
-        return isospectral_groups(params.named_parameters())
+    if isinstance(params, torch.nn.Module) or isinstance(getattr(params, "model", None), torch.nn.Module):
+        return isospectral_groups(module_of(params).named_parameters())
     if not isinstance(params, Iterable) or isinstance(params, Tensor):
         raise AdapterError(f"params is a {type(params).__name__}: give a torch.nn.Module, or its named_parameters()")
     given = list(params)

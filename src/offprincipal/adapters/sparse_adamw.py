@@ -28,7 +28,8 @@ class SparseAdamW(Optimizer):
 
     Each active entry moves exactly as under `torch.optim.AdamW(foreach=False)`, bit for bit, by torch's own operations
     on gathered entries, on any device. Gradients are clipped, if at all, by whoever calls: the norm of
-    `clip_grad_norm_` counts inactive entries, as it does for a dense optimizer.
+    `clip_grad_norm_` counts inactive entries, as it does for a dense optimizer. `zero_grad` clears the gradients of
+    masked parameters alone: call `masks.freeze_others(model)` first, or `model.zero_grad()` in its place.
 
     Under FSDP2, by hand or by accelerate, each process keeps the mask and the state of its own shard. In a `state_dict`
     these become tensors of the parameter's shape, sharded as it is, which `torch.distributed.checkpoint` saves, and
@@ -71,6 +72,8 @@ class SparseAdamW(Optimizer):
         weight_decay: float = 1e-2,
     ) -> None:
         require_settings(lr, betas, eps, weight_decay)
+        if not isinstance(masks, Mapping):
+            raise AdapterError(f"masks are a {type(masks).__name__}: make_masks makes them, Masks.load reads a file")
         self._masks = masks
         groups = _masked_groups(params, masks)
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from offprincipal.adapters.given import module_of
 from offprincipal.checkpoints.matrices import whole
 from offprincipal.errors import AdapterError, FileError
 from offprincipal.files import write_atomically
@@ -29,7 +30,7 @@ _METADATA = "offprincipal_masks"
 Words = NDArray[np.uint64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Masks(Mapping[str, Tensor]):
     """Parameter name -> bool tensor of its shape, true where an entry may be trained; unpacked when asked for.
 
@@ -44,6 +45,9 @@ class Masks(Mapping[str, Tensor]):
     shapes: Mapping[str, tuple[int, ...]]
     base: str
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Masks({self.about.get('kind', 'of its own')}, {len(self)} parameters, density {self.density:.3g})"
 
     def __getitem__(self, name: str) -> Tensor:
         return torch.from_numpy(unpack(self.words[name], math.prod(self.shapes[name]))).view(self.shapes[name])
@@ -76,7 +80,7 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             AdapterError: it lacks one of the parameters, or has other weights.
         """
-        if base_hash(model, self) != self.base:
+        if base_hash(module_of(model), self) != self.base:
             raise AdapterError(
                 f"these masks were made from another base: the weights of the {len(self)} parameters that they name "
                 "differ from the model's. Open the base that they were made from, or make masks of this one"

@@ -190,7 +190,7 @@ def name_runs(tuned: "Mapping[str, Source] | Sequence[Source]") -> dict[str, Any
         raise ArgumentError("no tuned checkpoint given: name at least one")
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise ArgumentError(f"two runs are named '{repeated[0]}': tell them apart with NAME=PATH")
+        raise ArgumentError(f"two runs are named '{repeated[0]}': tell them apart with NAME=PATH, in Python by a dict")
     return dict(named)
 
 

@@ -16,6 +16,7 @@ from offprincipal.errors import ArgumentError
 if TYPE_CHECKING:
     from offprincipal.reports.plots import Plots
 
+_WIDTH = 80  # columns of the text
 NULL_ENDINGS = ("_null", "_random")
 
 
@@ -128,6 +129,20 @@ class Comparison:
     def __repr__(self) -> str:
         tensors = len({row["tensor"] for row in self.matrices})
         return f"Comparison of {', '.join(self.summary['runs'])} with the base: {tensors:,} tensors"
+
+    def __str__(self) -> str:
+        """The tables and sentences that the terminal shows."""
+        from rich.console import Console
+
+        from offprincipal.reports.terminal import comparison_table
+        from offprincipal.reports.words import decisions
+
+        console = Console(color_system=None, width=_WIDTH)
+        with console.capture() as shown:
+            console.print(comparison_table(self.summary))
+            for sentence in decisions(self.summary):
+                console.print(sentence, markup=False, highlight=False)
+        return shown.get().rstrip()
 
     def _repr_html_(self) -> str:
         from offprincipal.reports.notebook import comparison_html

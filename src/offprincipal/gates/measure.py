@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from offprincipal.checkpoints import Checkpoint, open_checkpoint
+from offprincipal.comparison import name_runs
 from offprincipal.errors import ArgumentError, ModelError
 from offprincipal.files import require_folder, write_json
 from offprincipal.gates.curvature import Curvature, curvature_rows, draw_rows, pair_rows
@@ -100,7 +101,7 @@ class GateSettings:
             raise ArgumentError(f"dtype '{self.dtype}': float32 or float64")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Gates:
     """What `measure_gates` found.
 
@@ -115,6 +116,10 @@ class Gates:
         """Run -> its entry."""
         runs: dict[str, dict[str, Any]] = self.content["runs"]
         return runs
+
+    def __repr__(self) -> str:
+        kls = {run: entry["kl_cumulative"]["value"] for run, entry in self.runs.items()}
+        return f"Gates of {', '.join(f'{run}: KL to base {kl:.3g} nats a token' for run, kl in kls.items())}"
 
     def write(self, out: str | Path) -> Path:
         """Write `gates.json` into a folder, whole or not at all.
@@ -132,7 +137,7 @@ def measure_gates(
     base: str | Path,
     tuned: Mapping[str, str | Path],
     *,
-    prompts: str | Path | None = None,
+    prompts: str | Path | Sequence[str] | None = None,
     task: str | Sequence[str] | None = None,
     sequences: str | Path | None = None,
     progress: Progress | None = None,
@@ -146,8 +151,9 @@ def measure_gates(
 
     Args:
         base: a folder, a Hugging Face id, or `embedded`.
-        tuned: run -> whatever `compare` reads: folders or ids of models, adapters, distributed checkpoints.
-        prompts: a file of prompts, one a line, or JSON lines `{"prompt": …}` called `.jsonl`.
+        tuned: run -> folders or ids of models, adapters, distributed checkpoints; or one, or a list of them, named
+            after their folders.
+        prompts: a file of prompts, one a line, or JSON lines `{"prompt": …}` called `.jsonl`; or a list of prompts.
         task: one or more names for `open_task`; held-out prompts are taken.
         sequences: JSON lines, `{"text": …}` or `{"input_ids": […]}`, measured at every position after the first.
         progress: told how many directions are done, of how many, and of which run.
@@ -168,10 +174,14 @@ def measure_gates(
     settings = GateSettings(**options)
     if [prompts, task, sequences].count(None) != 2:
         raise ArgumentError("give one of prompts, task and sequences: what the gates are measured on")
-    if not tuned:
-        raise ArgumentError("no tuned checkpoint given: name at least one")
+    several: Any = [tuned] if isinstance(tuned, str | Path) or hasattr(tuned, "state_dict") else tuned
+    tuned = name_runs(several)
+    for run, source in (("the base", base), *tuned.items()):
+        if not isinstance(source, str | Path):
+            kind = type(source).__name__
+            raise ArgumentError(f"{run} is a {kind}: the gates open models themselves, so save it, and give its folder")
     names = [task] if isinstance(task, str) else list(task or ())
-    asked = read_prompts(prompts) if prompts is not None else None
+    asked = None if prompts is None else read_prompts(prompts) if isinstance(prompts, str | Path) else [*prompts]
     language_model = open_for_derivatives(base, settings, tokenizer=sequences is None)
     if names:
         asking = prompting(None, language_model.tokenizer, map(open_task, names))

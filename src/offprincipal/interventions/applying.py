@@ -5,13 +5,14 @@ from collections.abc import Iterable
 from importlib import metadata
 from operator import index
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from offprincipal.errors import InterventionError
 from offprincipal.files import new_folder, write_json
 from offprincipal.interventions.folders import write_model
+from offprincipal.interventions.layers import parse_layers
 from offprincipal.interventions.opened import OpenedModel, open_model, require_own_layers
 from offprincipal.interventions.plan import Request, plan_of
 from offprincipal.interventions.proof import (
@@ -33,8 +34,8 @@ def intervene(
     model: str | Path,
     out: str | Path,
     *,
-    rotate: Iterable[int] | Literal["all"] = (),
-    permute: Iterable[int] | Literal["all"] = (),
+    rotate: Iterable[int] | int | str = (),
+    permute: Iterable[int] | int | str = (),
     residual: bool = False,
     matrix: str = "haar",
     seed: int = 0,
@@ -49,8 +50,9 @@ def intervene(
     Args:
         model: a folder, a Hub id, or `embedded`: Llama, Mistral, Qwen2, Qwen3, or Gemma.
         out: folder of the result; absent, empty, or with `overwrite` one that was written by an intervention.
-        rotate: layers whose values are rotated, a block for each key-value head; `all` for all.
-        permute: layers whose heads and neurons are reordered; `all` for all.
+        rotate: layers whose values are rotated, a block for each key-value head: numbers from 0, or a text such as
+            "0,4-7" or "all".
+        permute: layers whose heads and neurons are reordered, told in the same way.
         residual: rotate the residual stream, with the norms' gains folded into the matrices that read it. A head that
             was tied to the embedding is written on its own.
         matrix: `haar` (uniform) or `hadamard` (with random signs).
@@ -122,10 +124,14 @@ def _written(part: Path, opened: OpenedModel, request: Request, dtype: str) -> I
     return InterventionRecord(opened.identity, opened.architecture.kind, request, dtype, result, proof, versions())
 
 
-def _listed(layers: Iterable[Any]) -> tuple[int, ...] | None:
+def _listed(layers: Any) -> tuple[int, ...] | None:
     """Layers in order, each once; None for all."""
+    if isinstance(layers, str):
+        layers = parse_layers(layers)
     if layers == "all":
         return None
+    if isinstance(layers, int):
+        return (layers,)
     try:
         return tuple(sorted({index(layer) for layer in layers}))
     except TypeError as error:

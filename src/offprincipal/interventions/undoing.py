@@ -98,6 +98,8 @@ def undo(
             the logits differ. Nothing is written then.
         ModelError, CheckpointError: a model cannot be opened.
     """
+    if isinstance(record, InterventionRecord):
+        raise InterventionError("give the folder that `intervene` wrote: the model beside the record is looked at too")
     written = read_record(record)
     require_dtype(dtype)
     opened = open_model(base if base is not None else written.base["source"])

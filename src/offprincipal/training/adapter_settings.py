@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from offprincipal.adapters import KINDS, Kind
-from offprincipal.adapters.adapt import METHODS as LORA_METHODS
+from offprincipal.adapters.adapting import METHODS as LORA_METHODS
 from offprincipal.adapters.choosing import Scope
 from offprincipal.errors import TrainingError
 

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from offprincipal.adapters.adapt import PEFT_NAMES
+from offprincipal.adapters.adapting import PEFT_NAMES
 from offprincipal.assets import EMBEDDED
 from offprincipal.errors import TrainingError
 from offprincipal.recipes import RECIPES, Recipe, recipe_named

@@ -11,7 +11,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from offprincipal.adapters import IsospectralAdamW, IsospectralMuon, Masks, SparseAdamW, adapt, make_masks, shira
-from offprincipal.adapters.adapt import METHODS as LORA_METHODS
+from offprincipal.adapters.adapting import METHODS as LORA_METHODS
 from offprincipal.adapters.choosing import DEFAULT_DENSITY
 from offprincipal.models import LanguageModel, model_name
 from offprincipal.training.adapter_settings import AdapterSettings

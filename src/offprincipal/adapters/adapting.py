@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offprincipal.adapters.choosing import is_target
+from offprincipal.adapters.choosing import ALL_LINEAR, is_target
 from offprincipal.adapters.factors import FrozenFactor, OffsetFactor
+from offprincipal.adapters.given import module_of
 from offprincipal.adapters.initialisations import INITIALISATIONS, OFFSET, Start, StartSettings
 from offprincipal.adapters.off_principal import ProjectedFactor, principal_subspaces
 from offprincipal.errors import AdapterError, install_command
@@ -24,10 +25,17 @@ from offprincipal.geometry.principal import principal_rank
 from offprincipal.models.opening import hash_of
 
 METHODS = ("lora", *INITIALISATIONS, "off_principal")
-ALL_LINEAR = "all-linear"
 _ADAPTER = "default"
 _BY_RANK_FRACTION = ("geora", "off_principal")
 _BY_DENSITY = ("geora",)
+_NOT_OURS = {  # of PEFT's
+    "use_rslora": "is not needed: it is alpha = rank ** 0.5 times the alpha that you mean",
+    "init_lora_weights": "is the method here: method='pissa', 'olora' and so on",
+    "use_dora": "is not among the methods: take peft.get_peft_model for it",
+    "modules_to_save": "is not taken: an adapter of ours is of its layers alone",
+    "task_type": "is told from the model",
+    "bias": "is not taken: biases stay as they are",
+}
 PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}  # and what they are called here
 
 
@@ -36,7 +44,7 @@ def adapt(
     method: str = "off_principal",
     *,
     rank: int = 8,
-    target_modules: str | Sequence[str] = ALL_LINEAR,
+    target_modules: str | Sequence[str] | None = ALL_LINEAR,
     alpha: float | None = None,
     dropout: float = 0.0,
     rank_fraction: float = 0.125,
@@ -58,7 +66,7 @@ def adapt(
             `offprincipal.adapters.initialisations` for what each is taken to be.
         rank: r. The saved adapter of `pissa`, `milora`, `olora` and `geora` has rank 2r: [B, −B0] [A; A0].
         target_modules: names or endings of names of layers; a string is a regular expression of whole names, one such
-            ending, or `all-linear`: every linear layer but the output head.
+            ending, or `all-linear`, as None: every linear layer but the output head.
         alpha: s = alpha/rank; None: alpha = rank, s = 1.
         dropout: of the layers' inputs, in the update only.
         rank_fraction: k = max(1, round(rank_fraction · min(n, m))) is the rank of the principal subspaces, for
@@ -81,8 +89,10 @@ def adapt(
     if importlib.util.find_spec("peft") is None:
         raise AdapterError(f"adapters need peft: {install_command('train')}")
     for name in others:
-        ours = f"is called {PEFT_NAMES[name]} here" if name in PEFT_NAMES else "is no setting of it"
-        raise AdapterError(f"adapt: {name} {ours}")
+        ours = f"is called {PEFT_NAMES[name]} here" if name in PEFT_NAMES else _NOT_OURS.get(name)
+        known = "rank, alpha, dropout, target_modules, rank_fraction, density, seed, resume"
+        raise AdapterError(f"adapt: {name} {ours or f'is no setting of it: there are {known}'}")
+    model, target_modules = module_of(model), ALL_LINEAR if target_modules is None else target_modules
     _check_settings(method, rank, alpha, dropout, rank_fraction, density)
     layers = target_layers(model, method, target_modules)
     _check_ranks(layers, method, rank, rank_fraction)
@@ -285,7 +295,8 @@ def _is_linear(module: nn.Module) -> bool:
 def _no_such(wanted: Any, modules: dict[str, nn.Module]) -> str:
     linear = [name for name, module in modules.items() if _is_linear(module)]
     example = f"linear layers are such as '{linear[0]}'" if linear else "the model has no linear layer"
-    return f"target_modules: no module is named {wanted!r}; {example}"
+    whole = "; a regular expression has to match the whole name" if set("|*+?()[]\\") & set(str(wanted)) else ""
+    return f"target_modules: no module is named {wanted!r}{whole}; {example}"
 
 
 @contextmanager
