@@ -1,6 +1,6 @@
 """Thousands of damaged and hostile checkpoints: each is read or refused by name, at once and in little memory.
 
-`OFFPRINCIPAL_FUZZ=20000 pytest tests/test_checkpoint_fuzz.py` tries as many, from another seed than the usual ones.
+`OFFPRINCIPAL_TIMES=10 pytest tests/test_checkpoint_fuzz.py` tries ten times as many, from another seed.
 """
 
 import io
@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from faults import TIMES, times
 from megatron_ranks import megatrons, usual, write_megatron
 from ranks import write_ranks
 from safetensors.torch import save_file
@@ -36,8 +37,8 @@ from offprincipal.checkpoints import Checkpoint, open_checkpoint, pair_tensors, 
 from offprincipal.checkpoints.checkpoint import FLOATS, INTEGERS
 from offprincipal.errors import CheckpointError
 
-CASES = int(os.environ.get("OFFPRINCIPAL_FUZZ", "6000"))
-SEED = 0 if CASES == 6000 else CASES
+CASES = times(6000)
+SEED = TIMES - 1
 SECONDS = 60.0  # by the clock, after which a call hangs
 WORK = 5.0  # seconds of this process's own time, which other processes do not lengthen
 MEMORY = 1 << 29

@@ -69,6 +69,32 @@ def test_the_readme_snippet_runs(tiny_model: Path, monkeypatch: pytest.MonkeyPat
     exec(compile(snippet, "README.md", "exec"), {})
 
 
+SNIPPETS = ["adapters", "interventions", "monitor", "theory", "trajectories"]
+
+
+def test_every_page_with_python_is_run() -> None:
+    others = {"tour"}  # above
+    assert {page.stem for page in PAGES if blocks(page, "python")} == {*SNIPPETS, *others}
+
+
+@pytest.mark.parametrize("page", SNIPPETS)
+def test_the_python_of_a_page_runs_from_top_to_bottom(
+    page: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it stands there, on a tiny model in place of the embedded one, which has fewer layers."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(tiny_model)
+    for step in (1, 2):
+        folder = shutil.copytree(tiny_model, tmp_path / "runs" / "grpo" / f"checkpoint-{step}")
+        weights = load_file(folder / "model.safetensors")
+        moved = {name: tensor.float() * (1 + 1e-3 * step) for name, tensor in weights.items()}
+        save_file(moved, folder / "model.safetensors", {"format": "pt"})
+    trained = "turned" if page == "interventions" else "runs/grpo/checkpoint-1"
+    (tmp_path / "run").symlink_to(trained)
+    text = "\n".join(blocks(DOCS / f"{page}.md", "python")).replace("[2, 3]", "[0, 1]")
+    exec(compile(text.replace('"embedded"', repr(str(tiny_model))), f"{page}.md", "exec"), {})
+
+
 def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cells = json.loads((DOCS / "tutorial.ipynb").read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]

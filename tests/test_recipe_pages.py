@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from ranks import write_ranks
 from test_cli import call
 from test_prompting import model_at
 from torch.distributed.tensor import Shard
+from zero_ranks import write_zero
 
 from offprincipal.checkpoints import open_checkpoint
 
@@ -76,6 +78,22 @@ def as_verl_leaves_it(model: Path, folder: Path) -> None:
         (actor / "huggingface" / "config.json").write_text((model / "config.json").read_text())
 
 
+def as_other_trainers_leave_it(model: Path, runs: Path) -> None:
+    """torch.distributed.checkpoint, accelerate's folder of it, and DeepSpeed's."""
+    opened = open_checkpoint(model)
+    moved = {
+        name: torch.from_numpy(opened.read(name).astype("float32")).reshape(info.shape) * (1 + 1e-4)
+        for name, info in opened.tensors.items()
+    }
+    for folder, state in (
+        ("fsdp/step_100", moved),
+        ("accelerate/checkpoint-100/pytorch_model_fsdp_0", {"model": moved}),
+    ):
+        dcp.save(dict(state), checkpoint_id=runs / folder, no_dist=True)
+        (runs / folder / "config.json").write_text((model / "config.json").read_text())
+    write_zero(runs / "deepspeed", [moved], 2, 2)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -83,6 +101,7 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pyt
     rows = [{"question": f"{i}+1=", "answer": f"{i}+1\n#### {i + 1}"} for i in range(60)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     as_verl_leaves_it(model, tmp_path / "checkpoints" / "gsm8k")
+    as_other_trainers_leave_it(model, tmp_path / "runs")
     folders = {"Qwen/Qwen3-0.6B": str(model), "Qwen/Qwen3-1.7B": str(model)}
     folders["hf:openai/gsm8k?config=main"] = f"hf:{tmp_path / 'data.jsonl'}"
     found = commands(page)

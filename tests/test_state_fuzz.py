@@ -1,10 +1,9 @@
 """Damaged files of our own: tables that a report is made of, profiles and overrides. Each is used, or refused by name.
 
-`OFFPRINCIPAL_FUZZ=5000 pytest tests/test_state_fuzz.py` tries as many of each.
+`OFFPRINCIPAL_TIMES=10 pytest tests/test_state_fuzz.py` tries ten times as many of each.
 """
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from checkpoint_folders import base_and_two_runs
+from faults import times
 from test_checkpoint_fuzz import damaged, too_long, twisted
 
 from offprincipal import CompareSettings, compare
@@ -25,7 +25,7 @@ from offprincipal.reports.report import write_report_of
 from offprincipal.studies.overrides import apply_override
 from offprincipal.training import parse_settings
 
-CASES = int(os.environ.get("OFFPRINCIPAL_FUZZ", "150"))
+CASES = times(150)
 SECONDS = 60.0
 
 

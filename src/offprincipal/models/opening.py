@@ -18,6 +18,7 @@ from offprincipal.assets import EMBEDDED, embedded_base
 from offprincipal.errors import ModelError, install_command
 from offprincipal.models.gguf import SUFFIX, folder_of
 from offprincipal.models.quiet import quiet_libraries
+from offprincipal.models.tokenizer_guard import TOKENIZER, require_tame
 
 _EXTRA = ("transformers", "trl", "datasets", "accelerate")
 
@@ -174,8 +175,18 @@ def _with_tokenizer(opened: LanguageModel, name: str, trust_remote_code: bool) -
 
 
 def open_tokenizer(name: str | Path, *, trust_remote_code: bool = False, **options: Any) -> Any:
-    """The tokenizer of a folder or id; errors are transformers' own. Python that comes with it runs only if trusted."""
+    """The tokenizer of a folder or id; errors are transformers' own. Python that comes with it runs only if trusted.
+
+    Raises:
+        ModelError: its steps would not end or fill the memory.
+    """
     transformers: Any = importlib.import_module("transformers")
+    if Path(name).is_dir():
+        require_tame(Path(name))
+    elif found := transformers.utils.cached_file(
+        name, TOKENIZER, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    ):
+        require_tame(Path(found).parent)
     return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
 
 
