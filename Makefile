@@ -1,10 +1,10 @@
-# make demo | test | test-floors | setup | lint | bench | docs | clean
+# make demo | test | test-floors | faults | setup | lint | bench | docs | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.offprincipal-ready
 
-.PHONY: demo test test-floors setup lint bench docs clean
+.PHONY: demo test test-floors faults setup lint bench docs clean
 
 demo: setup
 	$(BIN)/offprincipal study --out demo
@@ -12,6 +12,11 @@ demo: setup
 # One thread a process: two processes of one thread beat one of two.
 test: setup
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n auto
+
+# The tests of faults, at forty times their usual number: mutated inputs, kills, folders that two hosts share.
+faults: setup
+	OFFPRINCIPAL_TIMES=$${OFFPRINCIPAL_TIMES:-40} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -rA --no-header \
+	  tests/test_kills.py tests/test_checkpoint_fuzz.py tests/test_state_fuzz.py tests/test_tokenizer_guard.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -331,3 +331,18 @@ def test_a_sharded_model_and_an_adapter_are_told_too(tmp_path: Path, pair: tuple
     again = load_file(apply_delta(base, tmp_path / "run.delta", tmp_path / "out") / "model.safetensors")
     for name, tensor in load_file(tuned / "model.safetensors").items():
         assert torch.equal(again[name], tensor)
+
+
+def test_the_same_delta_has_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    """safetensors writes several metadata in an order that is another in every process."""
+    base, run = (
+        write_model(tmp_path / name, stored(moved(base_weights(), size, 1))) for name, size in (("b", 0), ("r", 1e-3))
+    )
+    code = "import sys; from offprincipal import make_delta; make_delta(*sys.argv[1:4], format=sys.argv[4])"
+    for form in ("delta", "sparse-safetensors"):
+        written = []
+        for turn in range(4):
+            out = tmp_path / f"{turn}.{'delta' if form == 'delta' else 'safetensors'}"
+            subprocess.run([sys.executable, "-c", code, str(base), str(run), str(out), form], check=True)
+            written.append(out.read_bytes())
+        assert len(set(written)) == 1, form

@@ -167,7 +167,7 @@ def _write_sparse(
         "encoding": "raw",
     }
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
-    write_atomically(path, lambda part: save_file(tensors, part, metadata))
+    write_atomically(path, lambda part: _save(tensors, part, metadata))
     return Made(path, path.stat().st_size, whole, entries, changed, 32.0 if changed else None, None)
 
 
@@ -198,4 +198,17 @@ def _write_bytes(path: Path, blobs: dict[str, bytes], metadata: dict[str, str]) 
     tensors = {
         name: as_tensor(np.frombuffer(content, np.uint8), "uint8", (len(content),)) for name, content in blobs.items()
     }
-    write_atomically(path, lambda part: save_file(tensors, part, metadata))
+    write_atomically(path, lambda part: _save(tensors, part, metadata))
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write safetensors with the metadata in order: the library's own order is another in every process."""
+    save_file(tensors, path, metadata)
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -94,6 +95,9 @@ def named_runs(tuned: list[str]) -> Any:
             if run in runs:
                 raise ArgumentError(f"two runs are named '{run}': tell them apart with NAME=PATH")
             runs[run] = path
+    by_step = {run: re.fullmatch(r"(.*?)([0-9]{1,12})", run) for run in runs}
+    if len({found[1] for found in by_step.values() if found}) == 1 and all(by_step.values()):
+        return dict(sorted(runs.items(), key=lambda item: int(re.findall(r"[0-9]+$", item[0])[0])))
     return runs
 
 

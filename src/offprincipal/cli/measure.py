@@ -233,7 +233,7 @@ def compare(
             for kept in contract_lines(found.summary):
                 say(kept)
             for warning in warnings_of(found.summary):
-                say(f"note: {warning}", style="yellow")
+                say(f"note: {warning}", style="yellow", soft_wrap=False)
             if found.measured_before:
                 say(f"measured before, not again: {', '.join(found.measured_before)} (--no-cache measures all)")
             for sentence in (verdict_paragraph if explain else decisions)(found.summary):

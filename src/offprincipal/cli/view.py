@@ -53,7 +53,9 @@ def card(
     """Write a model card's section about what training did: table, anatomy, figure, and data of a fixed form."""
     from offprincipal.comparison import read_summary
     from offprincipal.reports.card import push_card, write_card
+    from offprincipal.reports.report import require_comparison
 
+    require_comparison(folder)
     summary, out = read_summary(folder), out or folder / "card"
     if push is None:
         say(f"section: {write_card(summary, out, base_model)}")

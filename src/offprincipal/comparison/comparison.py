@@ -120,9 +120,11 @@ def compare(
             gather(work.parts, measured, measure, keep, journal, progress)
             result = _comparison(work, [measured[part.name] for part in work.parts], before.runs)
             require_unchanged(opened)
-            if folder:
+            if folder and journal:
+                journal.require_own()
                 result.write(folder)
                 keep_measured(work, folder, opened, measured)
+                journal.require_own()  # else tables of two comparisons may lie there
         if journal:
             journal.discard()
     return result

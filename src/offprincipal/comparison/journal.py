@@ -144,15 +144,24 @@ class Journal:
         Raises:
             FileError: another process has taken the journal for itself.
         """
+        file = self.require_own()
+        with self._reported():
+            file.write(_line({"tensor": name} | vars(rows)))
+            file.flush()
+
+    def require_own(self) -> IO[bytes]:
+        """The open file, where no other process has taken the journal for itself, on whatever machine it runs.
+
+        Raises:
+            FileError: one has.
+        """
         if self._file is None:
             raise ValueError("the journal is not open")
         if not self._is_ours(self._file):
             raise FileError(
                 f"another process is writing to {self.path.parent}: wait for it to end, or choose another --out"
             )
-        with self._reported():
-            self._file.write(_line({"tensor": name} | vars(rows)))
-            self._file.flush()
+        return self._file
 
     def discard(self) -> None:
         """Remove the journal: the tables are written."""

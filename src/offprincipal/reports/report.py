@@ -69,6 +69,16 @@ def damage_reported(folder: Path) -> Iterator[None]:
         ) from error
 
 
+_OTHERS = {
+    "trajectory.json": "a trajectory, whose page is trajectory.html",
+    "run.json": "a training run",
+    "checkpoints": "a training run that is not complete",
+    "gates.json": "gates",
+    "preflight.json": "a preflight, whose page is preflight.html",
+    "intervention.json": "an intervention",
+}
+
+
 def write_report_of(folder: Path) -> Path:
     """Write `report.html` into a folder that `offprincipal compare` or `offprincipal study` wrote.
 
@@ -83,6 +93,17 @@ def write_report_of(folder: Path) -> Path:
     return write_report(folder / "report.html", comparison_in(folder), read_json(path) if path.exists() else None)
 
 
+def require_comparison(folder: Path) -> None:
+    """Check that a folder of ours holds a comparison, and not something else.
+
+    Raises:
+        FileError: it holds something else; the message says what.
+    """
+    held = next((what for name, what in _OTHERS.items() if (folder / name).exists()), None)
+    if held and not (folder / "summary.json").exists():
+        raise FileError(f"{folder} holds {held}, and no comparison: `offprincipal show {folder}` prints what it holds")
+
+
 def comparison_in(folder: Path) -> Path:
     """The folder of the comparison that a folder holds, or that its study judges.
 
@@ -91,6 +112,7 @@ def comparison_in(folder: Path) -> Path:
     """
     path = folder / "study.json"
     if not path.exists():
+        require_comparison(folder)
         return folder
     with damage_reported(folder):
         return folder / Path(read_json(path)["comparison"]).name

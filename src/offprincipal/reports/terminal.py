@@ -315,7 +315,8 @@ def settings_table(fields: Mapping[str, Any]) -> Table:
     for title in ("setting", "default", "meaning"):
         table.add_column(title)
     for name, field in fields.items():
-        default = "required" if field.is_required() else str(field.default)
+        default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
+        default = {"()": "none", "{}": "none", "None": "none"}.get(default, default)
         table.add_row(name, shown(default), shown(field.description or ""))
     return table
 
@@ -323,11 +324,16 @@ def settings_table(fields: Mapping[str, Any]) -> Table:
 def metrics_table(metrics: Iterable["Metric"]) -> Table:
     """Every figure by group: its name, what it means, and its unit."""
     table = _lean()
-    for title in ("group", "figure", "what it is", "unit"):
-        table.add_column(title, no_wrap=title == "figure")
+    for title in ("figure", "what it is"):
+        table.add_column(title, overflow="fold")
+    group = ""
     for metric in metrics:
+        if metric.group != group:
+            group = metric.group
+            table.add_row(f"[bold]{group}[/]", "")
         for column in metric.columns:
-            table.add_row(metric.group, column.name, shown(column.meaning), "" if column.unit == "1" else column.unit)
+            unit = "" if column.unit == "1" else f" ({column.unit})"
+            table.add_row(column.name, shown(f"{column.meaning}{unit}"))
     return table
 
 
@@ -412,14 +418,25 @@ def delta_lines(made: "Made") -> list[str]:
     """What a delta came to."""
     share = made.changed / made.entries if made.entries else 0.0
     lines = [
-        f"{made.path}: {made.bytes:,} bytes, {made.whole / max(made.bytes, 1):,.1f} times less than the weights' "
-        f"{made.whole:,}",
-        f"changed: {made.changed:,} of {made.entries:,} entries that both have, {100 * share:.3g} %",
+        f"{made.path}: {made.bytes:,} bytes, {_beside_weights(made.bytes, made.whole)} ({made.whole:,})",
+        f"changed: {made.changed:,} of {made.entries:,} entries that both have in one type, {100 * share:.3g} %",
     ]
+    if not made.entries:
+        lines.append(
+            "no tensor has one type on both sides, so all are kept whole: convert one side, with save_pretrained after "
+            "model.to(torch.bfloat16), say"
+        )
     if made.places is not None:
         values = "" if made.values is None else f", {made.values:.2f} for its value"
         lines.append(f"a changed entry takes {made.places:.2f} bits for its place{values}")
     return lines
+
+
+def _beside_weights(size: int, whole: int) -> str:
+    """How a file's size stands beside that of the weights."""
+    if size <= whole:
+        return f"{whole / max(size, 1):,.1f} times less than the weights take"
+    return f"{size / max(whole, 1):,.2f} times what the weights take"
 
 
 def as_shown_json(content: Mapping[str, Any]) -> str:

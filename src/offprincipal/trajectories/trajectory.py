@@ -141,6 +141,9 @@ def trajectory(
     if predict is not None:
         _require_prediction(work, work.steps, predict, predict_by, out)
     parts = [part for part in work.parts if part.numel]
+    most = max((min(part.matrix_shape) for part in parts if work.is_linear(part)), default=0)
+    if subspace_rank is not None and subspace_rank > most:
+        raise ArgumentError(f"subspace_rank is {subspace_rank}, and no linear matrix has more than {most} directions")
     sums = Sums(parts, work.steps, subspace_rank)
     opened = identities(work.files)
 

@@ -55,9 +55,9 @@ class Followed(Work):
         for step, checkpoint in opened.items():
             kept = checkpoint.masters()
             if kept is None:
-                raise CheckpointError(
-                    f"{checkpoint.source} has no float32 weights beside it: leave masters out, or keep them"
-                )
+                floats = {info.dtype for info in checkpoint.tensors.values() if info.floating}
+                hint = "it is float32 itself: leave --masters out" if floats == {"float32"} else "leave --masters out"
+                raise CheckpointError(f"{checkpoint.source} has no float32 weights beside it; {hint}, or keep them")
             found[step] = kept
         return found
 
