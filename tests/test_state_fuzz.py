@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from checkpoint_folders import base_and_two_runs
+from checkpoint_folders import base_and_two_runs, tables_in
 from faults import times
 from test_checkpoint_fuzz import damaged, too_long, twisted
 
-from offprincipal import CompareSettings, compare
+from offprincipal import CompareSettings, MatrixSettings, compare
+from offprincipal.comparison.journal import NAME as JOURNAL
 from offprincipal.errors import OffPrincipalError
 from offprincipal.paper import load_profile
 from offprincipal.reports.report import write_report_of
@@ -128,3 +129,73 @@ def test_overrides_are_taken_or_refused() -> None:
             if found not in ("used", "refused"):
                 wrong.append(f"case {case}: {text[:80]!r}: {found}")
     assert not wrong, f"{len(wrong)} of {2 * CASES}:\n" + "\n".join(wrong[:12])
+
+
+FEW = times(15)  # comparisons take longer
+
+
+def mutated(path: Path, chance: random.Random) -> bytes:
+    """A file's content with a line or some bytes of it changed, left out, doubled or exchanged."""
+    content = path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    if len(lines) < 3 or chance.random() < 0.5:
+        return damaged(content, len(content), chance)
+    place, other = chance.randrange(len(lines)), chance.randrange(len(lines))
+    match chance.randrange(4):
+        case 0:
+            lines[place], lines[other] = lines[other], lines[place]
+        case 1:
+            del lines[place]
+        case 2:
+            lines.insert(other, lines[place])
+        case _:
+            lines[place] = lines[place].replace(b"1", b"2", 1)
+    return b"".join(lines)
+
+
+def test_a_damaged_journal_is_not_believed(tmp_path: Path) -> None:
+    base, runs = base_and_two_runs(tmp_path)
+    settings = CompareSettings(metrics=("location", "spectrum"))
+    compare(base, runs, settings, out=tmp_path / "whole", cache=False)
+    expected, chance, seen = tables_in(tmp_path / "whole"), random.Random(FEW), Counter[str]()
+
+    def stop_late(done: int, total: int, tensor: str) -> None:
+        if done > 0.7 * total:
+            raise KeyboardInterrupt
+
+    for _ in range(FEW):
+        out = tmp_path / "out"
+        with pytest.raises(KeyboardInterrupt):
+            compare(base, runs, settings, out=out, cache=False, threads=1, progress=stop_late)
+        path = out / JOURNAL
+        path.write_bytes(mutated(path, chance))
+        again: list[str] = []
+        found = outcome(
+            lambda: compare(base, runs, settings, out=out, cache=False, progress=lambda d, t, name: again.append(name))  # noqa: B023
+        )
+        assert found == "used", found
+        assert tables_in(out) == expected
+        seen["all again" if len(again) == 8 else "some kept"] += 1
+        shutil.rmtree(out)
+    assert (seen["some kept"] and seen["all again"]) or FEW < 20, seen
+
+
+def test_a_damaged_cache_entry_is_not_believed(tmp_path: Path) -> None:
+    """Every file of it in turn: the tables are those of a comparison without a cache."""
+    base, runs = base_and_two_runs(tmp_path)
+    settings = CompareSettings(("spectrum", "subspace"), MatrixSettings(exact_up_to=4))
+    compare(base, runs, settings, out=tmp_path / "whole", cache=False)
+    compare(base, runs, settings, out=tmp_path / "first", cache=tmp_path / "cache")
+    expected, chance = tables_in(tmp_path / "whole"), random.Random(FEW)
+    kept = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.stat().st_size]
+    assert len(kept) >= 6 and tables_in(tmp_path / "first") == expected
+    for case in range(2 * FEW):
+        path = chance.choice(kept)
+        whole = path.read_bytes()
+        path.write_bytes(damaged(whole, len(whole), chance))
+        out = tmp_path / f"out{case}"
+        found = outcome(lambda: compare(base, runs, settings, out=out, cache=tmp_path / "cache"))  # noqa: B023
+        assert found == "used", found
+        assert tables_in(out) == expected, path
+        path.write_bytes(whole)
+        shutil.rmtree(out)

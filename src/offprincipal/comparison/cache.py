@@ -135,7 +135,7 @@ def _write(path: Path, kept: Kept) -> None:
     from safetensors.torch import save_file
 
     tensors, about = kept
-    save_file(tensors, path, metadata=about | {_CHECKSUM: _checksum(tensors)})
+    save_file(tensors, path, metadata=about | {_CHECKSUM: _checksum(tensors, about)})
 
 
 def _read(path: Path) -> Kept | None:
@@ -149,7 +149,7 @@ def _read(path: Path) -> Kept | None:
             tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError):
         return None
-    if about.pop(_CHECKSUM, None) != _checksum(tensors):
+    if about.pop(_CHECKSUM, None) != _checksum(tensors, about):
         return None
     with contextlib.suppress(OSError):  # it may be another user's, or have been removed since
         os.utime(path)
@@ -162,9 +162,9 @@ def _is_own(path: Path) -> bool:
     return stat.S_ISREG(about.st_mode) and (not hasattr(os, "getuid") or about.st_uid == os.getuid())
 
 
-def _checksum(tensors: dict[str, "Tensor"]) -> str:
-    """Of all entries, so that a damaged file is computed anew."""
-    found = 0
+def _checksum(tensors: dict[str, "Tensor"], told: dict[str, str]) -> str:
+    """Of all entries and of what is told of them, so that a damaged file is computed anew."""
+    found = zlib.crc32(repr(sorted(told.items())).encode())
     for name in sorted(tensors):
         about = f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}"
         found = zlib.crc32(tensors[name].numpy().reshape(-1).view("u1").data, zlib.crc32(about.encode(), found))

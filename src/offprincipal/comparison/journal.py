@@ -191,6 +191,8 @@ class Journal:
         file.seek(0)
         for number, line in enumerate(file):
             content = _content(line)
+            if content is not None and (number > 0) != ("tensor" in content):
+                content = None  # a whole line in another's place
             if content is None or (number == 0 and content.get("key") != self._key):
                 if content is None and line.endswith(b"\n"):
                     LOG.warning("%s was damaged after %d tensors: the others are measured again", self.path.name, done)

@@ -52,6 +52,11 @@ class Svd:
     tail_error: float = 0.0
     basis: Tensor | None = None
 
+    def contiguous(self) -> "Svd":
+        """The same, row by row in memory, as one that was kept in a file: products of either are the same bits."""
+        basis = None if self.basis is None else self.basis.contiguous()
+        return replace(self, U=self.U.contiguous(), S=self.S.contiguous(), Vh=self.Vh.contiguous(), basis=basis)
+
     def top(self, k: int) -> "Svd":
         """The first k triplets.
 

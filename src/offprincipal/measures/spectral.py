@@ -180,7 +180,7 @@ class BaseSpectrum:
         return digest.hexdigest()[:40]
 
     def _decompose(self) -> BaseDecomposition:
-        svd = spectrum.decompose(self.values) if self.exact else self._cold(self.values)
+        svd = (spectrum.decompose(self.values) if self.exact else self._cold(self.values)).contiguous()
         masked = principal.has_principal_subspace(svd, self.k, self.shape)
         return BaseDecomposition(svd, self._principal_masks(svd) if masked else None)
 
