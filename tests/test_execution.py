@@ -2,6 +2,7 @@
 
 import os
 import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -72,8 +73,26 @@ def test_an_error_in_a_ray_worker_is_the_users_error(sources: tuple[Path, dict[s
 
 def test_a_cluster_that_is_not_there_is_an_argument_error(sources: tuple[Path, dict[str, Path]]) -> None:
     pytest.importorskip("ray")
-    with pytest.raises(ArgumentError, match="no Ray cluster at 'not-an-address'"):
+    with pytest.raises(ArgumentError, match="'not-an-address' is no address of a Ray cluster"):
         compare(*sources, ray="not-an-address")
+
+
+def test_an_address_where_nobody_listens_is_said_at_once(sources: tuple[Path, dict[str, Path]]) -> None:
+    """Ray itself tries for minutes."""
+    pytest.importorskip("ray")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        for address in (f"127.0.0.1:{taken.getsockname()[1]}", f"ray://127.0.0.1:{taken.getsockname()[1]}"):
+            with pytest.raises(ArgumentError, match=r"no Ray cluster at .*refused"):
+                compare(*sources, ray=address)
+
+
+def test_local_is_local_whatever_the_environment_names(
+    sources: tuple[Path, dict[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")  # an address that is nobody's: Ray would wait for it
+    assert compare(*sources, metrics="changes", ray="local").matrices == compare(*sources, metrics="changes").matrices
 
 
 def test_a_full_disk_is_said_and_loses_nothing(sources: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:

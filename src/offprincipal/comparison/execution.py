@@ -6,6 +6,9 @@ depend on how many there are.
 
 import contextlib
 import ctypes
+import os
+import re
+import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +27,8 @@ from offprincipal.errors import ArgumentError, OffPrincipalError, install_comman
 from offprincipal.measures.columns import needs_torch
 
 _GIVE_BACK_AFTER = 16  # tensors
+_ADDRESS = re.compile(r"(?:ray://)?(\[[0-9a-fA-F:]+\]|[\w.-]+):([0-9]{1,5})")
+_ANSWERS = 10.0  # seconds
 T = TypeVar("T")
 
 
@@ -102,9 +107,11 @@ def run_on_ray(
     ray = _ray()
     started = not ray.is_initialized()
     if started:
+        _require_answer(address)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             ray.init(
-                None if address == "local" else address,
+                address,  # of `local`, a new one here, whatever RAY_ADDRESS says
                 include_dashboard=False if address == "local" else None,
                 log_to_driver=False,
                 logging_level="error",
@@ -123,6 +130,24 @@ def run_on_ray(
     finally:
         if started:
             ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Check that somebody listens at an address: Ray itself tries for minutes.
+
+    Raises:
+        ArgumentError: nobody does within ten seconds, or it is no address.
+    """
+    if address in ("local", "auto"):
+        return
+    found = _ADDRESS.fullmatch(address)
+    if found is None:
+        raise ArgumentError(f"'{address}' is no address of a Ray cluster: give [ray://]HOST:PORT, auto or local")
+    try:
+        socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=_ANSWERS).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ArgumentError(f"no Ray cluster at '{address}': {reason}. Start one, or say --ray local") from error
 
 
 def _measure_on_worker(shared: tuple[Any, ...], part: Part) -> Any:
