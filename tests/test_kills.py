@@ -77,15 +77,16 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(
     name: str, given: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     command, chance, killed = COMMANDS[name], random.Random(f"{name} {TIMES}"), 0
+    run(command(given, tiny_model, tmp_path / "whole"))  # compiles what the others find compiled
     began = time.monotonic()
-    run(command(given, tiny_model, tmp_path / "whole"))
+    run(command(given, tiny_model, tmp_path / "again"))
     took, whole = time.monotonic() - began, content(tmp_path / "whole")
-    assert whole
+    assert whole and content(tmp_path / "again") == whole
     for kill in range(KILLS):
         out = tmp_path / f"killed{kill}"
         for _ in range(chance.choice([1, 1, 2])):  # again on the way, now and then
             process = start(command(given, tiny_model, out))
-            time.sleep(took * chance.uniform(0.2, 1.0))
+            time.sleep(took * chance.uniform(0.2, 0.95))
             if process.poll() is None:
                 os.kill(process.pid, signal.SIGKILL)
                 killed += 1
@@ -93,7 +94,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(
             left = content(out)
             changed = [path for path, held in left.items() if held != whole.get(path)]
             assert not changed, f"kill {kill}: {changed} are not as they end"
-        run(command(given, tiny_model, out))
+        if content(out) != whole:  # else it was done, and some commands refuse to do it over
+            run(command(given, tiny_model, out))
         assert content(out) == whole, kill
         hidden = [path for path in out.rglob(".*") if path.is_file() and not path.name.endswith(".lock")]
         assert not hidden, hidden

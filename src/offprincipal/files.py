@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -227,6 +228,17 @@ def sweep(folder: Path) -> None:
                 path.unlink()
 
 
+def ordinary(path: Path) -> Path:
+    """The path of a file that may be read: a pipe would be waited for, a device has no end.
+
+    Raises:
+        OSError: it is no ordinary file, or is not there.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no ordinary file")
+    return path
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON that holds no NaN, whole or not at all.
 
@@ -245,7 +257,7 @@ def read_json(path: Path) -> dict[str, Any]:
         FileError: it cannot be read, or is no JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(ordinary(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"cannot read {path}: {error}. Give a folder that offprincipal wrote") from error
     if not isinstance(content, dict):

@@ -82,6 +82,8 @@ def read_json(path: Path, most: int = _MOST_BYTES) -> dict[str, Any]:
         CheckpointError: it cannot be read, is larger, or is no JSON object.
     """
     try:
+        if not is_file(path):
+            raise ValueError("it is not there, or no ordinary file")
         if path.stat().st_size > most:
             raise ValueError("it is too large")
         content = json.loads(path.read_text(encoding="utf-8"))

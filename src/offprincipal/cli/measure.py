@@ -195,6 +195,7 @@ def compare(
     Killed at any moment, the same command continues; with one more run it measures that one. Writes four Parquet
     tables, summary.json and report.html.
     """
+    from offprincipal.checkpoints.hub import is_id
     from offprincipal.comparison import CompareSettings, MatrixSettings, parse_condition
     from offprincipal.comparison import compare as compare_checkpoints
     from offprincipal.comparison.contract import broken_phrases, read_contract
@@ -217,7 +218,7 @@ def compare(
     options: Any = {"out": out, "threads": threads, "ray": ray, "cache": cache}
     options["memory"] = None if memory is None else parse_size(memory)
     options["masters"] = named_masters(masters or [], runs)
-    if not overwrite:
+    if not overwrite and all(Path(source).exists() or is_id(source) for source in (base, *runs.values())):
         require_nothing_lost(out, base, runs, settings.metrics)
     with resumable(), matrix_progress() as progress:
         found = compare_checkpoints(base, runs, settings, **options, progress=progress)

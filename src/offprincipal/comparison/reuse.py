@@ -22,7 +22,7 @@ from offprincipal.comparison.measure import BASE_CURVE, Row, TensorRows
 from offprincipal.comparison.tables import TABLES, read_table
 from offprincipal.comparison.work import Work
 from offprincipal.errors import FileError
-from offprincipal.files import Identities, read_json, write_json
+from offprincipal.files import Identities, ordinary, read_json, write_json
 
 NAME = "measured.json"
 LOG = logging.getLogger("offprincipal")
@@ -75,7 +75,7 @@ def measured_before(work: Work, out: Path, files: Identities) -> Before:
         return Before()
     try:
         return _found(work, out, read_json(out / NAME), _keys(work, files))
-    except (FileError, LookupError, TypeError, AttributeError, ValueError):
+    except (FileError, OSError, LookupError, TypeError, AttributeError, ValueError):
         LOG.warning("%s was damaged: all is measured again", out / NAME)
         return Before()
 
@@ -147,6 +147,6 @@ def _keys(work: Work, files: Identities) -> dict[str, str]:
 def _digests(out: Path) -> dict[str, str]:
     found = {}
     for table in TABLES:
-        with (out / f"{table}.parquet").open("rb") as file:
+        with ordinary(out / f"{table}.parquet").open("rb") as file:
             found[table] = hashlib.file_digest(file, "sha256").hexdigest()
     return found

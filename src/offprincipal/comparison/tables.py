@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from offprincipal.errors import FileError
-from offprincipal.files import read_json, require_folder, write_atomically, write_json
+from offprincipal.files import ordinary, read_json, require_folder, write_atomically, write_json
 from offprincipal.measures.columns import METRICS, RUNGS
 from offprincipal.measures.location import MaskOverlap
 
@@ -80,7 +80,7 @@ def read_table(folder: Path, name: str) -> list[dict[str, Any]]:
     """
     path = folder / f"{name}.parquet"
     try:
-        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+        rows: list[dict[str, Any]] = pq.read_table(ordinary(path)).to_pylist()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise FileError(f"cannot read {path}: {error}. Give a folder that offprincipal wrote") from error
     return rows

@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from offprincipal.comparison import read_summary
 from offprincipal.errors import FileError
-from offprincipal.files import read_json, write_atomically
+from offprincipal.files import ordinary, read_json, write_atomically
 from offprincipal.reports import figures, numbers, words
 from offprincipal.reports.fine_tuning import fine_tuning_figures
 from offprincipal.reports.page import PLOTLY, WEB, asset
@@ -172,7 +172,7 @@ def read_columns(comparison: Path, table: str, columns: tuple[str, ...] | None =
     """
     path = comparison / f"{table}.parquet"
     try:
-        return pq.read_table(path, columns=list(columns) if columns else None)
+        return pq.read_table(ordinary(path), columns=list(columns) if columns else None)
     except (OSError, pa.ArrowException) as error:
         raise FileError(f"cannot read {path}: {error}. Give a folder that `offprincipal compare` wrote") from error
 

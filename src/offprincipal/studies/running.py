@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from offprincipal.errors import StudyError
-from offprincipal.files import disk_faults_reported, exclusively, require_folder, write_json
+from offprincipal.files import disk_faults_reported, exclusively, ordinary, require_folder, write_json
 from offprincipal.studies.graph import StageGraph
 from offprincipal.studies.stages import TrainStage, Workspace, content_digest
 from offprincipal.training import StepReport
@@ -162,7 +162,7 @@ class _Graph:
 
     def _record(self, name: str) -> dict[str, Any]:
         try:
-            record = json.loads(self._record_path(name).read_text(encoding="utf-8"))
+            record = json.loads(ordinary(self._record_path(name)).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return {}
         return record if isinstance(record, dict) else {}

@@ -36,6 +36,7 @@ from offprincipal.files import (
     disk_faults_reported,
     exclusively,
     follow_umask,
+    ordinary,
     read_json,
     require_folder,
     write_json,
@@ -355,7 +356,7 @@ def _last_whole_checkpoint(checkpoints: Path) -> Path | None:
     whole = {}
     for path in checkpoints.glob("checkpoint-*"):
         try:
-            whole[int(json.loads((path / "trainer_state.json").read_text())["global_step"])] = path
+            whole[int(json.loads(ordinary(path / "trainer_state.json").read_text())["global_step"])] = path
         except (OSError, ValueError, KeyError):
             shutil.rmtree(path)
     return whole[max(whole)] if whole else None

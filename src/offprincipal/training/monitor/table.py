@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from offprincipal.errors import FileError
-from offprincipal.files import write_atomically
+from offprincipal.files import ordinary, write_atomically
 from offprincipal.measures.pooling import pool_run
 from offprincipal.training.monitor.monitored_base import COLUMNS
 from offprincipal.training.monitor.walk import COLUMNS as WALK
@@ -129,7 +129,7 @@ def pooled(rows: Sequence[Row]) -> dict[str, Any]:
 
 def _read(path: Path) -> Any:
     try:
-        found = pq.read_table(path)
+        found = pq.read_table(ordinary(path))
         if not {"step", "tensor"} <= set(found.column_names):
             raise ValueError(f"it has the columns {', '.join(found.column_names)[:200]}")
         return pa.Table.from_pylist(found.to_pylist(), schema=SCHEMA)  # another version's has other columns

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 
 from offprincipal.errors import TrainingError
-from offprincipal.files import require_folder, write_atomically
+from offprincipal.files import ordinary, require_folder, write_atomically
 from offprincipal.models import LanguageModel, hash_of
 from offprincipal.models.decoding import complete
 from offprincipal.models.quiet import quiet_libraries
@@ -56,7 +56,7 @@ def kept_or_sampled(
 
     def kept_or_new() -> Columns:
         if path.exists():
-            table = pq.read_table(path)
+            table = pq.read_table(ordinary(path))
             if table.schema.metadata == key:
                 kept: Columns = table.to_pydict()
                 return kept
