@@ -20,6 +20,7 @@ from offprincipal.adapters.factors import FrozenFactor, OffsetFactor
 from offprincipal.adapters.given import module_of
 from offprincipal.adapters.initialisations import INITIALISATIONS, OFFSET, Start, StartSettings
 from offprincipal.adapters.off_principal import ProjectedFactor, principal_subspaces
+from offprincipal.defaults import DENSITY, RANK_FRACTION
 from offprincipal.errors import AdapterError, install_command
 from offprincipal.geometry.principal import principal_rank
 from offprincipal.models.opening import hash_of
@@ -47,8 +48,8 @@ def adapt(
     target_modules: str | Sequence[str] | None = ALL_LINEAR,
     alpha: float | None = None,
     dropout: float = 0.0,
-    rank_fraction: float = 0.125,
-    density: float = 0.5,
+    rank_fraction: float = RANK_FRACTION,
+    density: float = DENSITY,
     seed: int = 0,
     resume: str | Path | None = None,
     **others: Any,

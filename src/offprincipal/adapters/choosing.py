@@ -36,6 +36,7 @@ from offprincipal.checkpoints import (
 )
 from offprincipal.checkpoints.matrices import ModelMatrix, matrices_of
 from offprincipal.checkpoints.roles import LINEAR_ROLES
+from offprincipal.defaults import DENSITY, RANK_FRACTION
 from offprincipal.errors import AdapterError, NonFiniteTensor
 from offprincipal.geometry.draws import generator_of
 from offprincipal.geometry.principal import principal_rank, principal_scores, principal_triplets
@@ -46,7 +47,6 @@ Scope = Literal["matrix", "global"]
 Scores = NDArray[np.float32]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ALL_LINEAR = "all-linear"
-DEFAULT_DENSITY = 0.5
 _LARGEST = np.uint32(0x7F7FFFFF)  # the bits of the largest finite float32
 _PROBES = 24
 
@@ -58,7 +58,7 @@ def make_masks(
     *,
     scope: Scope = "matrix",
     target_modules: str | Sequence[str] | None = None,
-    rank_fraction: float = 0.125,
+    rank_fraction: float = RANK_FRACTION,
     seed: int = 0,
     run: tuple[str | Path, str | Path] | None = None,
 ) -> Masks:
@@ -223,13 +223,13 @@ def _chosen(
     scores = [np.concatenate([order(matrix) for matrix in group]) for order in orders]
     numel = sum(matrix.part.numel for matrix in group)
     if kind == "safe" and density is None:
-        half = mask_size(numel, DEFAULT_DENSITY)
+        half = mask_size(numel, DENSITY)
         chosen = first_entries(scores[0], half) | first_entries(scores[1], numel - half)
     elif kind == "safe":
         chosen = first_of_either(scores[0], scores[1], mask_size(numel, density or 0.0))
     else:
         available = int(np.count_nonzero(scores[0])) if kind == "from_run" else numel
-        default = available if kind == "from_run" else mask_size(numel, DEFAULT_DENSITY)
+        default = available if kind == "from_run" else mask_size(numel, DENSITY)
         size = default if density is None else mask_size(numel, density)
         if size > available:
             where = group[0].part.name if len(group) == 1 else f"{len(group)} matrices"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from offprincipal.adapters.choosing import Kind, linear_matrices, make_masks, require_settings
+from offprincipal.defaults import RANK_FRACTION
 from offprincipal.errors import AdapterError
 
 MaskFunction = Callable[..., Tensor]
@@ -25,7 +26,7 @@ def shira(
     density: float,
     *,
     target_modules: str | Sequence[str] | None = None,
-    rank_fraction: float = 0.125,
+    rank_fraction: float = RANK_FRACTION,
     seed: int = 0,
     run: tuple[str | Path, str | Path] | None = None,
 ) -> Any:

@@ -22,6 +22,7 @@ from offprincipal.cli.common import (
     say,
     task_names,
 )
+from offprincipal.defaults import DENSITY, NULL_DRAWS, RANK_FRACTION, TOLERANCE
 from offprincipal.errors import ArgumentError
 
 WHAT, HOW, CONDITIONS, SHOWN = "What is measured", "How, and where", "Conditions: exit code 3", "What is printed"
@@ -79,15 +80,17 @@ def compare(
         typer.Option(
             help="The principal subspace has this share of min(rows, columns) directions.", rich_help_panel=WHAT
         ),
-    ] = 0.125,
-    alpha: Annotated[float, typer.Option(help="Each mask holds this share of a matrix.", rich_help_panel=WHAT)] = 0.5,
+    ] = RANK_FRACTION,
+    alpha: Annotated[
+        float, typer.Option(help="Each mask holds this share of a matrix.", rich_help_panel=WHAT)
+    ] = DENSITY,
     null_draws: Annotated[
         int,
         typer.Option(
             help="Each isotropic null is the mean of so many Gaussian updates; large matrices take fewer.",
             rich_help_panel=WHAT,
         ),
-    ] = 4,
+    ] = NULL_DRAWS,
     seed: Annotated[
         int,
         typer.Option(help="The random mask and the Gaussian updates are drawn from this seed.", rich_help_panel=WHAT),
@@ -116,7 +119,7 @@ def compare(
             help="Singular values may be off by this share; a matrix that misses it is solved whole.",
             rich_help_panel=HOW,
         ),
-    ] = 1e-3,
+    ] = TOLERANCE,
     device: Annotated[
         str, typer.Option(help="Where matrices are decomposed: cpu, cuda or auto.", rich_help_panel=HOW)
     ] = "cpu",
@@ -439,10 +442,10 @@ def gates(
         typer.Option(
             help="The principal subspace has this share of min(rows, columns) directions.", rich_help_panel=EXPERT
         ),
-    ] = 0.125,
+    ] = RANK_FRACTION,
     alpha: Annotated[
         float, typer.Option(help="Principal weights are this share of a matrix.", rich_help_panel=EXPERT)
-    ] = 0.5,
+    ] = DENSITY,
     dtype: Annotated[
         str, typer.Option(help="Everything is computed in float32 or float64.", rich_help_panel=EXPERT)
     ] = "float32",

@@ -12,6 +12,7 @@ import torch
 
 from offprincipal.checkpoints import Checkpoint, open_checkpoint
 from offprincipal.comparison import name_runs
+from offprincipal.defaults import DENSITY, RANK_FRACTION
 from offprincipal.errors import ArgumentError, ModelError
 from offprincipal.files import require_folder, write_json
 from offprincipal.gates.curvature import Curvature, curvature_rows, draw_rows, pair_rows
@@ -78,8 +79,8 @@ class GateSettings:
     draws: int = 8
     layer_draws: int = 2
     per_layer: bool = True
-    rank_fraction: float = 0.125
-    alpha: float = 0.5
+    rank_fraction: float = RANK_FRACTION
+    alpha: float = DENSITY
     precision: bool = True
     weights: Weights = "auto"
     dtype: Literal["float32", "float64"] = "float32"

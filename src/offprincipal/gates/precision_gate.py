@@ -18,6 +18,7 @@ from offprincipal.checkpoints import Checkpoint, Part, open_checkpoint
 from offprincipal.checkpoints.masters import masters_of
 from offprincipal.checkpoints.matrices import common_parts, read_part
 from offprincipal.comparison.execution import in_order, in_threads, one_core_each
+from offprincipal.defaults import DENSITY, RANK_FRACTION
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
 from offprincipal.geometry.formats import FORMATS, MaskChange, StoredBase, StoredChange
 from offprincipal.geometry.masks import entry_ranks, low_magnitude_ranks, masks_at
@@ -46,8 +47,8 @@ class PrecisionSettings:
 
     formats: tuple[str, ...] = tuple(FORMATS)
     step_lengths: tuple[float, ...] = STEP_LENGTHS
-    rank_fraction: float = 0.125
-    alpha: float = 0.5
+    rank_fraction: float = RANK_FRACTION
+    alpha: float = DENSITY
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.formats if name not in FORMATS]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from offprincipal.defaults import DENSITY, NULL_DRAWS, RANK_FRACTION, TOLERANCE
 from offprincipal.errors import ArgumentError
 from offprincipal.geometry.scan import ALPHAS
 
@@ -33,17 +34,17 @@ class MatrixSettings:
         device: where matrices are decomposed; `auto` takes a CUDA device where there is one.
     """
 
-    rank_fraction: float = 0.125
-    alpha: float = 0.5
+    rank_fraction: float = RANK_FRACTION
+    alpha: float = DENSITY
     alphas: tuple[float, ...] = ALPHAS
-    null_draws: int = 4
+    null_draws: int = NULL_DRAWS
     seed: int = 0
     solver: Solver = "auto"
     exact_up_to: int = 256  # as geometry.principal has it, which needs torch
     float64_up_to: int = 0
     mask_tests: bool = True
     stored_null: bool = True
-    tolerance: float = 1e-3
+    tolerance: float = TOLERANCE
     device: Device = "cpu"
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from offprincipal.checkpoints import Checkpoint, open_checkpoint, pair_tensors
 from offprincipal.checkpoints.masters import masters_of
 from offprincipal.checkpoints.matrices import common_matrices
+from offprincipal.defaults import DENSITY, RANK_FRACTION
 from offprincipal.errors import StudyError
 from offprincipal.files import require_folder, write_atomically, write_json
 from offprincipal.gates.precision_gate import (
@@ -136,8 +137,8 @@ class PrecisionStage(StageKind):
 
     kind: Literal["precision"]
     runs: tuple[str, ...] = Field(min_length=1)
-    rank_fraction: float = 0.125
-    alpha: float = 0.5
+    rank_fraction: float = RANK_FRACTION
+    alpha: float = DENSITY
 
     def inputs(self) -> tuple[str, ...]:
         return self.runs

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from offprincipal.comparison import CompareSettings, MatrixSettings, compare
+from offprincipal.defaults import DENSITY, NULL_DRAWS, RANK_FRACTION
 from offprincipal.errors import StudyError
 from offprincipal.measures.columns import GROUPS, Group
 from offprincipal.models import model_name
@@ -135,9 +136,9 @@ class CompareStage(StageKind):
     kind: Literal["compare"]
     runs: tuple[str, ...] = Field(min_length=1)
     metrics: tuple[Group, ...] = GROUPS
-    rank_fraction: float = 0.125
-    alpha: float = 0.5
-    null_draws: int = 4
+    rank_fraction: float = RANK_FRACTION
+    alpha: float = DENSITY
+    null_draws: int = NULL_DRAWS
     seed: int = 0
 
     def inputs(self) -> tuple[str, ...]:

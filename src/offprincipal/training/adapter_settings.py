@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from offprincipal.adapters import KINDS, Kind
 from offprincipal.adapters.adapting import METHODS as LORA_METHODS
 from offprincipal.adapters.choosing import Scope
+from offprincipal.defaults import RANK_FRACTION
 from offprincipal.errors import TrainingError
 
 MASKED = ("sparse", "shira")
@@ -56,7 +57,7 @@ class AdapterSettings(BaseModel):
     mask_run: str | None = Field(None, description="the tuned checkpoint whose changes from_run takes")
     mask_file: str | None = Field(None, description="masks that were saved, of the same base, instead of a kind")
     rank_fraction: float | None = Field(
-        None, gt=0, le=1, description="rank of the principal subspaces over min(n, m); 0.125 where not given"
+        None, gt=0, le=1, description=f"rank of the principal subspaces over min(n, m); {RANK_FRACTION} where not given"
     )
     retraction: Literal["svd", "newton-schulz"] | None = Field(None, description="of isospectral; svd if not given")
     momentum: float | None = Field(None, ge=0, lt=1, description="of Muon (isospectral_muon); 0.95 where not given")

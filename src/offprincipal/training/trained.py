@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from offprincipal.adapters import IsospectralAdamW, IsospectralMuon, Masks, SparseAdamW, adapt, make_masks, shira
 from offprincipal.adapters.adapting import METHODS as LORA_METHODS
-from offprincipal.adapters.choosing import DEFAULT_DENSITY
+from offprincipal.defaults import DENSITY
 from offprincipal.models import LanguageModel, model_name
 from offprincipal.training.adapter_settings import AdapterSettings
 from offprincipal.training.settings import TrainSettings
@@ -121,7 +121,7 @@ def _masked(settings: TrainSettings, chosen: AdapterSettings, base: Trained, opt
     if chosen.mask_run is not None:
         options["run"] = (model_name(settings.model), chosen.mask_run)
     if chosen.method == "shira":
-        return replace(base, model=shira(model, chosen.kind, chosen.density or DEFAULT_DENSITY, **options))
+        return replace(base, model=shira(model, chosen.kind, chosen.density or DENSITY, **options))
     if chosen.mask_file is not None:
         masks = Masks.load(chosen.mask_file, model)
     else:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offprincipal.defaults import RANK_FRACTION
 from offprincipal.errors import ArgumentError, NonFiniteTensor, TrainingError
 from offprincipal.files import require_folder
 from offprincipal.training.monitor.base_file import Remembered, remembered
@@ -74,7 +75,7 @@ class Monitor:
         matrices: str | Sequence[str] | None = None,
         every: int | Literal["auto"] = "auto",
         budget: float = 0.03,
-        rank_fraction: float = 0.125,
+        rank_fraction: float = RANK_FRACTION,
         sequences: Sequence[Sequence[int]] | None = None,
         stop_if: Sequence[str] = (),
         warn_if: Sequence[str] = (),
