@@ -65,7 +65,7 @@ def adapt(
         method: `off_principal` (the update is orthogonal to the base's principal subspaces on both sides, at any time),
             or where the factors start: `lora`, `pissa`, `milora`, `mica`, `olora`, `rlpo`, `rlmo`, `geora`. See
             `offprincipal.adapters.initialisations` for what each is taken to be.
-        rank: r. The saved adapter of `pissa`, `milora`, `olora` and `geora` has rank 2r: [B, −B0] [A; A0].
+        rank: r. The saved adapter of `pissa`, `milora`, `olora` and `geora` has rank 2r: `[B, −B0] [A; A0]`.
         target_modules: names or endings of names of layers; a string is a regular expression of whole names, one such
             ending, or `all-linear`, as None: every linear layer but the output head.
         alpha: s = alpha/rank; None: alpha = rank, s = 1.

@@ -88,7 +88,7 @@ class Factor(nn.Module):
 
 
 class OffsetFactor(Factor):
-    """A factor beside its own start, so that B A − B0 A0 is one product: [B, −B0] [A; A0].
+    """A factor beside its own start, so that B A − B0 A0 is one product: `[B, −B0] [A; A0]`.
 
     Args:
         trained: the factor at its start, A0 (r, m) or B0 (n, r).
