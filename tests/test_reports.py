@@ -284,7 +284,8 @@ def test_a_page_of_checkpoints_that_lie_apart_names_their_folders_alone(hostile:
 
 
 def test_undefined_values_are_dashes(tmp_path: Path) -> None:
-    comparison = compared(tmp_path, {"same": base_tensors()})
+    """Of one run; what is undefined of all has no column."""
+    comparison = compared(tmp_path, {"same": base_tensors(), "moved": tuned(1e-3)})
     page = write_report(tmp_path / "report.html", comparison).read_text(encoding="utf-8")
     text = visible_text(page)
     assert text.count("–") > 5

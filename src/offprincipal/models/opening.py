@@ -163,7 +163,11 @@ def _with_tokenizer(opened: LanguageModel, name: str, trust_remote_code: bool) -
         except Exception as error:
             _refuse_own_code(name, "tokenizer", error)
             raise ModelError(f"model {name} has no usable tokenizer beside its weights: {_reason(error)}") from error
-    if not tokenizer("0").input_ids:
+    try:
+        ids = tokenizer("0").input_ids
+    except Exception as error:  # settings of any type, which are found out at the first use
+        raise ModelError(f"the tokenizer of {name} is damaged ({_reason(error)}): copy its files again") from error
+    if not ids:
         raise ModelError(f"model {name} has no usable tokenizer beside its weights: copy its tokenizer files there")
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {name} has no end-of-sequence token: name one in tokenizer_config.json")

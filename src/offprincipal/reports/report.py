@@ -54,6 +54,12 @@ def write_report(out: Path, comparison: Path, study: dict[str, Any] | None = Non
     return out
 
 
+_FIGURES = (  # of the table of runs: title, metric, the ending of its null, how it is written
+    ("bit-identical entries", "unchanged_fraction", "_isotropic_null", "percent"),
+    ("spectral shift", "spectral_shift", "_stored_null", "number"),
+    ("largest principal angle", "principal_angle_left_max_deg", "_stored_null", "degrees"),
+    ("principal energy", "principal_energy", "_stored_null", "percent"),
+)
 _DAMAGE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
@@ -199,11 +205,20 @@ def _render(content: Mapping[str, Any]) -> str:
     return environment.get_template("report.html.j2").render(
         content,
         packed=_packed(content["data"]),
+        figures=[figure for figure in _FIGURES if _is_measured(content["summary"], figure[1])],
+        masks=[
+            (mask, title) for mask, title in words.MASKS.items() if _is_measured(content["summary"], f"{mask}_overlap")
+        ],
         beyond=words.beyond,
         style=Markup(asset("report.css")),
         scripts=scripts,
         hashes=Markup(hashes),
     )
+
+
+def _is_measured(summary: Mapping[str, Any], metric: str) -> bool:
+    """Whether any run has the figure."""
+    return any(run["metrics"].get(metric, {}).get("value") is not None for run in summary["runs"].values())
 
 
 def _packed(data: Any) -> str:
