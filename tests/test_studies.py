@@ -202,3 +202,38 @@ def test_the_forecast_shrinks_with_what_is_done() -> None:
     rest = estimate_minutes(profile, ["comparison", "claims", "report"], 2)
     assert whole is not None and rest is not None and 0 < rest < whole
     assert estimate_minutes(load_profile("quick", ["base=some/model"]), profile.order(), 2) is None
+
+
+SMALL = """
+name: small
+title: One run, compared
+stages:
+  own: {kind: train, recipe: sft_own, tasks: [count@1], steps: 2, batch: 8, eval_prompts: 0, device: cpu}
+  comparison: {kind: compare, runs: [own], metrics: [location]}
+"""
+LIMITED = (
+    "import resource, sys; most = int(sys.argv.pop()); resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)); "
+    "from offprincipal.cli import main; main()"
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on a file's size is Linux's")
+@pytest.mark.parametrize("share", [0.001, 0.5, 1.2, 2.5, "of the tables"])
+def test_a_full_disk_ends_a_study_in_words_and_it_goes_on_once_there_is_room(
+    tiny_model: Path, tmp_path: Path, share: float | str
+) -> None:
+    """Where the record, the model, its masters, the optimizer's state do not fit; and where the comparison does not."""
+    (tmp_path / "small.yaml").write_text(SMALL)
+    profile, out = load_profile(str(tmp_path / "small.yaml"), [f"base={tiny_model}"]), tmp_path / "out"
+    limit = 4096
+    if isinstance(share, float):
+        limit = int(share * (tiny_model / "model.safetensors").stat().st_size)
+    else:  # trained, and not yet compared
+        run_profile(profile, out, 1, lambda *_: None)
+        shutil.rmtree(out / "comparison")
+    command = [sys.executable, "-c", LIMITED, "study", str(tmp_path / "small.yaml"), "--set", f"base={tiny_model}"]
+    done = subprocess.run([*command, "--out", str(out), str(limit)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "cannot write" in done.stderr, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    run_profile(profile, out, 1, lambda *_: None)
+    assert not pending(profile, out)
