@@ -79,9 +79,10 @@ def revisions(source: str) -> list[str]:
 
 
 def _snapshot(source: str, repo: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     arguments: dict[str, Any] = {"allow_patterns": patterns, "etag_timeout": _SECONDS}
+    arguments["local_files_only"] = constants.HF_HUB_OFFLINE  # of a commit, some versions ask all the same
     with _reported(source, repo, revision):
         return Path(snapshot_download(repo, revision=revision, **arguments))
 
