@@ -273,3 +273,11 @@ def test_a_pipe_that_is_closed_is_no_fault(pair: tuple[str, str], tmp_path: Path
     done = subprocess.run([*COMPARE, *pair, "--out", str(tmp_path)], stdout=write, stderr=subprocess.PIPE, check=False)
     os.close(write)
     assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
+
+
+def test_checkpoints_of_one_run_stand_in_the_order_of_their_steps() -> None:
+    from offprincipal.cli.common import named_runs
+
+    shell = [f"runs/grpo/checkpoint-{step}" for step in (10, 100, 2, 20)]
+    assert list(named_runs(shell)) == [f"checkpoint-{step}" for step in (2, 10, 20, 100)]
+    assert list(named_runs(["b2", "a1", "x=b2"])) == ["b2", "a1", "x"]

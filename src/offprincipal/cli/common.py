@@ -83,7 +83,7 @@ def require_training() -> None:
 
 
 def named_runs(tuned: list[str]) -> Any:
-    """Folders, or NAME=PATH, as a mapping where any is named."""
+    """Folders, or NAME=PATH, as a mapping where any is named; what differs in a last number alone, in its order."""
     from offprincipal.comparison import name_runs
 
     runs: dict[str, str] = {}
@@ -95,9 +95,9 @@ def named_runs(tuned: list[str]) -> Any:
             if run in runs:
                 raise ArgumentError(f"two runs are named '{run}': tell them apart with NAME=PATH")
             runs[run] = path
-    by_step = {run: re.fullmatch(r"(.*?)([0-9]{1,12})", run) for run in runs}
-    if len({found[1] for found in by_step.values() if found}) == 1 and all(by_step.values()):
-        return dict(sorted(runs.items(), key=lambda item: int(re.findall(r"[0-9]+$", item[0])[0])))
+    steps = {run: found for run in runs if (found := re.fullmatch(r"(.*?)([0-9]{1,12})", run))}
+    if len(steps) == len(runs) and len({found[1] for found in steps.values()}) == 1:
+        return {run: runs[run] for run in sorted(runs, key=lambda run: int(steps[run][2]))}
     return runs
 
 
