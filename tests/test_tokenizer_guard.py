@@ -33,6 +33,10 @@ def doubling(pattern: dict[str, str], content: str, steps: int) -> dict[str, Any
         doubling({"Regex": "b*"}, "ab", 13),
         doubling({"Regex": "\\p{L}"}, "aa", 40),
         {"type": "Sequence", "normalizers": [doubling({"String": "a"}, "aa", 20)] * 2},
+        {
+            "type": "Sequence",
+            "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa", "normalizers": []}] * 40,
+        },
         {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10_000},
         {"type": "Sequence", "normalizers": [{"type": "NFKD"}] * 2000},
         {"type": "Replace", "pattern": {"Regex": "(a|" * 9000}, "content": ""},

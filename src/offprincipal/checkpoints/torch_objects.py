@@ -198,11 +198,8 @@ class _Unpickler(pickle.Unpickler):
         self._file.seek(entry.header_offset)
         names = struct.unpack("<26xHH", self._file.read(30))
         start = entry.header_offset + 30 + sum(names)
-        size = (
-            entry.file_size
-            if isinstance(dtype, PickledObject) or dtype not in _TYPES
-            else numel * _TYPES[dtype].itemsize
-        )
+        known = not isinstance(dtype, PickledObject) and dtype in _TYPES
+        size = numel * _TYPES[dtype].itemsize if known else entry.file_size
         if size > entry.file_size or start + size > self._path.stat().st_size:
             raise ValueError("a storage that ends after the file")
         return _Storage(self._path, start, size, dtype if isinstance(dtype, str) else "uint8")

@@ -38,29 +38,30 @@ def require_tame(folder: Path) -> None:
 
 
 def _steps(part: Any) -> Iterator[dict[str, Any]]:
-    """The steps of a part, those of sequences one by one; not by recursion, since JSON may be deep."""
+    """The steps of a part, sequences and what stands in them; not by recursion, since JSON may be deep."""
     waiting = [part]
     while waiting:
         step = waiting.pop()
         if isinstance(step, list):
             waiting += reversed(step)
         elif isinstance(step, dict):
-            inner = [value for key, value in step.items() if isinstance(value, list) and key.endswith(("ers", "ors"))]
-            waiting += inner
-            if not inner:
-                yield step
+            waiting += [
+                value for key, value in step.items() if isinstance(value, list) and key.endswith(("ers", "ors"))
+            ]
+            yield step
 
 
 def _growth(step: dict[str, Any]) -> float:
     """How many letters a step makes of one, at most; 1 of a step that only takes away or looks."""
-    pattern = step.get("pattern")
-    regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+    given = step.get("pattern")
+    pattern: dict[str, Any] = given if isinstance(given, dict) else {}
+    regex = pattern.get("Regex")
     if isinstance(regex, str) and len(regex) > _MOST_PATTERN:
         raise ModelError(f"{TOKENIZER} has a regular expression of {len(regex):,} letters: do not trust it")
     content = step.get("content")
-    if step.get("type") != "Replace" or not isinstance(content, str):
+    if "pattern" not in step or not isinstance(content, str):
         return 1.0
-    plain = pattern.get("String") if isinstance(pattern, dict) else None
+    plain = pattern.get("String")
     if isinstance(plain, str):
         return max(1.0, len(content) / max(1, len(plain)))
     return max(1.0, len(content) + _matches_nothing(regex))
