@@ -6,51 +6,24 @@
 import json
 import random
 import shutil
-import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 
 import pytest
 import yaml
 from checkpoint_folders import base_and_two_runs, tables_in
-from faults import times
-from test_checkpoint_fuzz import damaged, too_long, twisted
+from faults import outcome, times
+from test_checkpoint_fuzz import damaged, twisted
 
 from offprincipal import CompareSettings, MatrixSettings, compare
 from offprincipal.comparison.journal import NAME as JOURNAL
-from offprincipal.errors import OffPrincipalError
 from offprincipal.paper import load_profile
 from offprincipal.reports.report import write_report_of
 from offprincipal.studies.overrides import apply_override
 from offprincipal.training import parse_settings
 
 CASES = times(150)
-SECONDS = 60.0
-
-
-@pytest.fixture(autouse=True)
-def watched() -> Iterator[None]:
-    before = signal.signal(signal.SIGALRM, too_long)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGALRM, before)
-
-
-def outcome(act: Callable[[], object]) -> str:
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        act()
-    except OffPrincipalError as error:
-        assert str(error)
-        return "refused"
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:200]}"
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    return "used"
 
 
 def test_a_report_of_damaged_tables_is_made_or_refused(tmp_path: Path) -> None:

@@ -3,17 +3,15 @@
 import json
 import random
 import shutil
-import signal
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import times
-from test_checkpoint_fuzz import damaged, too_long, twisted
+from faults import outcome, times
+from test_checkpoint_fuzz import damaged, twisted
 
-from offprincipal.errors import ModelError, OffPrincipalError
+from offprincipal.errors import ModelError
 from offprincipal.models import open_tokenizer
 from offprincipal.models.tokenizer_guard import TOKENIZER, require_tame
 
@@ -69,16 +67,7 @@ def test_what_real_tokenizers_have_is_not_refused(tmp_path: Path) -> None:
     require_tame(tmp_path)
 
 
-@pytest.fixture
-def watched() -> Iterator[None]:
-    before = signal.signal(signal.SIGALRM, too_long)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGALRM, before)
-
-
-def test_a_damaged_tokenizer_is_opened_or_refused(tiny_model: Path, tmp_path: Path, watched: None) -> None:
+def test_a_damaged_tokenizer_is_opened_or_refused(tiny_model: Path, tmp_path: Path) -> None:
     """By the way that every command takes: whatever transformers raises is told as an error of ours."""
     from offprincipal.models.opening import _with_tokenizer, open_language_model
 
@@ -93,16 +82,10 @@ def test_a_damaged_tokenizer_is_opened_or_refused(tiny_model: Path, tmp_path: Pa
             path.write_bytes(twisted(json.loads(whole), chance).encode("utf-8", "surrogatepass"))
         else:
             path.write_bytes(damaged(whole, len(whole), chance))
-        signal.setitimer(signal.ITIMER_REAL, 30)
-        try:
-            _with_tokenizer(opened, str(folder), False)
-            seen["opened"] += 1
-        except OffPrincipalError:
-            seen["refused"] += 1
-        except Exception as error:
-            wrong.append(f"case {case}, {path.name}: {type(error).__name__}: {str(error)[:200]}")
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        found = outcome(lambda: _with_tokenizer(opened, str(folder), False), seconds=30)
+        seen[found] += 1
+        if found not in ("used", "refused"):
+            wrong.append(f"case {case}, {path.name}: {found}")
         path.write_bytes(whole)
     assert not wrong, f"{len(wrong)} of {CASES}:\n" + "\n".join(wrong[:12])
-    assert min(seen["opened"], seen["refused"]) >= CASES // 20, seen
+    assert min(seen["used"], seen["refused"]) >= CASES // 20, seen

@@ -362,7 +362,7 @@ def test_progress_is_a_line_a_tenth_where_there_is_no_terminal(capsys: pytest.Ca
         ({"max_new_tokens": 250, "recipe": "grpo"}, ModelError, "exceeds the model's context of 256"),
         ({"steps": 0}, TrainingError, "steps: .*greater than or equal to 1"),
         ({"report_to": ("nobody",)}, TrainingError, "report_to 'nobody' is not installed"),
-        ({"stepz": 1}, TrainingError, "stepz: there is no such setting; did you mean steps"),
+        ({"stepz": 1}, TrainingError, "stepz: there is no such setting: did you mean steps"),
         ({"max_step": 1}, TrainingError, "did you mean max_steps"),
         ({"adapter": {"method": "lora", "rnak": 2}}, TrainingError, "adapter.rnak: .* did you mean adapter.rank"),
         ({"adapter": {"method": "lora", "lora_alpha": 2}}, TrainingError, "it is called adapter.alpha here"),

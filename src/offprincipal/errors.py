@@ -4,6 +4,8 @@ The command line turns any `OffPrincipalError` into a message and exit code 2; n
 """
 
 import json
+from collections.abc import Iterable
+from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, distribution
 from urllib.parse import urlparse
 from urllib.request import url2pathname
@@ -24,6 +26,16 @@ def install_command(extra: str) -> str:
     except (PackageNotFoundError, ValueError, AttributeError, OSError):  # not installed, or by what tells nothing
         pass
     return f"pip install 'offprincipal[{extra}]'"
+
+
+def meant(given: str, known: Iterable[str], otherwise: str) -> str:
+    """Which names may be meant by one that is not known, as the end of a message; `otherwise` where none is near it.
+
+    >>> meant("loaction", ["location", "spectrum"], "choose of location, spectrum")
+    'did you mean location?'
+    """
+    near = get_close_matches(given, list(known), n=3)
+    return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
 class OffPrincipalError(Exception):

@@ -1,10 +1,9 @@
 """The training recipes, one record each. Light, so that the command line lists them without the libraries."""
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Literal
 
-from offprincipal.errors import TrainingError
+from offprincipal.errors import TrainingError, meant
 
 Recipe = Literal["grpo", "dr_grpo", "rloo", "dpo", "kto", "distill", "sft_teacher", "sft_own"]
 
@@ -110,6 +109,6 @@ def recipe_named(name: str) -> Recipe:
     for recipe in RECIPES:
         if name.strip().lower().replace("-", "_") == recipe:
             return recipe
-    near = _ELSEWHERE.get(name.lower()) or " or ".join(get_close_matches(name.lower(), RECIPES, n=2))
-    hint = f"did you mean {near}?" if near else f"choose of {', '.join(RECIPES)}"
+    ours = _ELSEWHERE.get(name.lower())
+    hint = f"did you mean {ours}?" if ours else meant(name.lower(), RECIPES, f"choose of {', '.join(RECIPES)}")
     raise TrainingError(f"no recipe '{name}': {hint}")

@@ -1,9 +1,8 @@
 """What a comparison found: its tables, and each run's pooled figures, as a program or a notebook reads them."""
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +10,13 @@ import pyarrow as pa
 
 from offprincipal.comparison.measure import Row
 from offprincipal.comparison.tables import TABLES, arrow_table, read_summary, read_table, write_tables
-from offprincipal.errors import ArgumentError
+from offprincipal.errors import ArgumentError, meant
 
 if TYPE_CHECKING:
     from offprincipal.reports.plots import Plots
 
 _WIDTH = 80  # columns of the text
-NULL_ENDINGS = ("_null", "_random")
+_NULL_ENDINGS = ("_null", "_random")
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,23 @@ class Measured:
     nulls: Mapping[str, float | None]
 
 
+def nulls_of(metric: str, names: Iterable[str]) -> dict[str, str]:
+    """Null -> name of the figure that holds it; those of one metric, and not of another whose name begins alike.
+
+    >>> nulls_of("kept", ["kept", "kept_isotropic_null", "kept_left", "kept_left_stored_null"])
+    {'isotropic': 'kept_isotropic_null'}
+    """
+    names = list(names)
+    own = [name for name in names if not name.endswith(_NULL_ENDINGS)]
+    found = {}
+    for name in names:
+        if name.endswith(_NULL_ENDINGS):
+            of = max((other for other in own if name.startswith(f"{other}_")), key=len, default=None)
+            if of == metric:
+                found[name[len(metric) + 1 :].removesuffix("_null")] = name
+    return found
+
+
 class Run:
     """The pooled figures of one run, each an attribute by its name in `summary.json`.
 
@@ -49,23 +65,12 @@ class Run:
     def __getattr__(self, name: str) -> Measured:
         metrics = {} if name == "content" else self.content["metrics"]
         if name not in metrics:
-            near = get_close_matches(name, metrics, n=3)
-            hint = f": did you mean {', '.join(near)}?" if near else ""
-            raise AttributeError(f"no figure '{name}' was measured of this run{hint}")
+            raise AttributeError(
+                f"no figure '{name}' was measured of this run: {meant(name, metrics, 'dir() has all')}"
+            )
         found = metrics[name]
-        return Measured(found["value"], found.get("low"), found.get("high"), self._nulls(name))
-
-    def _nulls(self, name: str) -> dict[str, float | None]:
-        """Those of one figure, and not of another whose name begins alike."""
-        metrics = self.content["metrics"]
-        own = [metric for metric in metrics if not metric.endswith(NULL_ENDINGS)]
-        found = {}
-        for metric in metrics:
-            if metric.endswith(NULL_ENDINGS) and metric.startswith(f"{name}_"):
-                of = max((other for other in own if metric.startswith(f"{other}_")), key=len, default=None)
-                if of == name:
-                    found[metric[len(name) + 1 :].removesuffix("_null")] = metrics[metric]["value"]
-        return found
+        nulls = {null: metrics[of_it]["value"] for null, of_it in nulls_of(name, metrics).items()}
+        return Measured(found["value"], found.get("low"), found.get("high"), nulls)
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *self.content["metrics"]]

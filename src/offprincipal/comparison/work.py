@@ -6,7 +6,6 @@ on other machines.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from offprincipal.checkpoints.masters import open_masters, require_all_masters
 from offprincipal.comparison.cache import BaseCache
 from offprincipal.comparison.contract import Expectation, parse_expectations, require_matches
 from offprincipal.comparison.measure import TensorRows, measure_matrix, measure_tensor
-from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
+from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor, meant
 from offprincipal.measures.changes import Block
 from offprincipal.measures.columns import GROUPS, Group
 from offprincipal.measures.settings import MatrixSettings
@@ -57,13 +56,12 @@ class CompareSettings:
 
     def __post_init__(self) -> None:
         named = [one.strip() for one in self.metrics.split(",")] if isinstance(self.metrics, str) else [*self.metrics]
+        every = ", ".join(GROUPS)
         if not named:
-            raise ArgumentError(f"no metric group is given: choose of {', '.join(GROUPS)}")
+            raise ArgumentError(f"no metric group is given: choose of {every}")
         for group in named:
             if group not in GROUPS:
-                near = get_close_matches(group, GROUPS, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"choose of {', '.join(GROUPS)}"
-                raise ArgumentError(f"no metric group '{group}': {hint}")
+                raise ArgumentError(f"no metric group '{group}': {meant(group, GROUPS, f'choose of {every}')}")
         object.__setattr__(self, "metrics", tuple(group for group in GROUPS if group in ("changes", *named)))
         parse_expectations(self.expect, self.metrics)  # refuses what is none
 
@@ -79,8 +77,7 @@ class CompareSettings:
         """
         own, of_matrix = ({one.name for one in fields(kind)} - {"matrix"} for kind in (cls, MatrixSettings))
         if unknown := sorted(options.keys() - own - of_matrix):
-            near = get_close_matches(unknown[0], own | of_matrix, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(own | of_matrix))}"
+            hint = meant(unknown[0], own | of_matrix, f"there are {', '.join(sorted(own | of_matrix))}")
             raise ArgumentError(f"no setting '{unknown[0]}' of a comparison: {hint}")
         matrix = MatrixSettings(**{name: value for name, value in options.items() if name in of_matrix})
         return cls(matrix=matrix, **{name: value for name, value in options.items() if name in own})

@@ -32,13 +32,14 @@ def asset(name: str) -> str:
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
     """A table whose first column names its rows; everything in it is text."""
 
-    def line(cells: Sequence[str], first: str, tag: str) -> str:
-        tags = [first, *[tag] * (len(cells) - 1)]
+    def line(cells: Sequence[str], first: str, rest: str) -> str:
+        tags = [first, *[rest] * (len(cells) - 1)]
         shown = (html.escape(plain(cell)) for cell in cells)
         return "<tr>" + "".join(f"<{t}>{s}</{t.split()[0]}>" for t, s in zip(tags, shown, strict=True)) + "</tr>"
 
-    top = line(head, "td", 'th scope="col"') if not head[0] else line(head, 'th scope="col"', 'th scope="col"')
-    body = "".join(line(row, 'th scope="row"', "td") for row in rows)
+    column, row_name = 'th scope="col"', 'th scope="row"'
+    top = line(head, column if head[0] else "td", column)
+    body = "".join(line(row, row_name, "td") for row in rows)
     named = f"<caption>{html.escape(plain(caption))}</caption>" if caption else ""
     return f"<table>{named}<thead>{top}</thead><tbody>{body}</tbody></table>"
 

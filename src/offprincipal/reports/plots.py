@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from offprincipal.comparison.result import NULL_ENDINGS
+from offprincipal.comparison.result import nulls_of
 from offprincipal.comparison.tables import read_summary
 from offprincipal.errors import ArgumentError, FileError, install_command
 from offprincipal.files import require_folder, write_atomically
@@ -156,12 +156,10 @@ class Plots:
         table = self._matrices()
         if metric not in table.column_names:
             raise NothingToDraw(f"no figure '{metric}' was measured of these runs: `compare --list metrics` has all")
-        nulls = [name for name in table.column_names if name.startswith(f"{metric}_") and name.endswith(NULL_ENDINGS)]
-        wanted = [name for name in nulls if name in (f"{metric}_{null}", f"{metric}_{null}_null")]
-        if not wanted:
-            there = ", ".join(name[len(metric) + 1 :].removesuffix("_null") for name in nulls) or "none"
-            raise NothingToDraw(f"{metric} has no null '{null}': it has {there}")
-        (beside,) = wanted
+        nulls, null = nulls_of(metric, table.column_names), null.removesuffix("_null")
+        if null not in nulls:
+            raise NothingToDraw(f"{metric} has no null '{null}': it has {', '.join(nulls) or 'none'}")
+        beside = nulls[null]
         rows = table.select(["run", metric, beside]).to_pylist()
         known = [row for row in rows if row[metric] and row[beside] and row[metric] > 0 and row[beside] > 0]
         self._measured(known, "it, beside its null")

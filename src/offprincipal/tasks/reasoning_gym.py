@@ -4,14 +4,13 @@ A problem carries only its seed: the entry that the scorer needs is made again f
 JSON-serialisable whatever a data set keeps in its metadata. Knows nothing of models or splits.
 """
 
-import difflib
 import functools
 import importlib
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from offprincipal.errors import TaskError, install_command
+from offprincipal.errors import TaskError, install_command, meant
 from offprincipal.tasks.protocol import Problem
 
 PREFIX = "rg:"
@@ -40,8 +39,7 @@ class ReasoningGymTask:
     def __post_init__(self) -> None:
         names = _datasets()
         if self.dataset not in names:
-            near = difflib.get_close_matches(self.dataset, names, n=3, cutoff=0.5)
-            hint = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(sorted(names))}"
+            hint = meant(self.dataset, names, f"it has {', '.join(sorted(names))}")
             raise TaskError(f"reasoning-gym has no data set '{self.dataset}': {hint}")
         try:
             _entry(self.dataset, 0)

@@ -9,9 +9,8 @@ import random
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 
-from offprincipal.errors import TaskError
+from offprincipal.errors import TaskError, meant
 from offprincipal.tasks.protocol import Problem
 
 LEVELS = (1, 2, 3)
@@ -78,13 +77,11 @@ class SymbolicTask:
 
 def _meant(name: str) -> str:
     """What may be meant by a name that is no symbolic task's."""
-    near = get_close_matches(name.lower(), _DRAWS, n=2)
-    if near:
-        return f"did you mean {' or '.join(near)}?"
-    return (
+    every = (
         f"choose of {', '.join(_DRAWS)}; or rg:NAME of reasoning-gym; or hf:DATASET?prompt=COLUMN&answer=COLUMN, of "
         "the Hub, such as hf:openai/gsm8k?config=main, or a JSON, CSV or Parquet file"
     )
+    return meant(name.lower(), _DRAWS, every)
 
 
 def symbolic_kinds() -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """Settings of a training run: one set of defaults for every recipe, so that runs are matched unless told otherwise."""
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -17,7 +16,7 @@ from pydantic import (
 
 from offprincipal.adapters.adapting import PEFT_NAMES
 from offprincipal.assets import EMBEDDED
-from offprincipal.errors import TrainingError
+from offprincipal.errors import TrainingError, meant
 from offprincipal.recipes import RECIPES, Recipe, recipe_named
 from offprincipal.tasks.prompt_settings import PromptSettings
 from offprincipal.training.adapter_settings import AdapterSettings
@@ -291,10 +290,9 @@ def _fault(error: Mapping[str, Any]) -> str:
         return f"there is no such setting: it is called adapter.{ours} here"
     if ours := _TRLS.get(str(error["loc"][-1])):
         return f"there is no such setting; here it is {ours}"
-    known = [*setting_fields(), *_AS_TRL_HAS_IT]
-    near = get_close_matches(".".join(map(str, error["loc"])), known, n=1)
-    return (
-        f"there is no such setting; did you mean {near[0]}?"
-        if near
-        else "no such setting: `train --list settings` has all, and an option of TRL's is trl.NAME"
+    hint = meant(
+        ".".join(map(str, error["loc"])),
+        [*setting_fields(), *_AS_TRL_HAS_IT],
+        "`train --list settings` has all, and an option of TRL's is trl.NAME",
     )
+    return f"there is no such setting: {hint}"

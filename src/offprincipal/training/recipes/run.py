@@ -7,14 +7,13 @@ import importlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from offprincipal.errors import TrainingError
+from offprincipal.errors import TrainingError, meant
 from offprincipal.models import LanguageModel
 from offprincipal.tasks import Problem, Task, mixture
 from offprincipal.tasks.prompting import Prompting
@@ -126,8 +125,7 @@ def require_options(given: Mapping[str, Any], configuration: Any) -> None:
         if name in DECIDED:
             raise TrainingError(f"trl.{name} is decided by {DECIDED[name]}: set that instead")
         if name not in known:
-            near = get_close_matches(name, known, n=3)
-            hint = f"did you mean {', '.join(near)}?" if near else "its documentation lists them"
+            hint = meant(name, known, "its documentation lists them")
             raise TrainingError(f"{configuration.__name__} of TRL has no option '{name}': {hint}")
 
 
