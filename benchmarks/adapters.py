@@ -19,7 +19,7 @@ import torch
 from harness import Table, in_rounds, number, ratios, torch_threads
 
 from offprincipal import adapt
-from offprincipal.adapters.adapting import METHODS
+from offprincipal.adapter_methods import LOW_RANK
 from offprincipal.models import open_language_model
 
 RANK = 8
@@ -95,7 +95,7 @@ def main() -> None:
     arguments.add_argument("--model", default="embedded")
     arguments.add_argument("--batch", type=int, default=240)
     arguments.add_argument("--length", type=int, default=24)
-    arguments.add_argument("--methods", nargs="*", default=METHODS)
+    arguments.add_argument("--methods", nargs="*", default=LOW_RANK)
     given = arguments.parse_args()
     print(adapter_costs(given.model, [(given.batch, given.length, given.rounds)], given.methods, given.rank))
 

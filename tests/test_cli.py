@@ -44,7 +44,13 @@ def test_every_command_explains_itself(
 
 
 @pytest.mark.parametrize(
-    ("what", "holds"), [("recipes", ["grpo", "sft_own"]), ("settings", ["adapter.rank"]), ("tasks", ["from_base"])]
+    ("what", "holds"),
+    [
+        ("recipes", ["grpo", "sft_own"]),
+        ("adapters", ["off_principal", "isospectral_muon"]),
+        ("settings", ["adapter.rank"]),
+        ("tasks", ["from_base"]),
+    ],
 )
 def test_what_train_can_be_told_is_listed(
     what: str, holds: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -52,10 +58,10 @@ def test_what_train_can_be_told_is_listed(
     assert call(monkeypatch, "train", "--list", what) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in holds)
-    if what != "recipes":  # the nouns that these lists once were
+    if what in ("settings", "tasks"):  # the nouns that these lists once were
         assert call(monkeypatch, what) == 0 and capsys.readouterr().out == said
     assert call(monkeypatch, "train", "--list", "nouns") == 2
-    assert "choose of recipes, settings, tasks" in capsys.readouterr().err
+    assert "choose of recipes, adapters, settings, tasks" in capsys.readouterr().err
 
 
 def test_tasks_are_named_at_once_or_one_by_one(

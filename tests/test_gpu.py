@@ -17,8 +17,8 @@ from test_lora_adapters import TOKENS
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from offprincipal.adapter_methods import LOW_RANK
 from offprincipal.adapters import SparseAdamW, adapt
-from offprincipal.adapters.adapting import METHODS
 from offprincipal.comparison import compare
 from offprincipal.gates import GateSettings
 from offprincipal.gates.forward import fisher_sums, kl_sums
@@ -212,7 +212,7 @@ def test_isospectral_steps_are_those_of_the_cpu(kind: str) -> None:
         torch.testing.assert_close(ends[DEVICE][name], weight, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LOW_RANK)
 def test_adapters_train_and_are_saved_as_on_the_cpu(method: str, tiny_model: Path, tmp_path: Path) -> None:
     moved = {}
     for device in ("cpu", DEVICE):
@@ -233,7 +233,7 @@ def test_adapters_train_and_are_saved_as_on_the_cpu(method: str, tiny_model: Pat
     assert (moved[DEVICE] - moved["cpu"]).abs().max() < 0.05 * moved["cpu"].abs().max()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LOW_RANK)
 def test_fused_steps_move_what_an_adapted_model_computes(method: str, tiny_model: Path) -> None:
     """A fused step leaves no trace in a tensor's version."""
     adapted = adapt(opened(tiny_model, DEVICE), method, rank=4)

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trai
 from trl import GRPOConfig, GRPOTrainer
 
 import offprincipal
+from offprincipal.adapter_methods import ADAPTER_METHODS, LOW_RANK
 from offprincipal.adapters import adapt, initialisations
-from offprincipal.adapters.adapting import METHODS
-from offprincipal.adapters.initialisations import INITIALISATIONS, OFFSET, Start, StartSettings
+from offprincipal.adapters.initialisations import Start, StartSettings
 from offprincipal.adapters.off_principal import ProjectedFactor, principal_subspaces
 from offprincipal.adapters.record import RECORD, WEIGHTS
 from offprincipal.errors import AdapterError
@@ -97,7 +97,7 @@ def matrix(n: int, m: int, seed: int = 0) -> Tensor:
 def saved(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tensor]]:
     """Every method after a few steps: where its adapter was saved, and the logits it had."""
     found = {}
-    for method in METHODS:
+    for method in LOW_RANK:
         adapted = adapt(opened(tiny_model), method, rank=RANK, alpha=8)
         fit(adapted, 5)
         folder = tmp_path_factory.mktemp(method)
@@ -107,7 +107,7 @@ def saved(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 class TestTheStart:
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("method", LOW_RANK)
     def test_the_update_is_zero_and_the_base_is_as_it_was(self, method: str, tiny_model: Path) -> None:
         base = opened(tiny_model)
         before = hash_of(base.state_dict())
@@ -133,7 +133,7 @@ class TestTheStart:
         assert moved > 1e-4
         assert (logits(ours) - logits(theirs)).abs().max() < 1e-2 * moved
 
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("method", LOW_RANK)
     def test_as_many_weights_are_trained_as_by_lora_or_a_alone(self, method: str) -> None:
         layers = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 24))
         adapted = adapt(layers, method, rank=2)
@@ -193,7 +193,7 @@ class TestReading:
 
     @pytest.mark.parametrize("checkpointing", [False, True])
     @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("method", LOW_RANK)
     def test_it_sees_the_present_and_changes_nothing(
         self, method: str, optimizer: str, checkpointing: bool, tiny_model: Path
     ) -> None:
@@ -209,7 +209,8 @@ class TestInitialisations:
     SETTINGS = StartSettings(rank=3, scale=2.0, rank_fraction=0.25, density=0.5)
 
     def start(self, method: str, W: Tensor) -> Start:
-        return INITIALISATIONS[method](W, self.SETTINGS)
+        start: Start = ADAPTER_METHODS[method].code()(W, self.SETTINGS)
+        return start
 
     @pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
     def test_pissa_starts_at_the_best_approximation_and_milora_at_the_least_part(self, shape: tuple[int, int]) -> None:
@@ -229,7 +230,7 @@ class TestInitialisations:
     ) -> None:
         W = matrix(*shape)
         start = self.start(method, W)
-        assert not start.B.any() and not start.offset
+        assert not start.B.any() and not ADAPTER_METHODS[method].from_the_base
         torch.testing.assert_close(start.A @ start.A.T, torch.eye(3).double())
         torch.testing.assert_close(torch.linalg.vector_norm(W @ start.A.T, dim=0), decompose(W).S[which])
 
@@ -392,7 +393,7 @@ class TestWhatIsSaved:
             for name in (str(folder), f"{folder}.merged"):
                 assert (found[name] - expected).abs().max() < 1e-5, method
 
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("method", LOW_RANK)
     def test_its_settings_and_tensors_are_those_of_lora(
         self, method: str, saved: dict[str, tuple[Path, Tensor]]
     ) -> None:
@@ -400,14 +401,14 @@ class TestWhatIsSaved:
         config = json.loads((folder / "adapter_config.json").read_text())
         plain = LoraConfig(r=1).to_dict()
         assert config.keys() == plain.keys()
-        wider = 2 if method in OFFSET else 1
+        wider = 2 if ADAPTER_METHODS[method].from_the_base else 1
         assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (wider * RANK, wider * 8, True)
         tensors = load_file(folder / WEIGHTS)
         assert all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in tensors)
         assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
         assert all(wider * RANK in tensor.shape for tensor in tensors.values())
 
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("method", LOW_RANK)
     def test_it_is_resumed_as_it_was(
         self, method: str, saved: dict[str, tuple[Path, Tensor]], tiny_model: Path
     ) -> None:
@@ -448,7 +449,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"method": "dora"}, "no method 'dora': choose one of lora, pissa"),
+            ({"method": "dora"}, "no method 'dora': choose of lora, pissa"),
             ({"rank": 0}, "rank is 0"),
             ({"method": "pissa", "rank": 17}, r"rank 17 is above min\(n, m\) = 16 of model.layers.0.self_attn.k_proj"),
             ({"rank": 15}, "above the 14 dimensions of model.layers.0.self_attn.k_proj"),

@@ -15,20 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offprincipal.adapter_methods import ADAPTER_METHODS, LOW_RANK
 from offprincipal.adapters.choosing import ALL_LINEAR, is_target
 from offprincipal.adapters.factors import FrozenFactor, OffsetFactor
 from offprincipal.adapters.given import module_of
-from offprincipal.adapters.initialisations import INITIALISATIONS, OFFSET, Start, StartSettings
-from offprincipal.adapters.off_principal import ProjectedFactor, principal_subspaces
+from offprincipal.adapters.initialisations import Start, StartSettings
+from offprincipal.adapters.off_principal import ProjectedFactor
 from offprincipal.defaults import DENSITY, RANK_FRACTION
-from offprincipal.errors import AdapterError, install_command
+from offprincipal.errors import AdapterError, install_command, meant
 from offprincipal.geometry.principal import principal_rank
 from offprincipal.models.opening import hash_of
 
-METHODS = ("lora", *INITIALISATIONS, "off_principal")
 _ADAPTER = "default"
-_BY_RANK_FRACTION = ("geora", "off_principal")
-_BY_DENSITY = ("geora",)
 _NOT_OURS = {  # of PEFT's
     "use_rslora": "is not needed: it is alpha = rank ** 0.5 times the alpha that you mean",
     "init_lora_weights": "is the method here: method='pissa', 'olora' and so on",
@@ -97,6 +95,7 @@ def adapt(
     _check_settings(method, rank, alpha, dropout, rank_fraction, density)
     layers = target_layers(model, method, target_modules)
     _check_ranks(layers, method, rank, rank_fraction)
+    own = ADAPTER_METHODS[method].settings
     records: Any = importlib.import_module("offprincipal.adapters.record")
     record = records.AdapterRecord(
         method=method,
@@ -104,8 +103,8 @@ def adapt(
         alpha=float(rank if alpha is None else alpha),
         dropout=dropout,
         seed=seed,
-        rank_fraction=rank_fraction if method in _BY_RANK_FRACTION else None,
-        density=density if method in _BY_DENSITY else None,
+        rank_fraction=rank_fraction if "rank_fraction" in own else None,
+        density=density if "density" in own else None,
         modules=tuple(sorted(layers)),
         base_blake2b=hash_of({name: weight_of(layer) for name, layer in layers.items()}),
     )
@@ -126,7 +125,7 @@ def adapt(
         peft: Any = importlib.import_module("peft")
         adapted = peft.get_peft_model(model, config)
     for name, placement in placements.items():
-        _place(adapted.base_model.model.get_submodule(name), placement)
+        _place(adapted.base_model.model.get_submodule(name), placement, ADAPTER_METHODS[method].from_the_base)
     if saved is not None:
         _load(adapted, saved, peft)
     return adapted
@@ -175,8 +174,9 @@ def weight_of(layer: nn.Module) -> Tensor:
 def _check_settings(
     method: str, rank: int, alpha: float | None, dropout: float, rank_fraction: float, density: float
 ) -> None:
-    if method not in METHODS:
-        raise AdapterError(f"there is no method {method!r}: choose one of {', '.join(METHODS)}")
+    if method not in LOW_RANK:
+        hint = meant(str(method), LOW_RANK, f"choose of {', '.join(LOW_RANK)}")
+        raise AdapterError(f"there is no method {method!r}: {hint}")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise AdapterError(f"rank is {rank!r}: give a whole number, 1 or more")
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
@@ -226,7 +226,7 @@ def _check_ranks(layers: dict[str, nn.Module], method: str, rank: int, rank_frac
 
 def _saved_rank(record: Any) -> int:
     """The rank of the plain adapter: of B A − B0 A0 it is twice that of B A."""
-    return int(record.rank) * (2 if record.method in OFFSET else 1)
+    return int(record.rank) * (2 if ADAPTER_METHODS[record.method].from_the_base else 1)
 
 
 def _saved_shapes(layers: dict[str, nn.Module], record: Any) -> dict[str, tuple[int, ...]]:
@@ -255,19 +255,18 @@ def _load(adapted: Any, saved: dict[str, Tensor], peft: Any) -> None:
 
 def _placement(name: str, layer: nn.Module, record: Any) -> Start | tuple[Tensor, Tensor] | None:
     """What the layer's adapter starts with: None as PEFT has it, a Start, or the principal subspaces."""
-    W = weight_of(layer)
-    if record.method == "lora":
+    method = ADAPTER_METHODS[record.method]
+    if not method.build:
         return None
-    if record.method == "off_principal":
-        try:
-            return principal_subspaces(W, principal_rank(W.shape, record.rank_fraction))
-        except AdapterError as error:
-            raise AdapterError(f"{name}: {error}") from error
     settings = StartSettings(record.rank, record.alpha / record.rank, record.rank_fraction, record.density)
-    return INITIALISATIONS[record.method](W, settings)
+    try:
+        start: Start | tuple[Tensor, Tensor] = method.code()(weight_of(layer), settings)
+    except AdapterError as error:
+        raise AdapterError(f"{name}: {error}") from error
+    return start
 
 
-def _place(layer: Any, placement: Start | tuple[Tensor, Tensor] | None) -> None:
+def _place(layer: Any, placement: Start | tuple[Tensor, Tensor] | None, from_the_base: bool) -> None:
     """Give a PEFT layer its factors, in the type and on the device of those that PEFT made."""
     if placement is None:
         return
@@ -278,7 +277,7 @@ def _place(layer: Any, placement: Start | tuple[Tensor, Tensor] | None) -> None:
         layer.lora_B[_ADAPTER] = ProjectedFactor(B, U.to(B.device), "left")
         return
     A0, B0 = placement.A.to(A), placement.B.to(B)
-    if placement.offset:
+    if from_the_base:
         layer.lora_A[_ADAPTER] = OffsetFactor(A0, A0, 0)
         layer.lora_B[_ADAPTER] = OffsetFactor(B0, -B0, 1)
         return

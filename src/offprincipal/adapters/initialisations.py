@@ -2,12 +2,11 @@
 
 Three kinds. Some start at B = 0 or A = 0, so that nothing changes. Some start at a part of the base itself and train on
 from there; the published methods take that part out of the base, here the start is subtracted from the update instead
-(`Start.offset`), which is the same function and leaves the base as it is. What PEFT has is PEFT's. Knows nothing of
+(s·(B A − B0 A0)), which is the same function and leaves the base as it is. What PEFT has is PEFT's. Knows nothing of
 models.
 """
 
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +25,11 @@ class Start:
 
     Args:
         A: (r, m); B: (n, r).
-        offset: the update is s·(B A − B0 A0) rather than s·B A.
         train_a_only: only A is trained.
     """
 
     A: Tensor
     B: Tensor
-    offset: bool = False
     train_a_only: bool = False
 
 
@@ -53,12 +50,12 @@ class StartSettings:
 
 def pissa(W: Tensor, settings: StartSettings) -> Start:
     """PiSSA (arXiv 2404.02948), PEFT's: the top-r singular triplets of the base, √Σ in either factor."""
-    return _offset(*_by_peft("pissa", W, settings))
+    return Start(*_by_peft("pissa", W, settings))
 
 
 def olora(W: Tensor, settings: StartSettings) -> Start:
     """OLoRA (arXiv 2406.01775), PEFT's: the first r columns of Q and rows of R of the base's QR decomposition."""
-    return _offset(*_by_peft("olora", W, settings))
+    return Start(*_by_peft("olora", W, settings))
 
 
 def mica(W: Tensor, settings: StartSettings) -> Start:
@@ -108,18 +105,6 @@ def geora(W: Tensor, settings: StartSettings) -> Start:
     return _from_triplets(top_triplets(W.double() * safe, settings.rank), settings.scale)
 
 
-INITIALISATIONS: dict[str, Callable[[Tensor, StartSettings], Start]] = {
-    "pissa": pissa,
-    "milora": milora,
-    "mica": mica,
-    "olora": olora,
-    "rlpo": rlpo,
-    "rlmo": rlmo,
-    "geora": geora,
-}
-OFFSET = ("pissa", "milora", "olora", "geora")  # those that start at a part of the base
-
-
 def top_triplets(W: Tensor, rank: int) -> Svd:
     """The first singular triplets, float64: LAPACK's, or with a relative error bound of 1e-10 on singular values.
 
@@ -163,15 +148,11 @@ def _first(svd: Svd, rank: int) -> Svd:
 def _from_triplets(svd: Svd, scale: float) -> Start:
     """s·B A = U Σ Vᵀ, with √Σ in either factor."""
     root = (svd.S / scale).sqrt()
-    return _offset(root[:, None] * svd.Vh, svd.U * root)
+    return Start(root[:, None] * svd.Vh, svd.U * root)
 
 
 def _from_rows(A: Tensor, W: Tensor) -> Start:
     return Start(A, A.new_zeros(W.shape[0], A.shape[0]))
-
-
-def _offset(A: Tensor, B: Tensor) -> Start:
-    return Start(A, B, offset=True)
 
 
 def _by_peft(name: str, W: Tensor, settings: StartSettings) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from offprincipal.adapters.factors import Factor
+from offprincipal.adapters.initialisations import StartSettings
 from offprincipal.errors import AdapterError
-from offprincipal.geometry.principal import PrincipalSubspace
+from offprincipal.geometry.principal import PrincipalSubspace, principal_rank
 
 _ANGLE = math.degrees(1e-6)  # bound on the error of the subspaces, which leaves an energy of 1e-12 in them
 
@@ -66,6 +67,12 @@ class ProjectedFactor(Factor):
         if self.basis.dtype.itemsize < before.dtype.itemsize:
             self.basis = before.to(self.basis.device)
         return self
+
+
+def off_principal(W: Tensor, settings: StartSettings) -> tuple[Tensor, Tensor]:
+    """The principal subspaces of a base matrix, which the factors of its update are kept out of."""
+    assert settings.rank_fraction is not None
+    return principal_subspaces(W, principal_rank(W.shape, settings.rank_fraction))
 
 
 def principal_subspaces(W: Tensor, k: int) -> tuple[Tensor, Tensor]:

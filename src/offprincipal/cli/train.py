@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from offprincipal.adapter_methods import ADAPTER_METHODS, LOW_RANK
 from offprincipal.assets import EMBEDDED
 from offprincipal.cli.common import TRAINING, Out, app, require_training, resumable, say, task_names
 from offprincipal.errors import ArgumentError
@@ -29,7 +30,11 @@ def _list_of(what: str) -> Table:
     from offprincipal.reports import terminal
 
     if what == "recipes":
-        return terminal.recipes_table({name: recipe.what for name, recipe in RECIPES.items()})
+        return terminal.choices_table(("recipe", "what it is"), [(n, recipe.what) for n, recipe in RECIPES.items()])
+    if what == "adapters":
+        titles = ("--adapter", "what is trained", "settings, each as --set adapter.KEY=VALUE")
+        rows = [(name, method.what, ", ".join(method.settings)) for name, method in ADAPTER_METHODS.items()]
+        return terminal.choices_table(titles, rows)
     if what == "settings":
         from offprincipal.training.settings import setting_fields
 
@@ -38,7 +43,7 @@ def _list_of(what: str) -> Table:
         from offprincipal.tasks import open_task, symbolic_kinds
 
         return terminal.tasks_table([open_task(kind) for kind in symbolic_kinds()])
-    raise ArgumentError(f"there is no list of '{what}': choose of recipes, settings, tasks")
+    raise ArgumentError(f"there is no list of '{what}': choose of recipes, adapters, settings, tasks")
 
 
 def _print_list(what: str | None) -> None:
@@ -107,8 +112,8 @@ def train(
         str | None,
         typer.Option(
             metavar="METHOD",
-            help="Train not all weights: lora, pissa, milora, mica, olora, rlpo, rlmo, geora or off_principal, which "
-            "take larger learning rates, 1e-3 say; sparse or shira, under a mask; isospectral, isospectral_muon.",
+            help=f"Train not all weights: {', '.join(LOW_RANK)}, which take larger learning rates, 1e-3 say; or "
+            f"{', '.join(name for name in ADAPTER_METHODS if name not in LOW_RANK)}. `--list adapters` tells of each.",
         ),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Of a LoRA; default 8.")] = None,
@@ -125,7 +130,7 @@ def train(
             metavar="WHAT",
             callback=_print_list,
             is_eager=True,
-            help="List recipes, settings or tasks, and exit.",
+            help="List recipes, adapters, settings or tasks, and exit.",
         ),
     ] = None,
 ) -> None:

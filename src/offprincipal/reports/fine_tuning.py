@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from offprincipal.adapter_methods import ADAPTER_METHODS
 from offprincipal.comparison import read_table
 from offprincipal.outcomes import Row
 from offprincipal.outcomes.curves import (
@@ -30,10 +31,6 @@ from offprincipal.outcomes.sweeps import (
 )
 from offprincipal.reports.numbers import short
 
-METHODS = {
-    **{"lora": "LoRA", "pissa": "PiSSA", "milora": "MiLoRA", "olora": "OLoRA", "mica": "MiCA", "rlpo": "RLPO"},
-    **{"rlmo": "RLMO", "geora": "GeoRA", "off_principal": "off-principal LoRA"},
-}
 SIZES = {"update_norm": "update norm", "kl_to_base": "KL to the base"}
 
 Json = dict[str, Any]
@@ -116,7 +113,7 @@ def sweeps(outcomes: Sequence[Row]) -> Json:
         of_pairs = sweeps_of(outcomes, method)
         for rank in dict.fromkeys(rank for rank, _ in of_pairs):
             seeds = [_sweep(seed, sweep) for (of_rank, seed), sweep in of_pairs.items() if of_rank == rank]
-            groups.append({"method": METHODS.get(method, method), "rank": rank, "sweeps": seeds})
+            groups.append({"method": _label(method), "rank": rank, "sweeps": seeds})
     if not groups:
         return {}
     base = _mean([row["base_accuracy"] for row in outcomes if row["rank"] is not None])
@@ -175,7 +172,12 @@ def _place(row: Row, rate: float) -> tuple[str, int | None, int, float]:
 
 
 def _title(row: Row) -> str:
-    return METHODS.get(row["method"]) or str(row["method"])
+    return _label(row["method"])
+
+
+def _label(method: str) -> str:
+    """As a table of any version's runs has it."""
+    return ADAPTER_METHODS[method].label if method in ADAPTER_METHODS else str(method)
 
 
 def _tried(row: Row) -> Json:

@@ -295,13 +295,13 @@ def _blind(counts: Mapping[str, int] | None) -> str:
     return f"{counts['supported'] + counts['contradicted']}/{counts['draws']}" if counts else "–"
 
 
-def recipes_table(recipes: Mapping[Any, str]) -> Table:
-    """Training recipes, each with what it learns from."""
+def choices_table(titles: Sequence[str], choices: Iterable[Sequence[str]]) -> Table:
+    """What can be chosen, a row each: its name, and what is said of it under the titles."""
     table = _lean()
-    for title in ("recipe", "what it is"):
+    for title in titles:
         table.add_column(title)
-    for name, words in recipes.items():
-        table.add_row(name, words)
+    for cells in choices:
+        table.add_row(*cells)
     return table
 
 

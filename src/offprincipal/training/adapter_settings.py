@@ -4,24 +4,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from offprincipal.adapter_methods import ADAPTER_METHODS
 from offprincipal.adapters import KINDS, Kind
-from offprincipal.adapters.adapting import METHODS as LORA_METHODS
 from offprincipal.adapters.choosing import Scope
 from offprincipal.defaults import RANK_FRACTION
-from offprincipal.errors import TrainingError
-
-MASKED = ("sparse", "shira")
-METHODS = (*LORA_METHODS, *MASKED, "isospectral", "isospectral_muon")
-_MASK = ("mask", "density", "rank_fraction", "target_modules")
-_SETTINGS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(LORA_METHODS, ("rank", "alpha", "dropout", "target_modules")),
-    "geora": ("rank", "alpha", "dropout", "target_modules", "rank_fraction", "density"),
-    "off_principal": ("rank", "alpha", "dropout", "target_modules", "rank_fraction"),
-    "sparse": (*_MASK, "scope", "mask_run", "mask_file"),
-    "shira": (*_MASK, "mask_run"),
-    "isospectral": ("retraction",),
-    "isospectral_muon": ("retraction", "momentum"),
-}
+from offprincipal.errors import TrainingError, meant
 
 
 class AdapterSettings(BaseModel):
@@ -36,11 +23,7 @@ class AdapterSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: str = Field(
-        description=f"LoRA that saves as plain LoRA: {', '.join(LORA_METHODS)}; sparse: SparseAdamW under a mask; "
-        "shira: PEFT's SHiRA under a mask; isospectral, isospectral_muon: fixed singular values, AdamW or Muon on "
-        "the frames"
-    )
+    method: str = Field(description="what is trained; `train --list adapters` has every method")
     rank: int | None = Field(None, ge=1, description="of LoRA; 8 where not given")
     alpha: float | None = Field(None, gt=0, description="of LoRA, which is scaled by alpha/rank; the rank if not given")
     dropout: float | None = Field(None, ge=0, lt=1, description="of LoRA's inputs; 0 where not given")
@@ -69,9 +52,10 @@ class AdapterSettings(BaseModel):
 
     @model_validator(mode="after")
     def _belong_to_the_method(self) -> "AdapterSettings":
-        if self.method not in METHODS:
-            raise TrainingError(f"there is no adapter '{self.method}': choose of {', '.join(METHODS)}")
-        own = _SETTINGS[self.method]
+        if self.method not in ADAPTER_METHODS:
+            hint = meant(self.method, ADAPTER_METHODS, f"choose of {', '.join(ADAPTER_METHODS)}")
+            raise TrainingError(f"there is no adapter '{self.method}': {hint}")
+        own = ADAPTER_METHODS[self.method].settings
         odd = self.model_dump().keys() - {"method", *own}
         if odd:
             raise TrainingError(f"adapter {self.method} has no setting '{min(odd)}': it has {', '.join(own)}")

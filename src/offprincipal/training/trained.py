@@ -10,8 +10,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from offprincipal.adapters import IsospectralAdamW, IsospectralMuon, Masks, SparseAdamW, adapt, make_masks, shira
-from offprincipal.adapters.adapting import METHODS as LORA_METHODS
+from offprincipal.adapter_methods import ADAPTER_METHODS
+from offprincipal.adapters import Masks, SparseAdamW, adapt, make_masks, shira
 from offprincipal.defaults import DENSITY
 from offprincipal.models import LanguageModel, model_name
 from offprincipal.training.adapter_settings import AdapterSettings
@@ -99,18 +99,18 @@ def prepare(settings: TrainSettings, model: Any) -> Trained:
     if chosen is None:
         return Trained(model, numel)
     given = chosen.model_dump(exclude_none=True)
-    method = given.pop("method")
-    if method in LORA_METHODS:
-        return Trained(adapt(model, method, seed=settings.seed, **given), numel)
+    name = given.pop("method")
+    method = ADAPTER_METHODS[name]
+    if method.trains == "factors":
+        return Trained(adapt(model, name, seed=settings.seed, **given), numel)
     optimizer: dict[str, Any] = {
         "lr": settings.learning_rate,
         "betas": settings.adam_betas,
         "eps": settings.adam_epsilon,
         "weight_decay": settings.weight_decay,
     }
-    if method in ("isospectral", "isospectral_muon"):
-        kind: Any = IsospectralAdamW if method == "isospectral" else IsospectralMuon
-        return Trained(model, numel, kind(model, **optimizer, **given))
+    if method.trains == "frames":
+        return Trained(model, numel, method.code()(model, **optimizer, **given))
     return _masked(settings, chosen, Trained(model, numel), optimizer)
 
 
