@@ -35,8 +35,6 @@ from offprincipal.gates.directions import (
     random_direction,
     update_direction,
 )
-from offprincipal.gates.double import computing_in
-from offprincipal.gates.fisher import Batch, batches_within, logit_derivatives, logit_variances
 from offprincipal.gates.measure import GateSettings, open_for_derivatives
 from offprincipal.gates.sequences import (
     encode_prompts,
@@ -46,6 +44,8 @@ from offprincipal.gates.sequences import (
 )
 from offprincipal.gates.updates import Tuned
 from offprincipal.models import model_name
+from offprincipal.models.fisher import Batch, batches_within, logit_derivatives, logit_variances
+from offprincipal.models.float64 import computing_in
 
 ESTIMATORS = ("forward", "label", "score", "hessian")
 DIRECTIONS = (*UPDATE_DIRECTIONS, *RANDOM_DIRECTIONS)

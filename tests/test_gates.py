@@ -29,8 +29,6 @@ from offprincipal.gates.directions import (
     random_direction,
     update_direction,
 )
-from offprincipal.gates.double import InFloat64
-from offprincipal.gates.fisher import counted_logits, logit_derivatives
 from offprincipal.gates.forward import fisher_sums, kl_sums
 from offprincipal.gates.measure import open_for_derivatives
 from offprincipal.gates.precision_gate import precision_gate
@@ -44,6 +42,8 @@ from offprincipal.gates.statistics import (
 )
 from offprincipal.gates.updates import Tuned, Update, moved_by
 from offprincipal.models import LanguageModel, open_language_model
+from offprincipal.models.fisher import counted_logits, logit_derivatives
+from offprincipal.models.float64 import InFloat64
 
 SMALL = {"batches": 4, "prompts_per_batch": 2, "max_new_tokens": 3, "draws": 2, "layer_draws": 1}
 TEXTS = ["12+34=46", "sort 312=123", "count a in banana=3", "7*8=56", "99-1=98", "max 3 9 4=9"]
@@ -128,7 +128,7 @@ def test_kl_is_that_of_the_definition_and_ignores_a_shift_of_the_logits(logits: 
     p, q = new.softmax(-1), old.softmax(-1)
     kl = kl_per_token(new, old).item()
     assert kl == pytest.approx((p * (p / q).log()).sum().item(), abs=1e-12)
-    assert kl >= -1e-15
+    assert kl >= 0
     assert kl_per_token(new + shift, old).item() == pytest.approx(kl, abs=1e-12)
 
 
@@ -136,6 +136,14 @@ def test_kl_is_finite_where_the_new_policy_excludes_a_token_and_infinite_where_t
     one, both = torch.tensor([[0.0, -math.inf]]), torch.zeros(1, 2)
     assert kl_per_token(one, both).item() == pytest.approx(math.log(2))
     assert kl_per_token(both, one).item() == math.inf
+    assert math.isnan(kl_per_token(both, torch.tensor([[0.0, math.nan]])).item())
+    assert math.isnan(kl_per_token(torch.tensor([[-math.inf, -math.inf]]), both).item())
+
+
+def test_kl_is_right_where_the_new_policy_all_but_excludes_a_token() -> None:
+    """Odds of e^720 overflow, and their share of the sum is one."""
+    new, old = torch.tensor([[-720.0, 0.0]], dtype=torch.float64), torch.tensor([[0.0, -3.0]], dtype=torch.float64)
+    assert kl_per_token(new, old).item() == pytest.approx(3 + math.log1p(math.exp(-3)))
 
 
 # --- the Fisher form ---

@@ -3,8 +3,9 @@
 torch and transformers are imported with this package.
 """
 
-from offprincipal.gates.fisher import Batch, fisher_per_token, fisher_quadratic, kl_per_token
 from offprincipal.gates.measure import Gates, GateSettings, measure_gates
+from offprincipal.models.divergence import kl_per_token
+from offprincipal.models.fisher import Batch, fisher_per_token, fisher_quadratic
 
 __all__ = [
     "Batch",

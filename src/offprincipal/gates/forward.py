@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offprincipal.errors import ModelError
-from offprincipal.gates.fisher import Batch, batches_within, counted_logits, fisher_per_token, kl_per_token
 from offprincipal.gates.sequences import Sequences
 from offprincipal.gates.updates import moved_by
 from offprincipal.models import LanguageModel
+from offprincipal.models.divergence import kl_per_token
+from offprincipal.models.fisher import Batch, batches_within, counted_logits, fisher_per_token
 
 Array = NDArray[np.float64]
 Direction = Mapping[str, Tensor]

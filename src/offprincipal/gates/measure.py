@@ -24,7 +24,6 @@ from offprincipal.gates.directions import (
     random_direction,
     update_direction,
 )
-from offprincipal.gates.double import computing_in
 from offprincipal.gates.forward import Array, Direction, fisher_sums, kl_sums
 from offprincipal.gates.kl_bound import FRACTIONS, curve, norm_bound
 from offprincipal.gates.precision_gate import PrecisionSettings, precision_gate
@@ -40,6 +39,7 @@ from offprincipal.gates.sequences import (
 from offprincipal.gates.statistics import mean_with_interval
 from offprincipal.gates.updates import Tuned, Update, Weights, moved_by
 from offprincipal.models import LanguageModel, model_name, open_language_model
+from offprincipal.models.float64 import computing_in
 from offprincipal.tasks import open_task
 from offprincipal.tasks.prompting import prompting
 

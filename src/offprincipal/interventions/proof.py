@@ -5,34 +5,21 @@ means float64. Knows nothing of what was done to the weights.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from offprincipal.errors import InterventionError
 from offprincipal.geometry.draws import generator_of
 from offprincipal.interventions.architectures import HEAD
+from offprincipal.models.divergence import kl_per_token
+from offprincipal.models.float64 import InFloat64
 
 TOLERANCE = 1e-9
 SEQUENCES = 8
 LENGTH = 32
-
-
-class _NothingNarrowed(TorchFunctionMode):
-    """Inside, no float64 tensor is narrowed to float32 on a model's way to its logits."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if args and isinstance(args[0], Tensor) and args[0].dtype is torch.float64:
-            asked = (*args[1:], kwargs.get("dtype"))
-            narrows = any(dtype is torch.float32 for dtype in asked)
-            if func is Tensor.float or (func is Tensor.to and narrows):
-                return args[0]
-            if func in (torch.nn.functional.softmax, torch.softmax, Tensor.softmax) and narrows:
-                kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
 
 
 @torch.no_grad()
@@ -50,7 +37,7 @@ def logits(model: Any, weights: dict[str, Tensor], ids: Tensor, dtype: torch.dty
     """
     arguments = {"input_ids": ids, "use_cache": False}
     cast = {name: x.to(dtype) for name, x in weights.items()}
-    with _NothingNarrowed():
+    with InFloat64() if dtype is torch.float64 else nullcontext():
         output = torch.func.functional_call(model, cast, (), arguments, tie_weights=HEAD not in cast)
     found: Tensor = output.logits
     return found.double()
@@ -83,9 +70,7 @@ def divergence(reference: Tensor, other: Tensor) -> float:
     >>> divergence(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]))  # log((1 + e)/2) − 1/2
     0.120...
     """
-    p, q = reference.log_softmax(-1), other.log_softmax(-1)
-    terms = p.exp() * (p.clamp(min=-1e4) - q.clamp(min=-1e4))
-    return max(0.0, float(terms.sum(-1).mean()))
+    return float(kl_per_token(reference, other).mean())
 
 
 def random_tokens(vocabulary: int, length: int, seed: int) -> Tensor:

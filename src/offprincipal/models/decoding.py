@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from offprincipal.errors import ModelError
+from offprincipal.models.divergence import kl_per_token
 from offprincipal.models.opening import LanguageModel
 
 _DROP_SHARE = 0.25
@@ -124,7 +125,7 @@ def complete(
         tokens += int(counted.sum())
         entropy += float(_entropy(policy)[counted].sum())
         if reference is not None:
-            divergence += float(_divergence(policy, scores[1])[counted].sum())
+            divergence += float(kl_per_token(policy[counted], scores[1][counted]).sum())
         token = torch.where(greedy[row], policy.argmax(-1), _draw(policy / temperature, uniform[row, position]))
         written[row[running], position] = token[running]
         running = running & ~torch.isin(token, eos)
@@ -155,10 +156,6 @@ def _left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) 
 
 def _entropy(log_p: Tensor) -> Tensor:
     return -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)  # the clamp makes 0·(-inf) zero
-
-
-def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p.clamp(min=-1e4) - log_q.clamp(min=-1e4))).sum(-1)
 
 
 def _draw(log_p: Tensor, uniform: Tensor) -> Tensor:

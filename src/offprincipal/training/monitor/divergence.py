@@ -3,6 +3,7 @@
 Knows language models and token ids; knows nothing of weights, steps or files.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor
 
 from offprincipal.errors import ArgumentError, ModelError
+from offprincipal.models.divergence import kl_per_token
 from offprincipal.training.processes import in_process_group
 
 MOST_SEQUENCES, MOST_TOKENS = 16, 64
 _MOST_NUMBERS = 1 << 26  # float32 log-probabilities that are kept of one policy: 256 MiB
-_TERMS_AT_ONCE = 1 << 22  # terms of the divergence in float64 at once: 32 MiB
 
 
 @dataclass(frozen=True)
@@ -133,27 +134,17 @@ def log_probabilities(model: Any, sequences: PaddedSequences) -> Tensor:
 
 
 def mean_divergence(log_p: Tensor, log_q: Tensor) -> float | None:
-    """KL(p‖q) in nats, the mean over positions; None where a side is not finite.
-
-    Summed as Σ p·(e^−δ − 1 + δ), δ = log p − log q: no term is negative, and rounding enters in second order, so that
-    the divergence of one small step survives float32, where Σ p·δ is a difference of large terms.
+    """KL(p‖q) in nats, the mean over positions; None where it is not finite.
 
     Args:
-        log_p, log_q: (positions, vocabulary), normalized.
-
-    Source: the Bregman form of the Kullback–Leibler divergence; the added terms q − p sum to zero.
+        log_p, log_q: (positions, vocabulary).
 
     >>> p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]])
     >>> round(mean_divergence(p.log(), q.log()), 6)
     0.143841
     """
-    total = 0.0
-    step = max(1, _TERMS_AT_ONCE // log_p.shape[1])
-    for first in range(0, len(log_p), step):
-        p, q = (x[first : first + step].double().clamp(min=-700.0) for x in (log_p, log_q))
-        delta = p - q
-        total += float((p.exp() * (torch.expm1(-delta) + delta)).sum())
-    return total / len(log_p) if total - total == 0 else None
+    mean = float(kl_per_token(log_p, log_q).mean())
+    return mean if math.isfinite(mean) else None
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""Divergence and Fisher form of a causal language model, exact over the vocabulary.
+"""The Fisher form of a causal language model, exact over the vocabulary.
 
-The Fisher form is taken in forward mode: the derivative of every logit along a direction in weight space, and its
+It is taken in forward mode: the derivative of every logit along a direction in weight space, and its
 variance under the model's own distribution. No label is sampled, so nothing but the choice of contexts varies.
 Knows models as functions of their parameters; knows nothing of checkpoints, prompts or layers.
 """
@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.func import functional_call, jvp, vmap
 
 from offprincipal.errors import ArgumentError, ModelError
-
-_CHUNK = 1 << 24  # entries of a table of log-probabilities that are held in float64 at once
 
 
 @dataclass(frozen=True)
@@ -47,30 +45,6 @@ class Batch:
     def row_of_token(self) -> Tensor:
         """Which row each counted token is of; (tokens,)."""
         return self.counted.nonzero()[:, 0]
-
-
-def kl_per_token(new: Tensor, old: Tensor) -> Tensor:
-    """KL(new‖old) of next-token distributions, exact over the vocabulary.
-
-    Args:
-        new, old: logits, (tokens, vocabulary), any float type; the sums are taken in float64, some tokens at a time.
-
-    Returns:
-        float64, (tokens,), in nats.
-
-    >>> new, old = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    >>> round(kl_per_token(new, old).item(), 4)  # log cosh(1/2)
-    0.1201
-    """
-    if new.shape != old.shape:
-        raise ArgumentError(f"logits of shapes {tuple(new.shape)} and {tuple(old.shape)} are not of one vocabulary")
-    found = new.new_empty(len(new), dtype=torch.float64)
-    step = max(1, _CHUNK // new.shape[1])
-    for start in range(0, len(new), step):
-        log_p, log_q = (x[start : start + step].double().log_softmax(-1) for x in (new, old))
-        p = log_p.exp()
-        found[start : start + step] = torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
-    return found
 
 
 @torch.no_grad()
