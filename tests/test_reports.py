@@ -24,7 +24,8 @@ from offprincipal.reports.figures import anatomy, choose_matrices, heatmaps, spe
 from offprincipal.reports.page import PLOTLY, asset
 from offprincipal.reports.report import write_report, write_report_of
 from offprincipal.reports.terminal import comparison_table
-from offprincipal.reports.words import answers, decisions, run_paragraph, verdict_paragraph
+from offprincipal.reports.words import answers, beyond, decisions, run_paragraph, verdict_paragraph
+from offprincipal.reports.words import metrics_of as ladder_of
 
 HOSTILE_RUN = "<script>alert(1)</script>"
 HOSTILE_TENSOR = '"><img src=x onerror=alert(2)>'
@@ -445,3 +446,21 @@ def test_a_browser_shows_when_a_figure_fails(hostile: Path, tmp_path: Path) -> N
     dom = dom_of(page)
     assert ">A figure could not be drawn" in dom
     assert 'class="main-svg"' in dom[dom.index('id="figure-stripes"') :]  # and the rest of the page is there
+
+
+def test_table_figure_and_sentence_take_the_ladder_of_the_same_matrices(tmp_path: Path) -> None:
+    """Pooled shares are over every matrix, their nulls over those on the bfloat16 grid: no difference of the two."""
+    weights = {n: w.float() * (1 + 1e-3) if "layers.0" in n else w for n, w in base_tensors().items()}
+    base = write_model(tmp_path / "base", weights)
+    run = write_model(tmp_path / "run", stored(moved(weights, 1e-3, 1)))
+    summary = compare(base, {"run": run}, metrics=("location",)).summary
+    entry = summary["runs"]["run"]
+    rungs, pooled = entry["anatomy"]["low_magnitude"], entry["metrics"]["low_magnitude_overlap"]["value"]
+    assert abs(rungs["measured"] - pooled) > 1e-6  # else there is nothing to tell apart
+    figure = anatomy(summary)[0]["runs"][0]
+    assert figure["measured"] == pytest.approx(100 * (rungs["measured"] - rungs["random"]), rel=1e-3)
+    assert sum(part or 0 for part in figure["parts"]) == pytest.approx(figure["measured"], abs=0.01)
+    assert beyond(entry, "low_magnitude") == pytest.approx(rungs["measured"] - rungs["margins"])
+    figures = ladder_of(entry)
+    assert "low" not in figures["low_magnitude_overlap"]  # the pooled figure's interval is not that of these matrices
+    assert figures["unchanged_fraction"] == entry["metrics"]["unchanged_fraction"]

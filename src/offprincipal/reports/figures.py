@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from offprincipal.checkpoints.roles import LINEAR_ROLES
 from offprincipal.measures.columns import METRICS
 from offprincipal.reports.numbers import short
+from offprincipal.reports.words import metrics_of
 
 MASKS = {
     "principal": "principal weights",
@@ -71,7 +72,8 @@ def anatomy(summary: Mapping[str, Any]) -> list[Json]:
     figures = []
     for mask in ("principal", "low_magnitude"):
         rows = [
-            _explained([_value(run, f"{mask}_overlap{rung}") for rung in _RUNGS]) for run in summary["runs"].values()
+            _explained([metrics.get(f"{mask}_overlap{rung}", {}).get("value") for rung in _RUNGS])
+            for metrics in map(metrics_of, summary["runs"].values())
         ]
         if any(row["measured"] is not None for row in rows):
             figures.append({"title": MASKS[mask], "runs": rows})
@@ -89,11 +91,6 @@ def _explained(rungs: Sequence[float | None]) -> Json:
         parts.append(None if rung is None else 100 * (rung - reached))
         reached = reached if rung is None else rung
     return {"measured": short(100 * (measured - chance)), "parts": _short(parts)}
-
-
-def _value(run: Mapping[str, Any], metric: str) -> float | None:
-    value: float | None = run["metrics"].get(metric, {}).get("value")
-    return value
 
 
 def overlaps(summary: Mapping[str, Any]) -> list[Json]:

@@ -210,6 +210,7 @@ def _render(content: Mapping[str, Any]) -> str:
             (mask, title) for mask, title in words.MASKS.items() if _is_measured(content["summary"], f"{mask}_overlap")
         ],
         beyond=words.beyond,
+        metrics_of=words.metrics_of,
         style=Markup(asset("report.css")),
         scripts=scripts,
         hashes=Markup(hashes),

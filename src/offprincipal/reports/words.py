@@ -10,6 +10,7 @@ Reads the pooled values of `summary.json` and computes no metric. The rules are 
 - a run's one sentence names precision, magnitude or neurons where that rung moves a share by `TINY` or more.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 
 from rich.markup import escape
 
+from offprincipal.measures.columns import RUNGS
+from offprincipal.measures.pooling import STEPS
 from offprincipal.reports.numbers import degrees, number, percent, points, signed
 
 Z_BEYOND = 3.0
@@ -55,7 +58,7 @@ def run_paragraphs(summary: Mapping[str, Any]) -> dict[str, str]:
     return {
         name: run_paragraph(
             name,
-            run["metrics"],
+            metrics_of(run),
             run.get("differing_unmeasured", 0),
             len(run.get("only_in_run", ())) + len(summary.get("only_in_base", ())),
         )
@@ -91,7 +94,7 @@ def decisions(summary: Mapping[str, Any]) -> list[str]:
     """
     runs = summary["runs"]
     still = {name for name, run in runs.items() if is_unchanged(run["metrics"])}
-    clauses = [(name, ", ".join(filter(None, _decided(runs[name]["metrics"])))) for name in runs if name not in still]
+    clauses = [(name, ", ".join(filter(None, _decided(metrics_of(runs[name]))))) for name in runs if name not in still]
     alike = _alike(clauses) if len(clauses) > _FEW else [([name], text) for name, text in clauses]
     said = [plain(f"{', '.join(names)}: {text}.") for names, text in alike]
     said += run_paragraphs({**summary, "runs": {name: runs[name] for name in runs if name in still}}).values()
@@ -187,7 +190,7 @@ def answers(summary: Mapping[str, Any]) -> dict[str, str]:
     Returns:
         Heading -> sentence; the answers whose metrics were not measured are left out.
     """
-    changed = [run["metrics"] for run in summary["runs"].values() if not is_unchanged(run["metrics"])]
+    changed = [metrics_of(run) for run in summary["runs"].values() if not is_unchanged(run["metrics"])]
     if not changed:
         left_out = summary.get("only_in_base") or any(
             run.get("differing_unmeasured") or run.get("only_in_run") for run in summary["runs"].values()
@@ -294,9 +297,26 @@ def effect_size(gap: float) -> str:
     return "tiny" if abs(gap) < TINY else "small" if abs(gap) < SMALL else "large"
 
 
-def beyond(metrics: Metrics, mask: str) -> float | None:
+def metrics_of(run: Mapping[str, Any]) -> Metrics:
+    """A run's pooled figures; shares of masks and their nulls as its anatomy has them, where it has them.
+
+    The anatomy is of the matrices where every null is defined, so that differences compare the same entries.
+    """
+    metrics = dict(run["metrics"])
+    for mask, rungs in (run.get("anatomy") or {}).items():
+        for step, ending in zip(STEPS, (*(f"_{rung}" for rung in RUNGS), ""), strict=True):
+            name = f"{mask}_overlap{ending}"
+            pooled = metrics.get(name, {}).get("value")
+            if pooled is None or not math.isclose(pooled, rungs[step], abs_tol=1e-12):
+                metrics[name] = {
+                    "value": rungs[step]
+                }  # of other matrices than the pooled one, whose interval is not its
+    return metrics
+
+
+def beyond(run: Mapping[str, Any], mask: str) -> float | None:
     """How far a mask's overlap is from the margin null, None where either is undefined."""
-    return _difference(mask, _reader(metrics))
+    return _difference(mask, _reader(metrics_of(run)))
 
 
 def tally(claims: Sequence[Mapping[str, Any]]) -> str:
