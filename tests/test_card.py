@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from checkpoint_folders import base_weights, moved, stored, write_model
 
 from offprincipal.comparison import compare, read_summary
@@ -59,6 +60,38 @@ def test_metadata_that_name_a_base_keep_it() -> None:
     assert "base_model: own/base" in with_section(
         "---\nbase_model: own/base\n---\n# M\n", section_of("x"), "other/base"
     )
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        "license: mit\nmodel-index: not a list  # of anyone\n",
+        "tags:\n  - math\n  - rl  # both\n# mine\nwidget: {text: 'a: b'}\n",
+        "tags: [math, rl]\nextra: {deep: [1, 2]}\n",
+        "tags: math\n",
+        "tags:\nlicense: mit\n",
+        "",
+        "{}\n",
+    ],
+)
+def test_every_other_line_of_the_metadata_is_kept(front: str) -> None:
+    card = f"---\n{front}---\n# M\n\n---\n\nText.\n"
+    written = with_section(card, section_of("x"), "org/base")
+    block = written.split("---\n")[1]
+    tags = yaml.safe_load(front or "{}").get("tags") or []
+    wanted = [*([tags] if isinstance(tags, str) else tags), "offprincipal"]
+    assert yaml.safe_load(block) == {**yaml.safe_load(front or "{}"), "tags": wanted, "base_model": "org/base"}
+    assert all(line in block.splitlines() for line in front.splitlines() if not line.startswith(("tags:", "{}")))
+    assert "---\n# M\n\n---\n\nText.\n\n<!-- offprincipal: begin" in written
+    assert with_section(written, section_of("x"), "org/base") == written
+
+
+@pytest.mark.parametrize(
+    "card", ["---\nA rule, not metadata\n---\nmore\n", "---\n{broken\n---\nmore\n", "# M\n\nmore\n"]
+)
+def test_what_is_no_metadata_stays_text(card: str) -> None:
+    written = with_section(card, section_of("x"))
+    assert written.startswith("---\ntags:\n- offprincipal\n---\n\n" + card)
 
 
 def test_names_are_text_and_no_path_is_shown(comparison: Path) -> None:

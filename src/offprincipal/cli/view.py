@@ -34,7 +34,7 @@ def show(
 
 @app.command(rich_help_panel=VIEWING)
 def card(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that `compare` wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that `compare` or `study` wrote.")],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -53,10 +53,9 @@ def card(
     """Write a model card's section about what training did: table, anatomy, figure, and data of a fixed form."""
     from offprincipal.comparison import read_summary
     from offprincipal.reports.card import push_card, write_card
-    from offprincipal.reports.report import require_comparison
+    from offprincipal.reports.report import comparison_in
 
-    require_comparison(folder)
-    summary, out = read_summary(folder), out or folder / "card"
+    summary, out = read_summary(comparison_in(folder)), out or folder / "card"
     if push is None:
         say(f"section: {write_card(summary, out, base_model)}")
     else:
@@ -75,9 +74,11 @@ def report(
     """Draw report.html anew from the tables in a folder, or its figures for a paper, or send them to a tracker."""
     if report_to is not None:
         from offprincipal.comparison import read_summary
+        from offprincipal.reports.report import comparison_in
         from offprincipal.reports.trackers import report_comparison
 
-        say(f"reported to: {report_comparison(read_summary(folder), report_to, folder)}")
+        summary = read_summary(comparison_in(folder))
+        say(f"reported to: {report_comparison(summary, report_to, folder)}")
         return
     if figures is not None:
         from offprincipal.reports.plots import write_plots

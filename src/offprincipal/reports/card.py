@@ -14,6 +14,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from offprincipal.errors import FileError
 from offprincipal.files import require_folder, write_atomically
 from offprincipal.reports.figures import ANATOMY_PARTS, anatomy
@@ -27,7 +29,9 @@ PAIR_SCHEMA = 1
 _BEGIN, _END = "<!-- offprincipal: begin -->", "<!-- offprincipal: end -->"
 _LONGEST = 24  # letters of a name in the figure
 _MARKED = re.compile(r"([\\`*_{}\[\]<>|~$&#])")
-_NO_METADATA = "---\n{}\n---\n"
+_TAG = "offprincipal"
+_METADATA = re.compile(r"\ufeff?---[ \t]*\r?\n(|.*?\n)---[ \t]*(?:\r?\n|$)", re.DOTALL)
+_LISTED_TAGS = re.compile(r"^tags:[ \t]*(?:#.*)?\r?\n((?:[ \t]*-[ \t].*\n)+)", re.MULTILINE)
 
 
 def write_card(
@@ -101,18 +105,18 @@ def push_card(summary: Mapping[str, Any], repo: str, out: Path, base_model: str 
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FileError(
             f"cannot open a pull request for {repo}: {reason}. The section is in {out}; see that the model exists, and "
-            "that `hf auth login` or HF_TOKEN has a token that may write discussions"
+            "that `hf auth login` or HF_TOKEN has a token with write access to discussions"
         ) from error
     return str(commit.pr_url)
 
 
 def _card_of(repo: str) -> str:
     """The card of a model on the Hub; "" where the Hub says that it has none, and not where it cannot be asked."""
-    from huggingface_hub import ModelCard
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        return str(ModelCard.load(repo, ignore_metadata_errors=True).content)
+        return Path(hf_hub_download(repo, README)).read_text("utf-8", errors="replace")
     except LocalEntryNotFoundError:
         raise
     except EntryNotFoundError:
@@ -144,25 +148,57 @@ def section(summary: Mapping[str, Any], with_figure: bool) -> str:
 def with_section(card: str, text: str, base_model: str | None = None) -> str:
     """A model card with the section in it: in place of the one that is there, else at its end; tagged.
 
+    Nothing else of the card is changed, its metadata neither.
+
     Args:
         card: the card, metadata included; empty for none.
         text: as `section` gives it.
         base_model: named in the metadata where they name none.
     """
-    from huggingface_hub import ModelCard
-
-    opened: Any = ModelCard(
-        card if card.lstrip().startswith("---") else _NO_METADATA + card, ignore_metadata_errors=True
-    )
-    begin, end = opened.text.find(_BEGIN), opened.text.find(_END)
+    block = _METADATA.match(card)
+    metadata = _mapping(block[1]) if block else None
+    front, body = (block[1], card[block.end() :]) if block and metadata is not None else ("", card)
+    begin, end = body.find(_BEGIN), body.find(_END)
     if 0 <= begin < end:
-        opened.text = opened.text[:begin] + text.rstrip("\n") + opened.text[end + len(_END) :]
+        body = body[:begin] + text.rstrip("\n") + body[end + len(_END) :]
     else:
-        opened.text = f"{opened.text.rstrip()}\n\n{text}".lstrip("\n")
-    opened.data.tags = list(dict.fromkeys([*(opened.data.tags or []), "offprincipal"]))
-    if base_model and not opened.data.base_model:
-        opened.data.base_model = base_model
-    return str(opened.content)
+        body = f"{body.rstrip()}\n\n{text}" if body.strip() else f"\n{text}"
+    front = _tagged("" if front.strip() == "{}" else front, metadata or {})
+    if base_model and not (metadata or {}).get("base_model"):
+        front = _with_lines(front, {"base_model": base_model}, "base_model")
+    gap = "" if metadata is not None or body.startswith("\n") else "\n"
+    return f"---\n{front}---\n{gap}{body}"
+
+
+def _mapping(text: str) -> dict[str, Any] | None:
+    """Metadata, or None where a text is none, such as what stands between two rules."""
+    try:
+        found = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
+    return {} if found is None else found if isinstance(found, dict) else None
+
+
+def _tagged(front: str, metadata: Mapping[str, Any]) -> str:
+    """Metadata with our tag, every other line as it was; as they are where their tags are written in an unusual way."""
+    tags = metadata.get("tags")
+    own = [tags] if isinstance(tags, str) else list(tags) if isinstance(tags, list) else []
+    if _TAG in own:
+        return front
+    wanted = {**metadata, "tags": [*own, _TAG]}
+    listed = _LISTED_TAGS.search(front)
+    found = [_with_lines(front, {"tags": wanted["tags"]}, "tags")]
+    if listed:
+        indent = re.match(r"[ \t]*", listed[1])
+        found.insert(0, f"{front[: listed.end()]}{indent[0] if indent else ''}- {_TAG}\n{front[listed.end() :]}")
+    return next((text for text in found if _mapping(text) == wanted), front)
+
+
+def _with_lines(front: str, values: Mapping[str, Any], key: str) -> str:
+    """Metadata with a key's line in place of the one it has, or at the end."""
+    lines = yaml.safe_dump(dict(values), allow_unicode=True, sort_keys=False)
+    changed, found = re.subn(rf"^{key}:.*\n", lambda _: lines, front, count=1, flags=re.MULTILINE)
+    return changed if found else front + lines
 
 
 def pair_rows(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
