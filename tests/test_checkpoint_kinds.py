@@ -633,9 +633,10 @@ class TestDistributed:
         dcp.save(state, checkpoint_id=tmp_path / "run")
         base = open_checkpoint(tmp_path / "base")
         for tuned in (open_checkpoint(tmp_path / "run", base), open_checkpoint(tmp_path / "run")):
-            pair_tensors(base, tuned)
+            assert pair_tensors(base, tuned).tensors.keys() == base.tensors.keys()
         dcp.save(model.state_dict(), checkpoint_id=tmp_path / "with head")
-        pair_tensors(base, open_checkpoint(tmp_path / "with head", base))
+        whole = open_checkpoint(tmp_path / "with head", base)
+        assert pair_tensors(base, whole).tensors.keys() == base.tensors.keys()
 
     @pytest.mark.parametrize("wrapped", ["", "model."])
     def test_torchtitans_llama_is_put_in_hugging_faces_order(self, tmp_path: Path, wrapped: str) -> None:

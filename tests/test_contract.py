@@ -65,7 +65,9 @@ def test_what_was_not_compared_keeps_no_promise(folders: dict[str, Path]) -> Non
     assert [each["held"] for each in found] == [False, False, False, True]
     assert found[0]["broken"] == [{"tensor": "mtp.weight", "found": "in the base alone"}]
     assert found[1]["broken"] == [{"tensor": "v_head.weight", "found": "in the run alone"}]
-    assert found[2]["broken"] == [{"tensor": "visual.other", "found": "changed, packed"}]
+    assert found[2]["broken"] == [{"tensor": "visual.other", "found": "changed; integers, compared bit for bit"}]
+    numeric = held(folders, "visual.*: relative_update_norm < .1")[0]
+    assert [one["tensor"] for one in numeric["broken"]] == ["visual.other"]  # the packed tensor is the base's
 
 
 def test_a_change_below_bfloat16_is_a_change(tmp_path: Path) -> None:

@@ -346,3 +346,15 @@ def test_the_same_delta_has_the_same_bytes_in_every_process(tmp_path: Path) -> N
             subprocess.run([sys.executable, "-c", code, str(base), str(run), str(out), form], check=True)
             written.append(out.read_bytes())
         assert len(set(written)) == 1, form
+
+
+def test_no_file_that_is_not_a_models_is_packed(tmp_path: Path) -> None:
+    """A delta is made to be shared."""
+    weights = base_weights()
+    base, run = write_model(tmp_path / "base", weights), write_model(tmp_path / "run", stored(moved(weights, 1e-3, 1)))
+    for name in ("secrets.json", "notes.txt", "trainer_state.json", "wandb.jinja", "requirements.txt"):
+        (run / name).write_text('{"token": "hf_x"}')
+    (run / "tokenizer_config.json").write_text("{}")
+    make_delta(base, run, tmp_path / "run.delta")
+    out = apply_delta(base, tmp_path / "run.delta", tmp_path / "out")
+    assert {path.name for path in out.iterdir()} == {"config.json", "tokenizer_config.json", "model.safetensors"}

@@ -1,5 +1,7 @@
 """Polar factors are what Fan and Hoffman say, and isospectral training moves the frames and no singular value."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -314,7 +316,7 @@ def test_a_schedule_of_momenta_reaches_the_optimizers_inside() -> None:
     steps_of(optimizer, model, 1)
     inside = [(group["lr"], group["betas"]) for inner in optimizer._inner for group in inner.param_groups]
     assert set(inside) == {(group["lr"], group["betas"]) for group in optimizer.param_groups} and len(inside) == 4
-    assert all(group["weight_decay"] == 0 for group in optimizer._of_frames.param_groups)
+    assert all(group["weight_decay"] == 0 for group in optimizer._inner[0].param_groups)
 
 
 def test_names_tell_in_groups_too_and_a_bare_list_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
@@ -347,9 +349,27 @@ def test_weights_that_something_else_wrote_are_not_overwritten() -> None:
         optimizer.add_param_group({"params": [torch.zeros(2, 2)]})
 
 
-def test_weights_that_are_loaded_again_as_they_were_are_gone_on_with() -> None:
+def test_loading_the_weights_that_are_there_changes_nothing() -> None:
+    trained = []
+    for load in (True, False):
+        model = small()
+        optimizer = IsospectralAdamW(model, lr=1e-3)
+        steps_of(optimizer, model)
+        if load:
+            model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        steps_of(optimizer, model, 1)
+        trained.append(list(model.parameters()))
+    assert all(torch.equal(p, q) for p, q in zip(*trained, strict=True))
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+@pytest.mark.parametrize("kind", [IsospectralAdamW, IsospectralMuon])
+def test_a_copy_and_a_pickle_go_on_as_it_does(kind: Any, again: Callable[[Any], Any]) -> None:
     model = small()
-    optimizer = IsospectralAdamW(model, lr=1e-3)
+    optimizer = kind(model, lr=1e-2, retraction="newton-schulz")
     steps_of(optimizer, model)
-    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
-    steps_of(optimizer, model, 1)
+    other, theirs = again((model, optimizer))
+    steps_of(optimizer, model)
+    steps_of(theirs, other)
+    assert theirs.retraction == "newton-schulz" and theirs.orthogonality_error == optimizer.orthogonality_error
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))

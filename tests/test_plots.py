@@ -37,8 +37,8 @@ def test_the_parts_of_an_anatomy_add_up_to_what_was_measured(result: Comparison)
     for axis, mask in zip(figure.axes, ("principal", "low_magnitude"), strict=True):
         for row, run in enumerate(result.runs.values()):
             bars = [bar for bar in axis.patches if round(bar.get_y() + bar.get_height() / 2) == row]
-            overlap = getattr(run, f"{mask}_overlap")
-            beyond = 100 * (overlap.value - overlap.nulls["random"])
+            rungs = run.content["anatomy"][mask]
+            beyond = 100 * (rungs["measured"] - rungs["random"])
             assert sum(bar.get_width() for bar in bars) == pytest.approx(beyond, abs=0.01)
 
 

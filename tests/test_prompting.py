@@ -304,7 +304,7 @@ def test_shots_that_do_not_fit_the_context_are_refused(base_model: Path, tmp_pat
 
 def test_any_option_of_trl_can_be_set_and_what_others_decide_cannot(base_model: Path, tmp_path: Path) -> None:
     record = train(run_of(base_model, "grpo", trl={"beta": 0.1}), tmp_path / "run", quiet=True)
-    assert record["settings"]["trl"] == {"beta": 0.1} and all("reference_point" in entry for entry in record["log"])
+    assert record["settings"]["trl"] == {"beta": 0.1} and all("kl_estimate" in entry for entry in record["log"])
     for options, says in (
         ({"max_steps": 3}, "trl.max_steps is decided by steps"),
         ({"betta": 0.1}, "has no option 'betta': did you mean beta"),

@@ -112,3 +112,9 @@ def test_settings_may_be_given_by_name(result: Comparison, tmp_path: Path) -> No
     ):
         with pytest.raises(ArgumentError, match=says):
             compare(base, {"same": base}, **options)
+
+
+def test_a_run_that_was_not_compared_is_an_error_and_get_gives_the_default(result: Comparison) -> None:
+    with pytest.raises(ArgumentError, match="no run 'x' was compared: there are "):
+        result.runs["x"]
+    assert result.runs.get("x") is None

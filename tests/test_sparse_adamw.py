@@ -318,3 +318,20 @@ def test_two_processes_of_fsdp2_train_as_one(tmp_path: Path) -> None:
         assert not torch.equal(tensor, alone["base"][name])
         outside = ~alone["masks"][name]
         assert torch.equal(tensor[outside], alone["base"][name][outside])
+
+
+def test_groups_are_added_by_name_and_what_has_no_mask_is_left_out() -> None:
+    one, two = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    mask = torch.tensor([[True, False, True], [False, True, False]])
+    masks = {"one.weight": mask}
+    optimizer = SparseAdamW([{"params": [("one.weight", one.weight)]}], masks)
+    masks["two.weight"] = mask
+    optimizer.add_param_group({"params": [(f"two.{n}", p) for n, p in two.named_parameters()], "lr": 0.5})
+    before = two.weight.detach().clone()
+    (one(torch.ones(3)).sum() + two(torch.ones(3)).sum()).backward()
+    optimizer.step()
+    assert torch.equal((two.weight != before), mask) and optimizer.param_groups[1]["lr"] == 0.5
+    with pytest.raises(AdapterError, match="no parameter of the group has a mask"):
+        optimizer.add_param_group({"params": [("two.bias", two.bias)]})
+    with pytest.raises(AdapterError, match="finds masks by name"):
+        optimizer.add_param_group({"params": [two.bias]})

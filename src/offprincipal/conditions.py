@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from offprincipal.errors import ArgumentError
+from offprincipal.errors import ArgumentError, meant
 from offprincipal.measures.columns import GROUPS, Group, metrics_of
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -56,7 +56,9 @@ def parse_threshold(text: str, names: Sequence[str]) -> Threshold:
         raise ArgumentError(f"'{text}' is no condition: write METRIC > NUMBER, with one of > >= < <=")
     if match[1] not in names:
         close = [name for name in names if match[1] in name or name in match[1]]
-        raise ArgumentError(f"no metric '{match[1]}' is measured for '{text}': choose of {', '.join(close or names)}")
+        few = f"there are {', '.join(close)}" if close else "`offprincipal compare --list` has all metrics"
+        hint = meant(match[1], names, few)
+        raise ArgumentError(f"no metric '{match[1]}' is measured for '{text}': {hint}")
     return Threshold(match[1], match[2], float(match[3]))
 
 

@@ -75,7 +75,7 @@ def make_masks(
         target_modules: only modules whose name is one of these or ends in a dot and one of these; a string is a regular
             expression of whole names, or one such ending; None, or `all-linear`, for all.
         rank_fraction: k/min(n, m) of the principal subspace.
-        seed: of `random`, and of the randomized decomposition of matrices larger than 1024.
+        seed: of `random`.
         run: for `from_run`, the base and the tuned checkpoint of that run: anything that `compare` opens.
 
     Raises:

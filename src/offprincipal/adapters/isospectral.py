@@ -7,6 +7,7 @@ orthonormal again. Which matrices are trained so is told by names; everything el
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -182,7 +183,10 @@ class Isospectral(Optimizer):
         """
         if _KEY not in state_dict:
             raise AdapterError("this state is of another optimizer: it has no frames; begin a new run")
-        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        try:
+            super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        except ValueError as error:
+            raise AdapterError(f"this state is of other parameters: {error}") from error
         for group in self.param_groups:
             group |= {key: value for key, value in self.defaults.items() if key not in group}  # of an earlier version
         content = state_dict[_KEY]
@@ -202,6 +206,13 @@ class Isospectral(Optimizer):
         for inner, kept in zip(self._inner, content["inner"], strict=True):
             inner.load_state_dict(kept)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As of any optimizer, and what copies and pickles of this one need."""
+        own = {
+            name: self.__dict__[name] for name in ("retraction", "orthogonality_error", "_build", "_frames", "_inner")
+        }
+        return {**super().__getstate__(), **own, "_written": [None] * len(self._frames)}
+
     def _matrices(self) -> list[Tensor]:
         return [W for group in self.param_groups if group[_KEY] for W in group["params"] if W.dim() == 2]
 
@@ -216,8 +227,7 @@ class Isospectral(Optimizer):
             others = [p for p in group["params"] if not (group[_KEY] and p.dim() == 2)]
             inside.append({"params": [x for _ in matrices for f in (next(left),) for x in (f.U, f.V)]})
             beside.append({"params": others})
-        self._of_frames = self._build(inside)
-        self._inner.append(self._of_frames)
+        self._inner.append(self._build(inside))
         if any(group["params"] for group in beside):
             self._inner.append(torch.optim.AdamW(beside))
         self._follow_schedule()
@@ -225,7 +235,7 @@ class Isospectral(Optimizer):
     def _follow_schedule(self) -> None:
         """Give the optimizers inside what ours say of each group; frames have no weight decay."""
         for inner in self._inner:
-            followed = ("lr", "betas", "eps") if inner is self._of_frames else ("lr", "betas", "eps", "weight_decay")
+            followed = ("lr", "betas", "eps") if inner is self._inner[0] else ("lr", "betas", "eps", "weight_decay")
             for ours, theirs in zip(self.param_groups, inner.param_groups, strict=True):
                 theirs.update({key: ours[key] for key in followed if key in theirs})
 
@@ -268,9 +278,7 @@ class IsospectralAdamW(Isospectral):
         weight_decay: float = 1e-2,
         retraction: Retraction = "svd",
     ) -> None:
-        def build(groups: list[dict[str, Any]]) -> Optimizer:
-            return torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=0.0)
-
+        build = partial(torch.optim.AdamW, betas=betas, eps=eps, weight_decay=0.0)
         super().__init__(params, build, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, retraction=retraction)
 
 
@@ -307,10 +315,7 @@ class IsospectralMuon(Isospectral):
         if muon is None:
             raise AdapterError(f"torch {torch.__version__} has no Muon: take torch 2.9 or later, or IsospectralAdamW")
 
-        def build(groups: list[dict[str, Any]]) -> Optimizer:
-            found: Optimizer = muon(groups, momentum=momentum, weight_decay=0.0)
-            return found
-
+        build = partial(muon, momentum=momentum, weight_decay=0.0)
         super().__init__(params, build, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, retraction=retraction)
 
 

@@ -78,6 +78,18 @@ class SparseAdamW(Optimizer):
         groups = _masked_groups(params, masks)
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of any optimizer; of named parameters, of which those without a mask are left out.
+
+        Raises:
+            AdapterError: its parameters have no names, or none has a mask.
+        """
+        if "param_names" not in param_group:
+            (param_group,) = _groups_of([param_group], self._masks) or [{"params": []}]
+            if not param_group["params"]:
+                raise AdapterError("no parameter of the group has a mask, so that nothing of it would be trained")
+        super().add_param_group(param_group)
+
     @overload
     def step(self, closure: None = None) -> None: ...
 
@@ -225,11 +237,19 @@ def _step(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict
 def _masked_groups(
     params: torch.nn.Module | Named | Iterable[dict[str, Any]], masks: Mapping[str, Tensor]
 ) -> list[dict[str, Any]]:
-    """Groups of those parameters that have a mask, with their names."""
+    """Groups of those parameters that have a mask, with their names; every mask has one."""
     given: list[Any] = list(params.named_parameters() if isinstance(params, torch.nn.Module) else params)
-    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
-    found: list[dict[str, Any]] = []
-    seen: set[str] = set()
+    found = _groups_of(given if given and isinstance(given[0], dict) else [{"params": given}], masks)
+    seen = {name for group in found for name, _ in group["params"]}
+    absent = [name for name in masks if name not in seen]
+    if absent or not seen:
+        named = f"{len(absent)} masks name no parameter, the first {absent[0]}" if absent else "there is no mask"
+        raise AdapterError(f"{named}: give masks made from this model, by the names that its named_parameters() have")
+    return found
+
+
+def _groups_of(groups: Iterable[dict[str, Any]], masks: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    found = []
     for group in groups:
         pairs = list(group["params"])
         if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
@@ -239,13 +259,8 @@ def _masked_groups(
         chosen = [(name, parameter) for name, parameter in pairs if name in masks]
         for name, parameter in chosen:
             _require_fit(name, parameter, masks[name])
-        seen.update(name for name, _ in chosen)
         if chosen:
             found.append({**group, "params": chosen})
-    absent = [name for name in masks if name not in seen]
-    if absent or not seen:
-        named = f"{len(absent)} masks name no parameter, the first {absent[0]}" if absent else "there is no mask"
-        raise AdapterError(f"{named}: give masks made from this model, by the names that its named_parameters() have")
     return found
 
 

@@ -1,5 +1,6 @@
 """Write a model as a Hugging Face folder, tensor by tensor: shards with an index, and the small files beside them."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,13 +13,10 @@ from offprincipal.checkpoints.delta import is_plain
 from offprincipal.checkpoints.hostile import is_file
 from offprincipal.files import write_json
 
-_BESIDE = (".json", ".txt", ".jinja", ".model", ".tiktoken")  # what a model's folder holds beside its weights
-_NOT_BESIDE = (
-    ".safetensors.index.json",
-    ".bin.index.json",
-    "adapter_config.json",
-    "trainer_state.json",
-    "evaluation.json",
+_BESIDE = re.compile(  # what transformers reads beside the weights; no other file is copied into what may be shared
+    r"config\.json|generation_config\.json|(.*_)?(pre)?processor_config\.json|normalizer\.json|tokenizer(_config)?\.json"
+    r"|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template\.(json|jinja)"
+    r"|.*\.(model|tiktoken)"
 )
 _MOST_BESIDE = 1 << 26
 _SHARD = 4 << 30
@@ -73,7 +71,7 @@ def files_beside(run: Checkpoint) -> dict[str, bytes]:
     """The small files beside the weights: configuration, tokenizer, templates."""
     found: dict[str, bytes] = {}
     for path in sorted(run.folders[0].iterdir()) if run.folders else ():
-        wanted = path.name.endswith(_BESIDE) and not path.name.endswith(_NOT_BESIDE) and is_plain(path.name)
+        wanted = _BESIDE.fullmatch(path.name) and is_plain(path.name)
         if wanted and is_file(path) and path.stat().st_size <= _MOST_BESIDE:
             found[path.name] = path.read_bytes()
     return found

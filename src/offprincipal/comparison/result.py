@@ -155,6 +155,12 @@ class Comparison:
         return comparison_html(self.summary)
 
 
+class NoSuchRun(ArgumentError, KeyError):
+    """A run was not compared; a KeyError too, so that `runs.get(name)` gives None."""
+
+    __str__ = Exception.__str__  # a KeyError shows its message's repr
+
+
 class Runs(Mapping[str, Run]):
     """Runs by name; one that is not there is told by the names of those that are."""
 
@@ -163,7 +169,7 @@ class Runs(Mapping[str, Run]):
 
     def __getitem__(self, name: str) -> Run:
         if name not in self._contents:
-            raise ArgumentError(f"no run '{name}' was compared: there are {', '.join(self._contents)}")
+            raise NoSuchRun(f"no run '{name}' was compared: there are {', '.join(self._contents)}")
         return Run(self._contents[name])
 
     def __contains__(self, name: object) -> bool:

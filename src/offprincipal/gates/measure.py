@@ -190,6 +190,8 @@ def measure_gates(
         asked = task_prompts(asking, settings.batches * settings.prompts_per_batch, settings.seed)
     checkpoint = open_checkpoint(model_name(base))
     opened = {run: Tuned(language_model, checkpoint, source, settings.weights) for run, source in tuned.items()}
+    gate = PrecisionSettings(rank_fraction=settings.rank_fraction, alpha=settings.alpha)
+    stored = {run: precision_gate(model_name(base), tuned[run], gate) for run in opened if settings.precision}
     with computing_in(settings.dtype):
         if asked is None:
             encoded, measured = None, read_sequences(sequences or "", language_model)
@@ -199,11 +201,10 @@ def measure_gates(
             measured = sample_continuations(language_model, encoded, **options, samples="base")
         ground = Ground(measured, settings)
         study = _Study(language_model, checkpoint, ground, encoded, settings, len(opened), progress)
-        runs = {run: {"source": str(tuned[run]), **study.entry(run, each)} for run, each in opened.items()}
-    if settings.precision:
-        gate = PrecisionSettings(rank_fraction=settings.rank_fraction, alpha=settings.alpha)
-        for run, entry in runs.items():
-            entry |= precision_gate(model_name(base), tuned[run], gate)
+        runs = {
+            run: {"source": str(tuned[run]), **study.entry(run, each), **stored.get(run, {})}
+            for run, each in opened.items()
+        }
     given = {"prompts": prompts, "task": names or None, "sequences": sequences}
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     return Gates(

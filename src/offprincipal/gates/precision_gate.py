@@ -4,6 +4,7 @@ Reads a base and the float32 masters of a tuned checkpoint a matrix at a time; t
 `offprincipal.geometry.ulp` and `offprincipal.geometry.formats`. Runs no model.
 """
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -20,7 +21,7 @@ from offprincipal.checkpoints.matrices import common_parts, read_part
 from offprincipal.comparison.execution import in_order, in_threads, one_core_each
 from offprincipal.defaults import DENSITY, RANK_FRACTION
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
-from offprincipal.geometry.formats import FORMATS, MaskChange, StoredBase, StoredChange
+from offprincipal.geometry.formats import FORMATS, BeyondFormat, MaskChange, StoredBase, StoredChange
 from offprincipal.geometry.masks import entry_ranks, low_magnitude_ranks, masks_at
 from offprincipal.geometry.nulls import CountNull
 from offprincipal.geometry.principal import PrincipalSubspace, principal_rank
@@ -31,6 +32,8 @@ from offprincipal.memory import SHARE, free_memory
 STEP_LENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 SWEPT_MASKS = ("principal", "low_magnitude")
 _BYTES_AN_ENTRY = 96  # held at once of a matrix: the update, its sum with the base and what is stored, in float64
+
+LOG = logging.getLogger("offprincipal")
 
 Row = dict[str, Any]
 Null = Literal["nothing", "random", "precision"]
@@ -215,12 +218,21 @@ def _sweep_rows(part: Part, base: Tensor, masters: Tensor, settings: PrecisionSe
     keys = {"tensor": part.name, "layer": part.place.layer, "role": part.place.role}
     rows = []
     for name in settings.formats:
-        stored = StoredBase(base, FORMATS[name])
-        update = masters.double() - base.double()
-        for step_length in settings.step_lengths:
-            found = stored.change_by(step_length * update, masks)
-            rows.append(keys | {"format": name, "step_length": step_length} | _flat(found))
+        try:
+            rows += [keys | {"format": name} | row for row in _in_format(base, masters, name, masks, settings)]
+        except BeyondFormat as error:
+            LOG.warning("%s is left out of the sweep in %s: %s", part.name, name, error)
     return rows
+
+
+def _in_format(
+    base: Tensor, masters: Tensor, name: str, masks: dict[str, Tensor], settings: PrecisionSettings
+) -> list[Row]:
+    stored = StoredBase(base, FORMATS[name])
+    update = masters.double() - base.double()
+    return [
+        {"step_length": length} | _flat(stored.change_by(length * update, masks)) for length in settings.step_lengths
+    ]
 
 
 def _masks(base: Tensor, settings: PrecisionSettings) -> dict[str, Tensor]:

@@ -17,6 +17,10 @@ from offprincipal.geometry.nulls import overlap_null
 from offprincipal.geometry.precision import require_finite
 
 
+class BeyondFormat(NonFiniteTensor):
+    """An entry is beyond a storage format's largest number."""
+
+
 @dataclass(frozen=True)
 class StorageFormat:
     """How a tensor is stored.
@@ -48,7 +52,8 @@ class StorageFormat:
         """`x` rounded to float32 and then to this format, in units of `scale`; float32, the shape of `x`.
 
         Raises:
-            NonFiniteTensor: `x` holds NaN or infinity, or a format without a scale cannot hold an entry.
+            NonFiniteTensor: `x` holds NaN or infinity.
+            BeyondFormat: a format without a scale cannot hold an entry.
 
         >>> FORMATS["fp8"].store(torch.tensor([1.06, 1.07, 1e6])).tolist()
         [1.0, 1.125, 448.0]
@@ -58,7 +63,7 @@ class StorageFormat:
         rounded = (in_units.clamp(-limit, limit) if self.scaled else in_units).to(self.dtype).float()
         if not bool(torch.isfinite(rounded).all()):
             largest = x.abs().max().item()
-            raise NonFiniteTensor(f"an entry of size {largest:.4g} is beyond {self.name}'s largest number, {limit:.4g}")
+            raise BeyondFormat(f"an entry of size {largest:.4g} is beyond {self.name}'s largest number, {limit:.4g}")
         return rounded
 
     def classes(self, stored: Tensor) -> Tensor:
@@ -175,6 +180,8 @@ class StoredBase:
             tuned = self.values[block].double() * self.scale + update[block]
             try:
                 stored = self.storage.store(tuned, self.scale)
+            except BeyondFormat:
+                raise
             except NonFiniteTensor:
                 require_finite(update)  # which says where in the whole of it
                 raise

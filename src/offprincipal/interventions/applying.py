@@ -128,11 +128,11 @@ def _listed(layers: Any) -> tuple[int, ...] | None:
     """Layers in order, each once; None for all."""
     if isinstance(layers, str):
         layers = parse_layers(layers)
-    if layers == "all":
+    if isinstance(layers, str):
         return None
-    if isinstance(layers, int):
-        return (layers,)
     try:
+        if hasattr(layers, "__index__") and not getattr(layers, "ndim", 0):
+            return (index(layers),)
         return tuple(sorted({index(layer) for layer in layers}))
     except TypeError as error:
         raise InterventionError(f"layers {layers!r} are not all whole numbers: give these, or 'all'") from error

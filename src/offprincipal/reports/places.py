@@ -55,7 +55,7 @@ def reproducing(summary: Mapping[str, Any]) -> str:
     options: list[str] = []
     for name in _OPTIONS:
         value, flag = summary["arguments"].get(name), f"--{name.replace('_', '-')}"
-        if value is None or value == (list(usual[name]) if isinstance(usual[name], tuple) else usual[name]):
+        if value is None or value == _as_written(usual[name]):
             continue
         if name == "expect":
             options += [word for text in value for word in (flag, text)]
@@ -63,4 +63,16 @@ def reproducing(summary: Mapping[str, Any]) -> str:
             options += [flag] if value is True else [flag, ",".join(value) if isinstance(value, list) else str(value)]
     for name, run in summary["runs"].items():
         options += ["--masters", f"{name}={run['masters']}"] if "masters" in run else []
-    return shlex.join(["offprincipal", "compare", summary["base"], *runs, *options])
+    command = shlex.join(["offprincipal", "compare", summary["base"], *runs, *options])
+    more = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in summary["arguments"].items()
+        if name in usual and name not in _OPTIONS and value != _as_written(usual[name])
+    }
+    in_python = ", ".join(f"{name}={value!r}" for name, value in more.items())
+    return f"{command}\n# and what only Python can set: offprincipal.compare(…, {in_python})" if more else command
+
+
+def _as_written(value: Any) -> Any:
+    """A setting as `summary.json` has it."""
+    return list(value) if isinstance(value, tuple) else value

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from offprincipal.comparison.result import nulls_of
 from offprincipal.comparison.tables import read_summary
-from offprincipal.errors import ArgumentError, FileError, install_command
+from offprincipal.errors import ArgumentError, FileError, install_command, meant
 from offprincipal.files import require_folder, write_atomically
 from offprincipal.reports import figures
 from offprincipal.reports.report import COLOURS, comparison_in, damage_reported, read_columns
@@ -155,7 +155,8 @@ class Plots:
         """
         table = self._matrices()
         if metric not in table.column_names:
-            raise NothingToDraw(f"no figure '{metric}' was measured of these runs: `compare --list metrics` has all")
+            hint = meant(metric, table.column_names, "`offprincipal compare --list` has all")
+            raise NothingToDraw(f"no figure '{metric}' was measured of these runs: {hint}")
         nulls, null = nulls_of(metric, table.column_names), null.removesuffix("_null")
         if null not in nulls:
             raise NothingToDraw(f"{metric} has no null '{null}': it has {', '.join(nulls) or 'none'}")

@@ -92,8 +92,7 @@ def write_report_of(folder: Path) -> Path:
         folder: holds `summary.json`, or `study.json` beside the folder of the comparison that it names.
 
     Raises:
-        FileError: the folder lacks a table.
-        ArgumentError: the file cannot be written.
+        FileError: the folder lacks a table, or the page cannot be written.
     """
     path = folder / "study.json"
     return write_report(folder / "report.html", comparison_in(folder), read_json(path) if path.exists() else None)

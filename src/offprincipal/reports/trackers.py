@@ -71,8 +71,13 @@ def scalars_of(run: Mapping[str, Any]) -> dict[str, float]:
 
 def _to_tensorboard(summary: dict[str, Any], out: Path, project: str) -> str:
     writer: Any = import_module("torch.utils.tensorboard").SummaryWriter
+    taken: set[str] = set()
     for name, run in summary["runs"].items():
-        folder = out / "tensorboard" / re.sub(r"[^\w-]", "_", name)  # no path out of it
+        folder_name = re.sub(r"[^\w-]", "_", name)  # no path out of it
+        while folder_name in taken:
+            folder_name += "_"
+        taken.add(folder_name)
+        folder = out / "tensorboard" / folder_name
         with writer(str(folder)) as events:
             events.add_text("comparison", f"{run['source']} with {summary['base']}")
             for key, value in scalars_of(run).items():

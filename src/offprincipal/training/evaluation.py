@@ -43,6 +43,7 @@ def evaluate(
     max_new_tokens: int = 40,
     device: str = "auto",
     prompt: PromptSettings | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measure a model on prompts that no training run sees.
 
@@ -56,6 +57,7 @@ def evaluate(
         max_new_tokens: the longest completion; one that does not end by itself is judged as far as it got.
         device: `auto`, `cpu` or `cuda`, for models that are opened here.
         prompt: how problems are put to the model; None: as its tokenizer suggests.
+        trust_remote_code: run the Python code that a checkpoint brings; only of one that you trust.
 
     Returns:
         `greedy_accuracy`, `sampled_accuracy` and `pass_at_k` (k = samples: some sample is right), each with its
@@ -66,16 +68,19 @@ def evaluate(
 
     Raises:
         TaskError: no such task, or it has no held-out prompts.
-        TrainingError: no such model, a prompt does not fit its context, or the reference has another vocabulary.
+        ModelError: no such model, or a prompt does not fit its context.
+        TrainingError: a number is below 1, or the reference has another vocabulary.
     """
     if min(prompts, samples, max_new_tokens) < 1:
-        raise TrainingError(f"prompts {prompts}, samples {samples}, max_new_tokens {max_new_tokens}: at least 1 each")
+        raise TrainingError(
+            f"prompts is {prompts}, samples {samples}, max_new_tokens {max_new_tokens}: each must be at least 1"
+        )
     by_name = {task.name: task for task in map(open_task, tasks)}
     problems = mixture(list(by_name.values()), "eval", prompts, seed)
-    policy = _opened(model, device)
+    policy = _opened(model, device, trust_remote_code)
     asking = prompting(prompt, policy.tokenizer, by_name.values())
     policy = replace(policy, stops=asking.stop_ids)
-    base = None if reference is None else _opened(reference, device)
+    base = None if reference is None else _opened(reference, device, trust_remote_code)
     if base is not None and _vocabulary(base) != _vocabulary(policy):
         raise TrainingError("the reference model has another vocabulary than the model: measure without a reference")
 
@@ -123,8 +128,8 @@ def _completed(
         yield [problems[i] for i in chunk], batch
 
 
-def _opened(model: str | Path | LanguageModel, device: str) -> LanguageModel:
-    return model if isinstance(model, LanguageModel) else open_language_model(model, device)
+def _opened(model: str | Path | LanguageModel, device: str, trust_remote_code: bool) -> LanguageModel:
+    return model if isinstance(model, LanguageModel) else open_language_model(model, device, trust_remote_code)
 
 
 def _vocabulary(language_model: LanguageModel) -> int:

@@ -79,7 +79,7 @@ _LOGGED = {
     "rewards/accuracies": "reward_accuracy",
     "rewards/chosen": "chosen_reward",
     "rewards/rejected": "rejected_reward",
-    "kl": "reference_point",
+    "kl": "kl_estimate",
     "orthogonality_error": "orthogonality_error",
     "seconds": "seconds",
 }
@@ -206,7 +206,7 @@ def _run(settings: TrainSettings, out: Path, show: ShowProgress, siblings: Itera
 
 
 def _teacher(settings: TrainSettings, language_model: LanguageModel) -> LanguageModel | None:
-    """RunModels before anything is measured or written, as it may not fit the model."""
+    """Opened before anything is measured or written, as it may not fit the model."""
     if settings.teacher is None:
         return None
     from offprincipal.training.recipes.distillation import require_one_vocabulary
@@ -242,6 +242,7 @@ def _measure(settings: TrainSettings, model: LanguageModel | Path, reference: La
         max_new_tokens=settings.eval_max_new_tokens,
         device=settings.device,
         prompt=settings.prompt,
+        trust_remote_code=settings.trust_remote_code,
     )
 
 
@@ -302,8 +303,9 @@ def _fit(
                 "a smaller micro_batch, or gradient_checkpointing, and pass --overwrite"
             ) from error
         opened = _in_one_piece(settings, opened, trainer)
+    logged = _LOGGED | ({"kl": "reference_point"} if settings.recipe == "kto" else {})
     log = [
-        {"step": entry["step"]} | {ours: entry[theirs] for theirs, ours in _LOGGED.items() if theirs in entry}
+        {"step": entry["step"]} | {ours: entry[theirs] for theirs, ours in logged.items() if theirs in entry}
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
@@ -420,7 +422,7 @@ def _discard(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
     for weights in out.glob("*.safetensors"):
         weights.unlink()
-    for name in (MASTERS, ADAPTER, DELTAS):
+    for name in (MASTERS, ADAPTER, DELTAS, TENSORBOARD):
         shutil.rmtree(out / name, ignore_errors=True)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     (out / CHECKPOINTS).mkdir()  # the folder stays ours
