@@ -251,6 +251,7 @@ def _summary(work: Work, measured: list[TensorRows], matrices: list[Row], pairs:
 
 def _error_bounds(rows: list[Row]) -> list[str]:
     """What is known of the matrices that were approximated."""
+    rows = [row for row in rows if row["solver"] in ("warm", "randomized")]
     errors = [error for row in rows if (error := row.get("singular_value_error_relative")) is not None]
     if not errors:
         return []

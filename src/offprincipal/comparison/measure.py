@@ -75,14 +75,16 @@ def measure_matrix(
             found.masks.extend(keys | row for row in _mask_rows(pair))
             found.curves.extend(_rate_curves(pair, keys))
         if "spectrum" in groups:
-            found.curves.append(_curve(keys, "singular_values", pair.spectral.svd.resolved.cpu().numpy()))
+            found.curves.append(
+                _curve(keys, "singular_values", pair.spectral.svd.resolved(base_matrix.spectral.k).cpu().numpy())
+            )
         if "subspace" in groups and pair.spectral.angles:
             for side, angles in zip(("left", "right"), pair.spectral.angles, strict=True):
                 found.curves.append(_curve(keys, f"principal_angles_{side}_deg", angles.cpu().numpy()))
         if decompose and pair.spectral.fell_back:
             found.fallbacks[run] = "tolerance"
     if "spectrum" in groups and not known:
-        values = base_matrix.spectral.svd.resolved.cpu().numpy()
+        values = base_matrix.spectral.svd.resolved(base_matrix.spectral.k).cpu().numpy()
         found.curves.append(_curve({"run": None, **part.keys}, BASE_CURVE, values))
     if "location" in groups and len(pairs) > 1:
         for a, b in itertools.combinations(pairs, 2):

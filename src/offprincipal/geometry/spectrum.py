@@ -65,14 +65,17 @@ class Svd:
         """
         return replace(self, U=self.U[:, :k], S=self.S[:k], Vh=self.Vh[:k])
 
-    @property
-    def resolved(self) -> Tensor:
-        """Singular values, but for those without vectors that may be nothing but their error.
+    def resolved(self, k: int) -> Tensor:
+        """The singular values that are known: the top k of an approximation, whose others have not converged.
+
+        Of a whole decomposition all, except those without vectors that may be nothing but their error.
 
         >>> W = torch.diag(torch.tensor([1.0, 1e-3, 1e-9], dtype=torch.float64))
-        >>> len(decompose(W).resolved), len(decompose_by_gram(torch.diag(0.1 ** torch.arange(40.0)), 1).resolved)
+        >>> len(decompose(W).resolved(1)), len(decompose_by_gram(torch.diag(0.1 ** torch.arange(40.0)), 1).resolved(1))
         (3, 17)
         """
+        if len(self.S) < min(self.U.shape[0], self.Vh.shape[1]):
+            return self.S[:k]
         told = self.tail_error < self.S
         told[: self.U.shape[1]] = True
         return self.S[told]

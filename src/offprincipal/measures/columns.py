@@ -347,8 +347,10 @@ METRICS: tuple[Metric, ...] = (
         "bounds",
         "Weyl, Mirsky, Ky Fan, Wedin; arXiv 2511.08567, theorem 3.3 and corollaries, claim C10",
         (
-            Column("weyl_tightness", "largest shift of a singular value over Weyl's bound"),
-            Column("mirsky_tightness", "norm of the shifts over Mirsky's bound"),
+            Column(
+                "weyl_tightness", "largest shift of a singular value over Weyl's bound; of a large matrix, of the top k"
+            ),
+            Column("mirsky_tightness", "norm of the shifts over Mirsky's bound; of a large matrix, of the top k"),
             Column("ky_fan_tightness", "shift of the top-k sum over Ky Fan's bound"),
             Column("wedin_tightness", "sine of the largest angle over Wedin's bound"),
         ),

@@ -363,7 +363,8 @@ class PairSpectrum:
         """Tightness of Weyl's, Mirsky's, Ky Fan's and Wedin's bound; None within the error of either side."""
         if self._norm == 0:
             return (None,) * 4
-        count, k, norm_2 = self._compared, self.k, self.update_norm_2
+        k, norm_2 = self.k, self.update_norm_2
+        count = min(self.base.shape) if self.base.exact else k  # whatever solved the run, so that runs are comparable
         sides = (self.base.svd, self.svd)
         S0, S1 = (svd.S[:count].cpu() for svd in sides)
         of_top = sum(_floor(svd, self.base.shape) for svd in sides)
@@ -466,12 +467,6 @@ class PairSpectrum:
         return Drawn(self._shift_to(moved), angles, NOTHING_DRAWN.energies)
 
     @property
-    def _compared(self) -> int:
-        """How many singular values both sides know: all, or the top k."""
-        r = min(self.base.shape)
-        return r if len(self.base.svd.S) == len(self.svd.S) == r else self.k
-
-    @property
     def _angle_floor_deg(self) -> float:
         """How far angles may be off, that of LAPACK included."""
         return sum(spectrum.angle_floor_deg(svd, self.k, self.base.shape) for svd in (self.base.svd, self.svd))
@@ -481,7 +476,7 @@ class PairSpectrum:
         return spectrum.spectral_shift(self.base.svd.S[: self.k], moved.S[: self.k].to(self.base.svd.S))
 
     def _full_shift(self) -> float | None:
-        if self._compared < min(self.base.shape):
+        if not len(self.base.svd.S) == len(self.svd.S) == min(self.base.shape):
             return None
         return spectrum.spectral_shift(self.base.svd.S, self.svd.S.to(self.base.svd.S))
 
