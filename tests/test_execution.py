@@ -67,7 +67,7 @@ def test_an_error_in_a_ray_worker_is_the_users_error(sources: tuple[Path, dict[s
     base, _ = sources
     broken = base_weights()
     broken["model.norm.weight"][3] = float("nan")
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight: 1 of 24 entries are NaN"):
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight of broken \(.*broken\): 1 of 24 entries are NaN"):
         compare(base, write_model(tmp_path / "broken", broken), ray="local")
 
 

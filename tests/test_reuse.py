@@ -16,6 +16,8 @@ from offprincipal.cli import app
 from offprincipal.comparison import compare
 from offprincipal.comparison.reuse import NAME
 from offprincipal.comparison.work import Work
+from offprincipal.errors import CheckpointError
+from offprincipal.trajectories import trajectory
 
 Sources = tuple[Path, dict[str, Path]]
 
@@ -118,6 +120,59 @@ def test_a_tensor_that_the_new_run_has_not_is_left_out_and_one_that_comes_back_i
     compare(base, less, out=tmp_path / "whole")
     assert tables_in(out) == tables_in(tmp_path / "whole")
     assert compare(base, of(runs, "ab"), out=out).measured_before == ()
+
+
+def with_nan(folder: Path, name: str) -> Path:
+    weights = stored(moved(base_weights(), 1e-3, 9))
+    weights[name][3, 5] = float("nan")
+    return write_model(folder, weights)
+
+
+@pytest.mark.parametrize("left", ["ab", "ac", "c"])
+def test_a_run_that_cannot_be_measured_is_named_and_leaving_it_out_costs_no_other(
+    left: str, sources: Sources, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, runs = sources
+    last = "model.layers.1.mlp.down_proj.weight"
+    broken = runs | {"bad": with_nan(tmp_path / "bad", last)}
+    out, seen, again = tmp_path / "out", list[str](), list[str]()
+    with pytest.raises(
+        CheckpointError, match=rf"{last} of bad \(.*\): 1 of .* the first at \[3, 5\].* or leave bad out"
+    ):
+        compare(base, broken, out=out, threads=1, progress=lambda done, total, tensor: seen.append(tensor))
+    assert seen
+    compare(base, of(runs, left), out=out, threads=1, progress=lambda done, total, tensor: again.append(tensor))
+    compare(base, of(runs, left), out=tmp_path / "whole", cache=False)
+    assert not set(seen) & set(again)
+    assert tables_in(out) == tables_in(tmp_path / "whole")
+    assert any("goes on with what was measured together with" in message for message in caplog.messages)
+
+
+def test_tensors_of_more_rows_are_measured_again_without_the_run_that_had_fewer(
+    sources: Sources, tmp_path: Path
+) -> None:
+    """What all runs have is compared: a smaller vocabulary cuts every run's embedding."""
+    base, runs = sources
+    smaller = stored(moved(base_weights(), 1e-3, 9))
+    smaller["model.embed_tokens.weight"] = smaller["model.embed_tokens.weight"][:30].clone()
+    smaller["model.layers.1.mlp.down_proj.weight"][3, 5] = float("nan")
+    bad = write_model(tmp_path / "bad", smaller)
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError):
+        compare(base, runs | {"bad": bad}, out=out, threads=1)
+    compare(base, runs, out=out)
+    compare(base, runs, out=tmp_path / "whole", cache=False)
+    assert tables_in(out) == tables_in(tmp_path / "whole")
+
+
+def test_the_place_of_a_bad_entry_is_told_in_the_tensors_own_shape(sources: Sources, tmp_path: Path) -> None:
+    base, runs = sources
+    bad = with_nan(tmp_path / "bad", "model.embed_tokens.weight")
+    for metrics in (("changes",), ("location",)):
+        with pytest.raises(CheckpointError, match=r"embed_tokens.weight of bad .*first at \[3, 5\]"):
+            compare(base, runs | {"bad": bad}, metrics=metrics)
+    with pytest.raises(CheckpointError, match=r"embed_tokens.weight of step 20 .*first at \[3, 5\]"):
+        trajectory(base, [runs["a"], bad], steps=[10, 20])
 
 
 def test_killed_on_the_way_it_goes_on_with_what_was_known(sources: Sources, tmp_path: Path) -> None:

@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING, Any
 from offprincipal.checkpoints import Part
 from offprincipal.comparison.cache import cache_folder
 from offprincipal.comparison.execution import run_in_threads, run_on_ray
-from offprincipal.comparison.journal import gather, held, resumable, versions
+from offprincipal.comparison.journal import gather, held, journal_key, resumable, versions
 from offprincipal.comparison.lineage import lineage_warnings
 from offprincipal.comparison.measure import Row, TensorRows
 from offprincipal.comparison.memory_needs import bytes_needed
 from offprincipal.comparison.result import Comparison
-from offprincipal.comparison.reuse import Before, keep_measured, measured_before
+from offprincipal.comparison.reuse import (
+    Before,
+    adopt_journal,
+    journal_about,
+    keep_measured,
+    measured_before,
+    run_keys,
+)
 from offprincipal.comparison.tables import TABLES
 from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError, FileError
@@ -101,7 +108,8 @@ def compare(
     if out is not None:
         _require_no_model(Path(out), [work.base, *work.tuned.values()])
     with held(out) as folder:
-        before = measured_before(work, folder, opened) if cache and folder else Before()
+        keys = run_keys(work, opened) if folder else {}
+        before = measured_before(work, folder, keys) if cache and folder else Before()
         measured: dict[str, TensorRows] = dict(before.rows) if before.all else {}
 
         def measure(waiting: Sequence[Part]) -> Iterable[tuple[Part, TensorRows]]:
@@ -116,14 +124,17 @@ def compare(
         def restore(name: str, kept: dict[str, Any]) -> None:
             keep(name, TensorRows(**kept))
 
-        with resumable(folder, work, opened, restore, known=before.runs) as journal:
+        if folder and keys and not before.runs:
+            adopt_journal(work, folder, journal_key(work, opened, ()), keys)
+        about = journal_about(keys, before.runs)
+        with resumable(folder, work, opened, restore, known=before.runs, about=about) as journal:
             gather(work.parts, measured, measure, keep, journal, progress)
             result = _comparison(work, [measured[part.name] for part in work.parts], before.runs)
             require_unchanged(opened)
             if folder and journal:
                 journal.require_own()
                 result.write(folder)
-                keep_measured(work, folder, opened, measured)
+                keep_measured(folder, keys, measured)
                 journal.require_own()  # else tables of two comparisons may lie there
         if journal:
             journal.discard()

@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -24,7 +24,7 @@ import numpy as np
 from offprincipal.checkpoints import Part
 from offprincipal.comparison.work import Work
 from offprincipal.errors import FileError
-from offprincipal.files import Identities, exclusively, require_folder, sweep
+from offprincipal.files import Identities, exclusively, ordinary, require_folder, sweep, write_atomically
 
 NAME = "journal.jsonl"
 LOG = logging.getLogger("offprincipal")
@@ -53,17 +53,19 @@ def resumable(
     restore: Callable[[str, dict[str, Any]], None],
     name: str = NAME,
     known: Collection[str] = (),
+    about: Mapping[str, Any] | None = None,
 ) -> Iterator["Journal | None"]:
     """The journal in a folder that is held, once it gave back all it knows; none without a folder.
 
     Args:
         files: what is read, as it was when it was opened; restore, name: as `Journal` takes them.
         known: runs of which only what they have in common with others is measured.
+        about: more of what is measured, for `rewrite` to read.
     """
     if folder is None:
         yield None
         return
-    journal = Journal(folder, _key(work, files, known), restore, name)
+    journal = Journal(folder, journal_key(work, files, known), restore, name, about)
     with journal.opened():
         yield journal
 
@@ -106,13 +108,19 @@ class Journal:
         folder: where it is; name: of the file there.
         key: what is measured, as text.
         restore: given each tensor's name and the attributes that `add` kept of what was measured.
+        about: more of what is measured, in the first line.
     """
 
     def __init__(
-        self, folder: Path, key: str, restore: Callable[[str, dict[str, Any]], None], name: str = NAME
+        self,
+        folder: Path,
+        key: str,
+        restore: Callable[[str, dict[str, Any]], None],
+        name: str = NAME,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = folder / name
-        self._key, self._restore = key, restore
+        self._key, self._restore, self._about = key, restore, dict(about or {})
         self._file: IO[bytes] | None = None
 
     @contextmanager
@@ -129,7 +137,7 @@ class Journal:
                 length = self._read(file)
                 file.truncate(length)
                 if not length:
-                    file.write(_line({"key": self._key}))
+                    file.write(_line({"key": self._key} | self._about))
                     file.flush()
             self._file = file
             yield
@@ -204,7 +212,38 @@ class Journal:
         return length
 
 
-def _key(work: Work, opened: Identities, known: Collection[str]) -> str:
+def rewrite(
+    path: Path,
+    head: Callable[[dict[str, Any]], dict[str, Any] | None],
+    line: Callable[[dict[str, Any]], dict[str, Any] | None],
+) -> None:
+    """Make a journal that of another comparison, for who holds its folder; whole or not at all.
+
+    Args:
+        head: what its first line becomes, None to leave all as it is.
+        line: what each further line becomes, None to leave it out.
+    """
+    if not path.exists():
+        return
+    with ordinary(path).open("rb") as lines:
+        first = _content(next(lines, b""))
+        begin = None if first is None else head(first)
+        if begin is None:
+            return
+
+        def write(part: Path) -> None:
+            with part.open("wb") as file:
+                file.write(_line(begin))
+                for content in map(_content, lines):
+                    if content is None or "tensor" not in content:
+                        break
+                    if (kept := line(content)) is not None:
+                        file.write(_line(kept))
+
+        write_atomically(path, write)
+
+
+def journal_key(work: Work, opened: Identities, known: Collection[str]) -> str:
     """What is compared and how: settings, versions, configurations, and every file's path, size and time."""
     files = [[str(path), *identity[:2]] for path, identity in opened.items()]
     configs = [dict(checkpoint.config) for checkpoint in (work.base_checkpoint, *work.runs.values())]

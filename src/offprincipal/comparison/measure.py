@@ -4,7 +4,7 @@ Knows nothing of files; a tensor comes with its name and place.
 """
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import numpy as np
 
 from offprincipal.checkpoints import Array, Part
 from offprincipal.checkpoints.masters import require_own_masters
+from offprincipal.geometry.scan import Counts
 from offprincipal.measures import location
 from offprincipal.measures.changes import Block, TensorPair
 from offprincipal.measures.columns import Group, decomposes_base, metrics_of
@@ -90,7 +91,8 @@ def measure_matrix(
         for a, b in itertools.combinations(pairs, 2):
             if not (a in known and b in known):
                 found.pairs.append(part.keys | location.pair_row(a, b, pairs))
-        found.curves.extend(_consensus_curves(pairs, {"run": None, **part.keys}))
+        counts = [(pair.scan.rows, pair.scan.columns) for pair in pairs.values()]
+        found.curves.extend(consensus_of(counts, {"run": None, **part.keys}))
     return found
 
 
@@ -170,11 +172,25 @@ def _rate_curves(pair: MatrixPair, keys: Row) -> list[Row]:
     return curves
 
 
-def _consensus_curves(pairs: Mapping[str, MatrixPair], keys: Row) -> list[Row]:
-    """Means of the share of runs that changed each entry: a sum of counts, whatever order it is taken in."""
-    n, m = next(iter(pairs.values())).tuned.shape
-    rows, columns = (sum(getattr(pair.scan, side) for pair in pairs.values()) for side in ("rows", "columns"))
+def consensus_of(counts: Sequence[tuple[Counts, Counts]], keys: Row) -> list[Row]:
+    """Means of the share of runs that changed each entry: of integers, so that the order of runs does not matter.
+
+    Args:
+        counts: of each run, changed entries of every row and of every column.
+    """
+    rows, columns = (sum(sides) for sides in zip(*counts, strict=True))
+    (n, m), runs = (len(rows), len(columns)), len(counts)
     return [
-        _curve(keys, "consensus_rows", rows / (m * len(pairs))),
-        _curve(keys, "consensus_columns", columns / (n * len(pairs))),
+        _curve(keys, "consensus_rows", rows / (m * runs)),
+        _curve(keys, "consensus_columns", columns / (n * runs)),
+    ]
+
+
+def counts_of(curves: Iterable[Row]) -> list[tuple[Counts, Counts]]:
+    """Changed entries of the rows and columns of each run, from its `row_change_rate` and `column_change_rate`."""
+    named = list(curves)
+    rows, columns = ([c["values"] for c in named if c["curve"] == f"{line}_change_rate"] for line in ("row", "column"))
+    return [
+        (np.rint(r * len(c)).astype(np.int64), np.rint(c * len(r)).astype(np.int64))
+        for r, c in zip(rows, columns, strict=True)
     ]

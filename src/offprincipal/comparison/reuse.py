@@ -9,7 +9,7 @@ again, but for those of two runs that were compared before.
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from offprincipal.checkpoints import Checkpoint
-from offprincipal.comparison.journal import versions
-from offprincipal.comparison.measure import BASE_CURVE, Row, TensorRows
+from offprincipal.comparison.journal import NAME as JOURNAL
+from offprincipal.comparison.journal import rewrite, versions
+from offprincipal.comparison.measure import BASE_CURVE, Row, TensorRows, consensus_of, counts_of
 from offprincipal.comparison.tables import TABLES, read_table
 from offprincipal.comparison.work import Work
 from offprincipal.errors import FileError
@@ -65,32 +66,73 @@ class Before:
         )
 
 
-def measured_before(work: Work, out: Path, files: Identities) -> Before:
+def measured_before(work: Work, out: Path, keys: Mapping[str, str]) -> Before:
     """What the comparison in a folder, if there is one, measured of these runs; for who holds the folder.
 
     Args:
-        files: what is read, as it was when it was opened.
+        keys: as `run_keys` gives them.
     """
-    if work.in_memory or not (out / NAME).is_file():
+    if not keys or not (out / NAME).is_file():
         return Before()
     try:
-        return _found(work, out, read_json(out / NAME), _keys(work, files))
+        return _found(work, out, read_json(out / NAME), keys)
     except (FileError, OSError, LookupError, TypeError, AttributeError, ValueError):
         LOG.warning("%s was damaged: all is measured again", out / NAME)
         return Before()
 
 
-def keep_measured(work: Work, out: Path, files: Identities, measured: Mapping[str, TensorRows]) -> None:
+def adopt_journal(work: Work, out: Path, key: str, runs: Mapping[str, str]) -> None:
+    """Go on with the journal of a comparison of more runs, without what it has of the others; for who holds the folder.
+
+    A run that cannot be measured, and is left out, so costs no other.
+
+    Args:
+        key: of this comparison's journal; runs: as `run_keys` gives them.
+    """
+
+    def head(content: dict[str, Any]) -> dict[str, Any] | None:
+        theirs = content.get("runs")
+        if not isinstance(theirs, dict) or content.get("known") != [] or len(theirs) <= len(runs):
+            return None
+        if [name for name in theirs if name in runs] != list(runs) or any(theirs[run] != runs[run] for run in runs):
+            return None
+        LOG.warning("goes on with what was measured together with %s", ", ".join(theirs.keys() - runs.keys()))
+        return {"key": key, **journal_about(runs)}
+
+    parts = {part.name: part.keys for part in work.parts}  # which may have more rows now
+
+    def line(content: dict[str, Any]) -> dict[str, Any] | None:
+        keys = parts.get(content["tensor"])
+        if keys is None or any(row | keys != row for row in content["matrices"]):
+            return None
+        own = {table: [row for row in content[table] if _is_of(row, list(runs), False)] for table in TABLES}
+        if any(row["curve"].startswith("consensus_") for row in content["curves"]) and len(runs) > 1:
+            own["curves"] += consensus_of(counts_of(own["curves"]), own["matrices"][0] | {"run": None})
+        fallbacks = {run: why for run, why in content["fallbacks"].items() if run in runs}
+        return {"tensor": content["tensor"], **own, "fallbacks": fallbacks}
+
+    try:
+        rewrite(out / JOURNAL, head, line)
+    except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
+        LOG.warning("%s is not gone on with: %s", out / JOURNAL, error)
+
+
+def journal_about(runs: Mapping[str, str], known: Collection[str] = ()) -> dict[str, Any]:
+    """What a journal's first line says for `adopt_journal`."""
+    return {"runs": dict(runs), "known": list(known)}
+
+
+def keep_measured(out: Path, keys: Mapping[str, str], measured: Mapping[str, TensorRows]) -> None:
     """Leave what the next comparison in the folder needs to take these tables for its own; for who just wrote them.
 
     Args:
-        measured: of each part, by name.
+        keys: as `run_keys` gives them; measured: of each part, by name.
     """
-    if work.in_memory:
+    if not keys:
         (out / NAME).unlink(missing_ok=True)
         return
     fallbacks = {name: rows.fallbacks for name, rows in measured.items() if rows.fallbacks}
-    write_json(out / NAME, {"runs": _keys(work, files), "fallbacks": fallbacks, "tables": _digests(out)})
+    write_json(out / NAME, {"runs": dict(keys), "fallbacks": fallbacks, "tables": _digests(out)})
 
 
 def _found(work: Work, out: Path, about: Mapping[str, Any], keys: Mapping[str, str]) -> Before:
@@ -126,8 +168,14 @@ def _is_of(row: Row, known: Sequence[str], everything: bool) -> bool:
     return row["run"] in known or (row["run"] is None and (everything or row["curve"] == BASE_CURVE))
 
 
-def _keys(work: Work, files: Identities) -> dict[str, str]:
-    """Run -> digest of all that its own rows depend on."""
+def run_keys(work: Work, files: Identities) -> dict[str, str]:
+    """Run -> digest of all that its own rows depend on; nothing where a side is a model in memory, which no file tells.
+
+    Args:
+        files: what is read, as it was when it was opened.
+    """
+    if work.in_memory:
+        return {}
     settings = asdict(work.settings)
     decisive = {name: value for name, value in settings.items() if name not in ("expect", "strict")}
 

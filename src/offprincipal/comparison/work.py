@@ -26,6 +26,7 @@ from offprincipal.comparison.cache import BaseCache
 from offprincipal.comparison.contract import Expectation, parse_expectations, require_matches
 from offprincipal.comparison.measure import TensorRows, measure_matrix, measure_tensor
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor, meant
+from offprincipal.geometry.scan import require_storable
 from offprincipal.measures.changes import Block
 from offprincipal.measures.columns import GROUPS, Group
 from offprincipal.measures.settings import MatrixSettings
@@ -186,7 +187,23 @@ class Work:
                 return measure_tensor(part, blocks, self.settings.metrics, linear)
             return self._measure_matrix(part, known)
         except NonFiniteTensor as error:
-            raise CheckpointError(f"{part.name}: {error}. Look at how it was trained or converted") from error
+            raise self.not_finite(part, error) from error
+
+    def called(self, run: str) -> str:
+        """A run as a message has it."""
+        return run
+
+    def not_finite(self, part: Part, error: NonFiniteTensor) -> CheckpointError:
+        """In which checkpoint a part cannot be measured, and where in it; of masters alone, as `error` says."""
+        advice = "Look at how it was trained or converted"
+        runs = {self.called(run): checkpoint for run, checkpoint in self.runs.items()}
+        for who, checkpoint in {"the base": self.base_checkpoint, **runs}.items():
+            try:
+                require_storable(self.read(checkpoint, part))
+            except NonFiniteTensor as found:
+                alone = "" if who == "the base" else f", or leave {who} out"
+                return CheckpointError(f"{part.name} of {who} ({checkpoint.source}): {found}. {advice}{alone}")
+        return CheckpointError(f"{part.name}: {error}. {advice}")
 
     def _measure_matrix(self, part: Part, known: Collection[str]) -> TensorRows:
         read = {run: self.read(checkpoint, part) for run, checkpoint in self.runs.items()}

@@ -61,6 +61,9 @@ class Followed(Work):
             found[step] = kept
         return found
 
+    def called(self, run: str) -> str:
+        return f"step {run}"
+
     def bytes_needed(self, part: Part) -> int:
         """What measuring one tensor takes at most."""
         return max(part.numel * _OF_MATRIX * self._has_subspaces(part), _IN_BLOCKS)
@@ -75,7 +78,7 @@ class Followed(Work):
         try:
             moved = measure(part.name, base, checkpoints, *_span(part), self.steps, self._products)
         except NonFiniteTensor as error:
-            raise CheckpointError(f"{part.name}: {error}. Look at how it was trained or converted") from error
+            raise self.not_finite(part, error) from error
         return moved.with_overlaps(*self._overlaps(part, moved)) if self._has_subspaces(part) else moved
 
     def walk_blindly(self, part: Part, draws: int) -> Floats:
