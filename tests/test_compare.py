@@ -427,8 +427,8 @@ def test_a_null_is_pooled_over_the_matrices_of_its_figure() -> None:
     nulls = [column for metric in METRICS for column in metric.columns if column.name.endswith("_null")]
     pooled = {column.name for metric in METRICS for column in metric.columns if column.pool != "none"}
     assert {column.beside for column in nulls} <= pooled | {None}
-    every = {"unchanged_fraction_isotropic_null", "unchanged_fraction_rounding_null", "unchanged_fraction_scaled_null"}
-    assert {column.name for column in nulls if column.beside is None} == every  # every tensor has one
+    of_linear = {"unchanged_fraction_rounding_null", "unchanged_fraction_scaled_null"}  # and the figure of every tensor
+    assert {column.name for column in nulls if column.beside is None} == of_linear
 
 
 def test_a_base_that_the_run_was_not_trained_from_is_noticed(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -539,3 +539,15 @@ def test_what_the_ruler_may_miss_is_said_where_it_is_used(tmp_path: Path, kept: 
         abs(rungs["spacing"] - rungs["rounding"]) < 0.002 if kept else abs(rungs["spacing"] - rungs["rounding"]) > 0.02
     )
     assert bool(said) is not kept
+
+
+def test_a_run_is_told_what_another_run_leaves_out_of_its_figures(tmp_path: Path) -> None:
+    weights = base_weights()
+    base = write_model(tmp_path / "base", weights)
+    whole = write_model(tmp_path / "whole", stored(moved(weights, 1e-3, 1)))
+    lost = "model.layers.1.mlp.down_proj.weight"
+    less = {name: tensor for name, tensor in stored(moved(weights, 1e-3, 2)).items() if name != lost}
+    found = compare(base, {"whole": whole, "less": write_model(tmp_path / "less", less)}, metrics=("changes",)).summary
+    (warning,) = [w for w in found["runs"]["whole"]["warnings"] if "left out" in w]
+    assert warning.startswith(f"1 tensors that it shares with the base are left out, {lost} among them")
+    assert not any("shares with the base" in w for w in found["runs"]["less"]["warnings"])

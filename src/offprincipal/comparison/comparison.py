@@ -229,6 +229,7 @@ def _summary(work: Work, measured: list[TensorRows], matrices: list[Row], pairs:
             **({"masters": work.given_masters[name]} if name in work.given_masters else {}),
             "warnings": [
                 *work.notes[name],
+                *_left_out_warnings(work, name),
                 *_unmeasured_warnings(unmeasured, differing),
                 *_warnings(work, name, rows, not (differing or work.only_in_base or work.only_in_run(name))),
                 *lineage_warnings(work.base_checkpoint, checkpoint, rows),
@@ -296,6 +297,16 @@ def _fallback_warnings(work: Work, run: str, measured: list[TensorRows]) -> list
         if names:
             warnings.append(f"{len(names)} matrices {words}, {names[0]} among them")
     return warnings
+
+
+def _left_out_warnings(work: Work, run: str) -> list[str]:
+    left_out = work.left_out(run)
+    if not left_out:
+        return []
+    return [
+        f"{len(left_out)} tensors that it shares with the base are left out, {left_out[0]} among them, because another "
+        "run lacks them: its figures are of the others, and those of a comparison of it alone are not the same"
+    ]
 
 
 def _unmeasured_warnings(unmeasured: list[str], differing: list[str]) -> list[str]:

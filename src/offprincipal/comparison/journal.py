@@ -245,7 +245,7 @@ def rewrite(
 
 def journal_key(work: Work, opened: Identities, known: Collection[str]) -> str:
     """What is compared and how: settings, versions, configurations, and every file's path, size and time."""
-    files = [[str(path), *identity[:2]] for path, identity in opened.items()]
+    files = [[str(path.resolve()), *identity[:2]] for path, identity in opened.items()]
     configs = [dict(checkpoint.config) for checkpoint in (work.base_checkpoint, *work.runs.values())]
     about = [asdict(work.settings), list(work.tuned), list(known), files, configs, versions()]
     about += [secrets.token_hex()] if work.in_memory else []  # of which nothing tells whether it is the same again

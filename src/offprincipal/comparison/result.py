@@ -1,7 +1,7 @@
 """What a comparison found: its tables, and each run's pooled figures, as a program or a notebook reads them."""
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,12 @@ import pyarrow as pa
 from offprincipal.comparison.measure import Row
 from offprincipal.comparison.tables import TABLES, arrow_table, read_summary, read_table, write_tables
 from offprincipal.errors import ArgumentError, meant
+from offprincipal.measures.columns import nulls_of
 
 if TYPE_CHECKING:
     from offprincipal.reports.plots import Plots
 
 _WIDTH = 80  # columns of the text
-_NULL_ENDINGS = ("_null", "_random")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Measured:
 
     Args:
         value: None where it is undefined; low, high: its 95 % interval, a bootstrap over matrices.
-        nulls: what it would be of updates that know less: name of the null -> value.
+        nulls: what it would be of updates that know less, over the same matrices: name of the null -> value.
     """
 
     value: float | None
@@ -34,29 +34,12 @@ class Measured:
     nulls: Mapping[str, float | None]
 
 
-def nulls_of(metric: str, names: Iterable[str]) -> dict[str, str]:
-    """Null -> name of the figure that holds it; those of one metric, and not of another whose name begins alike.
-
-    >>> nulls_of("kept", ["kept", "kept_isotropic_null", "kept_left", "kept_left_stored_null"])
-    {'isotropic': 'kept_isotropic_null'}
-    """
-    names = list(names)
-    own = [name for name in names if not name.endswith(_NULL_ENDINGS)]
-    found = {}
-    for name in names:
-        if name.endswith(_NULL_ENDINGS):
-            of = max((other for other in own if name.startswith(f"{other}_")), key=len, default=None)
-            if of == metric:
-                found[name[len(metric) + 1 :].removesuffix("_null")] = name
-    return found
-
-
 class Run:
     """The pooled figures of one run, each an attribute by its name in `summary.json`.
 
-    >>> pooled = {"value": 0.9, "low": 0.8, "high": 0.95}
-    >>> Run({"metrics": {"kept": pooled, "kept_isotropic_null": pooled | {"value": 0.7}}}).kept
-    Measured(value=0.9, low=0.8, high=0.95, nulls={'isotropic': 0.7})
+    >>> pooled = {"value": 0.3, "low": 0.2, "high": 0.4}
+    >>> Run({"metrics": {"principal_energy": pooled, "principal_energy_isotropic": {"value": 0.1}}}).principal_energy
+    Measured(value=0.3, low=0.2, high=0.4, nulls={'isotropic': 0.1})
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
@@ -69,7 +52,7 @@ class Run:
                 f"no figure '{name}' was measured of this run: {meant(name, metrics, 'dir() has all')}"
             )
         found = metrics[name]
-        nulls = {null: metrics[of_it]["value"] for null, of_it in nulls_of(name, metrics).items()}
+        nulls = {null: metrics[of]["value"] for null, of in nulls_of(name, pooled=True).items() if of in metrics}
         return Measured(found["value"], found.get("low"), found.get("high"), nulls)
 
     def __dir__(self) -> list[str]:

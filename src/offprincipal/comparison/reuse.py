@@ -181,7 +181,7 @@ def run_keys(work: Work, files: Identities) -> dict[str, str]:
 
     def of(*checkpoints: Checkpoint) -> list[Any]:
         paths = dict.fromkeys(path for checkpoint in checkpoints for path in checkpoint.files)
-        return [[str(path), *files[path][:2]] for path in paths] + [dict(one.config) for one in checkpoints]
+        return [[str(path.resolve()), *files[path][:2]] for path in paths] + [dict(one.config) for one in checkpoints]
 
     found = {}
     for name, run in work.runs.items():

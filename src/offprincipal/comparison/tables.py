@@ -3,7 +3,7 @@
 Every file is written under a temporary name and renamed, `summary.json` last.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
@@ -107,9 +107,10 @@ def require_nothing_lost(folder: Path, base: str, runs: Mapping[str, Any], group
     what = ""
     with suppress(FileError, LookupError, TypeError, AttributeError):
         summary = read_summary(folder)
-        other = [run["source"] for run in summary["runs"].values() if run["source"] not in runs.values()]
+        now = [str(source) for source in runs.values()]
+        other = [run["source"] for run in summary["runs"].values() if not is_among(run["source"], now)]
         more = [group for group in summary["arguments"]["metrics"] if group not in groups]
-        if summary["base"] != base:
+        if not is_among(summary["base"], [base]):
             what = f"a comparison with {summary['base']}"
         elif other:
             what = f"a comparison of {other[0]}, which is not among these runs"
@@ -117,6 +118,23 @@ def require_nothing_lost(folder: Path, base: str, runs: Mapping[str, Any], group
             what = f"a comparison that measured {', '.join(more)} too"
     if what:
         raise FileError(f"{folder} holds {what}: choose another --out, or replace it with --overwrite")
+
+
+def is_among(source: str, others: Iterable[str]) -> bool:
+    """Whether a source as it was given earlier, perhaps from another folder, is one of these.
+
+    A relative path of two parts or more is found again wherever it was given from; of one, only from here.
+
+    >>> is_among("runs/rl", [str(Path("runs/rl").resolve())]), is_among("rl", ["/elsewhere/rl"])
+    (True, False)
+    """
+    parts, there = Path(source).parts, Path(source).resolve()
+    return any(
+        source == other
+        or (here := Path(other).resolve()) == there
+        or (len(parts) > 1 and here.parts[-len(parts) :] == parts)
+        for other in others
+    )
 
 
 def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:

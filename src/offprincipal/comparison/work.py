@@ -298,6 +298,10 @@ class Work:
         """Tensors of a run that the base has not."""
         return list(self._pairings[run].only_in_tuned)
 
+    def left_out(self, run: str) -> list[str]:
+        """Floating-point tensors that a run shares with the base, and another run lacks, so that none is compared."""
+        return [name for name, info in self._pairings[run].tensors.items() if info.floating and name not in self.common]
+
     @cached_property
     def common(self) -> dict[str, TensorInfo]:
         """The base's tensors that every run has, with the rows that all of them have."""

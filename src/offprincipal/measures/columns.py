@@ -27,7 +27,8 @@ class Column:
         meaning: one phrase for tables and reports.
         unit: of its values.
         pool: how `summary.json` pools it over matrices (`measures.pooling`).
-        beside: the figure that it is a null of, and pooled over the matrices of.
+        beside: the figure whose matrices it is pooled over, of which it is a null or a ratio to one.
+        null_of: the figure that it is a null of, matrix by matrix.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Column:
     unit: str = "1"
     pool: Pool = "parameters"
     beside: str | None = None
+    null_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def _overlap(name: str) -> Metric:
                     f"the same if {words} placed them",
                     pool="changed",
                     beside=f"{name}_overlap",
+                    null_of=f"{name}_overlap",
                 )
                 for rung, words in RUNGS.items()
             ),
@@ -123,6 +126,7 @@ def _overlap(name: str) -> Metric:
                 "the same if rounding alone placed them, each row and column stepping as far as it does",
                 pool="changed",
                 beside=f"{name}_overlap",
+                null_of=f"{name}_overlap",
             ),
             Column(
                 f"{name}_log_odds",
@@ -167,7 +171,8 @@ def _with_nulls(names: dict[str, tuple[str, str]], nulls: tuple[tuple[str, str],
     drawn = []
     for null, after in nulls:
         drawn += [
-            Column(f"{name}{null}", meaning + after, unit, beside=name) for name, (meaning, unit) in names.items()
+            Column(f"{name}{null}", meaning + after, unit, beside=name, null_of=name)
+            for name, (meaning, unit) in names.items()
         ]
         drawn += [Column(f"{name}{null}_sd", _SPREAD, unit, "none") for name, (_, unit) in names.items()]
     return measured + tuple(drawn)
@@ -186,7 +191,14 @@ def _angle_columns() -> tuple[Column, ...]:
 def _energy_columns() -> tuple[Column, ...]:
     sides = (("", "both principal subspaces"), ("_left", "the left one"), ("_right", "the right one"))
     return tuple(
-        Column(f"principal_energy{side}{suffix}", f"{meaning} {words}", unit, pool, f"principal_energy{side}")
+        Column(
+            f"principal_energy{side}{suffix}",
+            f"{meaning} {words}",
+            unit,
+            pool,
+            f"principal_energy{side}",
+            f"principal_energy{side}" if suffix in ("_isotropic", "_stored_null") else None,
+        )
         for side, words in sides
         for suffix, meaning, unit, pool in _ENERGIES
     )
@@ -220,6 +232,8 @@ METRICS: tuple[Metric, ...] = (
                 "unchanged_fraction_isotropic_null",
                 "the same after a Gaussian update of equal length",
                 pool="entries",
+                beside="unchanged_fraction",
+                null_of="unchanged_fraction",
             ),
         ),
         lambda pair: (pair.unchanged_isotropic,),
@@ -269,11 +283,15 @@ METRICS: tuple[Metric, ...] = (
         (
             Column(
                 "unchanged_fraction_rounding_null",
-                "the same if its own steps were dealt out blindly",
+                "the same if its own steps were dealt out blindly, of linear matrices",
                 pool="parameters",
+                null_of="unchanged_fraction",
             ),
             Column(
-                "unchanged_fraction_scaled_null", "the same of its own steps within rows and columns", pool="parameters"
+                "unchanged_fraction_scaled_null",
+                "the same of its own steps within rows and columns, of linear matrices",
+                pool="parameters",
+                null_of="unchanged_fraction",
             ),
         ),
         _unchanged_blindly,
@@ -357,3 +375,20 @@ METRICS: tuple[Metric, ...] = (
         lambda pair: pair.spectral.bounds(),
     ),
 )
+
+
+def nulls_of(metric: str, pooled: bool = False) -> dict[str, str]:
+    """Null -> column that holds it.
+
+    Args:
+        pooled: those alone that are pooled over the matrices of the metric.
+
+    >>> nulls_of("principal_energy")
+    {'isotropic': 'principal_energy_isotropic', 'stored': 'principal_energy_stored_null'}
+    """
+    columns = [column for one in METRICS for column in one.columns if column.null_of == metric]
+    return {
+        column.name[len(metric) + 1 :].removesuffix("_null"): column.name
+        for column in columns
+        if not pooled or column.beside == metric
+    }

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from offprincipal.comparison.result import nulls_of
 from offprincipal.comparison.tables import read_summary
 from offprincipal.errors import ArgumentError, FileError, install_command, meant
 from offprincipal.files import require_folder, write_atomically
+from offprincipal.measures.columns import nulls_of
 from offprincipal.reports import figures
 from offprincipal.reports.report import COLOURS, comparison_in, damage_reported, read_columns
 from offprincipal.reports.terminal import short_names
@@ -157,7 +157,8 @@ class Plots:
         if metric not in table.column_names:
             hint = meant(metric, table.column_names, "`offprincipal compare --list` has all")
             raise NothingToDraw(f"no figure '{metric}' was measured of these runs: {hint}")
-        nulls, null = nulls_of(metric, table.column_names), null.removesuffix("_null")
+        nulls = {name: of for name, of in nulls_of(metric).items() if of in table.column_names}
+        null = null.removesuffix("_null")
         if null not in nulls:
             raise NothingToDraw(f"{metric} has no null '{null}': it has {', '.join(nulls) or 'none'}")
         beside = nulls[null]
