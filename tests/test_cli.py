@@ -118,9 +118,29 @@ def test_a_comparison_that_would_be_lost_is_not_replaced_unasked(
     ):
         assert f"holds {what}: choose another --out, or replace it with --overwrite" in said(*words, code=2)
         assert tables_in(tmp_path) == before
-    said(base, tuned, f"again={tuned}", "--metrics", "location")
+    said(os.path.relpath(base), os.path.relpath(tuned), f"again={tuned}", "--metrics", "location")
     said(base, f"again={tuned}", "--metrics", "changes", "--overwrite")
     assert len(json.loads((tmp_path / "summary.json").read_text())["runs"]) == 1
+    for name, text in (("summary.json", '{"mine": 1}'), ("report.html", "<p>mine</p>")):
+        for path in tmp_path.iterdir():
+            path.unlink()
+        (tmp_path / name).write_text(text)
+        assert "that are not a comparison's: choose another --out" in said(base, tuned, code=2)
+        assert (tmp_path / name).read_text() == text
+
+
+def test_figures_of_other_checkpoints_are_not_replaced_unasked(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, tuned = pair
+    out = ("--out", str(tmp_path))
+    assert call(monkeypatch, "trajectory", base, tuned, "--steps", "5", "--no-report", *out) == 0
+    assert call(monkeypatch, "trajectory", base, base, "--steps", "5", *out) == 2
+    assert f"has figures of {tuned}: choose another --out" in " ".join(capsys.readouterr().err.split())
+    assert call(monkeypatch, "trajectory", base, tuned, base, "--steps", "5,7", "--no-report", *out) == 0
+    assert call(monkeypatch, "preflight", base, "--learning-rate", "1e-5", *out) == 0
+    assert call(monkeypatch, "preflight", tuned, "--learning-rate", "1e-5", *out) == 2
+    assert call(monkeypatch, "preflight", tuned, "--learning-rate", "1e-5", "--overwrite", *out) == 0
 
 
 def test_json_is_the_summary_and_nothing_else(

@@ -125,6 +125,39 @@ def test_deltas_are_checkpoints_of_a_trajectory_too(run: tuple[Path, Path, list[
     assert one.rows == two.rows and one.content["steps"] == two.content["steps"]
 
 
+def test_a_run_of_ours_is_followed_by_its_deltas(run: tuple[Path, Path, list[Weights]]) -> None:
+    base, root, _ = run
+    ours = root.parent / "ours"
+    (ours / "deltas" / "masters").mkdir(parents=True)
+    for step in (5, 10):
+        make_delta(base, root / f"checkpoint-{step}", ours / "deltas" / f"step_{step}.delta")
+    assert expanded(ours) == [str(ours)]  # whatever else lies in a folder
+    (ours / "run.json").write_text("{}")
+    notes: list[str] = []
+    assert expanded(ours, notes) == [str(ours / "deltas" / f"step_{step}.delta") for step in (5, 10)]
+    assert not notes
+
+
+def test_seeds_are_no_steps() -> None:
+    notes: list[str] = []
+    assert steps_of(["sft-s0", "sft-s1"], notes=notes) == [("sft-s0", 1.0), ("sft-s1", 2.0)]
+    assert "no name tells a step" in notes[0]
+    assert steps_of(["run/steps_20", "run/epochs-3"]) == [("run/steps_20", 20.0), ("run/epochs-3", 3.0)]
+
+
+def test_another_prediction_is_not_replaced_unasked(run: tuple[Path, Path, list[Weights]], tmp_path: Path) -> None:
+    base, root, _ = run
+    out = tmp_path / "out"
+    trajectory(base, root, out=out, predict=200)
+    before = (out / "predicted-200" / "model.safetensors").read_bytes()
+    with pytest.raises(FileError, match="predicted-200 holds a model that was predicted by linear"):
+        trajectory(base, root, out=out, predict=200, predict_by="rank1")
+    trajectory(base, root, out=out, predict=200)
+    assert (out / "predicted-200" / "model.safetensors").read_bytes() == before
+    trajectory(base, root, out=out, predict=200, predict_by="rank1", overwrite=True)
+    assert (out / "predicted-200" / "model.safetensors").read_bytes() != before
+
+
 def test_a_folder_that_holds_one_checkpoint_and_nothing_else_is_a_runs_root(tmp_path: Path) -> None:
     """A run's first delta; a model with checkpoints inside is a model."""
     (tmp_path / "deltas" / "step_10.delta").mkdir(parents=True)
@@ -288,6 +321,9 @@ def test_what_cannot_be_predicted_is_refused_before_anything_is_written(
     (out / "predicted-200" / "precious.txt").write_text("mine")
     with pytest.raises(FileError, match="predicted-200"):
         trajectory(base, root, predict=200, out=out)
+    assert not (out / JSON).exists()
+    with pytest.raises(FileError, match="predicted-200"):
+        trajectory(base, root, predict=200, out=out, overwrite=True)
     assert (out / "predicted-200" / "precious.txt").read_text() == "mine"
     assert json.loads((out / JSON).read_text())["prediction"] is None  # what was measured is not lost
 

@@ -274,15 +274,19 @@ def preflight(
     steps: Annotated[int, typer.Option(help="The planned run has so many steps.")] = 100,
     out: Out = Path("preflight"),
     as_json: Annotated[bool, typer.Option("--json", help="Print preflight.json instead of a table.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the figures of another base.")] = False,
 ) -> None:
     """Before training: what steps of a learning rate can move of BASE once its weights are stored.
 
     Reads the base alone and runs nothing. Writes preflight.json and preflight.html.
     """
+    from offprincipal.comparison.tables import require_none_replaced
     from offprincipal.forecast import preflight as look
     from offprincipal.reports.preflight import preflight_sentences, preflight_table, write_figure
     from offprincipal.reports.terminal import as_shown_json
 
+    if not overwrite:
+        require_none_replaced(out / "preflight.json", base, (), lambda content: ())
     with resumable(), matrix_progress() as progress:
         found = look(base, learning_rate, storage, steps, progress=progress)
     path = found.write(out)
@@ -338,20 +342,27 @@ def trajectory(
     ] = "linear",
     as_json: Annotated[bool, typer.Option("--json", help="Print trajectory.json instead of tables.")] = False,
     report: Annotated[bool, typer.Option(help="Write trajectory.html too.")] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace another trajectory, or another prediction, in the folder.")
+    ] = False,
 ) -> None:
     """How weights moved over many checkpoints of one run, beside the random walk that would explain it.
 
     Reads every tensor of every checkpoint once. Writes trajectory.json, trajectory.parquet and trajectory.html.
     """
+    from offprincipal.comparison.tables import require_none_replaced
     from offprincipal.reports.terminal import as_shown_json
     from offprincipal.reports.trajectory import trajectory_sentences, trajectory_table, write_figure
     from offprincipal.trajectories import trajectory as follow
-    from offprincipal.trajectories.trajectory import PAGE
+    from offprincipal.trajectories.sources import expanded
+    from offprincipal.trajectories.trajectory import JSON, PAGE
 
     at = None if steps is None else _numbers(steps)
     options: Any = {"steps": at, "out": out, "threads": threads, "ray": ray, "skip_broken": skip_broken}
     options |= {"subspace_rank": subspace_rank, "device": device, "masters": masters}
-    options |= {"predict": predict, "predict_by": predict_by}
+    options |= {"predict": predict, "predict_by": predict_by, "overwrite": overwrite}
+    if not overwrite:
+        require_none_replaced(out / JSON, base, expanded(checkpoints), lambda content: content["checkpoints"])
     with resumable(), matrix_progress() as progress:
         found = follow(base, checkpoints, **options, progress=progress)
     if report:
@@ -470,12 +481,16 @@ def gates(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print gates.json instead of tables.", rich_help_panel=SHOWN)
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the figures of other runs.", rich_help_panel=SHOWN)
+    ] = False,
 ) -> None:
     r"""Measure KL from the base against the Fisher form, the curvature of directions, and what precision hides.
 
     Writes gates.json. Needs the models to run, as training does.
     """
     require_training()
+    from offprincipal.comparison.tables import require_none_replaced
     from offprincipal.files import require_folder
     from offprincipal.gates import measure_gates
     from offprincipal.reports.gates import gates_tables
@@ -494,6 +509,8 @@ def gates(
         "trust_remote_code": trust_remote_code,
     }
     runs = named_runs(tuned)
+    if not overwrite:
+        require_none_replaced(out / "gates.json", base, list(runs.values()), _sources_of)
     require_folder(out)
     with direction_progress() as progress:
         found = measure_gates(base, runs, **ground, **options, seed=seed, progress=progress)
@@ -503,3 +520,7 @@ def gates(
     else:
         Console().print(gates_tables(found.content))
         say(f"figures: {path}")
+
+
+def _sources_of(content: dict[str, Any]) -> list[str]:
+    return [run["source"] for run in content["runs"].values()]

@@ -13,8 +13,8 @@ from offprincipal.checkpoints import Checkpoint
 from offprincipal.checkpoints.adapter import Adapter
 from offprincipal.checkpoints.hostile import is_file, read_json
 from offprincipal.errors import CheckpointError
+from offprincipal.run_files import CHECKPOINTS, RECORD, STARTED
 
-_RECORD = "run.json"
 _FAR = 0.5  # of the base's norm: fine-tuning moves weights by hundredths of it; unrelated ones lie 1.4 apart
 
 
@@ -36,16 +36,24 @@ def lineage_warnings(base: Checkpoint, run: Checkpoint, rows: Sequence[Mapping[s
         found.append("the base was trained from this run, as its run.json says: are the two swapped?")
     elif (origin := _origin(run)) and origin not in _folders(base):
         found.append(f"it was trained from '{origin.name}', as its run.json says, and is compared with another base")
+    if begun := next((folder for folder in run.folders if _is_of_a_run_under_way(folder)), None):
+        found.append(f"it is {begun.name} of a training run that is not complete: the same `train` command goes on")
     if isinstance(base, Adapter):
         found.append("the base is a model with an adapter: what trained the adapter is no part of the update")
     return found
+
+
+def _is_of_a_run_under_way(folder: Path) -> bool:
+    """Whether a folder is a checkpoint that `train` continues from, of a run that has not written its result."""
+    above = folder.resolve().parent
+    return above.name == CHECKPOINTS and is_file(above / STARTED) and not is_file(above.parent / RECORD)
 
 
 def _origin(checkpoint: Checkpoint) -> Path | None:
     """The local folder that a training run of ours started from; None where no record names one that is there."""
     for folder in checkpoint.folders:
         with suppress(CheckpointError, OSError, ValueError, TypeError, KeyError):
-            if is_file(folder / _RECORD) and (origin := Path(read_json(folder / _RECORD)["base"]["source"])).is_dir():
+            if is_file(folder / RECORD) and (origin := Path(read_json(folder / RECORD)["base"]["source"])).is_dir():
                 return origin.resolve()
     return None
 

@@ -3,7 +3,7 @@
 Every file is written under a temporary name and renamed, `summary.json` last.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
@@ -104,7 +104,7 @@ def require_nothing_lost(folder: Path, base: str, runs: Mapping[str, Any], group
     Raises:
         FileError: the folder holds such a comparison.
     """
-    what = ""
+    what = "files of that name that are not a comparison's" if _is_foreign(folder) else ""
     with suppress(FileError, LookupError, TypeError, AttributeError):
         summary = read_summary(folder)
         now = [str(source) for source in runs.values()]
@@ -118,6 +118,36 @@ def require_nothing_lost(folder: Path, base: str, runs: Mapping[str, Any], group
             what = f"a comparison that measured {', '.join(more)} too"
     if what:
         raise FileError(f"{folder} holds {what}: choose another --out, or replace it with --overwrite")
+
+
+def require_none_replaced(
+    path: Path, base: str, sources: Collection[str], earlier: Callable[[dict[str, Any]], Iterable[str]]
+) -> None:
+    """Refuse to replace a file of figures of another base, or of checkpoints that are not among these.
+
+    Args:
+        path: JSON with the `base`; earlier: the sources in it.
+
+    Raises:
+        FileError: it is one.
+    """
+    other: list[str] = []
+    with suppress(FileError, LookupError, TypeError, AttributeError):
+        content = read_json(path)
+        other = [] if is_among(content["base"], [base]) else [content["base"]]
+        other += [source for source in earlier(content) if not is_among(source, sources)]
+    if other:
+        raise FileError(f"{path} has figures of {other[0]}: choose another --out, or replace them with --overwrite")
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether a folder holds a summary.json, or a report.html alone, that nothing of ours wrote."""
+    summary, page = folder / "summary.json", folder / "report.html"
+    if summary.is_file():
+        with suppress(FileError):
+            return "runs" not in read_json(summary)
+        return False
+    return page.is_file() and b"offprincipal" not in page.read_bytes()
 
 
 def is_among(source: str, others: Iterable[str]) -> bool:

@@ -7,8 +7,9 @@ from pathlib import Path
 from offprincipal.checkpoints import hub
 from offprincipal.checkpoints.delta import SUFFIX
 from offprincipal.errors import ArgumentError
+from offprincipal.run_files import DELTAS, MASTERS, RECORD
 
-_STEP = re.compile(r"(?:^|[-_=.@])(?:checkpoint|global_step|step|iter|epoch)?s?[-_=]?([0-9]{1,12})$")
+_STEP = re.compile(r"(?:^|[-_=.@])(?:(?:checkpoint|global_step|step|iter|epoch)s?)?[-_=]?([0-9]{1,12})$")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".distcp", SUFFIX)
 _ENDING = re.compile(r"\.(?:delta|safetensors|gguf|bin|pt|pth|ckpt)$")
 
@@ -24,7 +25,8 @@ def expanded(checkpoints: str | Path | Sequence[str | Path], notes: list[str] | 
     """
     given = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
     if len(given) == 1 and Path(given[0]).is_dir():
-        held = [path for path in Path(given[0]).iterdir() if not path.name.startswith(".")]
+        root = _where_its_way_is(Path(given[0]))
+        held = [path for path in root.iterdir() if not path.name.startswith(".") and path.name != MASTERS]
         inside = [
             path for path in held if (path.is_dir() or path.name.endswith(SUFFIX)) and _step_in(path.name) is not None
         ]
@@ -36,6 +38,12 @@ def expanded(checkpoints: str | Path | Sequence[str | Path], notes: list[str] | 
     if not given:
         raise ArgumentError("no checkpoint given: name at least one, or the run's folder")
     return [one for source in given for one in _revisions(str(source))]
+
+
+def _where_its_way_is(run: Path) -> Path:
+    """The folder of a run that `train` wrote in which its deltas lie; any other folder is its own."""
+    deltas = run / DELTAS
+    return deltas if (run / RECORD).is_file() and deltas.is_dir() and any(deltas.glob(f"*{SUFFIX}")) else run
 
 
 def _revisions(source: str) -> list[str]:

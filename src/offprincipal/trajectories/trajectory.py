@@ -5,6 +5,7 @@ One pass over the files: every tensor of every checkpoint is read once, in block
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,8 @@ import pyarrow.parquet as pq
 from offprincipal.checkpoints import Checkpoint, Part, open_checkpoint
 from offprincipal.comparison.execution import in_order, in_threads, one_core_each, run_on_ray
 from offprincipal.comparison.journal import gather, held, resumable
-from offprincipal.errors import ArgumentError, CheckpointError
-from offprincipal.files import identities, require_folder, require_unchanged, write_atomically, write_json
+from offprincipal.errors import ArgumentError, CheckpointError, FileError
+from offprincipal.files import identities, read_json, require_folder, require_unchanged, write_atomically, write_json
 from offprincipal.geometry.extrapolation import METHODS, Method
 from offprincipal.measures.columns import needs_torch
 from offprincipal.measures.settings import Device, MatrixSettings
@@ -90,6 +91,7 @@ def trajectory(
     skip_broken: bool = False,
     predict: float | None = None,
     predict_by: Method = "linear",
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Trajectory:
     """How weights moved over the checkpoints of a run, every figure beside the random walk of its steps.
@@ -111,6 +113,7 @@ def trajectory(
         skip_broken: go on without checkpoints that cannot be opened, and say so.
         predict: a step; the model that the run would be there is written to `predicted-STEP` in `out`.
         predict_by: `linear`, each weight along its own line; `rank1`, all of them along one direction.
+        overwrite: replace a model that was predicted there in another way.
         progress: called with entries done, entries in all, and the tensor's name.
 
     Raises:
@@ -140,6 +143,8 @@ def trajectory(
         chosen_device(device)
     if predict is not None:
         _require_prediction(work, work.steps, predict, predict_by, out)
+        if out is not None and not overwrite:
+            _require_no_other_prediction(Path(out), predict, predict_by)
     parts = [part for part in work.parts if part.numel]
     most = max((min(part.matrix_shape) for part in parts if work.is_linear(part)), default=0)
     if subspace_rank is not None and subspace_rank > most:
@@ -169,7 +174,7 @@ def trajectory(
         if folder is not None:
             result.write(folder)
             if predict is not None:
-                model = f"predicted-{label_of(predict)}"
+                model = _model_at(predict)
                 gram = np.asarray(result.content["pooled"]["gram"])
                 write_prediction(work, gram, work.steps, predict, predict_by, folder / model, progress)
                 result.content["prediction"] = {"step": predict, "by": predict_by, "model": model}
@@ -215,6 +220,26 @@ def _require_prediction(work: Followed, steps: Sequence[float], at: float, by: s
     if out is None:
         raise ArgumentError("a predicted model is written into the folder `out`: name one")
     require_predictable(work, steps, at)
+
+
+def _model_at(step: float) -> str:
+    """The folder of a predicted model."""
+    return f"predicted-{label_of(step)}"
+
+
+def _require_no_other_prediction(out: Path, at: float, by: str) -> None:
+    """Raises FileError where a model is there that was not predicted in this way."""
+    if not (out / _model_at(at)).exists():
+        return
+    made: Any = None
+    with suppress(FileError, LookupError, TypeError):
+        made = read_json(out / JSON)["prediction"]
+    if not isinstance(made, dict) or (made.get("step"), made.get("by")) != (at, by):
+        how = f"by {made['by']}" if isinstance(made, dict) and made.get("step") == at else "in another way"
+        raise FileError(
+            f"{out / _model_at(at)} holds a model that was predicted {how}: choose another --out, or replace it with "
+            "--overwrite"
+        )
 
 
 def _opening(labels: dict[str, str], base: Checkpoint, warnings: list[str]) -> Iterable[tuple[str, str]]:
