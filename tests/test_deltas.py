@@ -358,3 +358,18 @@ def test_no_file_that_is_not_a_models_is_packed(tmp_path: Path) -> None:
     make_delta(base, run, tmp_path / "run.delta")
     out = apply_delta(base, tmp_path / "run.delta", tmp_path / "out")
     assert {path.name for path in out.iterdir()} == {"config.json", "tokenizer_config.json", "model.safetensors"}
+
+
+def test_no_delta_is_made_of_an_adapter_or_of_another_model(tmp_path: Path) -> None:
+    weights = base_weights()
+    base = write_model(tmp_path / "base", weights)
+    other = write_model(tmp_path / "other", {"transformer.h.0.attn.weight": torch.ones(4, 4)})
+    with pytest.raises(CheckpointError, match="is this the base it was trained from"):
+        make_delta(base, other, tmp_path / "a.delta")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": null, "r": 2}')
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 2)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="is an adapter, which is smaller than a delta.*merge_and_unload"):
+        make_delta(base, adapter, tmp_path / "b.delta")
+    assert not list(tmp_path.glob("*.delta"))

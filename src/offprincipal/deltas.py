@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from offprincipal.checkpoints import Checkpoint, TensorInfo, open_checkpoint
+from offprincipal.checkpoints.adapter import Adapter, is_adapter
 from offprincipal.checkpoints.alignment import key_of
 from offprincipal.checkpoints.checkpoint import FLOATS, INTEGERS
 from offprincipal.checkpoints.delta import (
@@ -26,7 +27,7 @@ from offprincipal.checkpoints.delta import (
 )
 from offprincipal.checkpoints.delta_codec import compressed, encode
 from offprincipal.checkpoints.hostile import is_file
-from offprincipal.checkpoints.safetensors_folder import INDEX, WEIGHTS
+from offprincipal.checkpoints.safetensors_folder import INDEX, WEIGHTS, is_usual
 from offprincipal.checkpoints.writing import Progress, as_tensor, files_beside, write_model
 from offprincipal.errors import ArgumentError, CheckpointError
 from offprincipal.files import new_folder, require_folder, write_atomically
@@ -66,7 +67,8 @@ def make_delta(
         progress: called with entries done, entries in all, and the tensor's name.
 
     Raises:
-        CheckpointError: one cannot be read; ArgumentError: `out` is called otherwise; FileError: it cannot be written.
+        CheckpointError: one cannot be read, they have no tensor in common, or `tuned` is an adapter.
+        ArgumentError: `out` is called otherwise; FileError: it cannot be written.
     """
     path = Path(out)
     if format not in FORMATS:
@@ -75,9 +77,17 @@ def make_delta(
     if path.suffix != ends:
         raise ArgumentError(f"--out {path} is to be a file that ends in {ends}")
     require_folder(path.parent)
+    if Path(tuned).is_dir() and is_adapter(Path(tuned)) and not is_usual(Path(tuned)):
+        raise _of_an_adapter(tuned)
     opened = open_checkpoint(base)
     run = open_checkpoint(tuned)
+    if isinstance(run, Adapter):
+        raise _of_an_adapter(tuned)
     sides = as_stored(opened), as_stored(run)
+    if not {key_of(name) for name in sides[0].tensors} & {key_of(name) for name in sides[1].tensors}:
+        raise CheckpointError(
+            f"no tensor of {run.source} is called as one of {opened.source}: is this the base it was trained from?"
+        )
     write = _write_delta if format == "delta" else _write_sparse
     return write(path, opened, run, sides, progress)
 
@@ -102,6 +112,13 @@ def apply_delta(
     with new_folder(folder, (WEIGHTS, INDEX), overwrite, (*opened.folders, path.parent), "a model") as made:
         write_model(made, file.tensors, file.read, {name: file.text(name) for name in file.index.files}, progress)
     return folder
+
+
+def _of_an_adapter(source: str | Path) -> CheckpointError:
+    return CheckpointError(
+        f"{source} is an adapter, which is smaller than a delta of what it makes: share it as it is, or give the model "
+        "with the adapter merged into it (merge_and_unload, save_pretrained)"
+    )
 
 
 def _write_delta(
