@@ -370,6 +370,6 @@ def test_no_delta_is_made_of_an_adapter_or_of_another_model(tmp_path: Path) -> N
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": null, "r": 2}')
     save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 2)}, adapter / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match="is an adapter, which is smaller than a delta.*merge_and_unload"):
+    with pytest.raises(CheckpointError, match=r"is an adapter, which is smaller than a delta.*merge_and_unload"):
         make_delta(base, adapter, tmp_path / "b.delta")
     assert not list(tmp_path.glob("*.delta"))

@@ -146,6 +146,21 @@ def test_kl_is_right_where_the_new_policy_all_but_excludes_a_token() -> None:
     assert kl_per_token(new, old).item() == pytest.approx(3 + math.log1p(math.exp(-3)))
 
 
+@given(st.integers(0, 50), st.sampled_from([torch.float32, torch.float64]))
+def test_an_update_without_a_principal_part_has_none(seed: int, dtype: torch.dtype) -> None:
+    """What a projection leaves of it is rounding, whose curvature would be a figure of nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    W, D = (torch.randn(48, 32, generator=generator, dtype=torch.float64) for _ in range(2))
+    U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+    U, V = U[:, :4], Vh[:4].T
+    outside = (D - U @ (U.T @ D @ V) @ V.T).to(dtype)
+    space = PrincipalSpace(U.to(dtype), V.to(dtype), torch.ones(48, 32, dtype=torch.bool))
+    assert not space.part(outside, "update_principal").any()
+    assert torch.allclose(space.part(outside, "update_complement"), outside, atol=1e-5)
+    assert space.part(D.to(dtype), "update_principal").any()
+    assert not space.part((U @ V.T).to(dtype), "update_complement").any()
+
+
 # --- the Fisher form ---
 
 

@@ -21,6 +21,7 @@ from offprincipal.geometry.principal import PrincipalSubspace, principal_rank
 
 UpdateDirection = Literal["update_principal", "update_complement"]
 RandomDirection = Literal["random_principal", "random_complement", "random_on_mask", "random_off_mask"]
+_NOISE = 16  # times the type's precision and the norm of an update: what its projection may be off
 UPDATE_DIRECTIONS: tuple[UpdateDirection, ...] = ("update_principal", "update_complement")
 RANDOM_DIRECTIONS: tuple[RandomDirection, ...] = (
     "random_principal",
@@ -70,9 +71,11 @@ class PrincipalSpace:
         return self.U @ (self.U.T @ D @ self.V) @ self.V.T
 
     def part(self, D: Tensor, direction: UpdateDirection) -> Tensor:
-        """The principal part of an update, or the rest of it."""
+        """The principal part of an update, or the rest of it; zero where it is no more than its own rounding."""
         principal = self.principal(D)
-        return principal if direction == "update_principal" else D - principal
+        found = principal if direction == "update_principal" else D - principal
+        noise = _NOISE * torch.finfo(D.dtype).eps * torch.linalg.vector_norm(D)
+        return found if torch.linalg.vector_norm(found) > noise else torch.zeros_like(D)
 
     def random(self, direction: RandomDirection, generator: torch.Generator) -> Tensor:
         """A Gaussian direction of unit Frobenius norm; zero where its support is empty."""
