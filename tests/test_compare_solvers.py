@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare
-from offprincipal.comparison.cache import DEFAULT_LIMIT, BaseCache, Kept, cache_folder
+from offprincipal.comparison.cache import DEFAULT_LIMIT, BaseCache, Kept
 from offprincipal.comparison.measure import Row
+from offprincipal.files import cache_folder
 from offprincipal.measures.pair import BaseMatrix
 from offprincipal.measures.settings import Solver
 from offprincipal.measures.spectral import BaseSpectrum

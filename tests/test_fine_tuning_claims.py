@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from outcome_rows import Row, curve_rows, masked, matched_row, sweep, write_outcomes
 
+from offprincipal.geometry.students_t import student, t_quantile
 from offprincipal.outcomes.curves import area_between, areas_between_seeds, areas_to_full, curves_by_run, runs_by_mask
 from offprincipal.paper.claims import Evidence, judge
 from offprincipal.paper.claims.units import OverUnits
-from offprincipal.students_t import student, t_quantile
 
 NONE = "no effect beyond the control"
 FULL_CURVE = (1.0, 2.0, 3.0, 4.0)

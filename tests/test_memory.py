@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from offprincipal import memory
 from offprincipal.comparison import CompareSettings, MatrixSettings, compare
 from offprincipal.comparison.execution import run_in_threads
-from offprincipal.comparison.memory_needs import bytes_needed
 from offprincipal.comparison.work import Work
 from offprincipal.errors import ArgumentError
 from offprincipal.geometry import nulls, principal, scan, spectrum
@@ -80,7 +79,7 @@ class Counted(Work):
         own = vars(self)
         with own["lock"]:
             own["now"].append(part)
-            own["most"].append((len(own["now"]), sum(bytes_needed(self, other) for other in own["now"])))
+            own["most"].append((len(own["now"]), sum(self.bytes_needed(other) for other in own["now"])))
         try:
             return super().measure(part, known)
         finally:
@@ -95,7 +94,7 @@ def test_no_more_are_in_flight_than_fit_and_the_largest_come_first(
     base, runs = sources
     work = Counted(str(base), {name: str(path) for name, path in runs.items()}, APPROXIMATE)
     vars(work).update(lock=threading.Lock(), now=[], most=[])
-    largest = max(bytes_needed(work, part) for part in work.parts)
+    largest = max(map(work.bytes_needed, work.parts))
     found = list(run_in_threads(work, Counted.measure, work.parts, 8, matrices * largest))
     assert {part.name for part, _ in found} == {part.name for part in work.parts}
     assert max(need for _, need in vars(work)["most"]) <= matrices * largest

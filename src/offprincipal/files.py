@@ -263,3 +263,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FileError(f"{path} holds no JSON object. Give a folder that offprincipal wrote")
     return content
+
+
+def cache_folder() -> Path:
+    """Where bases are kept: `$OFFPRINCIPAL_CACHE`, or `offprincipal/bases` under the user's cache folder.
+
+    Raises:
+        FileError: the user has no home, and neither variable is set.
+    """
+    if chosen := os.environ.get("OFFPRINCIPAL_CACHE"):
+        return Path(chosen)
+    try:
+        user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise FileError("there is no home folder to keep bases in: set OFFPRINCIPAL_CACHE to a folder") from error
+    return user / "offprincipal" / "bases"

@@ -135,7 +135,8 @@ app.add_typer(cache_app, name="cache", rich_help_panel=VIEWING)
 @cache_app.command("info")
 def cache_info() -> None:
     """Say where decomposed bases are kept, and how much they take."""
-    from offprincipal.comparison.cache import BaseCache, cache_folder
+    from offprincipal.comparison.cache import BaseCache
+    from offprincipal.files import cache_folder
     from offprincipal.reports.terminal import cache_line
 
     say(cache_line(BaseCache(cache_folder()).info()))
@@ -144,7 +145,8 @@ def cache_info() -> None:
 @cache_app.command("clear")
 def cache_clear() -> None:
     """Remove all decomposed bases."""
-    from offprincipal.comparison.cache import BaseCache, cache_folder
+    from offprincipal.comparison.cache import BaseCache
+    from offprincipal.files import cache_folder
     from offprincipal.reports.terminal import cache_line
 
     say(f"removed: {cache_line(BaseCache(cache_folder()).clear())}")

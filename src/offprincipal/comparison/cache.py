@@ -29,21 +29,6 @@ T = TypeVar("T")
 Kept = tuple[dict[str, "Tensor"], dict[str, str]]  # tensors by name, and words about them
 
 
-def cache_folder() -> Path:
-    """Where bases are kept: `$OFFPRINCIPAL_CACHE`, or `offprincipal/bases` under the user's cache folder.
-
-    Raises:
-        FileError: the user has no home, and neither variable is set.
-    """
-    if chosen := os.environ.get("OFFPRINCIPAL_CACHE"):
-        return Path(chosen)
-    try:
-        user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError as error:
-        raise FileError("there is no home folder to keep bases in: set OFFPRINCIPAL_CACHE to a folder") from error
-    return user / "offprincipal" / "bases"
-
-
 @dataclass(frozen=True)
 class CacheInfo:
     """Where the cache is, how many matrices it holds, and their size on disk in bytes."""

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offprincipal.checkpoints import Part
-from offprincipal.comparison.cache import cache_folder
 from offprincipal.comparison.execution import run_in_threads, run_on_ray
 from offprincipal.comparison.journal import gather, held, journal_key, resumable, versions
 from offprincipal.comparison.lineage import lineage_warnings
 from offprincipal.comparison.measure import Row, TensorRows
-from offprincipal.comparison.memory_needs import bytes_needed
 from offprincipal.comparison.result import Comparison
 from offprincipal.comparison.reuse import (
     Before,
@@ -28,7 +26,7 @@ from offprincipal.comparison.reuse import (
 from offprincipal.comparison.tables import TABLES
 from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError, FileError
-from offprincipal.files import identities, require_unchanged
+from offprincipal.files import cache_folder, identities, require_unchanged
 from offprincipal.measures.pooling import anatomy, pool_pair, pool_run
 from offprincipal.memory import SHARE, free_memory
 
@@ -158,8 +156,8 @@ def _budget(work: Work, memory: int | None) -> int:
         raise ArgumentError(f"memory is {memory} bytes: give at least 1")
     free = free_memory()
     budget = int(SHARE * free) if memory is None else memory
-    widest = max(work.parts, key=lambda part: bytes_needed(work, part))
-    largest = bytes_needed(work, widest)
+    widest = max(work.parts, key=work.bytes_needed)
+    largest = work.bytes_needed(widest)
     if largest > _HOPELESS * max(free, budget):
         raise ArgumentError(
             f"{widest.name} of {widest.numel:,} entries takes some {largest / 1e9:.0f} GB, and "

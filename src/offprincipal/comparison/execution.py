@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 from threadpoolctl import threadpool_limits
 
 from offprincipal.checkpoints import Part
-from offprincipal.comparison.memory_needs import bytes_needed
 from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError, OffPrincipalError, install_command
 from offprincipal.measures.columns import needs_torch
@@ -41,7 +40,7 @@ def run_in_threads(
         measure: of the work and a part.
         budget: bytes that the matrices in flight may take together; one that needs more is measured alone.
     """
-    needs = {part.name: bytes_needed(work, part) for part in parts}
+    needs = {part.name: work.bytes_needed(part) for part in parts}
     with one_core_each(needs_torch(work.settings.metrics)):
         yield from in_threads(partial(measure, work), parts, threads, needs, budget)
 

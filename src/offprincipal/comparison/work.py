@@ -28,7 +28,7 @@ from offprincipal.comparison.measure import TensorRows, measure_matrix, measure_
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor, meant
 from offprincipal.geometry.scan import require_storable
 from offprincipal.measures.changes import Block
-from offprincipal.measures.columns import GROUPS, Group
+from offprincipal.measures.columns import GROUPS, Group, decomposes_base
 from offprincipal.measures.settings import MatrixSettings
 
 _LINE = 1 << 12  # entries of a tensor that is no matrix, laid out as lines of so many
@@ -222,6 +222,22 @@ class Work:
             torch.cuda.empty_cache()
             found = measure(settings=replace(matrix, device="cpu"), cache=cache)
             return replace(found, fallbacks=dict.fromkeys(self.runs.keys() - set(known), "memory"))
+
+    def bytes_needed(self, part: Part) -> int:
+        """What measuring one tensor takes at most, beside what every comparison takes.
+
+        Measured on matrices of 1 to 45 million entries (`benchmarks/RESULTS.md`, e), and rounded up. It decides how
+        many are measured at once, never how.
+        """
+        if not self.is_linear(part) or self.settings.metrics == ("changes",):
+            return 1 << 26  # read in blocks
+        if decomposes_base(self.settings.metrics):
+            entry, each = 48, 8
+        elif "update" in self.settings.metrics:
+            entry, each = 18, 8
+        else:
+            entry, each = 10, 6
+        return part.numel * (entry + (each + 2) * len(self.runs) + 12 * len(self.masters))
 
     def read(self, checkpoint: Checkpoint, part: Part) -> Array:
         """A part as one checkpoint stores it."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from offprincipal.gates.directions import PAIRS
 from offprincipal.gates.forward import Array
 from offprincipal.gates.statistics import interval, resampled_means, sign_test, standard_errors, units_wanted
-from offprincipal.students_t import student
+from offprincipal.geometry.students_t import student
 
 LEAST_DRAWS = 8
 

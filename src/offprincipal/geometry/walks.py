@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offprincipal.students_t import t_quantile
+from offprincipal.geometry.students_t import t_quantile
 
 Floats = NDArray[np.float64]
 Array = NDArray[Any]

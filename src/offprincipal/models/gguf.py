@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from offprincipal.comparison.cache import cache_folder
 from offprincipal.errors import ModelError, install_command
-from offprincipal.files import exclusively, new_folder, require_folder, write_atomically
+from offprincipal.files import cache_folder, exclusively, new_folder, require_folder, write_atomically
 from offprincipal.models.quiet import quiet_libraries
 
 SUFFIX = ".gguf"

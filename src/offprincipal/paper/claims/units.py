@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from offprincipal.students_t import student, t_quantile
+from offprincipal.geometry.students_t import student, t_quantile
 
 
 @dataclass(frozen=True)
