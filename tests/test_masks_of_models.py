@@ -1,5 +1,6 @@
 """Masks of a model's matrices: which entries each kind holds, what a density means, and what the file is tied to."""
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -176,8 +177,33 @@ def test_modules_are_named_by_endings_or_by_a_regular_expression(model: torch.nn
     assert set(by_ending) == {name for name, _ in model.named_parameters() if re.search("[qv]_proj.weight$", name)}
     assert set(make_masks(model, "random", 0.5, target_modules=r".*\.[qv]_proj")) == set(by_ending)
     assert set(make_masks(model, "random", 0.5, target_modules="q_proj")) < set(by_ending)
-    with pytest.raises(AdapterError, match="is no regular expression"):
+    with pytest.raises(AdapterError, match="is not a regular expression"):
         make_masks(model, "random", 0.5, target_modules="(")
+
+
+@pytest.mark.parametrize("chosen", [["q_proj", "w_pack"], ["w_pack"], "w_pack", []])
+def test_every_name_has_to_match(model: torch.nn.Module, chosen: Any) -> None:
+    with pytest.raises(AdapterError, match="no linear matrix named w_pack" if chosen else r"target_modules is \[\]"):
+        make_masks(model, "low_magnitude", target_modules=chosen)
+
+
+def test_an_expression_of_the_shell_is_told_from_a_regular_one(model: torch.nn.Module) -> None:
+    with pytest.raises(AdapterError, match="for every name that ends so give 'q_proj'"):
+        make_masks(model, "low_magnitude", target_modules="*.q_proj")
+
+
+def test_a_model_without_its_weights_is_refused(model: torch.nn.Module, tmp_path: Path) -> None:
+    make_masks(model, "low_magnitude", 0.5).save(tmp_path / "masks.safetensors")
+    empty = copy.deepcopy(model).to("meta")
+    for attempt in (lambda: make_masks(empty, "safe"), lambda: Masks.load(tmp_path / "masks.safetensors", empty)):
+        with pytest.raises(AdapterError, match="are not loaded"):
+            attempt()
+
+
+@pytest.mark.parametrize("settings", [{"density": "0.2"}, {"rank_fraction": None}])
+def test_settings_that_are_not_numbers_are_refused(model: torch.nn.Module, settings: Any) -> None:
+    with pytest.raises(AdapterError, match="give a number"):
+        make_masks(model, "safe", **settings)
 
 
 def test_a_mask_that_would_name_no_matrix_is_refused(model: torch.nn.Module) -> None:

@@ -79,3 +79,19 @@ def test_a_density_that_no_rank_comes_near_is_refused(density: float) -> None:
 def test_a_density_outside_its_range_is_refused(tiny_model: Path) -> None:
     with pytest.raises(AdapterError, match=r"outside \(0, 1\]"):
         shira(open_language_model(tiny_model, "cpu").model, "safe", 0.0)
+
+
+def test_the_density_that_is_trained_is_said_where_it_is_another(
+    tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = open_language_model(tiny_model, "cpu")
+    model = shira(opened, "safe", 0.2)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    share = trained / sum(p.numel() for name, p in model.named_parameters() if "proj.base_layer" in name)
+    assert abs(share - 0.2) > 0.002 and f"density {share:.4g}, not 0.2" in caplog.text
+    with pytest.raises(AdapterError, match="has an adapter already"):
+        shira(model, "safe", 0.2)
+    with pytest.raises(AdapterError, match="density is None"):
+        shira(open_language_model(tiny_model, "cpu"), "safe", None)  # type: ignore[arg-type]
+    with pytest.raises(AdapterError, match="no linear matrix named nope"):
+        shira(open_language_model(tiny_model, "cpu").model, "safe", 0.2, target_modules=["q_proj", "nope"])

@@ -214,6 +214,29 @@ def test_a_loaded_state_shares_no_memory_with_the_one_it_came_from() -> None:
     assert all(torch.equal(first.state[one.weight][key], kept[key]) for key in kept)
 
 
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("density", [0.02, 0.5])
+def test_weights_that_are_loaded_are_what_is_trained_on(steps: int, kind: torch.dtype, density: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    W, loaded = (torch.randn(64, 48, generator=draw).to(kind) for _ in range(2))
+    masks = {"weight": random_mask(W.shape, density, draw)}
+    layer = layer_of(W)
+    optimizer = SparseAdamW(layer.named_parameters(), masks, lr=1e-2)
+    train(layer, optimizer, steps, seed=1)
+    optimizer.state_dict()  # as accelerate's prepare asks for: masters exist from here on
+    kept = optimizer.state[layer.weight]["master"].clone()
+    same = torch.arange(64)[:, None] % 2 == torch.zeros(48)  # every other row is loaded as it is
+    layer.load_state_dict({"weight": torch.where(same, layer.weight.detach(), loaded)})
+    before = layer.weight.detach().clone()
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(layer, optimizer, 1, seed=2)
+    assert torch.equal(layer.weight, before)
+    masters, active = optimizer.state[layer.weight]["master"], masks["weight"]
+    assert torch.equal(masters[same[active]], kept[same[active]])  # with the digits that the weight does not show
+    assert torch.equal(masters[~same[active]].to(kind), loaded[~same & active])
+
+
 def test_a_copied_optimizer_trains_on_by_itself() -> None:
     layer = layer_of(torch.randn(8, 8))
     optimizer = SparseAdamW(layer.named_parameters(), {"weight": torch.eye(8) > 0})
@@ -233,6 +256,16 @@ def test_a_state_of_other_masks_is_refused() -> None:
     bare = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters())
     with pytest.raises(AdapterError, match="trained 2 parameters, this one 1"):
         two.load_state_dict(bare.state_dict())
+    layer = layer_of(W)
+    dense = torch.optim.AdamW(layer.parameters())
+    train(layer, dense, 1, seed=0)
+    with pytest.raises(AdapterError, match="of weight is of another optimizer"):
+        two.load_state_dict(dense.state_dict())
+    for stored, opened in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        theirs = SparseAdamW(layer_of(W.to(stored)).named_parameters(), masks[0])
+        ours = SparseAdamW(layer_of(W.to(opened)).named_parameters(), masks[0])
+        with pytest.raises(AdapterError, match=f"of another type than {opened}"):
+            ours.load_state_dict(theirs.state_dict())
 
 
 def test_groups_keep_their_own_settings_and_parameters_without_masks_stay() -> None:
@@ -266,9 +299,15 @@ def test_other_bad_arguments_are_refused() -> None:
     layer, masks = layer_of(torch.ones(2, 2)), {"weight": torch.ones(2, 2, dtype=torch.bool)}
     with pytest.raises(AdapterError, match=r"give the model or its named_parameters\(\)"):
         SparseAdamW(layer.parameters(), masks)  # type: ignore[arg-type]
-    for settings in ({"lr": -1.0}, {"eps": float("nan")}, {"betas": (0.9, 1.0)}, {"weight_decay": -0.1}):
+    odd: list[dict[str, Any]] = [{"lr": -1.0}, {"eps": float("nan")}, {"betas": (0.9, 1.0)}, {"weight_decay": -0.1}]
+    odd += [{"lr": "1e-3"}, {"weight_decay": None}, {"betas": 0.9}, {"betas": (0.9,)}]
+    for settings in odd:
         with pytest.raises(AdapterError, match=next(iter(settings))):
-            SparseAdamW(layer.named_parameters(), masks, **settings)  # type: ignore[arg-type]
+            SparseAdamW(layer.named_parameters(), masks, **settings)
+    with pytest.raises(AdapterError, match="the model is a int"):
+        SparseAdamW(3, masks)  # type: ignore[arg-type]
+    with pytest.raises(AdapterError, match="1 parameters that have a mask are in no group, the first weight"):
+        SparseAdamW([{"params": [("bias", torch.zeros(2))]}], masks)
     quantised = [("weight", torch.ones(2, 2, dtype=torch.int8))]
     with pytest.raises(AdapterError, match="weight is quantised"):
         SparseAdamW(quantised, masks)
@@ -300,6 +339,26 @@ def test_a_trainer_leaves_every_entry_outside_the_mask_as_it_was(tiny_model: Pat
             assert torch.equal(tensor, before[name])
     saved = torch.load(tmp_path / "checkpoint-4" / "optimizer.pt", weights_only=True)
     SparseAdamW(model.named_parameters(), masks).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("wrapped", [torch.compile, torch.nn.DataParallel])
+def test_masks_of_a_model_hold_for_it_compiled_or_wrapped(wrapped: Any, tiny_model: Path) -> None:
+    opened = open_language_model(tiny_model, "cpu")
+    masks = make_masks(opened.model, "safe", 0.3)
+    inside = wrapped(opened.model)
+    again = make_masks(inside, "safe", 0.3)
+    assert all(torch.equal(masks[name], again[name]) for name in masks) and again.base == masks.base
+    opened.model.model.layers[0] = (
+        wrapped(opened.model.model.layers[0]) if wrapped is torch.compile else (opened.model.model.layers[0])
+    )
+    masks.require_base(inside)
+    trained = [
+        {id(p) for group in SparseAdamW(given, masks).param_groups for p in group["params"]}
+        for given in (opened, opened.model, inside, inside.named_parameters())
+    ]
+    assert all(ids == trained[0] for ids in trained) and len(trained[0]) == len(masks)
+    masks.freeze_others(inside)
+    assert {id(p) for p in opened.model.parameters() if p.requires_grad} == trained[0]
 
 
 def test_two_processes_of_fsdp2_train_as_one(tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offprincipal.adapters.given import module_of
-from offprincipal.adapters.weight_masks import Masks, base_hash, packed
+from offprincipal.adapters.given import require_number, unwrapped
+from offprincipal.adapters.weight_masks import Masks, base_hash, packed, require_loaded
 from offprincipal.checkpoints import (
     Checkpoint,
     open_checkpoint,
@@ -35,7 +35,7 @@ from offprincipal.checkpoints import (
     place_of,
 )
 from offprincipal.checkpoints.matrices import ModelMatrix, matrices_of
-from offprincipal.checkpoints.roles import LINEAR_ROLES
+from offprincipal.checkpoints.roles import LINEAR_ROLES, WRAPPERS
 from offprincipal.defaults import DENSITY, RANK_FRACTION
 from offprincipal.errors import AdapterError, NonFiniteTensor
 from offprincipal.geometry.draws import generator_of
@@ -66,7 +66,7 @@ def make_masks(
 
     Args:
         model: the base, with its weights as they are before training; fused projections and stacked experts are masked
-            matrix by matrix.
+            matrix by matrix. Of a compiled or wrapped one, masks have the names of what is inside.
         kind: which entries come first; see the module.
         density: trainable entries over all, 0 < density <= 1. None takes 0.5; of `safe`, what `low_magnitude` ∪
             ¬`principal` at 0.5 holds; of `from_run`, all that the run changed.
@@ -79,8 +79,8 @@ def make_masks(
         run: for `from_run`, the base and the tuned checkpoint of that run: anything that `compare` opens.
 
     Raises:
-        AdapterError: the density is outside (0, 1] or more than the run changed, no matrix is named, weights are
-            quantised, or the run's base is another.
+        AdapterError: the density is outside (0, 1] or more than the run changed, a name matches no matrix, weights are
+            quantised or not loaded, or the run's base is another.
         CheckpointError: the run cannot be read, or is of another architecture.
         NonFiniteTensor: a weight is NaN or infinite.
 
@@ -90,14 +90,15 @@ def make_masks(
     0.25
     """
     require_settings(kind, density, scope, rank_fraction, run)
-    model, target_modules = module_of(model), None if target_modules == ALL_LINEAR else target_modules
-    matrices = list(linear_matrices(model, target_modules))
+    model = unwrapped(model)
+    matrices = linear_matrices(model, target_modules)
     orders = _orders(kind, rank_fraction, seed, run, model)
     groups = [matrices] if scope == "global" else [[matrix] for matrix in matrices]
     masks: dict[str, torch.Tensor] = {}
     for group in groups:
         for matrix, chosen in zip(group, _chosen(group, orders, kind, density), strict=True):
-            mask = masks.setdefault(matrix.parameter_name, torch.zeros(matrix.parameter.shape, dtype=torch.bool))
+            name = WRAPPERS.sub("", matrix.parameter_name)
+            mask = masks.setdefault(name, torch.zeros(matrix.parameter.shape, dtype=torch.bool))
             matrix.part.put(mask, torch.from_numpy(chosen))
     masks = {name: mask for name, mask in masks.items() if bool(mask.any())}
     if not masks:
@@ -106,25 +107,39 @@ def make_masks(
     return packed(masks, base_hash(model, masks), about)
 
 
-def linear_matrices(model: torch.nn.Module, target_modules: str | Sequence[str] | None = None) -> Iterator[ModelMatrix]:
+def linear_matrices(model: torch.nn.Module, target_modules: str | Sequence[str] | None = None) -> list[ModelMatrix]:
     """The attention and MLP projections of a model, fused ones and experts one by one.
 
     Raises:
-        AdapterError: there are none, or their weights are quantised.
+        AdapterError: there are none, one of the names matches none, or their weights are quantised or not loaded.
     """
-    found = False
+    target_modules = None if target_modules == ALL_LINEAR else target_modules
+    chosen = []
     for matrix in matrices_of(model):
-        if not is_target(matrix.parameter_name.removesuffix(".weight"), target_modules):
+        if not is_target(_module_name(matrix), target_modules):
             continue
         if place_of(matrix.part.tensor).role in LINEAR_ROLES:
             require_trainable_type(matrix.parameter_name, matrix.parameter)
         if matrix.part.is_linear and matrix.parameter.is_floating_point():
-            found = True
-            yield matrix
-    if not found:
-        names = [target_modules] if isinstance(target_modules, str) else target_modules
-        asked = "" if names is None else f" named {', '.join(names)}"
-        raise AdapterError(f"{type(model).__name__} has no linear matrix{asked}: name modules of its attention or MLP")
+            require_loaded(matrix.parameter_name, matrix.parameter)
+            chosen.append(matrix)
+    asked = [target_modules] if isinstance(target_modules, str) else target_modules
+    if asked is not None and not asked:
+        raise AdapterError(f"target_modules is {target_modules!r}: name modules, or leave it out for all")
+    for wanted in asked or ():
+        of_all = target_modules if isinstance(target_modules, str) else [wanted]
+        if not any(is_target(_module_name(matrix), of_all) for matrix in chosen):
+            raise AdapterError(
+                f"{type(model).__name__} has no linear matrix named {wanted}: name modules of its attention or MLP"
+            )
+    if not chosen:
+        raise AdapterError(f"{type(model).__name__} has no linear matrix: masks are of attention and MLP projections")
+    return chosen
+
+
+def _module_name(matrix: ModelMatrix) -> str:
+    """As the model names the module that a matrix is the weight of; of a parameter of another name, the parameter."""
+    return WRAPPERS.sub("", matrix.parameter_name).removesuffix(".weight")
 
 
 def require_trainable_type(name: str, parameter: torch.Tensor) -> None:
@@ -142,11 +157,11 @@ def require_settings(
     """Raises AdapterError where there is no such mask, or a number is out of range."""
     if kind not in KINDS:
         raise AdapterError(f"there is no mask {kind!r}: choose {', '.join(KINDS)}")
-    if density is not None and not 0 < density <= 1:
+    if density is not None and not 0 < require_number("density", density) <= 1:
         raise AdapterError(f"density {density} is outside (0, 1]: choose the share of entries that may be trained")
     if scope not in get_args(Scope):
         raise AdapterError(f"there is no scope {scope!r}: choose matrix or global")
-    if not 0 < rank_fraction <= 1:
+    if not 0 < require_number("rank_fraction", rank_fraction) <= 1:
         raise AdapterError(f"rank_fraction {rank_fraction} is outside (0, 1]: choose the principal subspace's share")
     if (kind == "from_run") != (run is not None):
         raise AdapterError("run=(base, tuned) and the mask from_run belong together: give both or neither")
@@ -323,6 +338,11 @@ def is_target(module: str, target_modules: str | Sequence[str] | None) -> bool:
             if re.fullmatch(target_modules, module):
                 return True
         except re.error as error:
-            raise AdapterError(f"target_modules {target_modules!r} is no regular expression: {error}") from error
+            hint = (
+                f"; for every name that ends so give '{target_modules.lstrip('*.')}'" if "*" in target_modules else ""
+            )
+            raise AdapterError(
+                f"target_modules {target_modules!r} is not a regular expression: {error}{hint}"
+            ) from error
         target_modules = [target_modules]
     return any(f".{module}".endswith(f".{target}") for target in target_modules)

@@ -5,6 +5,7 @@ as nearly as that allows. Knows nothing of how entries are chosen, nor of traini
 """
 
 import importlib
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor
 
 from offprincipal.adapters.choosing import Kind, linear_matrices, make_masks, require_settings
+from offprincipal.adapters.given import require_no_adapter, unwrapped
 from offprincipal.defaults import RANK_FRACTION
 from offprincipal.errors import AdapterError
 
 MaskFunction = Callable[..., Tensor]
+LOG = logging.getLogger("offprincipal")
+_SAID_FROM = 0.01  # relative: how far a density may be from what was asked for without a word
 
 
 def shira(
@@ -38,18 +42,26 @@ def shira(
     Args:
         model: the base, whose targets are `torch.nn.Linear`.
         kind, target_modules, rank_fraction, seed, run: as of `make_masks`.
-        density: of all targets together, met as nearly as a whole r allows; of one matrix it is r·(n + m)/(n·m).
+        density: of all targets together, met as nearly as a whole r allows, which is logged where it is another; of one
+            matrix it is r·(n + m)/(n·m).
 
     Raises:
-        AdapterError: peft is not installed, a target is no plain `torch.nn.Linear`, no r comes near the density, or
-            what `make_masks` refuses.
+        AdapterError: peft is not installed, the model has an adapter already, a target is not a plain
+            `torch.nn.Linear`, no r comes near the density, or what `make_masks` refuses.
 
     Source: Bhardwaj et al., SHiRA, arXiv 2406.13175.
     """
     require_settings(kind, density, "matrix", rank_fraction, run)
-    peft = _peft()
+    if density is None:
+        raise AdapterError("density is None: give the share of entries that SHiRA trains")
+    model, peft = unwrapped(model), _peft()
+    require_no_adapter(model)
     layers = _linear_layers(model, target_modules)
-    r = shira_rank(density, [tuple(layer.weight.shape) for layer in layers.values()])
+    shapes = [tuple(layer.weight.shape) for layer in layers.values()]
+    r = shira_rank(density, shapes)
+    held = r * sum(map(sum, shapes)) / sum(map(math.prod, shapes))
+    if abs(held - density) > _SAID_FROM * density:
+        LOG.warning("SHiRA trains r·(n + m) entries of a matrix: density %.4g, not %.4g, with r = %d", held, density, r)
     masks: dict[torch.nn.Module, Tensor] = {}
     for name, layer in layers.items():
         n, m = layer.weight.shape

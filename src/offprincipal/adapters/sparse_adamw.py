@@ -4,8 +4,8 @@ An entry outside its mask is never written, by the step or by weight decay. Know
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -14,8 +14,10 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from offprincipal.adapters.choosing import require_trainable_type
+from offprincipal.adapters.given import require_number, unwrapped
 from offprincipal.adapters.sparse_index import blocks_of, count_active, entries_of, index_of
 from offprincipal.adapters.sparse_shards import gathered, spread
+from offprincipal.checkpoints.roles import WRAPPERS
 from offprincipal.errors import AdapterError
 
 _OWN = ("exp_avg", "exp_avg_sq", "index", "master")  # of the types given here, whatever the parameter's
@@ -35,9 +37,12 @@ class SparseAdamW(Optimizer):
     these become tensors of the parameter's shape, sharded as it is, which `torch.distributed.checkpoint` saves, and
     loads at any number of processes.
 
+    Half-precision weights have float32 masters. A weight that something else wrote, as loading does, is the truth: its
+    master is taken from it at the next step.
+
     Args:
-        params: a module or its `named_parameters()`, or groups whose `params` are such pairs. Parameters without a mask
-            are left out, and stay as they are.
+        params: a module or its `named_parameters()`, compiled or wrapped too, or groups whose `params` are such pairs.
+            Parameters without a mask are left out, and stay as they are.
         masks: parameter name -> bool tensor of its shape: `Masks`, or any mapping.
         lr, betas, eps, weight_decay: as of `torch.optim.AdamW`.
 
@@ -137,7 +142,7 @@ class SparseAdamW(Optimizer):
         """Continue where another optimizer with the same masks stopped; also in an optimizer that has not stepped.
 
         Raises:
-            AdapterError: that one had other masks, parameters or shards.
+            AdapterError: that one had other masks, parameters, types of weights or shards, or was not a SparseAdamW.
         """
         self._forget_replaced_parameters()
         named = list(self._named())
@@ -152,17 +157,17 @@ class SparseAdamW(Optimizer):
             index = self._index(name, parameter)
             if i in state_dict["state"]:
                 saved[i] = gathered(state_dict["state"][i], name, _local(parameter).shape)
-                if "index" in saved[i] and not torch.equal(saved[i]["index"].cpu(), index.cpu()):
+                _require_own(saved[i], name, parameter)
+                if not torch.equal(saved[i]["index"].cpu(), index.cpu()):
                     raise AdapterError(
                         f"the saved optimizer trained other entries of {name}: continue with the masks it was started "
                         "with"
                     )
         super().load_state_dict({**state_dict, "state": saved})
         for i, (_, parameter) in zip(ids, named, strict=True):  # torch casts state to the parameter's type
-            if "step" in self.state[parameter]:
+            if i in saved:
                 self.state[parameter]["step"] = self.state[parameter]["step"].clone()
-            for key in _OWN:
-                if key in saved.get(i, {}):
+                for key in saved[i].keys() & set(_OWN):
                     self.state[parameter][key] = saved[i][key].to(_local(parameter).device, copy=True)
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
@@ -195,7 +200,7 @@ class SparseAdamW(Optimizer):
 def _fresh_state(parameter: Tensor, index: Tensor) -> dict[str, Tensor]:
     """Moments of zero, and masters equal to the weights where these are of half precision."""
     active = count_active(index, parameter.numel())
-    kind = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    kind = _wide(parameter)
     state = {
         "step": torch.tensor(0.0),
         "exp_avg": torch.zeros(active, dtype=kind, device=parameter.device),
@@ -213,7 +218,9 @@ def _step(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict
     first = 0
     for entries in blocks_of(state["index"], parameter.numel()):
         here = slice(first, first := first + len(entries))
-        values = state["master"][here] if "master" in state else weights[entries]
+        values = weights[entries]
+        if "master" in state:
+            values = _followed(state["master"][here], values)
         adamw(
             [values],
             [gradients[entries].to(values.dtype)],
@@ -234,31 +241,71 @@ def _step(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict
     state["step"] += 1
 
 
+def _followed(masters: Tensor, stored: Tensor) -> Tensor:
+    """The masters, taken anew where the stored weight is not the master, rounded: something else wrote it."""
+    return masters.copy_(torch.where(masters.to(stored.dtype) == stored, masters, stored.to(masters.dtype)))
+
+
+def _wide(parameter: Tensor) -> torch.dtype:
+    """What moments and masters are kept in."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def _require_own(saved: Mapping[str, Tensor], name: str, parameter: Tensor) -> None:
+    """Raises AdapterError where a saved state is not that of a parameter of this type under a mask."""
+    if not {"step", "exp_avg", "exp_avg_sq", "index"} <= saved.keys():
+        raise AdapterError(f"the saved state of {name} is of another optimizer: give the state of a SparseAdamW")
+    halves = parameter.dtype != _wide(parameter)
+    if saved["exp_avg"].dtype != _wide(parameter) or ("master" in saved) != halves:
+        raise AdapterError(
+            f"the saved state of {name} is of weights of another type than {parameter.dtype}: open the model in the "
+            "type that it was trained in"
+        )
+
+
 def _masked_groups(
     params: torch.nn.Module | Named | Iterable[dict[str, Any]], masks: Mapping[str, Tensor]
 ) -> list[dict[str, Any]]:
     """Groups of those parameters that have a mask, with their names; every mask has one."""
-    given: list[Any] = list(params.named_parameters() if isinstance(params, torch.nn.Module) else params)
-    found = _groups_of(given if given and isinstance(given[0], dict) else [{"params": given}], masks)
+    is_model = isinstance(params, torch.nn.Module) or not isinstance(params, Iterable)
+    given: list[Any] = list(unwrapped(params).named_parameters() if is_model else cast("Iterable[Any]", params))
+    in_groups = bool(given) and isinstance(given[0], dict)
+    found = _groups_of(given if in_groups else [{"params": given}], masks)
     seen = {name for group in found for name, _ in group["params"]}
     absent = [name for name in masks if name not in seen]
-    if absent or not seen:
-        named = f"{len(absent)} masks name no parameter, the first {absent[0]}" if absent else "there is no mask"
-        raise AdapterError(f"{named}: give masks made from this model, by the names that its named_parameters() have")
+    if not masks:
+        raise AdapterError("there is no mask, so that nothing would be trained: make_masks makes them")
+    if absent and in_groups:
+        raise AdapterError(
+            f"{len(absent)} parameters that have a mask are in no group, the first {absent[0]}: put them into one, or "
+            "leave their masks out"
+        )
+    if absent:
+        raise AdapterError(
+            f"{len(absent)} masks name no parameter, the first {absent[0]}: give masks made from this model, by the "
+            "names that its named_parameters() have"
+        )
     return found
 
 
 def _groups_of(groups: Iterable[dict[str, Any]], masks: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    groups = [{**group, "params": list(group["params"])} for group in groups]
+    pairs = [pair for group in groups for pair in group["params"]]
+    if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+        raise AdapterError(
+            "SparseAdamW finds masks by name: give the model or its named_parameters(), not model.parameters()"
+        )
+    parallel = all(name.startswith("module.") for name, _ in pairs)  # so DistributedDataParallel names them
     found = []
     for group in groups:
-        pairs = list(group["params"])
-        if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
-            raise AdapterError(
-                "SparseAdamW finds masks by name: give the model or its named_parameters(), not model.parameters()"
-            )
-        chosen = [(name, parameter) for name, parameter in pairs if name in masks]
-        for name, parameter in chosen:
-            _require_fit(name, parameter, masks[name])
+        chosen = []
+        for given, parameter in group["params"]:
+            plain = WRAPPERS.sub("", given)
+            names = (given, plain, plain.removeprefix("module.") if parallel else plain)
+            name = next((name for name in names if name in masks), None)
+            if name is not None:
+                _require_fit(name, parameter, masks[name])
+                chosen.append((name, parameter))
         if chosen:
             found.append({**group, "params": chosen})
     return found
@@ -282,9 +329,10 @@ def require_settings(lr: float, betas: tuple[float, float], eps: float, weight_d
         AdapterError: one is out of range.
     """
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not (math.isfinite(value) and value >= 0):
+        if not (math.isfinite(require_number(name, value)) and value >= 0):
             raise AdapterError(f"{name} is {value}: give a number from 0 up")
-    if not all(0 <= beta < 1 for beta in betas):
+    pair = isinstance(betas, Sequence) and not isinstance(betas, str) and len(betas) == 2
+    if not (pair and all(0 <= require_number("a beta", beta) < 1 for beta in betas)):
         raise AdapterError(f"betas are {betas}: give two numbers from 0, below 1")
 
 

@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from offprincipal.adapters.given import module_of
+from offprincipal.adapters.given import unwrapped
 from offprincipal.checkpoints.matrices import whole
+from offprincipal.checkpoints.roles import WRAPPERS
 from offprincipal.errors import AdapterError, FileError
 from offprincipal.files import write_atomically
 from offprincipal.geometry.scan import pack, unpack
@@ -80,7 +81,7 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             AdapterError: it lacks one of the parameters, or has other weights.
         """
-        if base_hash(module_of(model), self) != self.base:
+        if base_hash(model, self) != self.base:
             raise AdapterError(
                 f"these masks were made from another base: the weights of the {len(self)} parameters that they name "
                 "differ from the model's. Open the base that they were made from, or make masks of this one"
@@ -92,9 +93,9 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             AdapterError: the model lacks a parameter that has a mask.
         """
-        parameters_of(model, self)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in self.words)
+        masked = {id(parameter) for parameter in parameters_of(model, self).values()}
+        for parameter in unwrapped(model).parameters():
+            parameter.requires_grad_(id(parameter) in masked)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: packed bits, and as metadata the shapes, the base's hash and how they were made.
@@ -145,24 +146,35 @@ def base_hash(model: torch.nn.Module, names: Iterable[str]) -> str:
     """A hash of the names, shapes and float32 values of some of a model's parameters.
 
     Raises:
-        AdapterError: the model lacks one of them.
+        AdapterError: the model lacks one of them, or its weights are not loaded.
     """
-    return hash_of({name: whole(parameter) for name, parameter in parameters_of(model, names).items()})
+    parameters = parameters_of(model, names)
+    for name, parameter in parameters.items():
+        require_loaded(name, parameter)
+    return hash_of({name: whole(parameter) for name, parameter in parameters.items()})
+
+
+def require_loaded(name: str, weight: Tensor) -> None:
+    """Raises AdapterError where a tensor is on the meta device, and so has no values."""
+    if weight.is_meta:
+        raise AdapterError(f"the weights of {name} are not loaded (meta device): open the model with its weights")
 
 
 def parameters_of(model: torch.nn.Module, names: Iterable[str]) -> dict[str, torch.nn.Parameter]:
-    """The named parameters of a model.
+    """The named parameters of a model, by its own names of them, or those that they had before it was wrapped.
 
     Raises:
         AdapterError: it lacks one of them.
     """
-    parameters = dict(model.named_parameters())
+    model = unwrapped(model)
+    named = dict(model.named_parameters())
+    parameters = {WRAPPERS.sub("", name): parameter for name, parameter in named.items()} | named
     wanted = list(names)
     absent = [name for name in wanted if name not in parameters]
     if absent:
         raise AdapterError(
             f"{len(absent)} of {len(wanted)} masks name no parameter of this {type(model).__name__}, the first "
-            f"{absent[0]}: give masks made from this model, before it is wrapped or renamed"
+            f"{absent[0]}: give masks made from this model"
         )
     return {name: parameters[name] for name in wanted}
 
