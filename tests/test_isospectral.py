@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matrices import gaussian, orthogonal, seeds
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from offprincipal.adapters import Isospectral, IsospectralAdamW, IsospectralMuon
 from offprincipal.errors import AdapterError
@@ -171,8 +172,7 @@ def test_a_schedule_reaches_the_frames() -> None:
         group["lr"] = 0.0
     before = [p.detach().clone() for p in model.parameters()]
     train(model, optimizer, range(3))
-    for p, kept in zip(model.parameters(), before, strict=True):
-        assert torch.allclose(p, kept, atol=2e-6)  # U Σ Vᵀ is written, in float32
+    assert all(torch.equal(p, kept) for p, kept in zip(model.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("kind", [*RETRACTIONS, "muon"])
@@ -259,8 +259,13 @@ def test_a_trl_run_takes_it_unchanged(tiny_model: Path, tmp_path: Path) -> None:
         (lambda: IsospectralAdamW([nn.Parameter(torch.ones(4))]), "no matrix to keep"),
         (lambda: IsospectralAdamW(nn.Linear(4, 4)), "no matrix to keep"),
         (lambda: IsospectralAdamW(small_model().parameters()), "no names to tell projections from embeddings"),
-        (lambda: IsospectralAdamW([nn.Parameter(torch.ones(4, 4))], retraction="qr"), "choose of svd, newton-schulz"),  # type: ignore[arg-type]
+        (
+            lambda: IsospectralAdamW([nn.Parameter(torch.ones(4, 4))], retraction="qr"),
+            "choose one of svd, newton-schulz",
+        ),  # type: ignore[arg-type]
         (lambda: IsospectralAdamW([nn.Parameter(torch.ones(4, 4))], lr=-1.0), "lr is -1.0"),
+        (lambda: IsospectralAdamW([nn.Parameter(torch.ones(4, 4))], lr="1e-3"), "give a number"),  # type: ignore[arg-type]
+        (lambda: IsospectralAdamW(small_model().to("meta")), "are not loaded"),
     ],
 )
 def test_what_cannot_be_trained_so_is_refused(make: Callable[[], Any], message: str) -> None:
@@ -279,6 +284,11 @@ def test_states_of_others_are_refused() -> None:
     theirs.step()
     with pytest.raises(AdapterError, match="of other matrices"):
         optimizer.load_state_dict(theirs.state_dict())
+    muon = IsospectralMuon([W])
+    W.grad = torch.ones(4, 3)
+    muon.step()
+    with pytest.raises(AdapterError, match="trained frames by Muon and not by AdamW"):
+        optimizer.load_state_dict(muon.state_dict())
 
 
 def steps_of(optimizer: Any, model: Any, count: int = 2) -> None:
@@ -347,6 +357,98 @@ def test_weights_that_something_else_wrote_are_not_overwritten() -> None:
         steps_of(resumed, other, 1)
     with pytest.raises(AdapterError, match="groups cannot be added"):
         optimizer.add_param_group({"params": [torch.zeros(2, 2)]})
+
+
+@pytest.mark.parametrize("write", [lambda W, old: W.copy_(old), lambda W, old: W.data.copy_(old)])
+def test_a_write_however_small_is_noticed(write: Callable[[Tensor, Tensor], Any]) -> None:
+    model = small()
+    optimizer = IsospectralAdamW(model, lr=1e-6)
+    steps_of(optimizer, model)
+    before = model["q_proj"].weight.detach().clone()
+    steps_of(optimizer, model, 1)
+    with torch.no_grad():
+        write(model["q_proj"].weight, before)  # a step taken back
+    with pytest.raises(AdapterError, match="is not the one that this optimizer left"):
+        steps_of(optimizer, model, 1)
+    assert torch.equal(model["q_proj"].weight, before)
+
+
+@pytest.mark.parametrize("kind", [IsospectralAdamW, IsospectralMuon])
+def test_torchs_checkpoints_hold_the_frames_and_asking_for_them_moves_nothing(kind: Any) -> None:
+    model = small()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = kind(model, lr=1e-2)
+    get_optimizer_state_dict(model, optimizer)  # takes a step at a learning rate of 0 where there is no state
+    assert all(torch.equal(p, kept) for p, kept in zip(model.parameters(), before, strict=True))
+    steps_of(optimizer, model)
+    weights, state = copy.deepcopy([model.state_dict(), get_optimizer_state_dict(model, optimizer)])
+    steps_of(optimizer, model)
+    other = small()
+    resumed = kind(other, lr=1.0)
+    other.load_state_dict(weights)
+    set_optimizer_state_dict(other, resumed, state)
+    steps_of(resumed, other)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_state_before_the_first_step_makes_it_forget() -> None:
+    model = small()
+    optimizer = IsospectralAdamW(model, lr=1e-2)
+    start = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    steps_of(optimizer, model)
+    trained = [p.detach().clone() for p in model.parameters()]
+    model.load_state_dict(start[0])
+    optimizer.load_state_dict(start[1])
+    assert not optimizer.state
+    steps_of(optimizer, model)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), trained, strict=True))
+
+
+def test_a_loaded_state_shares_no_memory_with_the_one_it_came_from() -> None:
+    one, two = small(), small()
+    first, second = IsospectralAdamW(one, lr=1e-2), IsospectralAdamW(two, lr=1e-2)
+    steps_of(first, one)
+    two.load_state_dict(one.state_dict())
+    second.load_state_dict(first.state_dict())
+    kept = copy.deepcopy(first.state_dict()["state"])
+    steps_of(second, two)
+    ours = first.state_dict()["state"]
+    assert all(torch.equal(ours[i][key], kept[i][key]) for i in kept for key in kept[i])
+
+
+@pytest.mark.parametrize("name", ["q_proj.weight", "norm.bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_moves_nothing(name: str, value: float) -> None:
+    model, twin = small(), small()
+    optimizer, plain = IsospectralAdamW(model, lr=1e-2), IsospectralAdamW(twin, lr=1e-2)
+    for each, of in ((model, optimizer), (twin, plain)):
+        steps_of(of, each)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.zero_grad()
+    sum(p.square().sum() for p in model.parameters()).backward()  # type: ignore[union-attr]
+    model.get_parameter(name).grad.view(-1)[0] = value  # type: ignore[union-attr]
+    with pytest.raises(AdapterError, match="holds NaN or infinity: nothing was moved"):
+        optimizer.step()
+    assert all(torch.equal(p, kept) for p, kept in zip(model.parameters(), before, strict=True))
+    for each, of in ((model, optimizer), (twin, plain)):
+        steps_of(of, each)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    model = small()
+    optimizer = IsospectralAdamW(model)
+    with torch.no_grad():
+        model["q_proj"].weight[0, 0] = float("nan")
+    with pytest.raises(AdapterError, match="holds NaN or infinity"):
+        steps_of(optimizer, model, 1)
+
+
+def test_stacked_experts_are_said_to_be_left_to_adamw(caplog: pytest.LogCaptureFixture) -> None:
+    experts = nn.ParameterDict({"gate_up_proj": torch.ones(3, 8, 6), "down_proj": torch.ones(3, 6, 4)})
+    model = nn.ModuleDict({"q_proj": nn.Linear(8, 6), "experts": experts, "conv": nn.Conv1d(2, 2, 2)})
+    IsospectralAdamW(model)
+    assert "2 parameters are stacks of expert matrices, the first experts." in caplog.text
 
 
 def test_loading_the_weights_that_are_there_changes_nothing() -> None:

@@ -5,7 +5,7 @@ orthonormal again. Which matrices are trained so is told by names; everything el
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -16,6 +16,9 @@ from torch.optim import Optimizer
 
 from offprincipal.adapters.given import module_of
 from offprincipal.adapters.sparse_adamw import require_settings
+from offprincipal.adapters.weight_masks import require_loaded
+from offprincipal.checkpoints.checkpoint import TensorInfo
+from offprincipal.checkpoints.parts import parts_of
 from offprincipal.checkpoints.roles import LINEAR_ROLES, place_of
 from offprincipal.errors import AdapterError
 from offprincipal.geometry.polar import newton_schulz, orthogonality_error, polar_factor, tangent
@@ -24,7 +27,8 @@ Retraction = Literal["svd", "newton-schulz"]
 Build = Callable[[list[dict[str, Any]]], Optimizer]
 _RETRACTIONS: dict[str, Callable[[Tensor], Tensor]] = {"svd": polar_factor, "newton-schulz": newton_schulz}
 _KEY = "isospectral"
-_SAME = 1e-4  # of a matrix's norm: how far it may be from its frames' product, as another machine rounds it
+_BASE = "frames_optimizer"  # the base optimizer's name, in every group: states of another do not fit
+_SAME = 1e-6  # of a matrix's norm: how far float32's rounding, here or elsewhere, may leave it from its frames' product
 LOG = logging.getLogger("offprincipal")
 
 
@@ -43,7 +47,13 @@ class Frames:
 
     @staticmethod
     def of(W: Tensor) -> "Frames":
-        """Those of a matrix (n, m), by LAPACK in float64."""
+        """Those of a matrix (n, m), by LAPACK in float64.
+
+        Raises:
+            AdapterError: the matrix holds NaN or infinity.
+        """
+        if not bool(torch.isfinite(W).all()):
+            raise AdapterError(f"a matrix of shape {tuple(W.shape)} holds NaN or infinity: use another base")
         U, S, Vh = torch.linalg.svd(W.detach().double(), full_matrices=False)
         return Frames(U.float().contiguous(), S, Vh.T.float().contiguous())
 
@@ -78,17 +88,21 @@ class Isospectral(Optimizer):
         params: a module or its `named_parameters()`, whose attention and MLP projections are trained so; or a list of
             parameters or groups, of which all matrices are, but for groups with `isospectral=False`; groups of named
             parameters are told apart by their names too.
-        frames: makes the base optimizer from groups of frames.
+        frames: makes the base optimizer from groups of frames; its state is tensors, by parameter.
         lr: learning rate, of frames and of all other parameters; schedulers change it through `param_groups`.
         betas, eps, weight_decay: of AdamW on all other parameters, by default as torch has them; of each group, where
             it has its own.
         retraction: `svd`, by LAPACK in float64; or `newton-schulz`, products alone, whose `orthogonality_error` is
             measured at every step.
 
+    Attributes:
+        state: of each matrix its frames `U`, `S` and `V`, and as `U_exp_avg` and the like what the base optimizer keeps
+            of them; of every other parameter AdamW's.
+
     Raises:
-        AdapterError: nothing is to be trained so, a matrix is not stored in float32 or float64 or is sharded, there is
-            no such retraction, or parameters come without names, as `model.parameters()` has them, embeddings and heads
-            among them.
+        AdapterError: nothing is to be trained so, a matrix is not stored in float32 or float64, is sharded or is not
+            loaded, there is no such retraction, or parameters come without names, as `model.parameters()` has them,
+            embeddings and heads among them.
 
     Source: arXiv 2607.19331 (ISO), which released no optimizer: frames, fixed spectrum and base optimizer are its; the
     polar retraction is Absil, Mahony and Sepulchre 2008, 4.1.1.
@@ -106,18 +120,19 @@ class Isospectral(Optimizer):
         retraction: Retraction = "svd",
     ) -> None:
         if retraction not in _RETRACTIONS:
-            raise AdapterError(f"no retraction '{retraction}': choose of {', '.join(_RETRACTIONS)}")
+            raise AdapterError(f"no retraction '{retraction}': choose one of {', '.join(_RETRACTIONS)}")
+        require_settings(lr, betas, eps, weight_decay)
         self._inner: list[Optimizer] = []
-        super().__init__(
-            _groups(params), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, _KEY: True}
-        )
+        base = type(frames([{"params": [torch.zeros(1, 1)]}])).__name__
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, _KEY: True, _BASE: base}
+        super().__init__(_groups(params), defaults)
         for group in self.param_groups:
             require_settings(group["lr"], group["betas"], group["eps"], group["weight_decay"])
         self.retraction: Retraction = retraction
         self.orthogonality_error = 0.0
         self._build = frames
         self._frames: list[Frames] = []
-        self._written: list[int | None] = []  # torch's count of changes of each matrix, after we last wrote it
+        self._written: list[Tensor | None] = []  # each matrix as we last left it; writes through `.data` leave no trace
         if not self._matrices():
             raise AdapterError(
                 "no matrix to keep the singular values of: give a model with attention or MLP "
@@ -140,8 +155,11 @@ class Isospectral(Optimizer):
     def step(self, closure: Any = None) -> Any:
         """One step of the base optimizer on frames and of AdamW on the rest, the retraction, and the new weights.
 
+        At a learning rate of 0 no bit of a weight changes.
+
         Raises:
-            AdapterError: a matrix is no longer what the frames make up, since something else wrote to it.
+            AdapterError: a matrix is no longer what the frames make up, since something else wrote to it; or a weight
+                or gradient holds NaN or infinity. Nothing has moved then.
         """
         loss = None
         if closure is not None:
@@ -150,30 +168,20 @@ class Isospectral(Optimizer):
         if not self._inner:
             self._prepare([Frames.of(W) for W in self._matrices()])
         for place, (W, frames) in enumerate(zip(self._matrices(), self._frames, strict=True)):
-            if self._written[place] != W._version:
-                _require_own(W, frames)
+            _require_own(W, frames, self._written[place])
             frames.take_gradient(W.grad)
+        self._require_gradients()
         self._follow_schedule()
         for inner in self._inner:
             inner.step()
         retraction = _RETRACTIONS[self.retraction]
-        moved = [(W, f) for W, f in zip(self._matrices(), self._frames, strict=True) if W.grad is not None]
-        self.orthogonality_error = max((f.retract(retraction) for _, f in moved), default=0.0)
+        moved = [(W, f) for W, f, lr in self._with_rates() if W.grad is not None and lr != 0]
+        self.orthogonality_error = max((f.retract(retraction) for _, f in moved), default=self.orthogonality_error)
         for W, frames in moved:
             W.copy_(frames.product())
-        self._written = [W._version for W in self._matrices()]
+        self._written = [W.detach().clone() for W in self._matrices()]
+        self._share_state()
         return loss
-
-    def state_dict(self) -> dict[str, Any]:
-        """As any optimizer's, with the frames and the states of the optimizers inside."""
-        content = super().state_dict()
-        content[_KEY] = None
-        if self._inner:
-            content[_KEY] = {
-                "frames": [{"U": f.U, "S": f.S, "V": f.V} for f in self._frames],
-                "inner": [inner.state_dict() for inner in self._inner],
-            }
-        return content
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where another left off; the weights have to be those that it left.
@@ -181,30 +189,49 @@ class Isospectral(Optimizer):
         Raises:
             AdapterError: it is the state of another optimizer, or of other matrices.
         """
-        if _KEY not in state_dict:
-            raise AdapterError("this state is of another optimizer: it has no frames; begin a new run")
+        theirs = {group.get(_BASE) for group in state_dict["param_groups"]}
+        if theirs != {self.defaults[_BASE]}:
+            named = " and ".join(map(str, theirs - {None})) or "nothing"
+            raise AdapterError(
+                f"this state is of another optimizer, which trained frames by {named} and not by "
+                f"{self.defaults[_BASE]}: begin a new run"
+            )
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        own = [p for group in self.param_groups for p in group["params"]]
+        saved: dict[int, Mapping[str, Tensor]] = {
+            id(p): state_dict["state"][i] for i, p in zip(ids, own, strict=False) if i in state_dict["state"]
+        }
+        matrices = self._matrices()
+        kept = [saved.get(id(W), {}) for W in matrices]
+        if state_dict["state"] and [_shape_of(state) for state in kept] != [tuple(W.shape) for W in matrices]:
+            shapes = [_shape_of(state) for state in kept][:3], [tuple(W.shape) for W in matrices][:3]
+            raise AdapterError(f"this state is of other matrices: shapes {shapes[0]}…, and here {shapes[1]}…")
         try:
-            super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+            super().load_state_dict(state_dict)
         except ValueError as error:
             raise AdapterError(f"this state is of other parameters: {error}") from error
-        for group in self.param_groups:
-            group |= {key: value for key, value in self.defaults.items() if key not in group}  # of an earlier version
-        content = state_dict[_KEY]
-        if content is None:
-            return
-        shapes = [tuple(W.shape) for W in self._matrices()]
-        theirs = [(len(kept["U"]), len(kept["V"])) for kept in content["frames"]]
-        if shapes != theirs:
-            raise AdapterError(f"this state is of other matrices: shapes {theirs[:3]}…, and here {shapes[:3]}…")
-        devices = [W.device for W in self._matrices()]
-        self._prepare(
-            [
-                Frames(*(kept[name].to(device, copy=True) for name in ("U", "S", "V")))
-                for kept, device in zip(content["frames"], devices, strict=True)
-            ]
-        )
-        for inner, kept in zip(self._inner, content["inner"], strict=True):
-            inner.load_state_dict(kept)
+        others = {p: {key: _copied(value) for key, value in state.items()} for p, state in self.state.items()}
+        self.state.clear()
+        self._inner, self._frames, self._written = [], [], []
+        if not state_dict["state"]:
+            return  # that one had not stepped: frames are made anew
+        frames = [  # of the saved state itself, which torch casts to the type of W
+            Frames(*(state[name].to(W.device, copy=True) for name in ("U", "S", "V")))
+            for state, W in zip(kept, matrices, strict=True)
+        ]
+        self._prepare(frames)
+        for state, of in zip(kept, frames, strict=True):
+            for side, frame in (("U", of.U), ("V", of.V)):
+                momenta = {
+                    key.removeprefix(f"{side}_"): value for key, value in state.items() if key.startswith(f"{side}_")
+                }
+                self._inner[0].state[frame].update(
+                    {key: _copied(x if x.dim() == 0 else x.to(frame.device)) for key, x in momenta.items()}
+                )
+        for p in self._others():
+            if p in others:
+                self._inner[1].state[p].update(others[p])
+        self._share_state()
 
     def __getstate__(self) -> dict[str, Any]:
         """As of any optimizer, and what copies and pickles of this one need."""
@@ -215,6 +242,37 @@ class Isospectral(Optimizer):
 
     def _matrices(self) -> list[Tensor]:
         return [W for group in self.param_groups if group[_KEY] for W in group["params"] if W.dim() == 2]
+
+    def _others(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"] if not (group[_KEY] and p.dim() == 2)]
+
+    def _with_rates(self) -> Iterator[tuple[Tensor, Frames, float]]:
+        """Every matrix with its frames and learning rate."""
+        rates = [
+            float(group["lr"]) for group in self.param_groups if group[_KEY] for W in group["params"] if W.dim() == 2
+        ]
+        yield from zip(self._matrices(), self._frames, rates, strict=True)
+
+    def _require_gradients(self) -> None:
+        """Raises AdapterError where a gradient, of frames or of another parameter, cannot be stepped on."""
+        for inner in self._inner:
+            for p in (p for group in inner.param_groups for p in group["params"] if p.grad is not None):
+                if p.grad.is_sparse or not bool(torch.isfinite(p.grad).all()):
+                    raise AdapterError(
+                        f"the gradient of a parameter of shape {tuple(p.shape)} is sparse, or holds NaN or infinity: "
+                        "nothing was moved; leave the step out, or look at the loss"
+                    )
+
+    def _share_state(self) -> None:
+        """Let `state` hold, of every parameter, the very tensors that are kept of it inside."""
+        for W, frames in zip(self._matrices(), self._frames, strict=True):
+            self.state[W] = {"U": frames.U, "S": frames.S, "V": frames.V}
+            for side, frame in (("U", frames.U), ("V", frames.V)):
+                momenta = self._inner[0].state.get(frame, {})
+                self.state[W] |= {f"{side}_{key}": value for key, value in momenta.items()}
+        for p in self._others():
+            if p in self._inner[1].state:
+                self.state[p] = self._inner[1].state[p]
 
     def _prepare(self, frames: list[Frames]) -> None:
         """Optimizers on the frames, and on everything else, a group for each of ours."""
@@ -364,14 +422,39 @@ def isospectral_groups(named: Iterable[tuple[str, Tensor]]) -> list[dict[str, An
     kept = [p for name, p in trained if p.dim() == 2 and place_of(name).role in LINEAR_ROLES]
     inside = {id(p) for p in kept}
     rest = [p for _, p in trained if id(p) not in inside]
+    stacked = [name for name, p in trained if p.dim() > 2 and _holds_projections(name, p)]
+    if stacked:
+        LOG.warning(
+            "%d parameters are stacks of expert matrices, the first %s: their singular values are not kept, they are "
+            "trained by AdamW",
+            len(stacked),
+            stacked[0],
+        )
     groups: Iterable[tuple[bool, list[Any]]] = ((True, kept), (False, rest))
     return [{"params": members, _KEY: isospectral} for isospectral, members in groups if members]
 
 
-def _require_own(W: Tensor, frames: Frames) -> None:
-    """Raises `AdapterError` where a matrix is not what its frames make up."""
-    away = torch.linalg.vector_norm(W.double() - frames.product())
-    if not away <= _SAME * torch.linalg.vector_norm(frames.S):
+def _holds_projections(name: str, p: Tensor) -> bool:
+    return any(part.is_linear for part in parts_of(TensorInfo(name, tuple(p.shape), str(p.dtype)), {}))
+
+
+def _shape_of(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Of the matrix that a saved state holds the frames of; None where it holds none."""
+    return (len(state["U"]), len(state["V"])) if {"U", "S", "V"} <= state.keys() else None
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _require_own(W: Tensor, frames: Frames, written: Tensor | None) -> None:
+    """Raises `AdapterError` where a matrix is not what we left, or of loaded frames not what they make up."""
+    if written is not None:
+        ours = torch.equal(W, written)
+    else:
+        away = torch.linalg.vector_norm(W.double() - frames.product())
+        ours = bool(away <= _SAME * torch.linalg.vector_norm(frames.S))
+    if not ours:
         raise AdapterError(
             f"a matrix of shape {tuple(W.shape)} is not the one that this optimizer left: load the model's weights "
             "together with the optimizer's state, or make a new optimizer for the weights as they are"
@@ -379,6 +462,7 @@ def _require_own(W: Tensor, frames: Frames) -> None:
 
 
 def _require_whole(W: Tensor) -> None:
+    require_loaded(f"a matrix of shape {tuple(W.shape)}", W)
     if hasattr(W, "full_tensor"):
         raise AdapterError("a matrix is sharded, and its singular values belong to the whole: train without FSDP")
     if W.dtype not in (torch.float32, torch.float64):
