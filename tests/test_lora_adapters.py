@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 import offprincipal
@@ -449,20 +457,28 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"method": "dora"}, "no method 'dora': choose of lora, pissa"),
+            ({"method": "dora"}, "no method 'dora': did you mean lora"),
             ({"rank": 0}, "rank is 0"),
             ({"method": "pissa", "rank": 17}, r"rank 17 is above min\(n, m\) = 16 of model.layers.0.self_attn.k_proj"),
             ({"rank": 15}, "above the 14 dimensions of model.layers.0.self_attn.k_proj"),
             ({"alpha": -1.0}, "alpha is -1.0"),
             ({"dropout": 1.0}, "dropout is 1.0"),
             ({"rank_fraction": 1.0}, "rank_fraction is 1.0"),
-            ({"density": 0.0}, "density is 0.0"),
+            ({"method": "geora", "density": 0.0}, "density is 0.0"),
             ({"target_modules": ["q_proj", "w_proj"]}, "no module is named 'w_proj'; linear layers are such as"),
             ({"target_modules": "w_proj"}, "no module is named 'w_proj'"),
+            ({"target_modules": "*.q_proj"}, "for every name that ends so give 'q_proj'"),
+            ({"target_modules": 3}, "target_modules is 3"),
+            ({"method": "pissa", "density": 0.2}, "pissa has no setting density: it has rank, alpha, dropout"),
+            ({"method": "lora", "rank_fraction": 0.3}, "lora has no setting rank_fraction"),
+            ({"method": ["lora"]}, "no method"),
+            ({"alpha": "16"}, "alpha is '16': give a number"),
+            ({"dropout": None}, "dropout is None: give a number"),
+            ({"seed": "a"}, "seed is 'a': give a whole number"),
             ({"r": 4}, "r is called rank here"),
             ({"ranks": 4}, "ranks is no setting"),
-            ({"target_modules": "("}, "no regular expression"),
-            ({"target_modules": []}, "no module is named"),
+            ({"target_modules": "("}, "not a regular expression"),
+            ({"target_modules": []}, r"target_modules is \[\]"),
             ({"target_modules": ["embed_tokens"]}, "model.embed_tokens is Embedding; off_principal covers nn.Linear"),
             ({"target_modules": ["norm"], "method": "lora"}, "model.norm is Qwen3RMSNorm; lora covers nn.Linear"),
         ],
@@ -511,6 +527,34 @@ class TestRefused:
         adapted.save_pretrained(tmp_path)  # PEFT puts the embedding itself beside it
         resumed = adapt(opened(tiny_model), "lora", rank=2, target_modules=targets, resume=tmp_path)
         assert torch.equal(logits(resumed), logits(adapted))
+
+    @pytest.mark.parametrize("method", ["pissa", "milora", "geora"])
+    def test_a_part_of_the_base_that_is_zero(self, method: str) -> None:
+        layers = nn.Sequential(nn.Linear(8, 8))
+        nn.init.zeros_(layers[0].weight)
+        with pytest.raises(AdapterError, match="both factors of 0 at zero, so that neither would ever get a gradient"):
+            adapt(layers, method, rank=2)
+
+    def test_a_model_that_is_compiled_or_wrapped(self) -> None:
+        layers = nn.Sequential(nn.Linear(8, 8))
+        for wrapped in (torch.compile(layers), nn.DataParallel(layers)):
+            with pytest.raises(AdapterError, match="adapt the one inside, then compile or wrap"):
+                adapt(wrapped, "lora", rank=2)
+
+    def test_a_layer_alone(self) -> None:
+        with pytest.raises(AdapterError, match="holds no linear layer inside"):
+            adapt(nn.Linear(32, 32))
+
+    def test_a_projection_that_is_never_called(self, caplog: pytest.LogCaptureFixture) -> None:
+        block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        with pytest.raises(AdapterError, match=r"self_attn\.out_proj belongs to nn.MultiheadAttention"):
+            adapt(block, "lora", rank=2, target_modules=["self_attn.out_proj"])
+        adapted = adapt(block, "lora", rank=2)
+        assert {name for name, module in adapted.base_model.model.named_modules() if hasattr(module, "lora_A")} == {
+            "linear1",
+            "linear2",
+        }
+        assert "2 parameters with 1024 entries are not covered, the first self_attn.in_proj_weight" in caplog.text
 
     def test_a_model_that_has_an_adapter(self) -> None:
         adapted = adapt(nn.Sequential(nn.Linear(8, 8)), "lora", rank=2)
@@ -564,6 +608,57 @@ class TestRefused:
         save_file(tensors | {first: tensors[first] + 1}, tmp_path / WEIGHTS)
         with pytest.raises(AdapterError, match="started from other values"):
             resume()
+
+
+def test_a_classification_head_is_left_as_the_output_head_is() -> None:
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_labels=1
+    )
+    adapted = adapt(LlamaForSequenceClassification(config), "off_principal", rank=2)
+    covered = {name for name, module in adapted.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    assert len(covered) == 7 and "score" not in covered
+
+
+def test_stacked_experts_are_said_not_to_be_covered(caplog: pytest.LogCaptureFixture) -> None:
+    model: Any = nn.Module()
+    model.q_proj = nn.Linear(16, 16)
+    model.experts = nn.ParameterDict({"gate_up_proj": torch.ones(3, 8, 6), "down_proj": torch.ones(3, 6, 4)})
+    adapt(model, "lora", rank=2)
+    assert "2 parameters with 216 entries are not covered, the first experts." in caplog.text
+
+
+@pytest.mark.parametrize("method", LOW_RANK)
+def test_a_further_adapter_starts_at_zero_and_is_of_the_same_kind(method: str, tiny_model: Path) -> None:
+    adapted = adapt(opened(tiny_model), method, rank=RANK)
+    fit(adapted, 3)
+    adapted.add_adapter("fresh", adapted.peft_config["default"])
+    adapted.set_adapter("fresh")
+    torch.testing.assert_close(logits(adapted), logits(opened(tiny_model)), rtol=0, atol=2e-6)
+    fit(adapted, 3)
+    assert (logits(adapted) - logits(opened(tiny_model))).abs().max() > 1e-3
+    for layer in (module for module in adapted.modules() if hasattr(module, "lora_A")):
+        for factors in (layer.lora_A, layer.lora_B):
+            assert type(factors["fresh"]) is type(factors["default"])
+        if method == "off_principal":
+            update = layer.get_delta_weight("fresh").detach().double()
+            assert max(energies(layer.base_layer.weight.detach().double(), update)) <= 1e-10
+    if method != "lora":
+        wider = copy.deepcopy(adapted.peft_config["default"])
+        wider.r += 1
+        with pytest.raises(AdapterError, match="has the rank of the first"):
+            adapted.add_adapter("wider", wider)
+
+
+@pytest.mark.parametrize("method", LOW_RANK)
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
+def test_peft_weighs_adapters_as_it_weighs_its_own(method: str, kind: str, tiny_model: Path) -> None:
+    adapted = adapt(opened(tiny_model), method, rank=RANK)
+    fit(adapted, 3)
+    adapted.add_weighted_adapter(["default"], [0.5], "mixed", combination_type=kind)
+    for layer in (module for module in adapted.modules() if hasattr(module, "lora_A")):
+        whole, half = (layer.get_delta_weight(name).detach() for name in ("default", "mixed"))
+        assert whole.norm() > 0
+        torch.testing.assert_close(half, whole / 2, rtol=0, atol=1e-5)
 
 
 def test_the_benchmark_times_a_step_and_a_rollout(tiny_model: Path) -> None:

@@ -6,6 +6,7 @@ Knows nothing of trainers.
 
 import importlib
 import importlib.util
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,21 +17,24 @@ import torch
 from torch import Tensor, nn
 
 from offprincipal.adapter_methods import ADAPTER_METHODS, LOW_RANK
-from offprincipal.adapters.choosing import ALL_LINEAR, is_target
+from offprincipal.adapters.choosing import ALL_LINEAR, is_target, require_names
 from offprincipal.adapters.factors import FrozenFactor, OffsetFactor
-from offprincipal.adapters.given import module_of
+from offprincipal.adapters.given import module_of, require_no_adapter, require_number, unwrapped
 from offprincipal.adapters.initialisations import Start, StartSettings
 from offprincipal.adapters.off_principal import ProjectedFactor
+from offprincipal.checkpoints.matrices import matrices_of
 from offprincipal.defaults import DENSITY, RANK_FRACTION
 from offprincipal.errors import AdapterError, install_command, meant
 from offprincipal.geometry.principal import principal_rank
 from offprincipal.models.opening import hash_of
 
+LOG = logging.getLogger("offprincipal")
 _ADAPTER = "default"
+_HEADS = ("score", "classifier", "classification_head", "qa_outputs")  # of transformers' classifiers
 _NOT_OURS = {  # of PEFT's
     "use_rslora": "is not needed: it is alpha = rank ** 0.5 times the alpha that you mean",
     "init_lora_weights": "is the method here: method='pissa', 'olora' and so on",
-    "use_dora": "is not among the methods: take peft.get_peft_model for it",
+    "use_dora": "is not among the methods: use peft.get_peft_model for it",
     "modules_to_save": "is not taken: an adapter of ours is of its layers alone",
     "task_type": "is told from the model",
     "bias": "is not taken: biases stay as they are",
@@ -46,8 +50,8 @@ def adapt(
     target_modules: str | Sequence[str] | None = ALL_LINEAR,
     alpha: float | None = None,
     dropout: float = 0.0,
-    rank_fraction: float = RANK_FRACTION,
-    density: float = DENSITY,
+    rank_fraction: float | None = None,
+    density: float | None = None,
     seed: int = 0,
     resume: str | Path | None = None,
     **others: Any,
@@ -65,20 +69,23 @@ def adapt(
             `offprincipal.adapters.initialisations` for what each is taken to be.
         rank: r. The saved adapter of `pissa`, `milora`, `olora` and `geora` has rank 2r: `[B, −B0] [A; A0]`.
         target_modules: names or endings of names of layers; a string is a regular expression of whole names, one such
-            ending, or `all-linear`, as None: every linear layer but the output head.
+            ending, or `all-linear`, as None: every linear layer but the output or classification head, and those that
+            `nn.MultiheadAttention` never calls. What is no layer, such as stacked experts, is not covered, which a
+            warning says.
         alpha: s = alpha/rank; None: alpha = rank, s = 1.
         dropout: of the layers' inputs, in the update only.
         rank_fraction: k = max(1, round(rank_fraction · min(n, m))) is the rank of the principal subspaces, for
-            `off_principal` and `geora`.
-        density: of the masks of `geora`.
+            `off_principal` and `geora` alone; None: 0.125.
+        density: of the masks of `geora` alone; None: 0.5.
         seed: of the random starts.
         resume: a folder that `save_pretrained` of such a model wrote, to train on from; the same settings and base.
         others: none; PEFT's own names are told what they are called here.
 
     Raises:
-        AdapterError: peft is not installed, a setting is unknown or out of range, the method does not cover a layer,
-            the rank is too large for one, no layer is so named, the adapter to resume is of other settings. The model
-            is unchanged then.
+        AdapterError: peft is not installed, a setting is unknown, out of range or not of this method, the method does
+            not cover a layer, the rank is too large for one, no layer is so named, the factors of one would start at
+            zero for good, the adapter to resume is of other settings, or the model is compiled or wrapped. It is
+            unchanged then.
 
     >>> layers = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
     >>> adapted = adapt(layers, "off_principal", rank=2, target_modules=["0"])
@@ -92,7 +99,13 @@ def adapt(
         known = "rank, alpha, dropout, target_modules, rank_fraction, density, seed, resume"
         raise AdapterError(f"adapt: {name} {ours or f'is no setting of it: there are {known}'}")
     model, target_modules = module_of(model), ALL_LINEAR if target_modules is None else target_modules
-    _check_settings(method, rank, alpha, dropout, rank_fraction, density)
+    if unwrapped(model) is not model:
+        raise AdapterError(
+            f"the model is wrapped ({type(model).__name__}): adapt the one inside, then compile or wrap the result"
+        )
+    _check_own(method, rank_fraction=rank_fraction, density=density)
+    rank_fraction, density = rank_fraction or RANK_FRACTION, density or DENSITY
+    _check_settings(rank, alpha, dropout, seed)
     layers = target_layers(model, method, target_modules)
     _check_ranks(layers, method, rank, rank_fraction)
     own = ADAPTER_METHODS[method].settings
@@ -141,12 +154,15 @@ def target_layers(model: nn.Module, method: str, target_modules: str | Sequence[
     >>> list(target_layers(layers, "off_principal", ["0"]))
     ['0']
     """
-    if hasattr(model, "peft_config"):
-        raise AdapterError("the model has an adapter already: merge it (merge_and_unload) or open the base anew")
+    require_no_adapter(model)
+    require_names(target_modules)
     modules = {name: module for name, module in model.named_modules() if name}
     if target_modules == ALL_LINEAR:
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        chosen = [name for name, module in modules.items() if _is_linear(module) and module is not head]
+        heads = [head, *(modules.get(name) for name in _HEADS)]
+        linear = [name for name, module in modules.items() if _is_linear(module) and module not in heads]
+        chosen = [name for name in linear if not _is_never_called(modules[name])]
+        _warn_of_others(model, [modules[name] for name in chosen] + heads)
     elif isinstance(target_modules, str):
         chosen = [name for name in modules if is_target(name, target_modules)]
     else:
@@ -171,22 +187,48 @@ def weight_of(layer: nn.Module) -> Tensor:
     return weight.detach()
 
 
-def _check_settings(
-    method: str, rank: int, alpha: float | None, dropout: float, rank_fraction: float, density: float
-) -> None:
+def _warn_of_others(model: nn.Module, looked_at: list[nn.Module | None]) -> None:
+    """Say that linear matrices which are no layers of their own, such as stacked experts, are not covered."""
+    others = {
+        matrix.parameter_name: matrix.parameter.numel()
+        for matrix in matrices_of(model)
+        if matrix.part.is_linear and not isinstance(matrix.module, nn.Embedding) and matrix.module not in looked_at
+    }
+    if others:
+        LOG.warning(
+            "%d parameters with %d entries are not covered, the first %s: their matrices are not linear layers that "
+            "LoRA can wrap",
+            len(others),
+            sum(others.values()),
+            next(iter(others)),
+        )
+
+
+def _check_own(method: str, **shares: float | None) -> None:
+    """Refuse a method that there is not, and a share that is not one or that the method does not have."""
     if method not in LOW_RANK:
-        hint = meant(str(method), LOW_RANK, f"choose of {', '.join(LOW_RANK)}")
+        hint = meant(str(method), LOW_RANK, f"choose one of {', '.join(LOW_RANK)}")
         raise AdapterError(f"there is no method {method!r}: {hint}")
+    own = ADAPTER_METHODS[method].settings
+    for name, value in shares.items():
+        if value is None:
+            continue
+        if name not in own:
+            raise AdapterError(f"{method} has no setting {name}: it has {', '.join(own)}")
+        whole = name == "density"
+        if not 0 < require_number(name, value) <= 1 or (value == 1 and not whole):
+            raise AdapterError(f"{name} is {value}: give a share above 0, {'at most' if whole else 'below'} 1")
+
+
+def _check_settings(rank: int, alpha: float | None, dropout: float, seed: int) -> None:
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise AdapterError(f"seed is {seed!r}: give a whole number")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise AdapterError(f"rank is {rank!r}: give a whole number, 1 or more")
-    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+    if alpha is not None and not (math.isfinite(require_number("alpha", alpha)) and alpha > 0):
         raise AdapterError(f"alpha is {alpha}: give a positive number, or None for alpha = rank")
-    if not 0 <= dropout < 1:
+    if not 0 <= require_number("dropout", dropout) < 1:
         raise AdapterError(f"dropout is {dropout}: give a probability below 1")
-    if not 0 < rank_fraction < 1:
-        raise AdapterError(f"rank_fraction is {rank_fraction}: give a share between 0 and 1")
-    if not 0 < density <= 1:
-        raise AdapterError(f"density is {density}: give a share above 0, at most 1")
 
 
 def _check_layer(name: str, layer: nn.Module, method: str) -> None:
@@ -196,6 +238,11 @@ def _check_layer(name: str, layer: nn.Module, method: str) -> None:
         raise AdapterError(
             f"{name} ({type(layer).__name__}) is quantised, its weights are {weight.dtype}: open the base with float "
             "weights, or name other layers in target_modules"
+        )
+    if _is_never_called(layer):
+        raise AdapterError(
+            f"{name} belongs to nn.MultiheadAttention, which reads its weight and never calls it, so that an adapter "
+            "around it would do nothing: name others in target_modules"
         )
     more = method == "lora" and (_is_linear(layer) or isinstance(layer, nn.Embedding))
     if not isinstance(weight, Tensor) or not (more or isinstance(layer, nn.Linear)):
@@ -263,6 +310,11 @@ def _placement(name: str, layer: nn.Module, record: Any) -> Start | tuple[Tensor
         start: Start | tuple[Tensor, Tensor] = method.code()(weight_of(layer), settings)
     except AdapterError as error:
         raise AdapterError(f"{name}: {error}") from error
+    if isinstance(start, Start) and not bool(start.A.any() or start.B.any()):
+        raise AdapterError(
+            f"{record.method} starts both factors of {name} at zero, so that neither would ever get a gradient: the "
+            "part of the base that it starts from is zero; leave the layer out of target_modules, or use lora"
+        )
     return start
 
 
@@ -292,8 +344,15 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
+def _is_never_called(module: nn.Module) -> bool:
+    """Whether it is the output projection of `nn.MultiheadAttention`, of which only the weight is read."""
+    return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
 def _no_such(wanted: Any, modules: dict[str, nn.Module]) -> str:
     linear = [name for name, module in modules.items() if _is_linear(module)]
+    if wanted == ALL_LINEAR:
+        return "the model holds no linear layer inside: give the module that its layers are part of"
     example = f"linear layers are such as '{linear[0]}'" if linear else "the model has no linear layer"
     whole = "; a regular expression has to match the whole name" if set("|*+?()[]\\") & set(str(wanted)) else ""
     return f"target_modules: no module is named {wanted!r}{whole}; {example}"

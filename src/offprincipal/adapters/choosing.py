@@ -17,7 +17,7 @@ Source: principal weights, LIFT (arXiv 2506.00772); the safe mask, arXiv 2511.08
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -114,6 +114,7 @@ def linear_matrices(model: torch.nn.Module, target_modules: str | Sequence[str] 
         AdapterError: there are none, one of the names matches none, or their weights are quantised or not loaded.
     """
     target_modules = None if target_modules == ALL_LINEAR else target_modules
+    require_names(target_modules)
     chosen = []
     for matrix in matrices_of(model):
         if not is_target(_module_name(matrix), target_modules):
@@ -124,8 +125,6 @@ def linear_matrices(model: torch.nn.Module, target_modules: str | Sequence[str] 
             require_loaded(matrix.parameter_name, matrix.parameter)
             chosen.append(matrix)
     asked = [target_modules] if isinstance(target_modules, str) else target_modules
-    if asked is not None and not asked:
-        raise AdapterError(f"target_modules is {target_modules!r}: name modules, or leave it out for all")
     for wanted in asked or ():
         of_all = target_modules if isinstance(target_modules, str) else [wanted]
         if not any(is_target(_module_name(matrix), of_all) for matrix in chosen):
@@ -135,6 +134,13 @@ def linear_matrices(model: torch.nn.Module, target_modules: str | Sequence[str] 
     if not chosen:
         raise AdapterError(f"{type(model).__name__} has no linear matrix: masks are of attention and MLP projections")
     return chosen
+
+
+def require_names(target_modules: str | Sequence[str] | None) -> None:
+    """Raises AdapterError where modules are told by something else than names, or by none of them."""
+    several = isinstance(target_modules, Collection) and all(isinstance(name, str) for name in target_modules)
+    if target_modules is not None and not (several and target_modules):
+        raise AdapterError(f"target_modules is {target_modules!r}: name modules, or leave it out for all")
 
 
 def _module_name(matrix: ModelMatrix) -> str:

@@ -21,6 +21,10 @@ class FrozenFactor(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight)
 
+    def anew(self, start: Tensor) -> "FrozenFactor":
+        """Another one like it, for a further adapter: it is its matrix, whatever PEFT starts with."""
+        return FrozenFactor(self.weight.clone())
+
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight)
 
@@ -59,6 +63,10 @@ class Factor(nn.Module):
 
     def acting(self, trained: Tensor) -> Tensor:
         """What acts, of what is trained."""
+        raise NotImplementedError
+
+    def anew(self, start: Tensor) -> "Factor":
+        """A factor of this kind at its start, for a further adapter; `start` is PEFT's."""
         raise NotImplementedError
 
     def stored(self) -> Tensor:
@@ -115,6 +123,9 @@ class OffsetFactor(Factor):
 
     def acting(self, trained: Tensor) -> Tensor:
         return torch.cat([trained, self.beside], self.dim)
+
+    def anew(self, start: Tensor) -> "OffsetFactor":
+        return OffsetFactor(self.beside if self.dim == 0 else -self.beside, self.beside, self.dim)
 
     def trained_of(self, acting: Tensor) -> Tensor:
         if acting.shape != self.weight.shape:

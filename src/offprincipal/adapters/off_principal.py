@@ -47,6 +47,9 @@ class ProjectedFactor(Factor):
         with torch.autocast(trained.device.type, enabled=False):
             return self._projected(trained.to(_wide(trained))).to(trained.dtype)
 
+    def anew(self, start: Tensor) -> "ProjectedFactor":
+        return ProjectedFactor(start.to(self.trained), self.basis, self.side)
+
     def stored(self) -> Tensor:
         trained = self.trained.detach()
         return self._projected(trained.double()).to(_wide(trained))
