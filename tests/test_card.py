@@ -105,6 +105,27 @@ def test_names_are_text_and_no_path_is_shown(comparison: Path) -> None:
     assert not [each for each in drawn.iter() if each.tag.endswith("script")]
 
 
+def test_the_section_says_what_a_reader_has_to_know_and_names_no_option_of_a_command(comparison: Path) -> None:
+    summary = without_paths(read_summary(comparison))
+    runs = {f"run_{i}": summary["runs"]["rl"] for i in range(4)}
+    runs["run_0"] = runs["run_0"] | {"warnings": ["the base is |odd|"]}
+    pairs = [summary["pairs"][0] | {"run_a": "run_0", "run_b": f"run_{i}"} for i in range(5)]
+    text = section(summary | {"runs": runs, "pairs": pairs}, with_figure=False).split("```sh")[0]
+    assert "Note: run\\_0: the base is \\|odd\\|." in text
+    assert "2 more pairs of runs are left out here." in text and "--explain" not in text
+
+
+def test_the_caption_is_about_the_figures_that_are_there(comparison: Path) -> None:
+    summary = without_paths(read_summary(comparison))
+    runs = {
+        name: run | {"metrics": {"unchanged_fraction": run["metrics"]["unchanged_fraction"]}, "anatomy": {}}
+        for name, run in summary["runs"].items()
+    }
+    text = section(summary | {"runs": runs, "pairs": []}, with_figure=False)
+    assert "in brackets, the null: of unchanged, a Gaussian update as long." in text
+    assert "energy" not in text and "low-magnitude" not in text.split("```sh")[0]
+
+
 def test_a_pair_is_a_line_of_one_form(comparison: Path, tmp_path: Path) -> None:
     write_card(read_summary(comparison), tmp_path)
     rows = [json.loads(line) for line in (tmp_path / PAIRS).read_text().splitlines()]

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from rich.console import Console
 from offprincipal.comparison import CompareSettings, compare, read_summary
 from offprincipal.errors import FileError
 from offprincipal.reports.figures import anatomy, choose_matrices, heatmaps, spectra
+from offprincipal.reports.numbers import number
 from offprincipal.reports.page import PLOTLY, asset
 from offprincipal.reports.report import write_report, write_report_of
-from offprincipal.reports.terminal import comparison_table
-from offprincipal.reports.words import answers, beyond, decisions, run_paragraph, verdict_paragraph
+from offprincipal.reports.terminal import anatomy_rows, comparison_table, figure_rows
+from offprincipal.reports.words import ASK, answers, beyond, decisions, run_paragraph, verdict_paragraph
 from offprincipal.reports.words import metrics_of as ladder_of
 
 HOSTILE_RUN = "<script>alert(1)</script>"
@@ -160,7 +162,7 @@ def test_one_sentence_a_run_names_what_explains_it(rungs: tuple[float, ...], z: 
         (1.1, 0.9, "about what length alone gives (1.10 and 0.90 times)"),
         (0.5, 0.6, "less than"),
         (2.0, 3.0, "more than"),
-        (0.5, 2.0, "the spectrum 0.50 times, the subspaces 2.00 times what length alone moves them"),
+        (0.5, 2.0, "and spectral shift is 0.50 and principal angle 2.00 times what length alone gives"),
     ],
 )
 def test_it_says_whether_step_length_explains_how_far(shift: float, angle: float, said: str) -> None:
@@ -171,13 +173,92 @@ def test_it_says_whether_step_length_explains_how_far(shift: float, angle: float
     assert said in sentence
 
 
+def test_the_sentence_has_the_energy_and_the_unchanged_weights_beside_their_nulls() -> None:
+    lengths = {"spectral_shift": 1.0, "spectral_shift_stored_null": 1.0}
+    energy = {"principal_energy": 0.99, "principal_energy_stored_null": 0.01}
+    metrics = rungs_of((0.5, 0.5, 0.5, 0.5, 0.5), 0.0, unchanged_fraction_isotropic_null=0.05, **lengths, **energy)
+    (sentence,) = decisions({"runs": {"run": {"metrics": metrics}}, "pairs": []})
+    assert "40.0\xa0% of the weights changed (fewer than length alone changes: 95.0\xa0%)" in sentence
+    assert "spectral shift is 1.00 and principal energy 99.0 times what length alone gives" in sentence
+    explained = run_paragraph("run", metrics)
+    assert "would leave 5.0\xa0%: a large difference (+55.00 percentage points)" in explained
+    assert "hold 99.0\xa0% of the update's energy, 99.0 times" in explained
+    said = answers({"runs": {"run": {"metrics": metrics}}})["Length"]
+    assert "the share of unchanged weights differs by 55.00 percentage points (60.0\xa0%, not 5.0\xa0%)" in said
+
+
+def test_a_zero_has_no_sign() -> None:
+    assert "nothing beyond that (0.00 percentage points, z = 0.0)" in run_paragraph(
+        "run", overlap_metrics(0.4, 0.4 + 1e-9, -0.01)
+    )
+
+
+@pytest.fixture(scope="module")
+def off_grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs from a base in float32, whose weights lie between bfloat16 numbers."""
+    root = tmp_path_factory.mktemp("off_grid")
+    weights = {name: weight.float() * (1 + 1e-3) for name, weight in base_tensors().items()}
+    runs = {f"run{seed}": write_model(root / str(seed), moved(weights, 1e-4, seed)) for seed in (1, 2)}
+    return compare(write_model(root / "base", weights), runs, threads=1).write(root / "comparison")
+
+
+def test_off_the_grid_precision_is_said_not_to_be_told_apart(off_grid: Path) -> None:
+    summary = read_summary(off_grid)
+    run, _, pair = decisions(summary)
+    assert "where precision, magnitude or neurons would put them (precision cannot be told apart here; nothing" in run
+    why = "undefined here, since the base's weights are not bfloat16 numbers, so that precision cannot be told apart"
+    assert f"rounding, spacing and margins are {why}" in pair and "nothing to chance" not in pair and "–" not in pair
+    assert all(f"rounding and spacing alone are {why}" in paragraph for paragraph in verdict_paragraph(summary)[:-1])
+    said = answers(summary)["Precision"]
+    assert said.endswith("; precision cannot be told apart, since rounding alone is undefined.") and "–" not in said
+    for mask in anatomy(summary):
+        for row in mask["runs"]:
+            precision, magnitude, neurons, beyond_all, untold = row["parts"]
+            assert [precision, magnitude, neurons] == [None] * 3  # in the colour of what is not told apart
+            assert untold + beyond_all == pytest.approx(row["measured"], abs=0.02)
+
+
+def test_where_every_null_is_undefined_what_lies_off_chance_is_said_and_not_explained() -> None:
+    metrics = metrics_of(principal_overlap=0.4, principal_overlap_random=0.5, principal_overlap_rounding_null=None)
+    summary: dict[str, Any] = {"runs": {"run": {"metrics": metrics}}, "pairs": []}
+    assert decisions(summary) == [
+        "run: 10.00 percentage points fewer on principal weights than chance would put there "
+        "(precision cannot be told apart here)."
+    ]
+    ((row,),) = (mask["runs"] for mask in anatomy(summary))
+    assert row["parts"] == [None] * 4 + [-10.0]
+
+
+def test_a_figure_that_is_not_of_every_matrix_is_marked(hostile: Path) -> None:
+    summary = read_summary(hostile)
+    metrics = summary["runs"]["sft"]["metrics"]
+    whole = metrics["relative_update_norm"]["matrices"]
+    for name in ("principal_angle_left_max_deg", "principal_angle_left_max_deg_stored_null"):
+        metrics[name] = metrics[name] | {"matrices": whole - 2}
+    console = Console(width=200, file=StringIO(), force_terminal=False)
+    console.print(comparison_table(summary))
+    printed = console.file.getvalue()
+    said = " ".join(printed.split())
+    (row,) = [line for line in printed.splitlines() if line.strip().startswith("angle left")]
+    assert row.count("†") == 1 and f"† not of every matrix: angle left of {whole - 2} of {whole}," in said
+    located = metrics["principal_overlap_rounding_null"]["matrices"]  # of the others too few entries changed
+    (ladder, *_) = [line for line in anatomy_rows(summary) if line[0] == "sft"]
+    assert located < whole and ladder[-2].endswith("†") and f"principal of {located} of {whole}" in said
+
+
+def test_digits_are_kept_though_they_are_zeros() -> None:
+    summary = {"runs": {"run": {"metrics": metrics_of(relative_update_norm=0.0082, principal_angle_left_max_deg=90.0)}}}
+    cells = {row[0]: row[1] for row in figure_rows(summary)}
+    assert cells == {"relative update norm": "0.00820", "angle left, °": "90.0 (–)"}
+
+
 def test_of_many_pairs_the_few_that_agree_beyond_the_ladder_are_told_of() -> None:
     def pair(b: str, found: float, z: float) -> dict[str, Any]:
         nulls = {"jaccard_random": 0.2, "jaccard_rounding_null": 0.3, "jaccard_margin_null": 0.3}
         return {"run_a": "a", "run_b": b, "jaccard": found, "jaccard_z": z} | nulls
 
     pairs = [pair(f"b{i}", 0.31, 1.0) for i in range(5)] + [pair("close", 0.9, 80.0), pair("near", 0.5, 20.0)]
-    said = decisions({"runs": {}, "pairs": pairs})
+    said = decisions({"runs": {}, "pairs": pairs}, ASK)
     assert said[0].startswith("a and close") and said[1].startswith("a and near") and len(said) == 4
     assert said[-1] == "4 more pairs of runs: --explain tells of each."
 
@@ -241,9 +322,12 @@ def test_many_runs_of_which_the_same_is_to_be_said_share_a_sentence() -> None:
     said = decisions({"runs": runs, "pairs": []})
     assert [re.split("[: ]", text)[0] for text in said] == ["a_1", "a_2", "still_1", "still_2"]
     many = runs | {"a_3": run(0.8), "a_4": run(0.7)}
-    shared, *others = decisions({"runs": many, "pairs": []})
-    assert shared == "a_1, a_2, a_3, a_4: 5.0 to 30.0\xa0% of the weights changed."
-    assert [text.split()[0] for text in others] == ["still_1", "still_2"]
+    shared = decisions({"runs": many, "pairs": []})
+    assert shared[:2] == [
+        "a_1, a_2: 5.0 to 10.0\xa0% of the weights changed.",
+        "a_3, a_4: 20.0 to 30.0\xa0% of the weights changed.",  # twice and more as many is another thing
+    ]
+    assert [text.split()[0] for text in shared[2:]] == ["still_1", "still_2"]
 
 
 @pytest.mark.parametrize("begin", ["", "sft_traces_", "llama-3-8b-instruct-grpo-on-mathematics/step-"])
@@ -257,7 +341,7 @@ def test_a_table_of_many_runs_fits_80_columns_and_cuts_nothing(hostile: Path, be
     printed = console.file.getvalue()
     assert all(len(line.rstrip()) <= 80 for line in printed.splitlines())
     shift = run["metrics"]["spectral_shift"]["value"]
-    assert printed.count(f"{shift:.3g} (") == count
+    assert printed.count(f"{number(shift)} (") == count
     told_apart = [name if count == 1 or len(begin) < 12 else f"…{name.removeprefix(begin)}" for name in names]
     assert count == 1 or all(name in printed for name in told_apart)
     assert "…" not in re.sub(r"…\d", "", printed)
@@ -364,7 +448,9 @@ def test_the_parts_of_an_anatomy_add_up_to_what_was_measured(
     (found,) = anatomy({"runs": {"rl": {"metrics": metrics_of(**values)}}})
     (run,) = found["runs"]
     assert sum(part or 0 for part in run["parts"]) == pytest.approx(run["measured"], abs=0.03)  # four digits are drawn
-    assert [part is None for part in run["parts"]] == [rung is None for rung in (*rungs, ends[1])]
+    known = [rung is not None for rung in (ends[0], *rungs, ends[1])]
+    assert [part is not None for part in run["parts"][:-1]] == [below and above for below, above in pairwise(known)]
+    assert (run["parts"][-1] is None) == all(known)  # what spans an undefined rung is of none of them alone
 
 
 def test_without_a_mask_there_is_no_anatomy() -> None:

@@ -101,10 +101,11 @@ def test_notes_that_differ_in_numbers_alone_are_one() -> None:
     def summary(*warnings: str) -> dict[str, object]:
         return {"runs": {f"run_{i}": {"warnings": [text]} for i, text in enumerate(warnings)}}
 
-    bounds = [f"{count} matrices, right to {error}" for count, error in ((90, "1.2e-5"), (90, "3e-6"), (1_234, "0.5"))]
-    assert warnings_of(summary(*bounds[:2])) == ["90 matrices, right to 3e-6 to 1.2e-5"]
-    merged = "run_0, run_1, run_2: 90 to 1234 matrices, right to 3e-6 to 0.5"
-    assert warnings_of(summary(*bounds, "else")) == [merged, "run_3: else"]
+    bounds = [f"{count} matrices, right to {error}" for count, error in ((90, "1.2e-5"), (120, "3e-6"), (90, "0.5"))]
+    merged = "90 to 120 matrices, right to 3e-6 to 1.2e-5"
+    assert warnings_of(summary(*bounds[:2])) == [merged]
+    apart = [f"run_0, run_1: {merged}", f"run_2: {bounds[2]}", "run_3: else"]  # an error of .5 is another thing
+    assert warnings_of(summary(*bounds, "else")) == apart
     tensors = [f"one of them is model.layers.{i}.q_proj" for i in (3, 12)]
     assert warnings_of(summary(*tensors)) == [f"run_{i}: {text}" for i, text in enumerate(tensors)]
 
@@ -115,6 +116,15 @@ def test_a_folder_that_is_not_ours_or_damaged_is_named(pair: tuple[Path, Path], 
             act(pair[0])
     (tmp_path / "summary.json").write_text('{"runs": 3}')
     with pytest.raises(FileError, match="damaged"):
+        printed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("journal", "what"), [("journal.jsonl", "comparison"), ("trajectory.journal.jsonl", "trajectory")]
+)
+def test_what_was_killed_is_said_to_be_unfinished(journal: str, what: str, tmp_path: Path) -> None:
+    (tmp_path / journal).touch()
+    with pytest.raises(FileError, match=f"holds an unfinished {what}: the same command continues with it"):
         printed(tmp_path)
 
 

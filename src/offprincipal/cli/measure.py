@@ -207,7 +207,7 @@ def compare(
     from offprincipal.memory import parse_size
     from offprincipal.reports.terminal import as_shown_json, comparison_table
     from offprincipal.reports.trackers import report_comparison, require_tracker
-    from offprincipal.reports.words import contract_lines, decisions, verdict_paragraph, warnings_of
+    from offprincipal.reports.words import ASK, contract_lines, decisions, verdict_paragraph, warnings_of
 
     groups: Any = GROUPS if metrics is None else metrics
     chosen: Any = {"solver": solver, "tolerance": tolerance, "device": device}
@@ -240,7 +240,7 @@ def compare(
                 say(f"note: {warning}", style="yellow", soft_wrap=False)
             if found.measured_before:
                 say(f"measured before, not again: {', '.join(found.measured_before)} (--no-cache measures all)")
-            for sentence in (verdict_paragraph if explain else decisions)(found.summary):
+            for sentence in verdict_paragraph(found.summary) if explain else decisions(found.summary, ASK):
                 say(sentence, soft_wrap=False)
             say(f"tables{' and report' if report else ''}: {out}")
         if report_to:

@@ -133,7 +133,7 @@ class Comparison:
         return shown.get().rstrip()
 
     def _repr_html_(self) -> str:
-        from offprincipal.reports.notebook import comparison_html
+        from offprincipal.reports.terminal import comparison_html
 
         return comparison_html(self.summary)
 

@@ -19,10 +19,11 @@ import yaml
 from offprincipal.errors import FileError
 from offprincipal.files import require_folder, write_atomically
 from offprincipal.reports.figures import ANATOMY_PARTS, anatomy
+from offprincipal.reports.nulls import caption
 from offprincipal.reports.places import reproducing, without_paths
 from offprincipal.reports.report import damage_reported
-from offprincipal.reports.terminal import LADDER, LADDER_COLUMNS, NULLS, anatomy_rows, figure_rows
-from offprincipal.reports.words import decisions, plain
+from offprincipal.reports.terminal import LADDER, LADDER_COLUMNS, anatomy_rows, figure_rows
+from offprincipal.reports.words import decisions, plain, warnings_of
 
 README, FIGURE, PAIRS = "README.md", "offprincipal.svg", "offprincipal.jsonl"
 PAIR_SCHEMA = 1
@@ -124,7 +125,7 @@ def _card_of(repo: str) -> str:
 
 
 def section(summary: Mapping[str, Any], with_figure: bool) -> str:
-    """The section in Markdown: the figures, the ladder, what decides, and the command that makes it again.
+    """The section in Markdown: the figures, the ladder, what decides, the notes, and the command that makes it again.
 
     Args:
         summary: as `without_paths` gives it.
@@ -132,7 +133,8 @@ def section(summary: Mapping[str, Any], with_figure: bool) -> str:
     """
     parts = [
         "## What training did to the weights",
-        f"Measured from `{_code(summary['base'])}` with offprincipal {summary['versions']['offprincipal']}; {NULLS}.",
+        f"Measured from `{_code(summary['base'])}` with offprincipal {summary['versions']['offprincipal']}; "
+        f"{caption(summary)}.",
         _table(["", *summary["runs"]], figure_rows(summary)),
     ]
     if rungs := anatomy_rows(summary):
@@ -140,7 +142,8 @@ def section(summary: Mapping[str, Any], with_figure: bool) -> str:
         parts.append(_table(LADDER_COLUMNS, rungs))
     if with_figure:
         parts.append(f"![Where the change fell, and what explains it: points beyond chance]({FIGURE})")
-    parts += [_text(sentence) for sentence in decisions(summary)]
+    parts += [_text(sentence) for sentence in decisions(summary, " are left out here")]
+    parts += [_text(f"Note: {warning}.") for warning in warnings_of(summary)]
     parts.append(f"```sh\n{plain(reproducing(summary)).replace('`', '')}\n```")
     return "\n\n".join([_BEGIN, *parts, _END]) + "\n"
 
@@ -229,7 +232,7 @@ def anatomy_svg(summary: Mapping[str, Any]) -> str:
     reach = max(1.0, *(_reach(run) for mask in masks for run in mask["runs"]))
     shapes = [f'<rect width="{width}" height="{height}" fill="#fff"/>']
     for place, (part, colour) in enumerate(ANATOMY_PARTS):
-        x = 12 + 140 * place
+        x = 12 + 132 * place
         shapes += [f'<rect x="{x}" y="12" width="12" height="12" rx="3" fill="{colour}"/>', _label(x + 18, 22, part)]
     for row, name in enumerate(runs):
         shown = plain(name) if len(name) <= _LONGEST else plain(f"{name[:14]}…{name[-9:]}")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from offprincipal.checkpoints.roles import LINEAR_ROLES
 from offprincipal.measures.columns import METRICS
+from offprincipal.reports.nulls import NOT_TOLD_APART, NULL_WORDS, PARTS, shares, steps_up
 from offprincipal.reports.numbers import short
 from offprincipal.reports.words import metrics_of
 
@@ -27,7 +28,7 @@ MASKS = {
     "safe": "safe weights",
     "random": "a random mask",
 }
-NULLS = ("_rounding_null", "_stored_null", "_isotropic_null")
+NULLS = ("_rounding_null", "_stored_null", "_isotropic_null")  # of a figure's, the one that is drawn below it
 STRIPE_MATRICES = 64
 SPECTRUM_MATRICES = 256
 FINE_POINTS, COARSE_POINTS = 256, 64
@@ -55,42 +56,31 @@ class Chosen:
     available: int
 
 
-_RUNGS = ("_random", "_rounding_null", "_spacing_null", "_margin_null", "")
-ANATOMY_PARTS = (  # what the step up to each rung but the first is, and its colour
-    ("precision", "#7d8795"),
-    ("magnitude", "#b8932c"),
-    ("neurons", "#4aa3b8"),
-    ("beyond all nulls", "#c24d52"),
-)
+ANATOMY_PARTS = (*PARTS.items(), NOT_TOLD_APART)  # with their colours
 
 
 def anatomy(summary: Mapping[str, Any]) -> list[Json]:
     """Per mask and run how far the overlap is from chance, in points, and what each rung of the ladder explains of it.
 
-    A rung that is not defined explains nothing; what it would have is in the next one.
+    What lies between rungs that are not next to each other, since one between is undefined, is not told apart.
     """
     figures = []
     for mask in ("principal", "low_magnitude"):
-        rows = [
-            _explained([metrics.get(f"{mask}_overlap{rung}", {}).get("value") for rung in _RUNGS])
-            for metrics in map(metrics_of, summary["runs"].values())
-        ]
+        rows = [_explained(metrics, mask) for metrics in map(metrics_of, summary["runs"].values())]
         if any(row["measured"] is not None for row in rows):
             figures.append({"title": MASKS[mask], "runs": rows})
     return figures
 
 
-def _explained(rungs: Sequence[float | None]) -> Json:
-    """Each rung minus the last one before it that is defined; the first is chance."""
-    chance, measured = rungs[0], rungs[-1]
-    if chance is None or measured is None:
-        return {"measured": None, "parts": [None] * (len(rungs) - 1)}
-    parts: list[float | None] = []
-    reached = chance
-    for rung in rungs[1:]:
-        parts.append(None if rung is None else 100 * (rung - reached))
-        reached = reached if rung is None else rung
-    return {"measured": short(100 * (measured - chance)), "parts": _short(parts)}
+def _explained(metrics: Mapping[str, Mapping[str, Any]], mask: str) -> Json:
+    """How far what was measured is from chance, and of each of `ANATOMY_PARTS` how much of it."""
+    steps = steps_up(shares(lambda name: metrics.get(name, {}).get("value"), mask))
+    parts: dict[str, float] = {}
+    for spanned, gap in steps:
+        part = spanned[0] if len(spanned) == 1 else NOT_TOLD_APART[0]
+        parts[part] = parts.get(part, 0.0) + 100 * gap
+    measured = 100 * sum(gap for _, gap in steps) if steps else None
+    return {"measured": short(measured), "parts": _short(parts.get(part) for part, _ in ANATOMY_PARTS)}
 
 
 def overlaps(summary: Mapping[str, Any]) -> list[Json]:
@@ -102,7 +92,7 @@ def overlaps(summary: Mapping[str, Any]) -> list[Json]:
             found = run["metrics"].get(f"{mask}_overlap", {})
             nulls = {
                 name: run["metrics"].get(f"{mask}_overlap_{suffix}", {}).get("value")
-                for name, suffix in (("random", "random"), ("precision", "rounding_null"))
+                for name, suffix in (("random", "random"), ("rounding", "rounding_null"))
             }
             rows.append({key: found.get(key) for key in ("value", "low", "high")} | nulls)
         if any(row["value"] is not None for row in rows):
@@ -181,10 +171,13 @@ def _role_order(role: str) -> tuple[int, str]:
 def _about(field: pa.Field, metrics: Sequence[str]) -> Json:
     groups = {column.name: metric.group for metric in METRICS for column in metric.columns}
     text = {key.decode(): value.decode() for key, value in field.metadata.items()}
-    null = next((metrics.index(name) for suffix in NULLS if (name := field.name + suffix) in metrics), None)
-    return {"name": field.name, "group": groups.get(field.name, "other"), "null": null} | {
-        key: text.get(key, "") for key in ("meaning", "unit", "source")
-    }
+    null = next((suffix for suffix in NULLS if field.name + suffix in metrics), "")
+    beside = {"null": metrics.index(field.name + null), "null_words": NULL_WORDS[null]} if null else {"null": None}
+    return (
+        {"name": field.name, "group": groups.get(field.name, "other")}
+        | beside
+        | {key: text.get(key, "") for key in ("meaning", "unit", "source")}
+    )
 
 
 def choose_matrices(matrices: pa.Table, columns: Sequence[str], limit: int) -> Chosen:
@@ -264,7 +257,7 @@ def stripes(matrices: pa.Table, path: Path, runs: Sequence[str]) -> Json:
     def of_side(tensor: str, side: str) -> Json:
         rates = [_drawn(curves.get((tensor, run, f"{side}_change_rate"))) for run in runs]
         nulls = [_drawn(curves.get((tensor, run, f"{side}_change_rate_spacing_null"))) for run in runs]
-        return {"consensus": _drawn(curves.get((tensor, None, f"consensus_{side}s"))), "rates": rates, "nulls": nulls}
+        return {"rates": rates, "nulls": nulls}
 
     return {
         "available": chosen.available,

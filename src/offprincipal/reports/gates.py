@@ -7,6 +7,7 @@ from rich.box import SIMPLE
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from offprincipal.reports.numbers import UNDEFINED, number
 from offprincipal.reports.words import shown
 
 _MASKS = ("principal", "low_magnitude")
@@ -51,7 +52,7 @@ def _divergence_table(runs: Mapping[str, Any]) -> Table:
         table.add_column(title, justify="right")
     for name, entry in runs.items():
         for i, (samples, kl) in enumerate(entry["kl_by_samples"].items()):
-            figures = (_number(kl["value"]), _interval(kl), f"{kl['tokens']:,}")
+            figures = (number(kl["value"]), _interval(kl), f"{kl['tokens']:,}")
             table.add_row(shown(name) if i == 0 else "", samples, *figures)
     return table
 
@@ -63,7 +64,7 @@ def _bound_table(runs: Mapping[str, Any]) -> Table:
     for name, entry in runs.items():
         bound = entry["norm_bound"]
         interval = {"low": bound["tightness_low"], "high": bound["tightness_high"]}
-        sides = (_number(bound[key]) for key in ("fisher_norm", "bound", "tightness"))
+        sides = (number(bound[key]) for key in ("fisher_norm", "bound", "tightness"))
         table.add_row(shown(name), entry["weights"], *sides, _interval(interval))
     return table
 
@@ -74,7 +75,7 @@ def _curve_table(runs: Mapping[str, Any]) -> Table:
         table.add_column(f"{point['fraction']:g}", justify="right")
     for name, entry in runs.items():
         ratios = [p["kl"] / p["half_quadratic"] if p["half_quadratic"] > 0 else None for p in entry["curve"]]
-        table.add_row(shown(name), *(_number(ratio) for ratio in ratios))
+        table.add_row(shown(name), *(number(ratio) for ratio in ratios))
     return table
 
 
@@ -85,8 +86,8 @@ def _hidden_table(runs: Mapping[str, Any]) -> Table:
     for name, entry in runs.items():
         if hidden := entry.get("hidden_fraction"):
             percent = {key: None if value is None else 100 * value for key, value in hidden.items()}
-            nulls = (_number(percent[key]) for key in ("gaussian_null", "permuted_null"))
-            table.add_row(shown(name), _number(percent["value"]), _interval(percent), *nulls)
+            nulls = (number(percent[key]) for key in ("gaussian_null", "permuted_null"))
+            table.add_row(shown(name), number(percent["value"]), _interval(percent), *nulls)
     return table
 
 
@@ -99,7 +100,7 @@ def _sweep_table(runs: Mapping[str, Any]) -> Table:
         for row in entry.get("precision_sweep") or ():
             if row["step_length"] == 1:
                 values = (row[column]["value"] for column in columns)
-                figures = (_number(None if value is None else 100 * value) for value in values)
+                figures = (number(None if value is None else 100 * value) for value in values)
                 table.add_row(shown(name), row["format"], *figures)
     return table
 
@@ -112,8 +113,8 @@ def _curvature_table(entry: Mapping[str, Any]) -> Table:
     for row in _pooled(entry["curvature"]):
         pair = pairs.get(row["direction"], {})
         unit = "draws" if row["direction"].startswith("random_") else "batches"
-        tests = (_number(pair[key]) if pair else "" for key in ("ratio", "sign_test_p", f"{unit}_wanted"))
-        table.add_row(row["direction"], _number(row["value"]), _interval(row), *tests)
+        tests = (number(pair[key]) if pair else "" for key in ("ratio", "sign_test_p", f"{unit}_wanted"))
+        table.add_row(row["direction"], number(row["value"]), _interval(row), *tests)
     return table
 
 
@@ -122,11 +123,4 @@ def _pooled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _interval(entry: Mapping[str, Any]) -> str:
-    return "–" if entry["low"] is None else f"{_number(entry['low'])} … {_number(entry['high'])}"
-
-
-def _number(value: float | None) -> str:
-    """Three significant digits."""
-    if value is None:
-        return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+    return UNDEFINED if entry["low"] is None else f"{number(entry['low'])} … {number(entry['high'])}"

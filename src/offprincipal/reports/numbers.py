@@ -22,11 +22,15 @@ def short(value: float | None) -> float | None:
 def number(value: float | None, digits: int = 3) -> str:
     """Significant digits, with an exponent where the number is far from 1.
 
-    >>> number(0.27303), number(5.6997e-06), number(-1664.2), number(None)
-    ('0.273', '5.70e-6', '−1,664', '–')
+    A whole number that counts something is shown whole.
+
+    >>> number(0.27303), number(5.6997e-06), number(-1664.2), number(12), number(None)
+    ('0.273', '5.70e-6', '−1,664', '12', '–')
     """
     if value is None:
         return UNDEFINED
+    if isinstance(value, int):
+        return _minus(f"{value:,}")
     if value == 0:
         return "0"
     exponent = math.floor(math.log10(abs(value)))
@@ -53,11 +57,20 @@ def percent(value: float | None) -> str:
     return f"<{10.0**-_FINEST_PERCENT:.4f}\xa0%" if value < 0.5 else f">{100 - 10.0**-_FINEST_PERCENT:.4f}\xa0%"
 
 
+def bare(text: str) -> str:
+    """A number without its unit, which stands above its column.
+
+    >>> bare(percent(0.26)), bare(degrees(1.5)), bare(points(0.01))
+    ('26.0', '1.50', '+1.00')
+    """
+    return text.removesuffix(" points").removesuffix("\xa0%").removesuffix("°")
+
+
 def points(value: float | None) -> str:
     """A difference of two shares, signed, in percentage points.
 
     >>> points(0.00148), points(-0.021), points(-1e-9), points(None)
-    ('+0.15 points', '−2.10 points', '−0.00 points', '–')
+    ('+0.15 points', '−2.10 points', '0.00 points', '–')
     """
     return UNDEFINED if value is None else f"{signed(100 * value, 2)} points"
 
@@ -70,13 +83,34 @@ def degrees(value: float | None) -> str:
     return UNDEFINED if value is None else f"{number(value)}°"
 
 
-def signed(value: float | None, decimals: int = 1) -> str:
-    """A number whose sign matters, such as z.
+def decimals(value: float | None, places: int = 2) -> str:
+    """A number between -1 and 1, such as a cosine.
 
-    >>> signed(0.204), signed(-12.34), signed(None)
-    ('+0.2', '−12.3', '–')
+    >>> decimals(-0.123), decimals(None)
+    ('−0.12', '–')
     """
-    return UNDEFINED if value is None else _minus(f"{value:+,.{decimals}f}")
+    return UNDEFINED if value is None else _minus(f"{value:.{places}f}")
+
+
+def as_kind(value: float | None, kind: str) -> str:
+    """A number as a figure of that kind is written: `percent`, `degrees` or `number`.
+
+    >>> as_kind(1.5, "degrees"), as_kind(None, "percent")
+    ('1.50°', '–')
+    """
+    return {"percent": percent, "degrees": degrees, "number": number}[kind](value)
+
+
+def signed(value: float | None, decimals: int = 1) -> str:
+    """A number whose sign matters, such as z; one that reads as zero has none.
+
+    >>> signed(0.204), signed(-12.34), signed(-0.02), signed(None)
+    ('+0.2', '−12.3', '0.0', '–')
+    """
+    if value is None:
+        return UNDEFINED
+    shown = f"{value:+,.{decimals}f}"
+    return _minus(shown if any(digit in shown for digit in "123456789") else shown[1:])
 
 
 def estimate(value: float | None, low: float | None, high: float | None) -> str:

@@ -90,7 +90,7 @@ class Plots:
         with _figure(len(masks), 0.6 + 0.2 * len(self._runs), sharey=True) as (figure, axes):
             for axis, mask in zip(axes, masks, strict=True):
                 for row, run in enumerate(mask["runs"]):
-                    for null, look in (("random", _look(_GREY, "|")), ("precision", _RING)):
+                    for null, look in (("random", _look(_GREY, "|")), ("rounding", _RING)):
                         if run[null] is not None:
                             axis.plot(100 * run[null], row, **look)
                     _with_interval(axis, row, run, COLOURS[row % len(COLOURS)], 100)

@@ -21,6 +21,7 @@ _WATCHED = (
     ("unchanged, %", "unchanged_fraction"),
     ("spectral shift", "spectral_shift"),
 )
+_JOURNALS = {"journal.jsonl": "comparison", "trajectory.journal.jsonl": "trajectory"}
 _ROWS = 12  # of a monitor's, the last among them
 
 
@@ -67,7 +68,7 @@ def _comparison(path: Path) -> Iterator[RenderableType]:
     summary = read_json(path)
     yield terminal.comparison_table(summary)
     yield from (f"note: {warning}" for warning in words.warnings_of(summary))
-    yield from words.decisions(summary)
+    yield from words.decisions(summary, words.ASK)
 
 
 def _trajectory(path: Path) -> Iterator[RenderableType]:
@@ -152,6 +153,9 @@ def _files_in(folder: Path, suffix: str = "") -> list[str]:
         raise FileError(
             f"{folder} holds a run that is not complete: `offprincipal train` with the same settings goes on with it"
         )
+    unfinished = next((what for journal, what in _JOURNALS.items() if (folder / journal).is_file()), None)
+    if not found and unfinished:
+        raise FileError(f"{folder} holds an unfinished {unfinished}: the same command continues with it")
     if not found:
         raise FileError(f"{folder} holds none of {', '.join(_KINDS)}: give a folder that offprincipal wrote")
     return found

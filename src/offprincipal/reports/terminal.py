@@ -1,7 +1,11 @@
-"""Tables for the terminal, from the same files as the report. Reads and formats; computes no metric."""
+"""Tables for the terminal, and for a notebook, from the same files as the report.
+
+Reads and formats; computes no metric.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from html import escape
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +15,10 @@ from rich.table import Table
 
 from offprincipal.comparison.cache import CacheInfo
 from offprincipal.outcomes.curves import mask_words
-from offprincipal.reports.numbers import number
-from offprincipal.reports.words import shown
+from offprincipal.reports.nulls import FIGURES, MARK, RUNG_TITLES, Figure, caption, matrices_of, measured
+from offprincipal.reports.numbers import as_kind, bare, number, percent, signed
+from offprincipal.reports.page import html_table
+from offprincipal.reports.words import decisions, metrics_of, shown
 from offprincipal.tasks import Task, mixture
 
 if TYPE_CHECKING:
@@ -21,25 +27,10 @@ if TYPE_CHECKING:
     from offprincipal.paper import Profile
     from offprincipal.training.preview import Preview
 
-_SHOWN = (
-    ("unchanged, %", "unchanged_fraction", "unchanged_fraction_isotropic_null", 100),
-    ("relative update norm", "relative_update_norm", None, 1),
-    ("spectral shift", "spectral_shift", "spectral_shift_stored_null", 1),
-    ("angle left, °", "principal_angle_left_max_deg", "principal_angle_left_max_deg_stored_null", 1),
-    ("angle right, °", "principal_angle_right_max_deg", "principal_angle_right_max_deg_stored_null", 1),
-    ("principal, %", "principal_overlap", "principal_overlap_rounding_null", 100),
-    ("low-magnitude, %", "low_magnitude_overlap", "low_magnitude_overlap_rounding_null", 100),
-    ("energy, %", "principal_energy", "principal_energy_stored_null", 100),
-)
 _SCREEN = 80  # columns that every terminal has
 _LONG = 12  # letters of a common beginning that is left out
 _WIDEST = 24  # letters that a column keeps for itself
-LADDER_COLUMNS = ("run", "mask", "chance", "rounding", "spacing", "margins", "measured", "z")
-NULLS = (
-    "principal and low-magnitude: of the changed entries, the share there; energy: of the update, in the principal "
-    "subspaces. In brackets, the null: of unchanged, a Gaussian update as long; of spectrum, angles and energy, that "
-    "update stored; of the shares, rounding alone"
-)
+LADDER_COLUMNS = ("run", "mask", *RUNG_TITLES.values(), "z")
 LADDER = "each null from left to right knows one thing more; z: how far beyond margins, in standard errors"
 _VERDICTS = {
     "supported": "green",
@@ -70,7 +61,25 @@ def comparison_table(summary: Mapping[str, Any]) -> Group:
     if sum(_widths(head, rows)) > _SCREEN:
         head, *rows = map(list, zip(["run", *head[1:]], *rows, strict=True))
     tables = [_table_of(*block) for block in _blocks(head, rows)]
-    return Group("what training did to the weights (null in brackets)", *tables, f"{NULLS}.", *ladder_tables(summary))
+    return Group(
+        "what training did to the weights (null in brackets)", *tables, f"{caption(summary)}.", *ladder_tables(summary)
+    )
+
+
+def comparison_html(summary: Mapping[str, Any]) -> str:
+    """What a notebook shows of a comparison: the same tables, and one sentence a run, as HTML.
+
+    Args:
+        summary: `summary.json`. Names in it are shown as text.
+    """
+    parts = ["<p>What training did to the weights (null in brackets)</p>"]
+    parts.append(html_table(["", *summary["runs"]], figure_rows(summary)))
+    parts.append(f"<p>{caption(summary)}.</p>")
+    if rungs := anatomy_rows(summary):
+        parts.append(f"<p>Of the changed entries, % in the mask: {LADDER}.</p>")
+        parts.append(html_table(LADDER_COLUMNS, rungs))
+    parts += [f"<p>{escape(sentence)}</p>" for sentence in decisions(summary)]
+    return "\n".join(parts)
 
 
 def _blocks(
@@ -117,12 +126,8 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 def figure_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     """Each figure that was measured: what it is, and for each run its value with its null in brackets."""
-    found = [run["metrics"] for run in summary["runs"].values()]
-    return [
-        [title, *(_with_null(metrics, metric, null, factor) for metrics in found)]
-        for title, metric, null, factor in _SHOWN
-        if any(metric in metrics for metrics in found)
-    ]
+    runs = summary["runs"].values()
+    return [[_titled(figure), *(_with_null(run, figure) for run in runs)] for figure in measured(summary)]
 
 
 def ladder_tables(summary: Mapping[str, Any]) -> list[Any]:
@@ -148,8 +153,10 @@ def anatomy_rows(summary: Mapping[str, Any]) -> list[list[str]]:
         for mask in ("principal", "low_magnitude"):
             if rungs := run.get("anatomy", {}).get(mask):
                 z = run["metrics"].get(f"{mask}_z", {}).get("value")
-                cells = (_format(rungs[rung], 100) for rung in ("random", "rounding", "spacing", "margins", "measured"))
-                rows.append([name, mask.replace("_", "-"), *cells, _format(z)])
+                figure = next(each for each in FIGURES if each.metric == f"{mask}_overlap")
+                mark = MARK if matrices_of(run["metrics"], figure) else ""
+                cells = [bare(percent(rungs[rung])) for rung in RUNG_TITLES]
+                rows.append([name, mask.replace("_", "-"), *cells[:-1], f"{cells[-1]}{mark}", signed(z)])
     return rows
 
 
@@ -182,10 +189,10 @@ def runs_table(study: Mapping[str, Any]) -> Group:
     for run in study["runs"]:
         before, after = run["before"] or {}, run["after"] or {}
         accuracies = [
-            f"{_format(before.get(key), 100)} → {_format(after.get(key), 100)}"
+            f"{_in_percent(before.get(key))} → {_in_percent(after.get(key))}"
             for key in ("greedy_accuracy", "sampled_accuracy", "pass_at_k")
         ]
-        kl = _format(after.get("kl_to_base"))
+        kl = number(after.get("kl_to_base"))
         table.add_row(shown(run["name"]), *accuracies, kl, f"{run['seconds'] / 60:.1f}")
     return Group("training, on held-out prompts, before → after", table)
 
@@ -208,10 +215,10 @@ def _masks_table(figures: Mapping[str, Any]) -> Group:
     for found in figures["masks"]:
         runs, own = found["runs"], found["mask"] == "full"
         areas = _span(figures["other_seeds"]) + " (other seeds)" if own else _span(run["area"] for run in runs)
-        accuracy = _span((run["accuracy"] for run in runs), 100)
+        accuracy = _span((run["accuracy"] for run in runs), _in_percent)
         name = shown(mask_words((found["mask"], found["density"])))
-        table.add_row(name, str(len(runs)), _format(found["trained"], 100), areas, accuracy)
-    return Group(f"masks, lowest to highest over seeds; base {_format(figures['base'], 100)} %", table)
+        table.add_row(name, str(len(runs)), _in_percent(found["trained"]), areas, accuracy)
+    return Group(f"masks, lowest to highest over seeds; base {_in_percent(figures['base'])} %", table)
 
 
 def _sweeps_table(figures: Mapping[str, Any]) -> Group:
@@ -222,11 +229,11 @@ def _sweeps_table(figures: Mapping[str, Any]) -> Group:
     bounds = {None: "", "above": "≥ ", "below": "< "}
     for group in figures["groups"]:
         found = group["sweeps"]
-        rates = ", ".join(dict.fromkeys(bounds[sweep["open"]] + _format(sweep["stable"]) for sweep in found))
-        best = _span((sweep["best"] for sweep in found), 100)
+        rates = ", ".join(dict.fromkeys(bounds[sweep["open"]] + _rate(sweep["stable"]) for sweep in found))
+        best = _span((sweep["best"] for sweep in found), _in_percent)
         table.add_row(shown(group["method"]), str(group["rank"]), str(len(found)), rates, best)
     return Group(
-        f"low-rank methods, lowest to highest over seeds; base {_format(figures['base'], 100)} %",
+        f"low-rank methods, lowest to highest over seeds; base {_in_percent(figures['base'])} %",
         table,
         *([_matched_table(figures["matched"])] if figures["matched"] else []),
     )
@@ -242,7 +249,7 @@ def _matched_table(matched: Iterable[Mapping[str, Any]]) -> Table:
         groups.setdefault((run["method"], run["like"]["method"], run["size"], run["rank"]), []).append(run)
     for (method, like, size, rank), runs in groups.items():
         accuracy, of_like = (
-            _span((run["accuracy"] for run in side), 100) for side in (runs, [r["like"] for r in runs])
+            _span((run["accuracy"] for run in side), _in_percent) for side in (runs, [r["like"] for r in runs])
         )
         ratio = _span(run["ratio"] for run in runs)
         table.add_row(shown(f"{method} at {size} of {like}"), str(rank), str(len(runs)), ratio, accuracy, of_like)
@@ -391,27 +398,37 @@ def _judgement(judged: Mapping[str, Any]) -> str:
     return text if judged["effect"] is None else f"{text} {judged['effect']:.3g}"
 
 
-def _with_null(metrics: Mapping[str, Any], metric: str, null: str | None, factor: float) -> str:
-    text = _format(metrics.get(metric, {}).get("value"), factor)
-    return text if null is None else f"{text} ({_format(metrics.get(null, {}).get('value'), factor)})"
+def _titled(figure: Figure) -> str:
+    """Its title with its unit, which its cells leave out."""
+    unit = {"percent": ", %", "degrees": ", °", "number": ""}[figure.kind]
+    return f"{figure.title}{unit}"
 
 
-def _span(values: Iterable[float | None], factor: float = 1) -> str:
+def _with_null(run: Mapping[str, Any], figure: Figure) -> str:
+    """A figure, marked where it is not of every matrix, and its null in brackets."""
+    metrics = metrics_of(run)
+    found, null = (bare(as_kind(metrics.get(name or "", {}).get("value"), figure.kind)) for name in figure.names)
+    mark = MARK if matrices_of(run["metrics"], figure) else ""
+    return f"{found}{mark}" if figure.null is None else f"{found}{mark} ({null})"
+
+
+def _span(values: Iterable[float | None], text: Callable[[float | None], str] = number) -> str:
     """The lowest and the highest of those that are known."""
     known = [value for value in values if value is not None]
     if not known:
-        return _format(None)
-    low, high = (_format(end, factor) for end in (min(known), max(known)))
+        return text(None)
+    low, high = text(min(known)), text(max(known))
     return low if low == high else f"{low} to {high}"
 
 
-def _format(value: float | None, factor: float = 1) -> str:
-    """Three significant digits; percentages to a tenth, those below one to a hundredth."""
-    if value is None:
-        return "–"
-    if factor == 100:
-        return f"{100 * value:.1f}" if abs(value) >= 0.01 or not value else f"{100 * value:.2f}"
-    return f"{value:.3g}"
+def _rate(value: float | None) -> str:
+    """A learning rate as it was set."""
+    return number(None) if value is None else f"{value:g}"
+
+
+def _in_percent(value: float | None) -> str:
+    """Of a column whose title says so."""
+    return bare(percent(value))
 
 
 def delta_lines(made: "Made") -> list[str]:

@@ -74,7 +74,7 @@ def jaccards(rows: Sequence[Row]) -> dict[str, float | None]:
     both = {
         "measured": sum(row["intersection"] for row in rows),
         "random": sum(row["changed_a"] * row["changed_b"] / row["numel"] for row in rows),
-        "precision": sum(row["intersection_spacing_null"] for row in rows),
+        "spacing": sum(row["intersection_spacing_null"] for row in rows),
     }
     return {name: short(count / (changed - count)) if changed > count else None for name, count in both.items()}
 

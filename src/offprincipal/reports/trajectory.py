@@ -83,7 +83,10 @@ def beside_rows(content: Mapping[str, Any]) -> list[list[str]]:
         [title, *(numbers.number(whole[name][key]) for key in ("value", *_NULLS))] for name, title in FIGURES.items()
     ]
     drift = whole["drift"]
-    return [*rows, ["cosine of far steps", _interval(drift), "0", *(_decimals(drift[null]) for null in _NULLS[1:])]]
+    return [
+        *rows,
+        ["cosine of far steps", _interval(drift), "0", *(numbers.decimals(drift[null]) for null in _NULLS[1:])],
+    ]
 
 
 def _overlap_table(content: Mapping[str, Any]) -> Table:
@@ -95,7 +98,7 @@ def _overlap_table(content: Mapping[str, Any]) -> Table:
             table.add_column(heading, justify="right")
     for t, step in _some_of(content["steps"]):
         values = (found[side][kind][t] for side in _SIDES for kind in _OVERLAPS)
-        table.add_row(f"{step:g}", *(_decimals(value) for value in values))
+        table.add_row(f"{step:g}", *(numbers.decimals(value) for value in values))
     return table
 
 
@@ -121,7 +124,7 @@ def trajectory_sentences(content: Mapping[str, Any]) -> list[str]:
         "diffusive": "Diffusive: steps far apart share next to no direction",
         "cannot tell": f"{count} checkpoint{'s' * (count > 1)}, as stored, cannot tell a walk from a line",
     }[whole["verdict"]]
-    line_cosine = _decimals(drift["stored_line_null"])
+    line_cosine = numbers.decimals(drift["stored_line_null"])
     cosine = (
         f" (mean cosine {_interval(drift)}; a random walk's is 0, that of a straight line of this length, stored "
         f"alike, {line_cosine})"
@@ -344,13 +347,13 @@ def _some_of(steps: Sequence[float]) -> list[tuple[int, float]]:
 
 
 def _with_null(row: Mapping[str, Any]) -> str:
-    return f"{_decimals(row['value'])} ({_decimals(row['random_walk_null'])})"
+    return f"{numbers.decimals(row['value'])} ({numbers.decimals(row['random_walk_null'])})"
 
 
 def _interval(drift: Mapping[str, Any]) -> str:
-    value = _decimals(drift["value"])
-    return value if drift["low"] is None else f"{value} [{_decimals(drift['low'])}, {_decimals(drift['high'])}]"
-
-
-def _decimals(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}".replace("-", "−")
+    value = numbers.decimals(drift["value"])
+    return (
+        value
+        if drift["low"] is None
+        else f"{value} [{numbers.decimals(drift['low'])}, {numbers.decimals(drift['high'])}]"
+    )

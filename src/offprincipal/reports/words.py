@@ -7,7 +7,9 @@ Reads the pooled values of `summary.json` and computes no metric. The rules are 
   difference significant;
 - *about what length alone gives* means within a factor of `ABOUT` of a random update of equal length,
   stored alike (the stored null);
-- a run's one sentence names precision, magnitude or neurons where that rung moves a share by `TINY` or more.
+- a run's one sentence names precision, magnitude or neurons where that rung moves a share by `TINY` or more, and says
+  which of them cannot be told apart where a rung between is undefined;
+- runs share a sentence only where no number in it is more than `_APART` times another run's.
 """
 
 import math
@@ -20,6 +22,7 @@ from rich.markup import escape
 
 from offprincipal.measures.columns import RUNGS
 from offprincipal.measures.pooling import STEPS
+from offprincipal.reports.nulls import ENDINGS, PARTS, listed, shares, steps_up
 from offprincipal.reports.numbers import degrees, number, percent, points, signed
 
 Z_BEYOND = 3.0
@@ -27,14 +30,17 @@ TINY, SMALL = 0.01, 0.05
 ABOUT = 1.25
 _SAME = 1 - 1e-12  # the cosine of two updates that are one
 _NOTHING = "none of the metrics that a sentence could be about was measured"
+ASK = ": --explain tells of each"
 _NOTABLE = 3  # pairs of runs that are told of unasked
 _FEW = 3  # runs that have a sentence each
-_RUNGS = {  # what explains where changed entries lie -> the rungs of the ladder that it lies between
-    "precision": ("random", "rounding_null"),
-    "magnitude": ("rounding_null", "spacing_null"),
-    "neurons": ("spacing_null", "margin_null"),
+_APART, _NOTES_APART = 2.0, 10.0  # times that a number of runs that share a sentence, or a note, may differ
+_OFF_GRID = "undefined here, since the base's weights are not bfloat16 numbers, so that precision cannot be told apart"
+_BEYOND = tuple(PARTS)[-1]
+_LENGTHS = {
+    "spectral shift": "spectral_shift",
+    "principal angle": "principal_angle_left_max_deg",
+    "principal energy": "principal_energy",
 }
-_TOLD = ("_random", "_rounding_null", "_margin_null", "_z")  # of the ladder of nulls
 MASKS = {"principal": "principal weights", "low_magnitude": "low-magnitude weights"}
 
 Metrics = Mapping[str, Mapping[str, Any]]
@@ -75,19 +81,20 @@ def run_paragraph(name: str, metrics: Metrics, differing: int = 0, alone: int = 
     value = _reader(metrics)
     if is_unchanged(metrics):
         return _unchanged(name, value, differing, alone)
-    parts = [_amount(value), _distance(value), _turn(value), *(_place(mask, value) for mask in MASKS)]
+    parts = [_amount(value), _distance(value), _turn(value), _held(value), *(_place(mask, value) for mask in MASKS)]
     said = [part for part in parts if part] or [f"{_NOTHING}."]
     return f"{plain(name)}: " + " ".join(said)
 
 
-def decisions(summary: Mapping[str, Any]) -> list[str]:
+def decisions(summary: Mapping[str, Any], all_of_them: str = "") -> list[str]:
     """One sentence a run: how much changed, and whether precision, neurons or length explain it, or more is left.
 
-    Of more than a few runs, those of which the same is to be said, but for its numbers, share theirs. Then one for each
-    of the few pairs of runs whose agreement is furthest from what the ladder explains.
+    Of more than a few runs, those of which the same is to be said, with nearly the same numbers, share theirs. Then one
+    for each of the few pairs of runs whose agreement is furthest from what the ladder explains.
 
     Args:
         summary: the content of `summary.json`.
+        all_of_them: how the reader gets the sentences of the other pairs.
 
     Returns:
         As of `verdict_paragraph`, which says all of it.
@@ -95,7 +102,7 @@ def decisions(summary: Mapping[str, Any]) -> list[str]:
     runs = summary["runs"]
     still = {name for name, run in runs.items() if is_unchanged(run["metrics"])}
     clauses = [(name, ", ".join(filter(None, _decided(metrics_of(runs[name]))))) for name in runs if name not in still]
-    alike = _alike(clauses) if len(clauses) > _FEW else [([name], text) for name, text in clauses]
+    alike = _alike(clauses, _APART) if len(clauses) > _FEW else [([name], text) for name, text in clauses]
     said = [plain(f"{', '.join(names)}: {text}.") for names, text in alike]
     said += run_paragraphs({**summary, "runs": {name: runs[name] for name in runs if name in still}}).values()
     pairs = sorted(summary["pairs"], key=_agreement_left_over, reverse=True)
@@ -103,59 +110,79 @@ def decisions(summary: Mapping[str, Any]) -> list[str]:
     return [
         *said,
         *(pair_sentence(pair) for pair in pairs[:_NOTABLE]),
-        *([f"{more} more pairs of runs: --explain tells of each."] if more > 0 else []),
+        *([f"{more} more pair{'s' * (more > 1)} of runs{all_of_them}."] if more > 0 else []),
     ]
 
 
 def _decided(metrics: Metrics) -> list[str]:
     value = _reader(metrics)
-    unchanged = value("unchanged_fraction")
-    amount = "" if unchanged is None else f"{percent(1 - unchanged)} of the weights changed"
+    amount = _changed(value)
     if value("relative_update_norm") == 0:
         return [amount, "none of them in a linear matrix"]
     clauses = [amount, _where(value), _how_far(value)]
     return clauses if any(clauses) else [_NOTHING]
 
 
+def _changed(value: _Reader) -> str:
+    """How many of the weights changed, beside how many an update of equal length would have changed."""
+    unchanged, null = value("unchanged_fraction"), value("unchanged_fraction_isotropic_null")
+    if unchanged is None:
+        return ""
+    said = f"{percent(1 - unchanged)} of the weights changed"
+    if null is None:
+        return said
+    apart = abs(unchanged - null) >= SMALL
+    beside = f"{'fewer' if unchanged > null else 'more'} than length alone changes" if apart else "length alone"
+    return f"{said} ({beside}: {percent(1 - null)})"
+
+
 def _where(value: _Reader) -> str:
     """What explains where the changed entries lie, in principal and low-magnitude masks."""
-    known = [mask for mask in MASKS if value(f"{mask}_overlap") is not None]
+    steps = {mask: steps_up(shares(value, mask)) for mask in MASKS}
+    known = [mask for mask, found in steps.items() if found]
     if not known:
         return ""
-    explain = []
-    for what, (below, above) in _RUNGS.items():
-        ends = [(value(f"{mask}_overlap_{below}"), value(f"{mask}_overlap_{above}")) for mask in known]
-        if any(low is not None and high is not None and abs(high - low) >= TINY for low, high in ends):
-            explain.append(what)
-    places = f"where {_listed(explain) if explain else 'chance'} would put them"
-    zs = {mask: z for mask in known if (z := value(f"{mask}_z")) is not None}
-    left = {mask: gap for mask in zs if (gap := _gap(mask, value)) is not None}
-    mask = max(left, key=lambda mask: abs(left[mask])) if left else ""
-    if left and abs(left[mask]) >= SMALL:
-        more = "more" if left[mask] > 0 else "fewer"
-        size, expected = points(abs(left[mask])).removeprefix("+"), _listed(explain or ["chance"])
-        return f"{size.replace('points', 'percentage points')} {more} on {MASKS[mask]} than {expected} would put there"
-    if left and abs(left[mask]) >= TINY:
-        return f"{places} (beyond that {_spelled(left[mask])} on {MASKS[mask]})"
-    rest = "a tiny rest beyond that" if left else "nothing beyond that" if zs else ""
-    return f"{places} ({rest})" if rest else places
+    spans = [step for mask in known for step in steps[mask]]
+    explain = _explaining(spans)
+    expected = listed(explain or ["chance"])
+    reason = f"{untold[0][0]} cannot be told apart here" if (untold := [p for p, _ in spans if len(p) > 1]) else ""
+    last = {mask: gap for mask in known for parts, gap in steps[mask] if len(parts) > 1 and _BEYOND in parts}
+    left = {mask: gap for mask in known if (gap := _gap(mask, value)) is not None}
+    mask, gap = max((last or left).items(), key=lambda each: abs(each[1]), default=("", 0.0))
+    if abs(gap) >= (TINY if last else SMALL):
+        said = f"{_spelled(abs(gap)).removeprefix('+')} {'more' if gap > 0 else 'fewer'} on {MASKS[mask]}"
+        return f"{said} than {expected} would put there" + (f" ({reason})" if reason else "")
+    rest = ""
+    if left and not last:
+        rest = f"beyond that {_spelled(gap)} on {MASKS[mask]}" if abs(gap) >= TINY else "a tiny rest beyond that"
+    elif not last and any(value(f"{mask}_z") is not None for mask in known):
+        rest = "nothing beyond that"
+    notes = "; ".join(filter(None, (reason, rest)))
+    return f"where {expected} would put them" + (f" ({notes})" if notes else "")
+
+
+def _explaining(steps: Sequence[tuple[tuple[str, ...], float]]) -> list[str]:
+    """Precision, magnitude and neurons where they move a share; those that cannot be told apart as one."""
+    moving = {parts for parts, gap in steps if _BEYOND not in parts and abs(gap) >= TINY}
+    return [listed(parts, "or") for parts in sorted(moving, key=lambda parts: list(PARTS).index(parts[0]))]
 
 
 def _how_far(value: _Reader) -> str:
-    """Whether spectrum and subspaces moved as far as a random update of equal length would move them."""
+    """Whether spectrum, subspaces and the energy in them are what a random update of equal length makes of them."""
     ratios = {}
-    for words, name in (("the spectrum", "spectral_shift"), ("the subspaces", "principal_angle_left_max_deg")):
+    for words, name in _LENGTHS.items():
         found, null = value(name), value(f"{name}_stored_null")
         if found is not None and null:
             ratios[words] = found / null
     if not ratios:
         return ""
-    times = f"{' and '.join(map(_times, ratios.values()))} times"
+    are = "is" if len(ratios) == 1 else "are"
     verdicts = {_explained([ratio]) for ratio in ratios.values()}
     if len(verdicts) == 1:
-        return f"and {' and '.join(ratios)} moved {verdicts.pop()} ({times})"
-    each = [f"{words} {_times(ratio)} times" for words, ratio in ratios.items()]
-    return f"and {', '.join(each)} what length alone moves them"
+        return f"and {listed(list(ratios))} {are} {verdicts.pop()} ({listed(list(map(_times, ratios.values())))} times)"
+    (first, ratio), *others = ratios.items()
+    each = [f"{first} is {_times(ratio)}", *(f"{words} {_times(ratio)}" for words, ratio in others)]
+    return f"and {listed(each)} times what length alone gives"
 
 
 def _agreement_left_over(pair: Mapping[str, Any]) -> float:
@@ -163,25 +190,35 @@ def _agreement_left_over(pair: Mapping[str, Any]) -> float:
     return abs(found - null) if None not in (found, null, z) and abs(z) > Z_BEYOND else 0.0
 
 
-def _listed(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
 def pair_sentence(pair: Mapping[str, Any]) -> str:
     """How far two runs changed the same entries, beside every rung of the ladder of nulls."""
     names = f"{plain(pair['run_a'])} and {plain(pair['run_b'])}"
-    found, chance, rounding, null, z = (pair[f"jaccard{suffix}"] for suffix in ("", *_TOLD))
+    found, nulls = pair["jaccard"], [pair.get(f"jaccard_{rung}") for rung in RUNGS]
     if pair.get("update_cosine") is not None and found == 1 and pair["update_cosine"] >= _SAME:
         return f"{names} hold the same values."
     if found is None:
         return f"{names}: the agreement of their changed entries is undefined, since neither changed any."
-    if chance == 0:
+    if nulls[0] == 0:
         return f"{names} share no changed entry, since one of them changed none."
     return (
         f"{names} changed the same entries with a Jaccard index of {number(found)}; "
-        f"chance alone gives {number(chance)}, rounding alone {number(rounding)}, and spacing and margins "
-        f"{number(null)}: {_beyond(found, null, z)}."
+        f"{_beside_ladder(found, nulls, pair['jaccard_z'], 'gives', number)}."
     )
+
+
+def _beside_ladder(
+    found: float, nulls: Sequence[float | None], z: float | None, gives: str, text: Callable[[float | None], str]
+) -> str:
+    """What chance, rounding, spacing and margins would have given, and what that leaves; why one is undefined."""
+    chance, rounding, spacing, margins = nulls
+    said = f"chance alone {gives} {text(chance)}"
+    if margins is None:
+        return f"{said}, and rounding, spacing and margins are {_OFF_GRID}"
+    alone = "rounding alone is undefined" if rounding is None else f"rounding alone {text(rounding)}"
+    last = f"spacing and margins {text(margins)}: {_beyond(found, margins, z)}"
+    if spacing is None:
+        return f"{said}, and {last}; rounding and spacing alone are {_OFF_GRID}"
+    return f"{said}, {alone}, and {last}"
 
 
 def answers(summary: Mapping[str, Any]) -> dict[str, str]:
@@ -221,10 +258,10 @@ def contract_lines(summary: Mapping[str, Any]) -> list[str]:
 def warnings_of(summary: Mapping[str, Any]) -> list[str]:
     """What a reader has to know of how the runs were read and measured: each once, with the runs that it is about.
 
-    Those that differ in numbers alone are one, from the least to the largest.
+    Those that differ in numbers alone, of one order of magnitude, are one, from the least to the largest.
     """
     runs = summary["runs"]
-    found = _alike((name, warning) for name, run in runs.items() for warning in run["warnings"])
+    found = _alike([(name, warning) for name, run in runs.items() for warning in run["warnings"]], _NOTES_APART)
     return [plain(text if len(names) == len(runs) else f"{', '.join(names)}: {text}") for names, text in found]
 
 
@@ -232,13 +269,31 @@ _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 _NAMES_A_TENSOR = re.compile(r"\w\.\w+\.\w")
 
 
-def _alike(said: Iterable[tuple[str, str]]) -> list[tuple[list[str], str]]:
-    """What is said of runs, each once with the runs that it is said of; texts that differ in numbers alone are one."""
-    found: dict[str, dict[str, str]] = {}
+def _alike(said: Iterable[tuple[str, str]], apart: float) -> list[tuple[list[str], str]]:
+    """What is said of runs, each once with the runs that it is said of.
+
+    Texts that differ in numbers alone are one, where no number is more than `apart` times another's.
+    """
+    found: list[tuple[str, dict[str, str]]] = []
     for name, text in said:
         shape = text if _NAMES_A_TENSOR.search(text) else _NUMBER.sub("#", text)
-        found.setdefault(shape, {})[name] = text
-    return [(list(texts), _ranged(texts.values())) for texts in found.values()]
+        for other, texts in found:
+            if other == shape and _near([*texts.values(), text], apart):
+                texts[name] = text
+                break
+        else:
+            found.append((shape, {name: text}))
+    return [(list(texts), _ranged(texts.values())) for _, texts in found]
+
+
+def _near(texts: Iterable[str], apart: float) -> bool:
+    """Whether texts that differ in numbers alone have none that differ by more than a factor."""
+    columns = zip(*map(_NUMBER.findall, texts), strict=False)
+    return all(_size(max(column, key=_size)) <= apart * _size(min(column, key=_size)) for column in columns)
+
+
+def _size(written: str) -> float:
+    return float(written.replace(",", ""))
 
 
 def _ranged(texts: Iterable[str]) -> str:
@@ -249,7 +304,7 @@ def _ranged(texts: Iterable[str]) -> str:
     """
     first, *others = texts
     columns = zip(*map(_NUMBER.findall, (first, *others)), strict=False)
-    ends = iter([sorted(set(column), key=lambda number: float(number.replace(",", ""))) for column in columns])
+    ends = iter([sorted(set(column), key=_size) for column in columns])
 
     def both(_: Any) -> str:
         found = next(ends)
@@ -304,7 +359,7 @@ def metrics_of(run: Mapping[str, Any]) -> Metrics:
     """
     metrics = dict(run["metrics"])
     for mask, rungs in (run.get("anatomy") or {}).items():
-        for step, ending in zip(STEPS, (*(f"_{rung}" for rung in RUNGS), ""), strict=True):
+        for step, ending in zip(STEPS, ENDINGS, strict=True):
             name = f"{mask}_overlap{ending}"
             pooled = metrics.get(name, {}).get("value")
             if pooled is None or not math.isclose(pooled, rungs[step], abs_tol=1e-12):
@@ -357,9 +412,13 @@ def _amount(value: _Reader) -> str:
     unchanged, null = value("unchanged_fraction"), value("unchanged_fraction_isotropic_null")
     if unchanged is None:
         return ""
-    beside = f", where a random update of equal length would leave {percent(null)}" if null is not None else ""
+    said = f"{percent(1 - unchanged)} of the weights changed; {percent(unchanged)} are bit-identical in bfloat16"
+    if null is None:
+        return f"{said}."
+    gap = unchanged - null
     return (
-        f"{percent(1 - unchanged)} of the weights changed; {percent(unchanged)} are bit-identical in bfloat16{beside}."
+        f"{said}, where a random update of equal length would leave {percent(null)}: a {effect_size(gap)} difference "
+        f"({_spelled(gap)})."
     )
 
 
@@ -383,6 +442,13 @@ def _turn(value: _Reader) -> str:
     return " ".join(parts)
 
 
+def _held(value: _Reader) -> str:
+    found, null = value("principal_energy"), value("principal_energy_stored_null")
+    if found is None:
+        return ""
+    return f"The principal subspaces hold {percent(found)} of the update's energy{_beside(found, null, percent)}."
+
+
 def _beside(found: float, null: float | None, text: Callable[[float], str]) -> str:
     if not null:
         return ""
@@ -391,19 +457,16 @@ def _beside(found: float, null: float | None, text: Callable[[float], str]) -> s
 
 
 def _place(mask: str, value: _Reader) -> str:
-    found, null = value(f"{mask}_overlap"), value(f"{mask}_overlap_margin_null")
-    if found is None or null is None:
+    found = value(f"{mask}_overlap")
+    if found is None:
         return ""
-    chance, rounding = (percent(value(f"{mask}_overlap_{rung}")) for rung in ("random", "rounding_null"))
-    return (
-        f"Of the changed entries {percent(found)} are {MASKS[mask]}; chance alone would put {chance} there, rounding "
-        f"alone {rounding}, and spacing and margins {percent(null)}: "
-        f"{_beyond(found, null, value(f'{mask}_z'))}."
-    )
+    *nulls, _ = shares(value, mask)
+    beside = _beside_ladder(found, nulls, value(f"{mask}_z"), "would put there", percent)
+    return f"Of the changed entries {percent(found)} are {MASKS[mask]}; {beside}."
 
 
-def _beyond(found: float, null: float | None, z: float | None) -> str:
-    if z is None or null is None:
+def _beyond(found: float, null: float, z: float | None) -> str:
+    if z is None:
         return "these leave nothing to chance here, so nothing can be said beyond them"
     gap = found - null
     size = f"{_spelled(gap)}, z = {signed(z)}"
@@ -418,15 +481,22 @@ def _spelled(gap: float) -> str:
 
 
 def _precision_answer(readers: Sequence[_Reader]) -> str:
-    known = [r for r in readers if r("principal_overlap") is not None]
-    if not known:
+    located = [r for r in readers if r("principal_overlap") is not None]
+    if not located:
         return ""
-    spans = [_span([r(f"principal_overlap{suffix}") for r in known], percent) for suffix in ("", *_TOLD[:3])]
-    gaps = [gap for r in known for mask in MASKS if (gap := _gap(mask, r)) is not None]
-    return (
-        f"principal weights hold {spans[0]} of the changed entries, where chance would put {spans[1]}, "
-        f"bfloat16 rounding alone {spans[2]}, and spacing and margins {spans[3]}; {_left_over(gaps)}."
-    )
+    chance, rounding, _, margins, found = (_known(f"principal_overlap{ending}", located) for ending in ENDINGS)
+    nulls = {"where chance would put": chance, "bfloat16 rounding alone": rounding, "and spacing and margins": margins}
+    beside = ", ".join(f"{words} {_span(null, percent)}" for words, null in nulls.items() if null)
+    gaps = [gap for r in located for mask in MASKS if (gap := _gap(mask, r)) is not None]
+    untold = len(located) - len(rounding)
+    of_them = "" if untold == len(located) else f" of {untold} run{'s' * (untold > 1)}"
+    rest = f"; precision cannot be told apart{of_them}, since rounding alone is undefined" if untold else ""
+    left = f"; {_left_over(gaps)}" if margins else ""
+    return f"principal weights hold {_span(found, percent)} of the changed entries, {beside}{left}{rest}."
+
+
+def _known(name: str, readers: Sequence[_Reader]) -> list[float]:
+    return [found for value in readers if (found := value(name)) is not None]
 
 
 def _gap(mask: str, value: _Reader) -> float | None:
@@ -455,7 +525,7 @@ def _length_answer(readers: Sequence[_Reader]) -> str:
     if not moved:
         return ""
     text = f"the updates' norms are {_span(moved, number)} of the base's"
-    clauses = []
+    clauses = [left] if (left := _left_unchanged(readers)) else []
     for words, name in (
         ("the spectrum shifted", "spectral_shift"),
         ("the principal subspaces turned", "principal_angle_left_max_deg"),
@@ -464,8 +534,24 @@ def _length_answer(readers: Sequence[_Reader]) -> str:
         if ratios:
             clauses.append(f"{words} {_span(ratios, _times)} times as far ({_explained(ratios)})")
     if clauses:
-        text += "; beside a random update of equal length, stored alike, " + ", and ".join(clauses)
+        text += f"; beside a random update of equal length, stored alike, {listed(clauses)}"
     return text + "."
+
+
+def _left_unchanged(readers: Sequence[_Reader]) -> str:
+    """How many weights stayed, beside how many would have: of the run where that differs most."""
+    names = ("unchanged_fraction", "unchanged_fraction_isotropic_null")
+    known = [
+        (found, null) for found, null in (map(r, names) for r in readers) if found is not None and null is not None
+    ]
+    if not known:
+        return ""
+    found, null = max(known, key=lambda pair: abs(pair[0] - pair[1]))
+    most = "at most " if len(known) > 1 else ""
+    return (
+        f"the share of unchanged weights differs by {most}{_spelled(abs(found - null)).removeprefix('+')} "
+        f"({percent(found)}, not {percent(null)}), which is {effect_size(found - null)}"
+    )
 
 
 def _explained(ratios: Sequence[float]) -> str:
@@ -504,9 +590,6 @@ def _times(ratio: float) -> str:
     return f"{ratio:.2f}" if 0.1 <= ratio < 10 else number(ratio)
 
 
-def _span(values: Sequence[float | None], text: Callable[[float], str]) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return "an undefined share"
-    low, high = text(min(known)), text(max(known))
+def _span(values: Sequence[float], text: Callable[[float], str]) -> str:
+    low, high = text(min(values)), text(max(values))
     return low if low == high else f"{low} to {high}"

@@ -66,9 +66,9 @@ class Trajectory:
         return f"Trajectory over {len(steps)} checkpoints, steps {label_of(steps[0])} to {label_of(steps[-1])}"
 
     def _repr_html_(self) -> str:
-        from offprincipal.reports.notebook import trajectory_html
+        from offprincipal.reports.trajectory import summary_html
 
-        return trajectory_html(self.content)
+        return summary_html(self.content)
 
     def plot(self) -> "Figure":
         """The figures of the report, which a notebook shows: distances, cosines, the path, shares and predictions."""

@@ -42,7 +42,7 @@ figures["figure-overlaps"] = () => {
     const hover = (what) => `%{customdata}<br>${what} %{x:.2%}<extra></extra>`, customdata = defined.map((i) => label(data.runs[i]));
     const error = { type: "data", symmetric: false, array: shown.map((run) => run.high - run.value), arrayminus: shown.map((run) => run.value - run.low), color: INK, thickness: 1, width: 3 };
     traces.push({ ...on, customdata, x: shown.map((run) => run.random), marker: { color: RANDOM }, hovertemplate: hover("chance") });
-    traces.push({ ...on, customdata, x: shown.map((run) => run.precision), hovertemplate: hover("rounding alone"),
+    traces.push({ ...on, customdata, x: shown.map((run) => run.rounding), hovertemplate: hover("rounding alone"),
       marker: { color: GROUND, line: { color: colours, width: 1 }, pattern: { shape: "/", bgcolor: GROUND, fgcolor: colours, size: 5, solidity: 0.25 } } });
     traces.push({ ...on, customdata, x: shown.map((run) => run.value), marker: { color: colours }, error_x: error, hovertemplate: hover("measured") });
     layout["xaxis" + suffix(j)] = axis({ domain, range: [0, 1.04], tickformat: ".0%", tickvals: [0, 0.5, 1] });

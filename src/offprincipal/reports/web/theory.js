@@ -9,7 +9,7 @@ figures["figure-agreement"] = () => {
     const dots = (points, key, what, marker) => traces.push({ ...on, x: points.map(place), y: points.map((point) => point[key]), marker,
       customdata: points.map((point) => `layer ${point.layer}, ${point.matrices} ${point.touched ? "intervened" : "untouched"}`), hovertemplate: `%{customdata}<br>${what} %{y:.4f}<extra></extra>` });
     dots(panel.points, "random", "chance", { size: 10, color: RANDOM });
-    dots(panel.points, "precision", "rounding alone", { size: 15, color: "rgba(255,255,255,0)", line: { color: PRECISION, width: 2 } });
+    dots(panel.points, "spacing", "spacing null", { size: 15, color: "rgba(255,255,255,0)", line: { color: PRECISION, width: 2 } });
     dots(panel.points.filter((point) => point.touched), "undone", "brought back", { size: 10, symbol: "diamond-open", color: "#c24d52", line: { width: 2 } });
     dots(panel.points.filter((point) => point.touched), "measured", "as trained", { size: 8, color: "#c24d52" });
     dots(panel.points.filter((point) => !point.touched), "measured", "as trained", { size: 8, color: INK });
