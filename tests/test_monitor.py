@@ -39,7 +39,7 @@ from offprincipal.models import open_language_model
 from offprincipal.training import TrainSettings, train
 from offprincipal.training.monitor import Monitor, read_monitor
 from offprincipal.training.monitor.cadence import Cadence
-from offprincipal.training.monitor.divergence import mean_divergence, sequences_of
+from offprincipal.training.monitor.divergence import log_probabilities, mean_divergence, sequences_of
 from offprincipal.training.monitor.matrices import watched_matrices
 from offprincipal.training.monitor.monitored_base import MonitoredBase
 
@@ -61,6 +61,13 @@ def decaying(n: int, m: int, seed: int = 0) -> torch.Tensor:
     r = min(n, m)
     U, V = (torch.linalg.qr(torch.randn(s, r, generator=generator, dtype=torch.float64))[0] for s in (n, m))
     return (U * 0.9 ** torch.arange(r)) @ V.T
+
+
+def divergence(p: Any, q: Any) -> float:
+    """KL(p‖q) on the batch."""
+    with torch.no_grad():
+        a, b = (m.eval()(torch.tensor(BATCH)).logits[:, :-1].double().log_softmax(-1) for m in (p, q))
+    return float((a.exp() * (a - b)).sum(-1).mean())
 
 
 class TestFigures:
@@ -157,6 +164,12 @@ class TestDivergence:
         exact = (p.exp() * (p - q)).sum(-1).mean().item()
         found = mean_divergence(p.float(), q.float())
         assert found is not None and found == pytest.approx(exact, rel=0.02)
+
+    def test_autocast_does_not_reach_it(self, tiny_model: Path) -> None:
+        model, sequences = opened(tiny_model), sequences_of(BATCH)
+        alone = log_probabilities(model, sequences)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(log_probabilities(model, sequences), alone)
 
     def test_its_memory_is_bounded(self) -> None:
         rows = [[1] * 100] * 50
@@ -276,11 +289,6 @@ class TestInAPlainLoop:
             states.append(model)
         rows = [row for row in read_monitor(plain) if row["tensor"] is None]
         assert [row["step"] for row in rows] == [2, 4]
-
-        def divergence(p: Any, q: Any) -> float:
-            with torch.no_grad():
-                a, b = (m.eval()(torch.tensor(BATCH)).logits[:, :-1].double().log_softmax(-1) for m in (p, q))
-            return float((a.exp() * (a - b)).sum(-1).mean())
 
         for row in rows:
             now, before = states[row["step"] - 1], states[row["step"] - 2]
@@ -465,6 +473,37 @@ class TestWhatIsWatched:
             model.model.layers[0].self_attn.q_proj.weight[0, 0] = math.inf
         with pytest.raises(NonFiniteTensor, match=r"q_proj\.weight: 1 of"):
             Monitor(tmp_path).start(model)
+
+
+class WeightsOfSteps(TrainerCallback):
+    """The weights before training and after every step."""
+
+    def __init__(self) -> None:
+        self.kept: list[dict[str, torch.Tensor]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.kept.append(copy.deepcopy(model.state_dict()))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.kept.append(copy.deepcopy(model.state_dict()))
+
+
+def test_divergences_are_those_of_the_float32_weights_where_training_computes_in_bfloat16(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """As TRL trains unless told otherwise; rounding had been taken for the divergence of a step."""
+    weights = WeightsOfSteps()
+    trainer = trainer_of(opened(tiny_model), tmp_path / "trainer", 1, weights, bf16=True)
+    Monitor(tmp_path / "out", every=1, sequences=BATCH).attach(trainer)
+    trainer.train()
+    states = [opened(tiny_model) for _ in weights.kept]
+    for model, kept in zip(states, weights.kept, strict=True):
+        model.load_state_dict(kept)
+    rows = [row for row in read_monitor(tmp_path / "out") if row["tensor"] is None]
+    for step, row in enumerate(rows, 1):
+        assert row["kl_step"] == pytest.approx(divergence(states[step], states[step - 1]), rel=1e-2)
+        assert row["kl_cumulative"] == pytest.approx(divergence(states[step], states[0]), rel=1e-2)
+    assert len(rows) == STEPS and trainer.model.forward.__wrapped__  # accelerate's forward is as it was
 
 
 class Listener(TrainerCallback):

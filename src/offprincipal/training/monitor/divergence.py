@@ -98,7 +98,9 @@ def vocabulary_of(model: Any) -> int | None:
 def log_probabilities(model: Any, sequences: PaddedSequences) -> Tensor:
     """What a policy says of every token that counts, given those before it; its mode and all random states stay.
 
-    Every process of a sharded model calls it together.
+    It is read in the precision of the weights, also in a training that computes in bfloat16 by autocast: rounding the
+    activations to bfloat16 would by itself make a divergence of some 1e-5, far above that of one step. Every process
+    of a sharded model calls it together.
 
     Args:
         model: called with `input_ids` and `attention_mask`; gives logits, (s, length, vocabulary), or something that
@@ -118,7 +120,7 @@ def log_probabilities(model: Any, sequences: PaddedSequences) -> Tensor:
     inputs: dict[str, Any] = {"input_ids": sequences.ids.to(device), "attention_mask": sequences.mask.to(device)}
     if hasattr(getattr(model, "config", None), "use_cache"):
         inputs["use_cache"] = False
-    with undisturbed(model):
+    with undisturbed(model), without_autocast(model, device.type):
         try:
             output = model(**inputs)
         except Exception as error:  # whatever a model raises where it wants other inputs
@@ -161,6 +163,24 @@ def undisturbed(model: Any) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
         _reshard(model)
+
+
+@contextmanager
+def without_autocast(model: Any, device: str) -> Iterator[None]:
+    """Forward passes in the weights' own precision, whatever surrounds them, and past accelerate's own autocast.
+
+    accelerate replaces `forward` of a model that it prepares by one that enters autocast, and keeps the former beside
+    it.
+    """
+    wrapped = [(module, module.forward) for module in model.modules() if "_original_forward" in vars(module)]
+    try:
+        for module, _ in wrapped:
+            module.forward = module._original_forward
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for module, forward in wrapped:
+            module.forward = forward
 
 
 def _reshard(model: Any) -> None:
