@@ -32,6 +32,7 @@ from transformers import (
 )
 
 import offprincipal
+from offprincipal.adapters import shira
 from offprincipal.errors import ArgumentError, FileError, NonFiniteTensor, TrainingError
 from offprincipal.geometry import spectrum, subspace
 from offprincipal.geometry.precision import hidden_fraction, unchanged_fraction
@@ -425,6 +426,19 @@ class TestWhatIsWatched:
         rows = {row["tensor"]: row for row in read_monitor(tmp_path)}
         assert rows["model.layers.0.self_attn.q_proj.weight"]["update_norm"] > 0
         assert rows["model.layers.0.self_attn.k_proj.weight"]["update_norm"] == 0 < rows[None]["kl_step"]
+
+    def test_shira_is_watched_as_the_merged_model_would_be(self, tiny_model: Path, tmp_path: Path) -> None:
+        model = shira(opened(tiny_model), "safe", 0.2)
+        monitor = Monitor(tmp_path, every=1, sequences=BATCH)
+        monitor.start(model)
+        fit(model, monitor)
+        base, merged = opened(tiny_model).state_dict(), copy.deepcopy(model).merge_and_unload().state_dict()
+        rows = [row for row in read_monitor(tmp_path) if row["step"] == STEPS and row["tensor"]]
+        assert len(rows) == 7
+        for row in rows:
+            update = merged[row["tensor"]].double() - base[row["tensor"]].double()
+            assert row["update_norm"] == pytest.approx(update.norm().item(), rel=1e-5)
+            assert row["unchanged_fraction"] > 0.5
 
     def test_pissa_starts_from_the_whole_not_from_its_residual(self, tiny_model: Path) -> None:
         plain = opened(tiny_model).model.layers[0].self_attn.q_proj.weight.detach().clone()

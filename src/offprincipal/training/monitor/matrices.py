@@ -30,15 +30,17 @@ class WatchedMatrix(ModelMatrix):
         """(n, m), as it acts now, in the type that it is trained in; every process of a sharded model calls it."""
         if self.adapter is None:
             return self.weight()
-        changes = [whole(self.adapter.get_delta_weight(name)).float() for name in _active(self.adapter)]
-        return self.part.cut(sum(changes, whole(self.parameter).float()))
+        acting = whole(self.parameter).float()
+        for name in _active(self.adapter):
+            acting = acting + whole(self.adapter.get_delta_weight(name)).float()  # SHiRA's change is a sparse tensor
+        return self.part.cut(acting)
 
 
 def watched_matrices(model: Any, patterns: Sequence[str] | None = None) -> list[WatchedMatrix]:
     """The matrices to watch.
 
     Args:
-        model: a torch module, sharded by FSDP2, wrapped, with LoRA adapters, or plain.
+        model: a torch module, sharded by FSDP2, wrapped, with adapters of LoRA or SHiRA, or plain.
         patterns: shell-style patterns of names, such as `*.q_proj.weight`; None: one linear matrix of each role, spread
             over the layers from the first to the last.
 
@@ -103,16 +105,21 @@ def _require_readable(matrix: WatchedMatrix) -> None:
         )
     if adapter is None:
         return
-    additive = hasattr(adapter, "lora_A") and hasattr(adapter, "get_delta_weight") and not adapter.merged
+    additive = _added_by(adapter) is not None and hasattr(adapter, "get_delta_weight") and not adapter.merged
     if not additive or any(name in getattr(adapter, "lora_variant", {}) for name in _active(adapter)):
         raise TrainingError(
             f"the adapter of {matrix.name} ({type(adapter).__name__}) makes no change that is added to its base, or is "
-            "merged: watch LoRA without variants such as DoRA, unmerged, or full fine-tuning"
+            "merged: watch LoRA without variants such as DoRA, SHiRA, either unmerged, or full fine-tuning"
         )
+
+
+def _added_by(adapter: Any) -> Any:
+    """What one layer trains for each of its adapters, where their changes are added to the base: LoRA's or SHiRA's."""
+    return getattr(adapter, "lora_A", getattr(adapter, "shira_weight", None))
 
 
 def _active(adapter: Any) -> list[str]:
     """The adapters of one layer that are switched on and present there."""
     if getattr(adapter, "disable_adapters", False):
         return []
-    return [name for name in adapter.active_adapters if name in adapter.lora_A]
+    return [name for name in adapter.active_adapters if name in _added_by(adapter)]
