@@ -368,7 +368,7 @@ class TestConditions:
         self, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         model = opened(tiny_model)
-        conditions = ["kl_cumulative > 1e9", "relative_update_norm > 1e-9"]
+        conditions = ["spectral_shift > 1e9", "relative_update_norm > 1e-9"]
         monitor = Monitor(tmp_path, every=2, stop_if=conditions, warn_if="pooled unchanged_fraction < 2")
         monitor.start(model)
         with caplog.at_level(logging.WARNING, "offprincipal.monitor"):
@@ -377,10 +377,24 @@ class TestConditions:
         tensors = {row["tensor"]: row["relative_update_norm"] for row in read_monitor(tmp_path) if row["tensor"]}
         furthest = max(tensors, key=lambda name: tensors[name])
         assert monitor.stopped == (
-            f"relative_update_norm > 1e-09: it is {tensors[furthest]:.6g} in {furthest} and 6 more, at step 2"
+            f"relative_update_norm > 1e-09: {tensors[furthest]:.6g} in {furthest} and 6 more, at step 2"
         )
-        assert rows[1]["warned"].startswith("unchanged_fraction < 2: it is ") and "in the whole" in rows[1]["warned"]
+        assert rows[1]["warned"].startswith("unchanged_fraction < 2: pooled value ")
         assert [record.message.split(":")[0] for record in caplog.records] == ["warning", "stopping the training"]
+
+    @pytest.mark.parametrize("metric", ["kl_step", "pooled kl_cumulative"])
+    @pytest.mark.parametrize("kind", ["stop_if", "warn_if"])
+    def test_one_that_no_loop_without_sequences_could_meet_is_refused(
+        self, metric: str, kind: str, tiny_model: Path, tmp_path: Path
+    ) -> None:
+        model, condition = opened(tiny_model), f"{metric} > .1"
+        with pytest.raises(ArgumentError, match=r"kl_\w+ is not measured without sequences.*sequences=\[…\]"):
+            Monitor(tmp_path, every=1, **{kind: condition}).start(model)
+        assert not list(tmp_path.iterdir())
+        first = Monitor(tmp_path, every=1, **{kind: condition}, sequences=BATCH)
+        first.start(model)
+        fit(model, first, [1])
+        Monitor(tmp_path, every=1, **{kind: condition}).start(model, step=1)  # which goes on with those of the folder
 
     def test_weights_that_are_no_numbers_end_a_run_that_may_be_ended(self, tiny_model: Path, tmp_path: Path) -> None:
         model = opened(tiny_model)
@@ -542,20 +556,55 @@ def test_the_last_step_is_measured_and_judged_whatever_the_budget_and_it_is_said
     assert {row["step"] for row in read_monitor(tmp_path / "out")} == {STEPS}
     assert monitor.stopped and f"at step {STEPS}" in monitor.stopped
     assert any("offprincipal/unchanged_fraction" in logs for _, logs in listener.told)
-    assert f"of {STEPS} steps 1 was observed" in caplog.text and "every=N" in caplog.text
+    assert f"Only 1 of {STEPS} steps were observed" in caplog.text and "rarely checked. Set every=N" in caplog.text
 
 
 def test_a_trainers_loggers_are_told_and_its_own_log_is_whole(tiny_model: Path, tmp_path: Path) -> None:
     listener = Listener()
     trainer = trainer_of(opened(tiny_model), tmp_path / "trainer", 1, listener)
-    monitor = offprincipal.Monitor(tmp_path / "out", every=2)
-    monitor.attach(trainer)
+    watched = {"stop_if": "principal_energy > 1", "warn_if": "monitor_share > 1e9"}
+    offprincipal.Monitor(tmp_path / "out", every=2, **watched).attach(trainer)
     trainer.train()
     ours = {step: logs for step, logs in listener.told if "offprincipal/spectral_shift" in logs}
     assert list(ours) == [2, 4] and [step for step, logs in listener.told if "loss" in logs] == [1, 2, 3, 4]
     row = read_monitor(tmp_path / "out")[-1]
+    assert {name for logs in ours.values() for name in logs if name.startswith("offprincipal/")} == {
+        f"offprincipal/{name}"
+        for name in (
+            *("kl_step", "kl_cumulative", "relative_update_norm", "unchanged_fraction", "spectral_shift"),
+            *("principal_energy", "monitor_share"),  # which conditions are on
+        )
+    }
     assert ours[4]["offprincipal/kl_cumulative"] == row["kl_cumulative"]
     assert row["kl_tokens"] == 4 * len(BATCH)  # of six tokens the labels leave four
+
+
+def test_attaching_once_more_does_nothing_and_elsewhere_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """As when a notebook's cell is run again."""
+    listener = Listener()
+    trainer = trainer_of(opened(tiny_model), tmp_path / "trainer", 1, listener)
+    monitor = Monitor(tmp_path / "out", every=1)
+    trainer.add_callback(monitor.callback())
+    assert monitor.attach(trainer) is monitor.attach(trainer) is monitor
+    trainer.train()
+    told = [step for step, logs in listener.told if "offprincipal/spectral_shift" in logs]
+    assert told == sorted({row["step"] for row in read_monitor(tmp_path / "out")}) == [1, 2, 3, 4]
+    assert repr(monitor) == f"Monitor('{tmp_path / 'out'}', every=1; 7 matrices at step 4)"
+    with pytest.raises(ArgumentError, match="watches another trainer already: make one Monitor for each"):
+        monitor.attach(trainer_of(opened(tiny_model), tmp_path / "other"))
+    with pytest.raises(ArgumentError, match=r"Qwen3ForCausalLM is not a trainer.*your own loop, call start\(model\)"):
+        monitor.attach(trainer.model)
+
+
+def test_a_loop_too_fast_for_its_budget_is_told_early(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = opened(tiny_model)
+    monitor = Monitor(tmp_path, budget=1e-9)
+    monitor.start(model)
+    fit(model, monitor)
+    [said] = [record.message for record in caplog.records if "will be observed" in record.message]
+    assert said.startswith("No step before ") and said.endswith("or pass last=True with the last step")
 
 
 @pytest.fixture(scope="module", params=["grpo", "sft_own"])
@@ -628,7 +677,7 @@ def test_the_command_ends_a_run_that_a_condition_ends(
     overrides = [word for text in given for word in ("--set", text)]
     assert call(monkeypatch, *words, *overrides) == 0
     record = record_of(out)
-    assert len(record["log"]) == 2 and record["stopped"].startswith("unchanged_fraction < 1: it is 0.")
+    assert len(record["log"]) == 2 and record["stopped"].startswith("unchanged_fraction < 1: 0.")
     assert read_monitor(out)[-1]["stopped"] == record["stopped"]
     assert json.loads((out / "run.json").read_text())["settings"]["stop_if"] == ["unchanged_fraction < 1"]
     assert call(monkeypatch, *words, "--set", "monitor=2", "--set", 'stop_if=["reward < 1"]') == 2

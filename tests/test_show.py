@@ -140,6 +140,22 @@ def test_a_monitor_alone_is_shown_with_its_last_step(tiny_model: Path, tmp_path:
     assert rows[-1] == "30" and len(rows) <= 12
 
 
+def test_a_monitor_that_stopped_or_saw_nothing_says_so(tiny_model: Path, tmp_path: Path) -> None:
+    from offprincipal.models import open_language_model
+
+    model = open_language_model(str(tiny_model), "cpu").model
+    conditions = {"warn_if": "unchanged_fraction > .25", "stop_if": "pooled unchanged_fraction > .5"}
+    monitor = Monitor(tmp_path / "watched", every=2, **conditions)
+    monitor.start(model)
+    monitor.observe(1, model)
+    with pytest.raises(FileError, match=r"a monitor that has observed no step: .* set every=N or a larger budget"):
+        printed(tmp_path / "watched")
+    monitor.observe(2, model)
+    said = " ".join(printed(tmp_path / "watched").split())
+    assert "stopped early: unchanged_fraction > 0.5: pooled value 1, at step 2" in said
+    assert "warned at 1 of 1 observed steps, at first: unchanged_fraction > 0.25: " in said
+
+
 def test_folders_of_comparisons_come_out_of_the_library_too(pair: tuple[Path, Path], tmp_path: Path) -> None:
     compare(pair[0], {"rl": pair[1]}, metrics=("changes",)).write(tmp_path / "c")
     assert "rl" in printed(tmp_path / "c")

@@ -105,6 +105,10 @@ def _monitor(path: Path) -> Iterator[RenderableType]:
         table.add_row(str(row["step"]), *(_beside_null(row, title, name) for title, name in _WATCHED))
     yield table
     yield "in brackets: a Gaussian update of the same length in the same matrices; KL in nats a token"
+    if warned := [row for row in rows if row["warned"]]:
+        yield f"warned at {len(warned)} of {len(rows)} observed steps, at first: {warned[0]['warned']}"
+    if (stopped := rows[-1]["stopped"] if rows else None) and not (path.parent / "run.json").is_file():
+        yield f"stopped early: {stopped}"  # of a run, its record says it
 
 
 def _beside_null(row: dict[str, Any], title: str, name: str) -> str:
@@ -156,6 +160,17 @@ def _files_in(folder: Path, suffix: str = "") -> list[str]:
     unfinished = next((what for journal, what in _JOURNALS.items() if (folder / journal).is_file()), None)
     if not found and unfinished:
         raise FileError(f"{folder} holds an unfinished {unfinished}: the same command continues with it")
+    if not found and _holds_a_monitors_base(folder):
+        raise FileError(
+            f"{folder} holds a monitor that has observed no step: if the training is over, its steps were too fast for "
+            "the budget: set every=N or a larger budget, or call observe with last=True after the last step"
+        )
     if not found:
         raise FileError(f"{folder} holds none of {', '.join(_KINDS)}: give a folder that offprincipal wrote")
     return found
+
+
+def _holds_a_monitors_base(folder: Path) -> bool:
+    from offprincipal.training.monitor import base_file
+
+    return (folder / base_file.NAME).is_file()

@@ -9,6 +9,7 @@ from offprincipal.errors import ArgumentError
 
 _ROUND = (1, 2, 5)
 _SOME = 3  # steps, of which one observation is few
+_FAR = 20  # steps, before which a first observation is soon enough
 
 
 class Cadence:
@@ -64,16 +65,39 @@ class Cadence:
         >>> for _ in range(20): cadence.add_step(0.05)
         >>> cadence.add_cost(0.3, observed=True)
         >>> print(cadence.missed())
-        of 20 steps 1 was observed: steps of 0.05 s leave no time for observations of 0.3 s within a budget of 3 %
+        Only 1 of 20 steps were observed (steps of 0.05 s, observations of 0.3 s, a budget of 3 %)
         """
         if self.every != "auto" or self._observations > 1 or self._steps < _SOME:
             return None
-        cost = self.spent / self._observations if self._observations else self._estimate
+        return f"Only {self._observations} of {self._steps} steps were observed ({self._times()})"
+
+    def idle(self) -> str | None:
+        """Said once, after some steps: that the first observation is far off; None where it is not, or at other steps.
+
+        >>> cadence = Cadence("auto", 0.03)
+        >>> cadence.expect(0.3)
+        >>> for _ in range(3): cadence.add_step(0.05)
+        >>> print(cadence.idle().partition(". ")[0])
+        No step before 200 will be observed (steps of 0.05 s, observations of 0.3 s, a budget of 3 %)
+        """
+        if self.every != "auto" or self._observations or self._steps != _SOME or self.trained <= 0:
+            return None
+        first = _round_up(self._cost / (self.budget * self.trained / self._steps))
+        if first < _FAR:
+            return None
         return (
-            f"of {self._steps} steps {self._observations or 'none'} was observed: steps of "
-            f"{self.trained / self._steps:.2g} s leave no time for observations of {cost:.2g} s within a budget of "
-            f"{100 * self.budget:.3g} %"
+            f"No step before {first} will be observed ({self._times()}). Set every=N or a larger budget, or pass "
+            "last=True with the last step"
         )
+
+    @property
+    def _cost(self) -> float:
+        """Seconds of an observation: the mean of those so far, or the estimate."""
+        return self.spent / self._observations if self._observations else self._estimate
+
+    def _times(self) -> str:
+        step = self.trained / self._steps
+        return f"steps of {step:.2g} s, observations of {self._cost:.2g} s, a budget of {100 * self.budget:.3g} %"
 
     def due(self, step: int) -> bool:
         """Whether the state after this step is to be observed.
@@ -91,7 +115,7 @@ class Cadence:
         if self._steps == 0:
             return False
         mean = self.trained / self._steps
-        cost = self.spent / self._observations if self._observations else self._estimate
+        cost = self._cost
         if self.spent + cost > self.budget * (self.trained + mean):
             return False
         return step % _round_up(cost / (self.budget * mean)) == 0 if mean > 0 else False

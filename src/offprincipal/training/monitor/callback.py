@@ -9,10 +9,17 @@ from transformers import Trainer, TrainerCallback
 from offprincipal.errors import OffPrincipalError
 from offprincipal.training.monitor.divergence import unpadded
 from offprincipal.training.monitor.monitor import LOG, Monitor
-from offprincipal.training.monitor.table import METRICS
+from offprincipal.training.monitor.table import DIVERGENCES
 from offprincipal.training.processes import in_main
 
 _PREFIX = "offprincipal/"
+_TOLD = (
+    "kl_step",
+    "kl_cumulative",
+    "relative_update_norm",
+    "unchanged_fraction",
+    "spectral_shift",
+)  # all is in the file
 _IGNORED = -100  # the label of a token that is not learned
 
 
@@ -24,13 +31,14 @@ class MonitorCallback(TrainerCallback):
     measured on the first training batch, at the tokens that it is trained on: a rollout's completion, an example's
     labels.
 
-    Args:
-        trainer: whose loggers are told; None: only the table is written.
+    Attributes:
+        trainer: whose loggers are told a few of the figures, and those that conditions are on; None: only the table is
+            written.
     """
 
-    def __init__(self, monitor: Monitor, trainer: Any = None) -> None:
+    def __init__(self, monitor: Monitor) -> None:
+        self.trainer: Any = None
         self._monitor = monitor
-        self._trainer = trainer
         self._seen: tuple[list[list[int]], list[list[bool]]] | None = None
         self._hook: Any = None
 
@@ -49,26 +57,25 @@ class MonitorCallback(TrainerCallback):
         self._unhook()
         seen = in_main(lambda: self._seen)
         if seen is None:
-            LOG.warning("the first batch shows no input_ids: no divergences; give sequences to the monitor")
+            self._warn_of_no_divergences("the first batch shows no input_ids; give sequences to the monitor")
         else:
             try:
                 self._monitor.measure_on(seen[0], model, seen[1])
             except OffPrincipalError as error:  # a monitor never ends a training that it was not asked to end
-                LOG.warning("no divergences are measured: %s", error)
+                self._warn_of_no_divergences(error)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         row = self._monitor.observe(state.global_step, model, last=state.global_step >= state.max_steps)
         if row:
-            self._tell({_PREFIX + name: row[name] for name in METRICS if row.get(name) is not None})
+            told = dict.fromkeys((*_TOLD, *self._monitor.judged))
+            self._tell({_PREFIX + name: row[name] for name in told if row.get(name) is not None})
         if row.get("stopped"):
             control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._unhook()
         if missed := self._monitor.missed():
-            LOG.warning(
-                "%s, so that stop_if and warn_if were hardly asked: give the monitor every=N, or a budget", missed
-            )
+            LOG.warning("%s", missed)
 
     def _take(self, module: Any, positional: Any, named: dict[str, Any]) -> None:
         """The first forward pass that is learned from: sampling and scoring run without gradients."""
@@ -86,6 +93,10 @@ class MonitorCallback(TrainerCallback):
         if any(any(row[1:]) for row in found[1]):
             self._seen = found
 
+    def _warn_of_no_divergences(self, why: str | OffPrincipalError) -> None:
+        judged = set(DIVERGENCES) & set(self._monitor.judged)
+        LOG.warning("no divergences are measured%s: %s", ", and conditions on them never hold" if judged else "", why)
+
     def _unhook(self) -> None:
         if self._hook is not None:
             self._hook.remove()
@@ -93,11 +104,11 @@ class MonitorCallback(TrainerCallback):
 
     def _tell(self, values: dict[str, float]) -> None:
         """Into the trainer's own log, past what TRL's trainers add to it, without losing the log that is due."""
-        if self._trainer is None:
+        if self.trainer is None:
             return
-        due = self._trainer.control.should_log
-        Trainer.log(self._trainer, values)
-        self._trainer.control.should_log = due
+        due = self.trainer.control.should_log
+        Trainer.log(self.trainer, values)
+        self.trainer.control.should_log = due
 
 
 def _rollout(arguments: Sequence[Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from offprincipal.training.monitor.divergence import (
 )
 from offprincipal.training.monitor.matrices import WatchedMatrix, watched_matrices
 from offprincipal.training.monitor.monitored_base import MonitoredBase
-from offprincipal.training.monitor.table import MonitorTable, Row, pooled
+from offprincipal.training.monitor.table import DIVERGENCES, MonitorTable, Row, pooled
 from offprincipal.training.monitor.verdicts import parse_watch
 from offprincipal.training.monitor.walk import BUCKETS, SketchedWalk, sketch_of
 from offprincipal.training.processes import in_main, is_main
@@ -97,7 +97,13 @@ class Monitor:
         require_folder(self.out)
         self.stopped: str | None = None
         self.step: int | None = None
+        self._callback: MonitorCallback | None = None
         self._forget()
+
+    def __repr__(self) -> str:
+        seen = "not started" if self.step is None else f"{len(self._matrices)} matrices at step {self.step}"
+        stopped = f", stopped by {self.stopped}" if self.stopped else ""
+        return f"Monitor({str(self.out)!r}, every={self._every!r}; {seen}{stopped})"
 
     def _forget(self) -> None:
         self._cadence = Cadence(self._every, self._cadence.budget)
@@ -124,7 +130,8 @@ class Monitor:
                 step are dropped.
 
         Raises:
-            ArgumentError, TrainingError: no such matrices, or they cannot be watched.
+            ArgumentError, TrainingError: no such matrices, or they cannot be watched; or a condition is on divergences,
+                and there are no sequences to measure them on, nor a Trainer whose first batch would be taken.
             NonFiniteTensor: a matrix holds NaN or infinity.
             FileError: the base of a run that goes on is not in the folder.
         """
@@ -132,9 +139,11 @@ class Monitor:
         self._forget()
         self._matrices = watched_matrices(model, self._patterns)
         if step == 0:
+            self._require_divergences(self._given is not None)
             self._remember(model)
         else:
             self._sequences = in_main(lambda: self._recall(step))
+            self._require_divergences(self._sequences is not None)
         in_main(self._decompose)
         self.step = step
         self._setup_seconds = time.perf_counter() - began
@@ -174,6 +183,8 @@ class Monitor:
         if not last:
             self._prepare(model, after)
         self._cadence.add_cost(time.perf_counter() - began, observed=due)
+        if self._callback is None and is_main() and (idle := self._cadence.idle()):
+            LOG.warning("%s", idle)  # a Trainer's callback says at the end what was missed; a loop's end is not known
         self.begin_step()
         return row
 
@@ -183,7 +194,11 @@ class Monitor:
         >>> import tempfile
         >>> Monitor(tempfile.mkdtemp(), every=2).missed()
         """
-        return self._cadence.missed()
+        missed = self._cadence.missed()
+        if missed is None:
+            return None
+        rarely = " stop_if and warn_if were therefore rarely checked." if self._stop_if or self._warn_if else ""
+        return f"{missed}.{rarely} Set every=N or a larger budget"
 
     def measure_on(
         self, rows: Sequence[Sequence[int]], model: Any, counted: Sequence[Sequence[bool]] | None = None
@@ -215,13 +230,50 @@ class Monitor:
         """A transformers TrainerCallback that starts, observes and stops; it writes the table, but tells no logger."""
         from offprincipal.training.monitor.callback import MonitorCallback
 
-        return MonitorCallback(self)
+        if self._callback is None:
+            self._callback = MonitorCallback(self)
+        return self._callback
 
-    def attach(self, trainer: Any) -> None:
-        """Watch a transformers or TRL trainer, and tell its loggers (`report_to`), as `offprincipal/spectral_shift`."""
-        from offprincipal.training.monitor.callback import MonitorCallback
+    def attach(self, trainer: Any) -> "Monitor":
+        """Watch a transformers or TRL trainer, and tell its loggers (`report_to`), as `offprincipal/spectral_shift`.
 
-        trainer.add_callback(MonitorCallback(self, trainer))
+        Once more for the same trainer, it does nothing.
+
+        Returns:
+            The monitor itself.
+
+        Raises:
+            ArgumentError: it is not a trainer that takes callbacks, or the monitor watches another one already.
+        """
+        if not hasattr(trainer, "callback_handler"):
+            raise ArgumentError(
+                f"{type(trainer).__name__} is not a trainer that takes callbacks: give the transformers or TRL "
+                "trainer; for your own loop, call start(model)"
+            )
+        callback = self.callback()
+        if callback.trainer not in (None, trainer):
+            raise ArgumentError(
+                "this monitor watches another trainer already: make one Monitor for each trainer, with its own folder"
+            )
+        callback.trainer = trainer
+        if callback not in trainer.callback_handler.callbacks:
+            trainer.add_callback(callback)
+        return self
+
+    @property
+    def judged(self) -> list[str]:
+        """The metrics that conditions are on."""
+        return [watch.threshold.metric for watch in (*self._stop_if, *self._warn_if)]
+
+    def _require_divergences(self, known: bool) -> None:
+        """Refuse conditions on divergences that nothing will measure, where no Trainer's first batch is waited for."""
+        asked = [metric for metric in self.judged if metric in DIVERGENCES]
+        if asked and not known and self._callback is None:
+            raise ArgumentError(
+                f"{asked[0]} is not measured without sequences, so that its condition would never hold: give "
+                "sequences=[…], lists of token ids, to the monitor, or attach it to a Trainer first, whose first batch "
+                "it takes"
+            )
 
     def _remember(self, model: Any) -> None:
         """Keep the base's matrices, in the first process, and what it says of the sequences that were given."""

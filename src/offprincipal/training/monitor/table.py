@@ -32,6 +32,7 @@ _OF_THE_RUN = {
     "monitor_share": ("the same over the training's own time", "1"),
     "setup_seconds": ("time spent decomposing bases before the first step, in this sitting; in no share", "seconds"),
 }
+DIVERGENCES = ("kl_step", "kl_cumulative")
 METRICS = _OF_THE_RUN | {column.name: (column.meaning, column.unit) for column in COLUMNS}
 _INTEGERS = {
     "step": "optimizer steps done",

@@ -31,9 +31,11 @@ class Watch:
             return None
         furthest = max(found, key=lambda row: row[metric] if ">" in self.threshold.operator else -row[metric])
         tensors = [row for row in found if row.get("tensor")]
-        place = furthest.get("tensor") or "the whole"
-        more = f" and {len(tensors) - 1} more" if furthest.get("tensor") and len(tensors) > 1 else ""
-        return f"{self.threshold}: it is {furthest[metric]:.6g} in {place}{more}, at step {pooled['step']}"
+        at = f"at step {pooled['step']}"
+        if not furthest.get("tensor"):
+            return f"{self.threshold}: pooled value {furthest[metric]:.6g}, {at}"
+        more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+        return f"{self.threshold}: {furthest[metric]:.6g} in {furthest['tensor']}{more}, {at}"
 
 
 def parse_watch(text: str) -> Watch:
@@ -44,7 +46,7 @@ def parse_watch(text: str) -> Watch:
 
     >>> watch = parse_watch("kl_cumulative > 1")
     >>> watch.held([], {"step": 7, "kl_cumulative": 1.5})
-    'kl_cumulative > 1: it is 1.5 in the whole, at step 7'
+    'kl_cumulative > 1: pooled value 1.5, at step 7'
     """
     stripped = text.strip()
     only_pooled = stripped.startswith(_POOLED)
