@@ -61,7 +61,7 @@ def test_what_train_can_be_told_is_listed(
     if what in ("settings", "tasks"):  # the nouns that these lists once were
         assert call(monkeypatch, what) == 0 and capsys.readouterr().out == said
     assert call(monkeypatch, "train", "--list", "nouns") == 2
-    assert "choose of recipes, adapters, settings, tasks" in capsys.readouterr().err
+    assert "choose one of recipes, adapters, settings, tasks" in capsys.readouterr().err
 
 
 def test_tasks_are_named_at_once_or_one_by_one(

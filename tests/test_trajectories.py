@@ -240,7 +240,7 @@ def test_the_command(run: tuple[Path, Path, list[Weights]], tmp_path: Path) -> N
     as_json = command(base, root, "--out", tmp_path / "out", "--json", "--no-report")
     assert json.loads(as_json.stdout) == json.loads((tmp_path / "out" / JSON).read_text())
     for arguments, says in (
-        ((base, root, "--steps", "1,b"), "no list of steps"),
+        ((base, root, "--steps", "1,b"), "not a list of steps"),
         ((base, root, "--steps", "1,2"), "2 steps are given for 4"),
         ((base, tmp_path / "nowhere"), "does not exist"),
     ):

@@ -1,4 +1,4 @@
-"""The command line itself, and what its commands share: how they speak, show progress, and are interrupted."""
+"""The command line itself, and what its commands share: options, error output, progress and interruption."""
 
 import io
 import os
@@ -23,16 +23,18 @@ app = typer.Typer(
 errors = Console(stderr=True)
 
 MEASURING, TRAINING, VIEWING = "Measure", "Train and intervene", "Look, keep and share"  # panels of the help
-Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder; made if absent.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder; created if it does not exist.")]
 ReportTo = Annotated[
     str | None,
-    typer.Option(metavar="TRACKER", help="Send the pooled figures to tensorboard, trackio or wandb, a run each."),
+    typer.Option(
+        metavar="TRACKER", help="Log the pooled figures to tensorboard, trackio or wandb, as one tracker run per run."
+    ),
 ]
 
 
 def main() -> None:
     """Run the command line; an `OffPrincipalError` becomes its message and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):  # what a console has no letter for, or is no text, is shown as ?
+    for stream in (sys.stdout, sys.stderr):  # characters that the console cannot encode are shown as ?
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     code: Any = 0
@@ -47,12 +49,14 @@ def main() -> None:
 
 
 def _flushed(code: Any) -> Any:
-    """The exit code, once all is printed: 2 where that cannot be and nothing else was wrong; a closed pipe is none."""
+    """The exit code after flushing stdout: 2 if that fails and nothing else did; a closed pipe is not a failure."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the interpreter's own flush ends
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # so that the interpreter's own flush does not fail
         if not isinstance(error, BrokenPipeError) and not code:
             errors.print(f"[bold red]error:[/] cannot print: {escaped(str(error))}", highlight=False)
             return 2
@@ -83,7 +87,7 @@ def require_training() -> None:
 
 
 def named_runs(tuned: list[str]) -> Any:
-    """Folders, or NAME=PATH, as a mapping where any is named; what differs in a last number alone, in its order."""
+    """Run name -> path; names that differ only in a final number are sorted by it."""
     from offprincipal.comparison import name_runs
 
     runs: dict[str, str] = {}
@@ -93,7 +97,7 @@ def named_runs(tuned: list[str]) -> Any:
         given = {name: source} if named else name_runs([text])
         for run, path in given.items():
             if run in runs:
-                raise ArgumentError(f"two runs are named '{run}': tell them apart with NAME=PATH")
+                raise ArgumentError(f"two runs are named '{run}': distinguish them with NAME=PATH")
             runs[run] = path
     steps = {run: found for run in runs if (found := re.fullmatch(r"(.*?)([0-9]{1,12})", run))}
     if len(steps) == len(runs) and len({found[1] for found in steps.values()}) == 1:
@@ -102,23 +106,26 @@ def named_runs(tuned: list[str]) -> Any:
 
 
 def named_masters(masters: list[str], runs: dict[str, str]) -> dict[str, str]:
-    """Run -> where its masters are; without a name they are those of the only run."""
+    """Run -> path of its masters; a path without a name belongs to the only run."""
     found: dict[str, str] = {}
     for text in masters:
         name, equals, source = text.partition("=")
         if not equals or name not in runs:
             if len(runs) != 1 and not equals:
-                raise ArgumentError(f"whose masters are {text}? Write --masters NAME={text}, NAME of {', '.join(runs)}")
+                raise ArgumentError(
+                    f"whose masters are {text}? Several runs are given: write --masters NAME={text}, with NAME one of "
+                    f"{', '.join(runs)}"
+                )
             name, source = (next(iter(runs)), text) if not equals or _exists(text) else (name, source)
         if name in found:
-            raise ArgumentError(f"masters of '{name}' are given twice")
+            raise ArgumentError(f"masters of '{name}' are given twice: give --masters once per run")
         found[name] = source
     return found
 
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Say, when interrupted, that nothing is lost."""
+    """On Ctrl-C, say that nothing is lost, and exit with code 130."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -127,7 +134,7 @@ def resumable() -> Iterator[None]:
 
 
 def _is_path(name: str) -> bool:
-    """Whether what stands before a `=` is the beginning of a path that holds one, and no name."""
+    """Whether the text before a `=` is part of a path rather than a run's name."""
     return any(separator in name for separator in ("/", os.sep, os.altsep) if separator)
 
 
@@ -138,11 +145,11 @@ def _exists(path: str) -> bool:
         return False
 
 
-PATIENCE = 60.0  # seconds between lines where there is no terminal, such as in a batch job's log
+PATIENCE = 60.0  # seconds between progress lines if there is no terminal, as in a batch job's log
 
 
 def _lines(what: str) -> Callable[[int, int, str], None]:
-    """Shows progress as lines of a log; a run of less than a minute has none."""
+    """Shows progress as log lines, at most one per minute."""
     began = last = time.monotonic()
 
     def show(done: int, total: int, name: str) -> None:
@@ -174,7 +181,7 @@ def _clock(seconds: float) -> str:
 
 @contextmanager
 def matrix_progress() -> Iterator[Any]:
-    """A bar in parameters, with rate and time left, on a terminal; elsewhere a line now and then."""
+    """A progress bar of parameters, with rate and time left, on a terminal; otherwise occasional log lines."""
     if not errors.is_terminal:
         yield _lines("parameters")
         return
@@ -202,7 +209,7 @@ def matrix_progress() -> Iterator[Any]:
 
 @contextmanager
 def direction_progress() -> Iterator[Any]:
-    """A bar in directions, with the time left, on a terminal; elsewhere a line now and then."""
+    """A progress bar of directions, with the time left, on a terminal; otherwise occasional log lines."""
     if not errors.is_terminal:
         yield _lines("directions")
         return
@@ -225,7 +232,7 @@ def direction_progress() -> Iterator[Any]:
 
 
 def task_names(given: list[str]) -> list[str]:
-    """Tasks that were named one by one or several at once; a name with a colon is one, commas and all.
+    """Task names, given separately or comma-separated; a name that contains a colon is not split at commas.
 
     >>> task_names(["add,sort@2", "hf:data.jsonl?prompt=a,b"])
     ['add', 'sort@2', 'hf:data.jsonl?prompt=a,b']
@@ -234,14 +241,14 @@ def task_names(given: list[str]) -> list[str]:
 
 
 def say(text: str, style: str | None = None, soft_wrap: bool = True) -> None:
-    """One line on the terminal, whatever names are in it: no markup, no control characters."""
+    """Print one line, with markup and control characters in names neutralised."""
     from offprincipal.reports.words import plain
 
     Console().print(plain(text), style=style, soft_wrap=soft_wrap, highlight=False, markup=False)
 
 
 def escaped(text: str) -> str:
-    """The same for text that markup goes around."""
+    """Text made safe to embed in rich markup."""
     from offprincipal.reports.words import shown
 
     return shown(text)

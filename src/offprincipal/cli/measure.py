@@ -53,15 +53,15 @@ def compare(
         list[str],
         typer.Argument(
             metavar="[NAME=]TUNED...",
-            help="What was trained from it: folders or ids of models, adapters, or distributed checkpoints.",
+            help="Models trained from it: folders or Hub ids of models, adapters, or distributed checkpoints.",
         ),
     ],
     out: Out = Path("comparison"),
     metrics: Annotated[
         str | None,
         typer.Option(
-            help="Groups of changes (always counted, as fast as memory), location, update, spectrum, subspace, bounds; "
-            "the last three decompose the base. Default: all.",
+            help="Metric groups to measure, comma-separated: changes (always included), location, update, spectrum, "
+            "subspace, bounds; the last three decompose the base. Default: all.",
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -71,29 +71,27 @@ def compare(
             "--list",
             callback=_print_metrics,
             is_eager=True,
-            help="List every figure with its group, and exit.",
+            help="List every metric with its group, and exit.",
             rich_help_panel=WHAT,
         ),
     ] = False,
     rank_fraction: Annotated[
         float,
-        typer.Option(
-            help="The principal subspace has this share of min(rows, columns) directions.", rich_help_panel=WHAT
-        ),
+        typer.Option(help="Rank of the principal subspace, as a fraction of min(rows, columns).", rich_help_panel=WHAT),
     ] = RANK_FRACTION,
     alpha: Annotated[
-        float, typer.Option(help="Each mask holds this share of a matrix.", rich_help_panel=WHAT)
+        float, typer.Option(help="Fraction of each matrix's entries in a mask.", rich_help_panel=WHAT)
     ] = DENSITY,
     null_draws: Annotated[
         int,
         typer.Option(
-            help="Each isotropic null is the mean of so many Gaussian updates; large matrices take fewer.",
+            help="Number of Gaussian updates averaged for each isotropic null (fewer for large matrices).",
             rich_help_panel=WHAT,
         ),
     ] = NULL_DRAWS,
     seed: Annotated[
         int,
-        typer.Option(help="The random mask and the Gaussian updates are drawn from this seed.", rich_help_panel=WHAT),
+        typer.Option(help="Random seed of the random mask and the Gaussian updates.", rich_help_panel=WHAT),
     ] = 0,
     include_embeddings: Annotated[
         bool, typer.Option("--include-embeddings", help="Measure embeddings and heads too.", rich_help_panel=WHAT)
@@ -102,47 +100,52 @@ def compare(
         bool,
         typer.Option(
             "--strict",
-            help="Refuse tensors that the base or a run alone has; else they are listed.",
+            help="Fail if a tensor exists on only one side; by default such tensors are listed.",
             rich_help_panel=WHAT,
         ),
     ] = False,
     solver: Annotated[
         str,
         typer.Option(
-            help="auto, exact (LAPACK for every matrix) or randomized; matrices up to 256 are exact.",
+            help="auto, exact (LAPACK for every matrix) or randomized. If min(rows, columns) is at most 256, "
+            "the decomposition is always exact.",
             rich_help_panel=HOW,
         ),
     ] = "auto",
     tolerance: Annotated[
         float,
         typer.Option(
-            help="Singular values may be off by this share; a matrix that misses it is solved whole.",
+            help="Allowed relative error of singular values; a matrix that exceeds it is solved exactly.",
             rich_help_panel=HOW,
         ),
     ] = TOLERANCE,
     device: Annotated[
-        str, typer.Option(help="Where matrices are decomposed: cpu, cuda or auto.", rich_help_panel=HOW)
+        str, typer.Option(help="Device that decomposes matrices: cpu, cuda or auto.", rich_help_panel=HOW)
     ] = "cpu",
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="So many matrices are measured at once; default: all cores.", rich_help_panel=HOW),
+        typer.Option(min=1, help="Number of matrices measured in parallel. Default: all cores.", rich_help_panel=HOW),
     ] = None,
     memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Matrices in flight may take so much, such as 8GB; default: .6 of what is free.",
+            help="Memory budget for matrices being measured, e.g. 8GB. Default: 60 % of free memory.",
             rich_help_panel=HOW,
         ),
     ] = None,
     ray: Annotated[
         str | None,
-        typer.Option(metavar="ADDRESS", help="Measure on a Ray cluster; `local` starts one here.", rich_help_panel=HOW),
+        typer.Option(
+            metavar="ADDRESS",
+            help="Measure on the Ray cluster at this address; `local` starts one on this machine.",
+            rich_help_panel=HOW,
+        ),
     ] = None,
     cache: Annotated[
         bool,
         typer.Option(
-            help="Keep decomposed bases (see `offprincipal cache`), and take runs that --out holds as measured.",
+            help="Reuse cached base decompositions (see `offprincipal cache`) and runs already measured in --out.",
             rich_help_panel=HOW,
         ),
     ] = True,
@@ -150,7 +153,7 @@ def compare(
         list[str] | None,
         typer.Option(
             metavar="[NAME=]PATH",
-            help="A run's float32 weights before storing, where not beside it.",
+            help="A run's float32 master weights, if they are not in its folder.",
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -159,7 +162,7 @@ def compare(
         typer.Option(
             "--fail-if",
             metavar="CONDITION",
-            help="Exit 3 if it holds: 'principal_angle_left_max_deg > 10'.",
+            help="Exit with code 3 if the condition is true, e.g. 'principal_angle_left_max_deg > 10'.",
             rich_help_panel=CONDITIONS,
         ),
     ] = None,
@@ -168,20 +171,24 @@ def compare(
         typer.Option(
             "--expect",
             metavar="PATTERN: WHAT",
-            help="Exit 3 unless every tensor so named is `unchanged`, `changed`, or as a METRIC > NUMBER says.",
+            help="Exit with code 3 unless every matching tensor is `unchanged`, `changed`, or satisfies "
+            "METRIC > NUMBER.",
             rich_help_panel=CONDITIONS,
         ),
     ] = None,
     contract: Annotated[
         Path | None,
         typer.Option(
-            help="A YAML file of such expectations, `model.visual.*: unchanged` a line.", rich_help_panel=CONDITIONS
+            help="YAML file of such expectations, one per line, e.g. `model.visual.*: unchanged`.",
+            rich_help_panel=CONDITIONS,
         ),
     ] = None,
     explain: Annotated[
         bool,
         typer.Option(
-            "--explain", help="Say of every figure what its nulls say, as the report does.", rich_help_panel=SHOWN
+            "--explain",
+            help="Compare every figure with its nulls in sentences, as in the report.",
+            rich_help_panel=SHOWN,
         ),
     ] = False,
     as_json: Annotated[
@@ -190,13 +197,13 @@ def compare(
     report: Annotated[bool, typer.Option(help="Write report.html too.", rich_help_panel=SHOWN)] = True,
     report_to: ReportTo = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a comparison of other runs that is in the folder.")
+        bool, typer.Option("--overwrite", help="Replace a comparison of other runs in the folder.")
     ] = False,
 ) -> None:
-    """Measure what training did to the weights, every figure beside the null that would explain it away.
+    """Measure what training did to the weights, and compare every figure with its null.
 
-    Killed at any moment, the same command continues; with one more run it measures that one. Writes four Parquet
-    tables, summary.json and report.html.
+    If interrupted, rerun the same command to continue; added runs are measured without repeating the others. Writes
+    four Parquet tables, summary.json and report.html.
     """
     from offprincipal.checkpoints.hub import is_id
     from offprincipal.comparison import CompareSettings, MatrixSettings, parse_condition
@@ -247,7 +254,7 @@ def compare(
             told = report_comparison(found.summary, report_to, out)
             if not as_json:
                 say(f"reported to: {told}")
-    finally:  # a pipeline asks for this, whatever became of the printing
+    finally:  # a pipeline depends on the exit code even if printing failed
         _fail_if(conditions, found.summary, broken_phrases(found.summary))
 
 
@@ -264,21 +271,21 @@ def _fail_if(conditions: "list[Condition]", summary: dict[str, Any], broken: lis
 
 @app.command(rich_help_panel=MEASURING)
 def preflight(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="Whatever `compare` reads.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Any checkpoint that `compare` reads.")],
     learning_rate: Annotated[
-        float, typer.Option(help="The learning rate of AdamW, which is the length of every weight's step.")
+        float, typer.Option(help="AdamW learning rate, taken as the size of every weight's step.")
     ],
     storage: Annotated[
-        str, typer.Option(help="What weights are stored in: bfloat16, float16 or float32.")
+        str, typer.Option(help="Format in which weights are stored: bfloat16, float16 or float32.")
     ] = "bfloat16",
-    steps: Annotated[int, typer.Option(help="The planned run has so many steps.")] = 100,
+    steps: Annotated[int, typer.Option(help="Number of optimizer steps planned.")] = 100,
     out: Out = Path("preflight"),
     as_json: Annotated[bool, typer.Option("--json", help="Print preflight.json instead of a table.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the figures of another base.")] = False,
 ) -> None:
-    """Before training: what steps of a learning rate can move of BASE once its weights are stored.
+    """Before training: forecast which stored weights of BASE can change at a learning rate.
 
-    Reads the base alone and runs nothing. Writes preflight.json and preflight.html.
+    Reads only the base and runs no model. Writes preflight.json and preflight.html.
     """
     from offprincipal.comparison.tables import require_none_replaced
     from offprincipal.forecast import preflight as look
@@ -302,7 +309,10 @@ def preflight(
 
 @app.command(rich_help_panel=MEASURING)
 def trajectory(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="What the run started from: whatever `compare` reads.")],
+    base: Annotated[
+        str,
+        typer.Argument(metavar="BASE", help="Model that the run started from: any checkpoint that `compare` reads."),
+    ],
     checkpoints: Annotated[
         list[str],
         typer.Argument(metavar="CHECKPOINT...", help="Checkpoints of one run, in any order; or the run's folder."),
@@ -310,35 +320,43 @@ def trajectory(
     out: Out = Path("trajectory"),
     steps: Annotated[
         str | None,
-        typer.Option(metavar="N,N,...", help="Of the checkpoints, in their order; default: from their names."),
+        typer.Option(
+            metavar="N,N,...",
+            help="Training steps of the checkpoints, in the order given. Default: parsed from their names.",
+        ),
     ] = None,
     subspace_rank: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="K",
-            help="Measure what the leading K singular directions have in common with the last checkpoint's; slower.",
+            help="Also measure how much the leading K singular directions overlap with the last checkpoint's (slower).",
         ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Tensors measured at once; default: all cores.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Number of tensors measured in parallel. Default: all cores.")
+    ] = None,
     ray: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Measure on a Ray cluster; `local` starts one here.")
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="Measure on the Ray cluster at this address; `local` starts one on this machine."
+        ),
     ] = None,
     device: Annotated[
-        str, typer.Option(help="Where products are summed and those directions found: cpu, cuda or auto.")
+        str, typer.Option(help="Device that computes inner products and singular directions: cpu, cuda or auto.")
     ] = "cpu",
     masters: Annotated[
-        bool, typer.Option("--masters", help="Follow the float32 weights that trainers keep beside the checkpoints.")
+        bool, typer.Option("--masters", help="Follow the float32 master weights that trainers keep with checkpoints.")
     ] = False,
     skip_broken: Annotated[
-        bool, typer.Option("--skip-broken", help="Go on without checkpoints that cannot be opened, and say which.")
+        bool, typer.Option("--skip-broken", help="Skip checkpoints that cannot be opened, and list them.")
     ] = False,
     predict: Annotated[
         float | None,
-        typer.Option(metavar="STEP", help="Write the model as it would be at a step, to predicted-STEP in --out."),
+        typer.Option(metavar="STEP", help="Write the model extrapolated to this step, as predicted-STEP in --out."),
     ] = None,
     predict_by: Annotated[
-        str, typer.Option(help="linear: each weight along its own line; rank1: all of them along one direction.")
+        str, typer.Option(help="linear: extrapolate each weight separately; rank1: all weights along one direction.")
     ] = "linear",
     as_json: Annotated[bool, typer.Option("--json", help="Print trajectory.json instead of tables.")] = False,
     report: Annotated[bool, typer.Option(help="Write trajectory.html too.")] = True,
@@ -346,7 +364,7 @@ def trajectory(
         bool, typer.Option("--overwrite", help="Replace another trajectory, or another prediction, in the folder.")
     ] = False,
 ) -> None:
-    """How weights moved over many checkpoints of one run, beside the random walk that would explain it.
+    """Measure how weights moved over many checkpoints of one run, compared with a random walk.
 
     Reads every tensor of every checkpoint once. Writes trajectory.json, trajectory.parquet and trajectory.html.
     """
@@ -384,7 +402,7 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise ArgumentError(f"'{text}' is no list of steps: write them as 10,20,30") from None
+        raise ArgumentError(f"'{text}' is not a list of steps: write them as 10,20,30") from None
 
 
 @app.command(rich_help_panel=MEASURING)
@@ -392,89 +410,98 @@ def gates(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder, Hugging Face id, or `embedded`.")],
     tuned: Annotated[
         list[str],
-        typer.Argument(metavar="[NAME=]TUNED...", help="What was trained from it: whatever `compare` reads."),
+        typer.Argument(metavar="[NAME=]TUNED...", help="Models trained from it: any checkpoints that `compare` reads."),
     ],
     out: Out = Path("gates"),
     prompts: Annotated[
         Path | None,
-        typer.Option(help='Prompts, one a line, or JSON lines {"prompt": …} in a .jsonl file.', rich_help_panel=ON),
+        typer.Option(
+            help='File of prompts, one per line, or JSON lines {"prompt": …} in a .jsonl file.', rich_help_panel=ON
+        ),
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", help="Take held-out prompts of tasks: a,b or repeated.", rich_help_panel=ON),
+        typer.Option(
+            "--task", help="Use held-out prompts of these tasks: a,b or repeat the option.", rich_help_panel=ON
+        ),
     ] = None,
     sequences: Annotated[
         Path | None,
         typer.Option(
-            help='Measure on given JSON lines, {"text": …} or {"input_ids": […]}; nothing is sampled.',
+            help='File of JSON lines to measure on, {"text": …} or {"input_ids": […]}; nothing is sampled.',
             rich_help_panel=ON,
         ),
     ] = None,
     batches: Annotated[
         int,
-        typer.Option(
-            help="The sequences are dealt into so many batches, the unit of the intervals.", rich_help_panel=ON
-        ),
+        typer.Option(help="Number of batches; the batch is the unit for confidence intervals.", rich_help_panel=ON),
     ] = 16,
     prompts_per_batch: Annotated[
-        int, typer.Option(help="Each batch has so many prompts, where they come from tasks.", rich_help_panel=ON)
+        int, typer.Option(help="Number of prompts per batch, if they come from --task.", rich_help_panel=ON)
     ] = 16,
     max_new_tokens: Annotated[
-        int, typer.Option(help="A sampled continuation has at most so many tokens.", rich_help_panel=ON)
+        int, typer.Option(help="Maximum number of tokens in a sampled continuation.", rich_help_panel=ON)
     ] = 40,
     per_layer: Annotated[
         bool,
         typer.Option(
-            "--per-layer/--pooled-only", help="Curvature by layer and role too, or pooled alone.", rich_help_panel=WHAT
+            "--per-layer/--pooled-only",
+            help="Also report curvature per layer and role, or pooled only.",
+            rich_help_panel=WHAT,
         ),
     ] = True,
     precision: Annotated[
         bool,
         typer.Option(
-            help="Gate III too, where float32 masters were kept: what storing hides of the update.",
+            help="Also measure Gate III, the part of the update that storing hides, if float32 masters were kept.",
             rich_help_panel=WHAT,
         ),
     ] = True,
     weights: Annotated[
-        str, typer.Option(help="auto (float32 masters where kept), masters or stored.", rich_help_panel=WHAT)
+        str,
+        typer.Option(
+            help="Weights to read: masters (float32), stored, or auto: masters if they were kept.", rich_help_panel=WHAT
+        ),
     ] = "auto",
     draws: Annotated[
         int,
-        typer.Option(
-            help="So many random directions of each kind are drawn over all matrices.", rich_help_panel=EXPERT
-        ),
+        typer.Option(help="Number of random directions of each kind over all matrices.", rich_help_panel=EXPERT),
     ] = 8,
     layer_draws: Annotated[
         int,
-        typer.Option(help="So many random directions of each kind are drawn in each matrix.", rich_help_panel=EXPERT),
+        typer.Option(help="Number of random directions of each kind in each layer and role.", rich_help_panel=EXPERT),
     ] = 2,
     rank_fraction: Annotated[
         float,
         typer.Option(
-            help="The principal subspace has this share of min(rows, columns) directions.", rich_help_panel=EXPERT
+            help="Rank of the principal subspace, as a fraction of min(rows, columns).", rich_help_panel=EXPERT
         ),
     ] = RANK_FRACTION,
     alpha: Annotated[
-        float, typer.Option(help="Principal weights are this share of a matrix.", rich_help_panel=EXPERT)
+        float, typer.Option(help="Fraction of each matrix's entries that count as principal.", rich_help_panel=EXPERT)
     ] = DENSITY,
     dtype: Annotated[
-        str, typer.Option(help="Everything is computed in float32 or float64.", rich_help_panel=EXPERT)
+        str, typer.Option(help="Type of all computations: float32 or float64.", rich_help_panel=EXPERT)
     ] = "float32",
     attention: Annotated[
-        str, typer.Option(help="attn_implementation; it needs a forward-mode derivative.", rich_help_panel=EXPERT)
+        str,
+        typer.Option(
+            help="attn_implementation of transformers; it must support forward-mode derivatives.",
+            rich_help_panel=EXPERT,
+        ),
     ] = "eager",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=EXPERT)] = "auto",
+    device: Annotated[
+        str, typer.Option(help="Device that runs the models: auto, cpu or cuda.", rich_help_panel=EXPERT)
+    ] = "auto",
     seed: Annotated[
         int,
-        typer.Option(
-            help="Prompts, continuations, batches and directions are drawn from this seed.", rich_help_panel=EXPERT
-        ),
+        typer.Option(help="Random seed of prompts, continuations, batches and directions.", rich_help_panel=EXPERT),
     ] = 0,
     trust_remote_code: Annotated[
         bool,
         typer.Option(
             "--trust-remote-code",
-            help="Execute Python that comes with BASE, where it asks for that.",
+            help="Execute Python code that comes with BASE, if BASE requires it.",
             rich_help_panel=EXPERT,
         ),
     ] = False,
@@ -485,9 +512,9 @@ def gates(
         bool, typer.Option("--overwrite", help="Replace the figures of other runs.", rich_help_panel=SHOWN)
     ] = False,
 ) -> None:
-    r"""Measure KL from the base against the Fisher form, the curvature of directions, and what precision hides.
+    """Measure KL from the base against the Fisher form, the curvature of directions, and what precision hides.
 
-    Writes gates.json. Needs the models to run, as training does.
+    Runs the models, so it needs the [train] extra. Writes gates.json.
     """
     require_training()
     from offprincipal.comparison.tables import require_none_replaced

@@ -1,4 +1,4 @@
-"""Commands that train, and that change weights: study, train, intervene; and what they can be told."""
+"""Commands that train or change weights: study, train, intervene, undo; and tasks, which lists training tasks."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +13,10 @@ from offprincipal.cli.common import TRAINING, Out, app, require_training, resuma
 from offprincipal.errors import ArgumentError
 from offprincipal.recipes import RECIPES
 
-Replace = Annotated[bool, typer.Option("--overwrite", help="Replace an intervention that is in the folder.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard what was trained there under other settings.")]
+Replace = Annotated[bool, typer.Option("--overwrite", help="Replace an intervention in the folder.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Discard an existing run in the folder that used other settings.")
+]
 
 
 def _print_profiles(wanted: bool) -> None:
@@ -43,7 +45,7 @@ def _list_of(what: str) -> Table:
         from offprincipal.tasks import open_task, symbolic_kinds
 
         return terminal.tasks_table([open_task(kind) for kind in symbolic_kinds()])
-    raise ArgumentError(f"there is no list of '{what}': choose of recipes, adapters, settings, tasks")
+    raise ArgumentError(f"there is no list of '{what}': choose one of recipes, adapters, settings, tasks")
 
 
 def _print_list(what: str | None) -> None:
@@ -54,14 +56,17 @@ def _print_list(what: str | None) -> None:
 
 @app.command(rich_help_panel=TRAINING)
 def study(
-    profile: Annotated[str, typer.Argument(metavar="PROFILE", help="A shipped profile, or a YAML file.")] = "quick",
+    profile: Annotated[
+        str, typer.Argument(metavar="PROFILE", help="Name of a shipped profile (see --list), or a YAML file.")
+    ] = "quick",
     out: Out = Path("study"),
     override: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override the profile, as in training.steps=200."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of the profile, e.g. training.steps=200."),
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Training runs at once; default: a core each, at most 4.")
+        int | None,
+        typer.Option(min=1, help="Number of training runs at once. Default: one per core, at most 4."),
     ] = None,
     overwrite: Overwrite = False,
     listed: Annotated[
@@ -71,7 +76,7 @@ def study(
 ) -> None:
     """Train by RLVR and SFT, measure what each did to the weights, and judge the paper's claims.
 
-    Killed at any moment, the same command continues. Writes study.json, report.html, a folder a run, and the tables.
+    If interrupted, rerun the same command to continue. Writes study.json, report.html, one folder per run, and tables.
     """
     require_training()
     from offprincipal.paper import load_profile
@@ -91,37 +96,47 @@ def study(
 
 @app.command(rich_help_panel=TRAINING)
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help=f"{', '.join(RECIPES)}.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help=f"Training recipe: {', '.join(RECIPES)}.")],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder of the run; the same command continues a killed one.")
+        Path, typer.Option("--out", "-o", help="Folder of the run; if interrupted, the same command continues it.")
     ],
     task: Annotated[
         list[str],
-        typer.Option("--task", help="add, sort@2, rg:NAME, hf:DATASET?prompt=…&answer=…; several as a,b or repeated."),
+        typer.Option(
+            "--task", help="Tasks: add, sort@2, rg:NAME or hf:DATASET?prompt=…&answer=…; a,b or repeat the option."
+        ),
     ],
-    model: Annotated[str, typer.Option(help="Folder, Hugging Face id, or `embedded`.")] = "embedded",
+    model: Annotated[
+        str, typer.Option(help="Model to train: a folder, a Hugging Face id, or `embedded`.")
+    ] = "embedded",
     override: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; `train --list settings` has them."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; `train --list settings` lists them."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Of AdamW, constant.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Decides prompts and samples.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of optimizer steps.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Number of sequences per step.")] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option("--learning-rate", "--lr", help="AdamW learning rate, constant after the warm-up, if any."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed for training prompts and sampling.")] = None,
     adapter: Annotated[
         str | None,
         typer.Option(
             metavar="METHOD",
-            help=f"Train not all weights: {', '.join(LOW_RANK)}, which take larger learning rates, 1e-3 say; or "
-            f"{', '.join(name for name in ADAPTER_METHODS if name not in LOW_RANK)}. `--list adapters` tells of each.",
+            help=f"Train an adapter instead of all weights: {', '.join(LOW_RANK)} (low-rank; they need larger learning "
+            f"rates, e.g. 1e-3), or {', '.join(name for name in ADAPTER_METHODS if name not in LOW_RANK)}. "
+            "`--list adapters` describes each.",
         ),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Of a LoRA; default 8.")] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank. Default: 8.")] = None,
     mask: Annotated[
         str | None,
-        typer.Option(help="safe, principal, off_principal, low_magnitude, random or from_run, of sparse and shira."),
+        typer.Option(
+            help="Mask of sparse or shira: safe, principal, off_principal, low_magnitude, random or from_run."
+        ),
     ] = None,
-    density: Annotated[float | None, typer.Option(help="Share of entries that the mask holds.")] = None,
+    density: Annotated[float | None, typer.Option(help="Fraction of entries in the mask.")] = None,
     overwrite: Overwrite = False,
     listed: Annotated[
         str | None,
@@ -136,7 +151,7 @@ def train(
 ) -> None:
     """Train a model on verifiable tasks, and measure it on held-out prompts before and after.
 
-    What an adapter or a mask trained is merged into the model in --out; the adapter itself is in OUT/adapter.
+    An adapter is merged into the model in --out, and also saved on its own in OUT/adapter.
     """
     require_training()
     from offprincipal.reports.terminal import runs_table
@@ -165,28 +180,36 @@ def train(
 @app.command(rich_help_panel=TRAINING)
 def intervene(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hugging Face id, or `embedded`.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result, made whole or not at all.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output folder; on failure nothing is written.")],
     rotate: Annotated[
         str | None,
-        typer.Option(metavar="LAYERS", help="Rotate the values of each key-value head: 3, or 0,2 or 4-7, or all."),
+        typer.Option(
+            metavar="LAYERS", help="Rotate the values of each key-value head in these layers: 3; 0,2; 4-7; or all."
+        ),
     ] = None,
     permute: Annotated[
         str | None, typer.Option(metavar="LAYERS", help="Reorder attention heads and MLP neurons of these layers.")
     ] = None,
     rotate_residual: Annotated[
-        bool, typer.Option("--rotate-residual", help="Rotate the whole residual stream; norms' gains are folded.")
+        bool,
+        typer.Option(
+            "--rotate-residual",
+            help="Rotate the whole residual stream; norm gains are folded into the matrices that read them.",
+        ),
     ] = False,
-    matrix: Annotated[str, typer.Option(help="haar (uniform) or hadamard (random signs).")] = "haar",
-    seed: Annotated[int, typer.Option(help="Of the draws; every layer has its own.")] = 0,
+    matrix: Annotated[
+        str, typer.Option(help="Random orthogonal matrix: haar (uniform) or hadamard (random signs).")
+    ] = "haar",
+    seed: Annotated[int, typer.Option(help="Random seed; each layer uses its own stream.")] = 0,
     dtype: Annotated[
-        str | None, typer.Option(help="Store as float32, bfloat16 or float16; default: as MODEL is stored.")
+        str | None, typer.Option(help="Store as float32, bfloat16 or float16. Default: as MODEL is stored.")
     ] = None,
     overwrite: Replace = False,
     undone: Annotated[str | None, typer.Option("--undo", hidden=True)] = None,
 ) -> None:
-    """Change a model's weights and not its function, and prove it.
+    """Change a model's weights but not its function, and prove it.
 
-    Writes an ordinary Hugging Face folder with intervention.json, which `offprincipal undo` takes after training.
+    Writes an ordinary Hugging Face folder with intervention.json, which `offprincipal undo` reads after training.
     """
     require_training()
     from offprincipal import interventions
@@ -207,20 +230,31 @@ def intervene(
 @app.command(rich_help_panel=TRAINING)
 def undo(
     record: Annotated[
-        Path, typer.Argument(metavar="RECORD", help="intervention.json of `offprincipal intervene`, or its folder.")
+        Path,
+        typer.Argument(metavar="RECORD", help="intervention.json written by `offprincipal intervene`, or its folder."),
     ],
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="What was trained from the intervened model.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result, made whole or not at all.")],
-    base: Annotated[str | None, typer.Option(help="The base of the intervention, if not where RECORD says.")] = None,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model trained from the intervened model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output folder; on failure nothing is written.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base of the intervention, if it is not at the path in RECORD.")
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Store as float32, bfloat16 or float16; default: as float32, without rounding.")
+        str | None,
+        typer.Option(
+            help="Store as float32, bfloat16 or float16. Default: as MODEL is stored, but float32 if the intervention "
+            "rounded any tensor and MODEL has no float32 masters."
+        ),
     ] = None,
     exact: Annotated[
-        bool, typer.Option("--exact", help="Bring back the weights, not the update; this keeps the base's rounding.")
+        bool,
+        typer.Option(
+            "--exact",
+            help="Map the weights back instead of the update; the intervention's rounding then counts as change.",
+        ),
     ] = False,
     overwrite: Replace = False,
 ) -> None:
-    """Bring what was trained after an intervention back into the base's coordinates, and prove it."""
+    """Map a model that was trained after an intervention back into the base's coordinates, and prove it."""
     require_training()
     from offprincipal import interventions
     from offprincipal.reports.terminal import proof_lines
@@ -239,21 +273,26 @@ def settings() -> None:
 @app.command(rich_help_panel=TRAINING)
 def tasks(
     preview: Annotated[
-        bool, typer.Option("--preview", help="Put some held-out problems to --model, and print what it makes of them.")
+        bool, typer.Option("--preview", help="Ask --model some held-out problems, and print its completions.")
     ] = False,
-    model: Annotated[str, typer.Option(help="Of the preview: a folder, a Hugging Face id, or `embedded`.")] = EMBEDDED,
+    model: Annotated[
+        str, typer.Option(help="Model of the preview: a folder, a Hugging Face id, or `embedded`.")
+    ] = EMBEDDED,
     task: Annotated[
-        list[str] | None, typer.Option("--task", help="Of the preview, as train takes it: a,b or repeated.")
+        list[str] | None,
+        typer.Option("--task", help="Tasks of the preview, written as for `train`: a,b or repeat the option."),
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="As train takes them: prompt.shots=8, max_new_tokens=64."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Settings, as for `train`: e.g. prompt.shots=8, max_new_tokens=64."
+        ),
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Problems of the preview, the tasks in turn.")] = 3,
+    count: Annotated[int, typer.Option(min=1, help="Number of problems in the preview; tasks alternate.")] = 3,
 ) -> None:
-    """List the symbolic tasks, each with a prompt, its answer and a teacher's trace; or put some to a model.
+    """List the symbolic tasks, each with a prompt, its answer and a teacher's trace; or preview a model on some.
 
-    The preview asks as `train` would: with the tokenizer's chat template, else with a few solved problems before each.
+    The preview prompts as `train` does: with the tokenizer's chat template, or else with a few solved problems first.
     """
     from offprincipal.reports.terminal import preview_lines
 

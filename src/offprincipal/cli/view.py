@@ -1,4 +1,4 @@
-"""Commands for what is there already: show, report, card, delta and apply, the cache."""
+"""Commands for existing results and checkpoints: show, report, card, delta, apply and cache."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,14 +11,16 @@ from offprincipal.cli.common import VIEWING, ReportTo, app, matrix_progress, say
 
 @app.command(rich_help_panel=VIEWING)
 def show(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What any command of ours wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that an offprincipal command wrote.")],
     explain: Annotated[
         bool,
-        typer.Option("--explain", help="Say what the nulls of every figure say, and what was found of every claim."),
+        typer.Option("--explain", help="Compare every figure with its nulls in sentences, and explain every claim."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print its JSON files, by name, instead of tables.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the folder's JSON files, keyed by name, instead of tables.")
+    ] = False,
 ) -> None:
-    """Print what a folder holds: a comparison, run, monitor, trajectory, study, gates or intervention."""
+    """Print a folder's results: a comparison, run, monitor, trajectory, study, gates, preflight or intervention."""
     from offprincipal.reports import show as showing
     from offprincipal.reports.terminal import as_shown_json
 
@@ -40,17 +42,17 @@ def card(
         typer.Option(
             "--out",
             "-o",
-            help="Folder for README.md, its figure and its data; a README there is kept. Default: FOLDER/card.",
+            help="Folder for README.md, its figure and its data; an existing README is kept. Default: FOLDER/card.",
         ),
     ] = None,
     push: Annotated[
-        str | None, typer.Option(metavar="ORG/NAME", help="Open it as a pull request for this model on the Hub.")
+        str | None, typer.Option(metavar="ORG/NAME", help="Open a pull request with it for this model on the Hub.")
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option(metavar="ORG/NAME", help="The base on the Hub, named in place of a folder.")
+        str | None, typer.Option(metavar="ORG/NAME", help="Hub id of the base, named instead of a folder.")
     ] = None,
 ) -> None:
-    """Write a model card's section about what training did: table, anatomy, figure, and data of a fixed form."""
+    """Write a model card section about what training did to the weights: table, anatomy, figure, and JSON data."""
     from offprincipal.comparison import read_summary
     from offprincipal.reports.card import push_card, write_card
     from offprincipal.reports.report import comparison_in
@@ -67,11 +69,11 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that `compare` or `study` wrote.")],
     figures: Annotated[
         str | None,
-        typer.Option(metavar="FORMATS", help="Write FOLDER/figures for a paper in place of the page: pdf, svg, png."),
+        typer.Option(metavar="FORMATS", help="Write figures for a paper to FOLDER/figures instead: pdf, svg, png."),
     ] = None,
     report_to: ReportTo = None,
 ) -> None:
-    """Draw report.html anew from the tables in a folder, or its figures for a paper, or send them to a tracker."""
+    """Rebuild report.html from the tables in a folder, write figures for a paper, or log the figures to a tracker."""
     if report_to is not None:
         from offprincipal.comparison import read_summary
         from offprincipal.reports.report import comparison_in
@@ -93,16 +95,17 @@ def report(
 
 @app.command(rich_help_panel=VIEWING)
 def delta(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="Whatever `compare` reads.")],
-    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="What was trained from it.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write: NAME.delta.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Any checkpoint that `compare` reads.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Model trained from it.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write: NAME.delta.")],
     format: Annotated[
-        str, typer.Option(help="delta, or sparse-safetensors: places and values as TRL exchanges them with vLLM.")
+        str, typer.Option(help="delta, or sparse-safetensors: indices and values as TRL exchanges them with vLLM.")
     ] = "delta",
 ) -> None:
-    """Write what changed from BASE to TUNED into one small file, without loss.
+    """Write the changes from BASE to TUNED into one small file, losslessly.
 
-    It is safetensors inside, guarded by hashes of both sides, and itself a checkpoint wherever one is taken after BASE.
+    The file is safetensors inside and checked by hashes of both sides. Commands that take BASE and TUNED accept it as
+    TUNED.
     """
     from offprincipal.deltas import make_delta
     from offprincipal.reports.terminal import delta_lines
@@ -115,12 +118,12 @@ def delta(
 
 @app.command(rich_help_panel=VIEWING)
 def apply(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="What the delta was made from.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Checkpoint that the delta was made from.")],
     file: Annotated[Path, typer.Argument(metavar="DELTA", help="A .delta file.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the model, made whole or not at all.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output folder; on failure nothing is written.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the contents of the folder.")] = False,
 ) -> None:
-    """Write the model that a delta leads to from BASE, bit for bit, as a Hugging Face folder."""
+    """Restore the tuned model from BASE and a delta, bit for bit, as a Hugging Face folder."""
     from offprincipal.deltas import apply_delta
 
     with matrix_progress() as progress:
@@ -128,13 +131,13 @@ def apply(
     say(f"model: {out}")
 
 
-cache_app = typer.Typer(no_args_is_help=True, help="The decomposed bases that `compare` keeps.")
+cache_app = typer.Typer(no_args_is_help=True, help="Base decompositions that `compare` caches.")
 app.add_typer(cache_app, name="cache", rich_help_panel=VIEWING)
 
 
 @cache_app.command("info")
 def cache_info() -> None:
-    """Say where decomposed bases are kept, and how much they take."""
+    """Show where base decompositions are cached, and how much space they take."""
     from offprincipal.comparison.cache import BaseCache
     from offprincipal.files import cache_folder
     from offprincipal.reports.terminal import cache_line
@@ -144,7 +147,7 @@ def cache_info() -> None:
 
 @cache_app.command("clear")
 def cache_clear() -> None:
-    """Remove all decomposed bases."""
+    """Remove all cached base decompositions."""
     from offprincipal.comparison.cache import BaseCache
     from offprincipal.files import cache_folder
     from offprincipal.reports.terminal import cache_line
