@@ -445,8 +445,8 @@ def gates(
     per_layer: Annotated[
         bool,
         typer.Option(
-            "--per-layer/--pooled-only",
-            help="Also report curvature per layer and role, or pooled only.",
+            "--per-layer/--no-per-layer",
+            help="Also report curvature per layer and role, not pooled only.",
             rich_help_panel=WHAT,
         ),
     ] = True,

@@ -193,6 +193,7 @@ def intervene(
     rotate_residual: Annotated[
         bool,
         typer.Option(
+            "--residual",
             "--rotate-residual",
             help="Rotate the whole residual stream; norm gains are folded into the matrices that read them.",
         ),
