@@ -194,7 +194,6 @@ def intervene(
         bool,
         typer.Option(
             "--residual",
-            "--rotate-residual",
             help="Rotate the whole residual stream; norm gains are folded into the matrices that read them.",
         ),
     ] = False,
