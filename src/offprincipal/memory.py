@@ -71,7 +71,14 @@ def freed_memory_kept() -> Iterator[None]:
         _held -= 1
         if not _held:
             _choose(libc, _RETURN)
-            libc.malloc_trim(0)
+            return_freed_memory()
+
+
+def return_freed_memory() -> None:
+    """Have glibc return what it freed and keeps: what is still held lies between freed buffers, and pins them."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
 
 
 def return_freed_memory_if_scarce() -> bool:
@@ -79,7 +86,7 @@ def return_freed_memory_if_scarce() -> bool:
     libc = _glibc()
     if libc is None or not _held or free_memory() >= _resident() / 2:
         return False
-    libc.malloc_trim(0)
+    return_freed_memory()
     return True
 
 

@@ -4,8 +4,6 @@ Each tensor is measured on one core, because two matrices on two cores beat one 
 depend on how many there are.
 """
 
-import contextlib
-import ctypes
 import os
 import re
 import socket
@@ -24,6 +22,7 @@ from offprincipal.checkpoints import Part
 from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError, OffPrincipalError, install_command
 from offprincipal.measures.columns import needs_torch
+from offprincipal.memory import return_freed_memory
 
 _GIVE_BACK_AFTER = 16  # tensors
 _ADDRESS = re.compile(r"(?:ray://)?(\[[0-9a-fA-F:]+\]|[\w.-]+):([0-9]{1,5})")
@@ -67,7 +66,7 @@ def in_threads(
                     yield in_flight.pop(future), future.result()
                     done += 1
                     if done % _GIVE_BACK_AFTER == 0:
-                        _give_back_memory()
+                        return_freed_memory()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -185,12 +184,6 @@ def _result(ray: Any, reference: Any) -> Any:
         if isinstance(error.cause, OffPrincipalError):
             raise error.cause from None
         raise
-
-
-def _give_back_memory() -> None:
-    """Let glibc return what it freed: rows that are kept lie between the buffers of matrices, and pin them."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager
