@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offprincipal.checkpoints import open_checkpoint, parts_of
-from offprincipal.geometry import nulls, scan, synthetic
+from offprincipal.geometry import bits, nulls, synthetic
 from offprincipal.measures.pair import BaseMatrix, MatrixPair
 from offprincipal.measures.settings import MatrixSettings
 from offprincipal.models import model_name
@@ -85,7 +85,7 @@ def real_matrices(source: str) -> dict[str, NDArray[np.float32]]:
         part.name: part.of(checkpoint.read(part.tensor, part.start, part.stop)) for part in parts if part.is_linear
     }
     return {
-        name: scan.values_of_codes(scan.bf16_codes(W.astype(np.float32))).reshape(W.shape) for name, W in found.items()
+        name: bits.values_of_codes(bits.bf16_codes(W.astype(np.float32))).reshape(W.shape) for name, W in found.items()
     }
 
 

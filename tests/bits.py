@@ -8,9 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from offprincipal.geometry.bits import Counts, bf16_codes
 from offprincipal.geometry.nulls import dispersion, line_null
 from offprincipal.geometry.precision import EXPONENT_CLASSES, exponent_class
-from offprincipal.geometry.scan import Counts, bf16_codes, classes_of_lines
+from offprincipal.geometry.scan import classes_of_lines
 
 Array = NDArray[Any]
 

@@ -58,8 +58,8 @@ def test_loops_are_compiled_where_nothing_can_keep_them() -> None:
         "import numba.core.caching as caching\n"
         "caching.CacheImpl._locator_classes = []\n"
         "import numpy as np\n"
-        "from offprincipal.geometry import scan\n"
-        "print(scan.bf16_codes(np.ones((2, 2), np.float32)).shape, scan.mask_size(4, 0.5))\n"
+        "from offprincipal.geometry import bits, cuts\n"
+        "print(bits.bf16_codes(np.ones((2, 2), np.float32)).shape, cuts.mask_size(4, 0.5))\n"
     )
     done = run([sys.executable, "-c", program], HOME="/tmp")
     assert done.returncode == 0 and done.stdout.startswith("(2, 2) 2"), done.stderr

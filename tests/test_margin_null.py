@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from offprincipal.assets import embedded_base
-from offprincipal.geometry import nulls, scan, synthetic
+from offprincipal.geometry import bits, nulls, scan, synthetic
 from offprincipal.geometry.nulls import MarginModel, ScoreTest
 
 Bools = NDArray[np.bool_]
@@ -34,7 +34,7 @@ class Fitted:
 
 
 def fitted(base: NDArray[np.float32], tuned: NDArray[np.float32], deficit: float | None = None) -> Fitted:
-    codes, after = scan.bf16_codes(base), scan.bf16_codes(tuned)
+    codes, after = bits.bf16_codes(base), bits.bf16_codes(tuned)
     counted = scan.scan(codes, after)
     classes, rows, columns = scan.classes_of_lines(codes)
     slots, changed = nulls.class_slots(codes, classes), scan.mark_changed(codes, after)

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from offprincipal.assets import embedded_base
 from offprincipal.errors import ArgumentError, CheckpointError
 from offprincipal.forecast import preflight
-from offprincipal.geometry.scan import Array
+from offprincipal.geometry.bits import Array
 from offprincipal.geometry.steps import STORAGES, Spacings
 
 LEARNING_RATE = 3e-6  # no power of two is near, where AdamW's own rounding would decide

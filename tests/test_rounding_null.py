@@ -7,19 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from offprincipal.geometry import nulls, scan, synthetic
+from offprincipal.geometry import bits, nulls, scan, synthetic
+from offprincipal.geometry.bits import Counts
 from offprincipal.geometry.nulls.rounding import LEAST_RULER, RULER_BINADES
-from offprincipal.geometry.scan import Counts
 
 
 def counted(base: NDArray[np.float32], tuned: NDArray[np.float32]) -> tuple[Counts, Counts]:
-    found = scan.scan(scan.bf16_codes(base), scan.bf16_codes(tuned))
+    found = scan.scan(bits.bf16_codes(base), bits.bf16_codes(tuned))
     return scan.count_by_class(found.entries), scan.count_by_class(found.changed)
 
 
 def null_of(base: NDArray[np.float32], tuned: NDArray[np.float32], masters: bool = False) -> nulls.RoundingNull:
-    after = tuned if masters else scan.bf16_codes(tuned)
-    found = nulls.rounding_null(*counted(base, tuned), nulls.count_steps(scan.bf16_codes(base), after), masters)
+    after = tuned if masters else bits.bf16_codes(tuned)
+    found = nulls.rounding_null(*counted(base, tuned), nulls.count_steps(bits.bf16_codes(base), after), masters)
     assert found is not None
     return found
 
@@ -36,7 +36,7 @@ def test_from_masters_the_rate_of_a_class_is_that_of_all_steps_dealt_out_to_it(s
     base = np.full((1, len(steps)), 2.0**binade, np.float32)
     masters = (base + np.array(steps, np.float64) * 2.0**-16).astype(np.float32)
     taken = np.abs(masters.astype(np.float64) - base)[0]
-    table = nulls.count_steps(scan.bf16_codes(base), masters)
+    table = nulls.count_steps(bits.bf16_codes(base), masters)
     entries, _ = counted(base, base)
     found = nulls.rounding_null(entries, np.minimum(entries, 1), table, known=True)
     assert found is not None and found.judged == 1
@@ -107,7 +107,7 @@ def test_where_too_little_has_a_ruler_nothing_is_said() -> None:
 
 def test_no_change_has_no_null() -> None:
     base = synthetic.example_weights("plain", (8, 8), np.random.default_rng(0))
-    steps = nulls.count_steps(scan.bf16_codes(base), scan.bf16_codes(base))
+    steps = nulls.count_steps(bits.bf16_codes(base), bits.bf16_codes(base))
     assert nulls.rounding_null(*counted(base, base), steps, known=False) is None
 
 

@@ -6,8 +6,8 @@ from numpy.typing import NDArray
 from test_benchmarks import REPOSITORY, module_at
 from test_rounding_null import low_magnitude, null_of
 
-from offprincipal.geometry import nulls, scan, synthetic
-from offprincipal.geometry.scan import Floats
+from offprincipal.geometry import bits, nulls, scan, synthetic
+from offprincipal.geometry.bits import Floats
 
 SHAPE = (400, 500)
 
@@ -15,8 +15,8 @@ SHAPE = (400, 500)
 def shares(base: NDArray[np.float32], change: Floats, mask: NDArray[np.bool_]) -> tuple[float, float, float, float]:
     """What changed of all entries, measured and expected; what of that lies in a mask, measured and expected."""
     masters = (base + change).astype(np.float32)
-    codes = scan.bf16_codes(base)
-    changed = scan.mark_changed(codes, scan.bf16_codes(masters))
+    codes = bits.bf16_codes(base)
+    changed = scan.mark_changed(codes, bits.bf16_codes(masters))
     null = nulls.scaled_null(codes, masters)
     assert null is not None
     outside, inside = null.expected_changes(codes, mask.view(np.uint8), 2)
@@ -42,7 +42,7 @@ def test_what_rows_explain_the_rounding_null_takes_for_an_effect() -> None:
     base = synthetic.example_weights("scaled", SHAPE, rng)
     change, mask = synthetic.example_update("row_norm", base, 0.003, rng), low_magnitude(base)
     _, _, measured, scaled = shares(base, change, mask)
-    entries, inside = (scan.count_by_class(scan.count_codes(scan.bf16_codes(x))) for x in (base, base[mask][None]))
+    entries, inside = (scan.count_by_class(scan.count_codes(bits.bf16_codes(x))) for x in (base, base[mask][None]))
     blind = null_of(base, (base + change).astype(np.float32), True).overlap(entries, inside)
     assert blind is not None and blind - measured > 0.02 > 5 * abs(scaled - measured)
 
@@ -62,7 +62,7 @@ def test_signs_of_one_length_change_what_is_finer_than_twice_that() -> None:
     """Closed form: a step of .003 passes half of every spacing up to 2⁻⁸, below a power of two a quarter of 2⁻⁷."""
     base = np.array([[0.75, 1.0, 1.5, 3.0], [0.375, 0.5, 1.25, 5.0]], np.float32)
     masters = (base + np.float32(0.003) * np.array([[1, -1, 1, -1], [1, 1, -1, 1]])).astype(np.float32)
-    codes = scan.bf16_codes(base)
+    codes = bits.bf16_codes(base)
     null = nulls.scaled_null(codes, masters)
     assert null is not None
     cells = np.arange(8, dtype=np.uint8).reshape(2, 4)
@@ -73,10 +73,10 @@ def test_of_steps_that_end_half_way_half_change() -> None:
     """Every step is half a spacing of [1, 2): even mantissas stay, and odd ones move."""
     base = np.float32(1) + np.arange(1, 127, dtype=np.float32).reshape(2, 63) / 128
     masters = base + np.float32(2.0**-8)
-    codes = scan.bf16_codes(base)
+    codes = bits.bf16_codes(base)
     null = nulls.scaled_null(codes, masters)
     assert null is not None
-    changed = (scan.bf16_codes(masters) != codes).sum()
+    changed = (bits.bf16_codes(masters) != codes).sum()
     assert changed == 63
     (expected,) = null.expected_changes(codes, np.zeros(base.shape, np.uint8), 1)
     assert expected == pytest.approx(63)
@@ -95,7 +95,7 @@ def test_rows_that_do_not_step_do_not_change() -> None:
     rng = np.random.default_rng(0)
     base = synthetic.example_weights("plain", (60, 80), rng)
     change = 0.01 * rng.standard_normal((60, 80)) * (np.arange(60) % 3 == 0)[:, None]
-    codes, masters = scan.bf16_codes(base), (base + change).astype(np.float32)
+    codes, masters = bits.bf16_codes(base), (base + change).astype(np.float32)
     null = nulls.scaled_null(codes, masters)
     assert null is not None
     rows = np.repeat(np.arange(60, dtype=np.uint8)[:, None], 80, axis=1)
@@ -107,14 +107,14 @@ def test_rows_that_do_not_step_do_not_change() -> None:
 
 def test_nothing_that_moves_has_no_null() -> None:
     base = synthetic.example_weights("plain", (5, 6), np.random.default_rng(0))
-    assert nulls.scaled_null(scan.bf16_codes(base), base) is None
+    assert nulls.scaled_null(bits.bf16_codes(base), base) is None
 
 
 @pytest.mark.parametrize("shape", [(1, 40), (40, 1), (1, 1)])
 def test_single_lines_are_their_own_lengths(shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     base = synthetic.example_weights("plain", shape, rng)
-    codes, masters = scan.bf16_codes(base), (base + 0.01 * rng.standard_normal(shape)).astype(np.float32)
+    codes, masters = bits.bf16_codes(base), (base + 0.01 * rng.standard_normal(shape)).astype(np.float32)
     null = nulls.scaled_null(codes, masters)
     assert null is not None
     expected = null.expected_changes(codes, np.zeros(shape, np.uint8), 1)

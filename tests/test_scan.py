@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offprincipal.errors import NonFiniteTensor
-from offprincipal.geometry import precision, scan
+from offprincipal.geometry import bits, cuts, precision, scan
 from offprincipal.geometry.masks import entry_ranks, low_magnitude_ranks, mask_size
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -35,8 +35,8 @@ def bit_matrices(draw: st.DrawFn, least: int = 0) -> tuple[Bits, Bits]:
     rng = np.random.default_rng(draw(seeds))
     kind = draw(st.sampled_from(["any", "notable", "weights"]))
     if kind == "weights":
-        base = scan.bf16_codes(0.02 * rng.standard_normal((n, m)))
-        other = scan.bf16_codes(0.02 * rng.standard_normal((n, m)))
+        base = bits.bf16_codes(0.02 * rng.standard_normal((n, m)))
+        other = bits.bf16_codes(0.02 * rng.standard_normal((n, m)))
     else:
         base, other = (rng.choice(FINITE if kind == "any" else NOTABLE, (n, m)) for _ in range(2))
     share = draw(st.sampled_from([0.0, 0.3, 1.0]))
@@ -69,8 +69,8 @@ def require_definition(base: Bits, tuned: Bits) -> None:
     """Every count of a scan is that of a loop over entries."""
     found, moved = scan.scan(base, tuned), differs(base, tuned)
     magnitudes = (base & 0x7FFF).reshape(-1)
-    np.testing.assert_array_equal(found.entries, np.bincount(magnitudes, minlength=scan.CODES))
-    np.testing.assert_array_equal(found.changed, np.bincount(magnitudes[moved.reshape(-1)], minlength=scan.CODES))
+    np.testing.assert_array_equal(found.entries, np.bincount(magnitudes, minlength=bits.CODES))
+    np.testing.assert_array_equal(found.changed, np.bincount(magnitudes[moved.reshape(-1)], minlength=bits.CODES))
     np.testing.assert_array_equal(found.rows, moved.sum(axis=1))
     np.testing.assert_array_equal(found.columns, moved.sum(axis=0))
     assert found.changed_count == int(moved.sum())
@@ -130,7 +130,7 @@ def test_blocks_and_narrow_counters_leave_no_seam(n: int, m: int, everything: bo
 def test_an_empty_matrix_has_nothing_to_count(shape: tuple[int, int]) -> None:
     empty = np.zeros(shape, np.uint16)
     require_definition(empty, empty)
-    assert scan.mark_changed(empty, empty).shape == shape and len(scan.pack(empty == 1)) == 0
+    assert scan.mark_changed(empty, empty).shape == shape and len(bits.pack(empty == 1)) == 0
 
 
 @given(bit_matrices())
@@ -158,35 +158,35 @@ def test_what_is_not_finite_is_found_on_either_side(bad: int, side: int) -> None
 @pytest.mark.parametrize("dtype", [BFLOAT16, np.float16, np.float32, np.float64])
 def test_not_a_number_is_named_with_its_place(dtype: type) -> None:
     values = np.zeros((2, 3), dtype)
-    scan.require_storable(values)
+    bits.require_storable(values)
     values[1, 2] = np.nan
     with pytest.raises(NonFiniteTensor, match=r"1 of 6 entries are NaN or infinite, the first at \[1, 2\]"):
-        scan.require_storable(values)
+        bits.require_storable(values)
     values[0, 1] = -np.inf
     with pytest.raises(NonFiniteTensor, match=r"2 of 6 entries.*\[0, 1\]"):
-        scan.require_storable(values)
+        bits.require_storable(values)
 
 
 @pytest.mark.parametrize("largest", [np.float32(-3.4e38), np.float64(1e300)])
 def test_a_number_beyond_bfloat16_is_named_with_its_size(largest: np.floating) -> None:
     with pytest.raises(NonFiniteTensor, match=r"an entry of size (3\.4e\+38|1e\+300) is beyond bfloat16"):
-        scan.require_storable(np.array([1.0, largest], dtype=largest.dtype))
+        bits.require_storable(np.array([1.0, largest], dtype=largest.dtype))
     with pytest.raises(NonFiniteTensor):
-        scan.scan(*[scan.bf16_codes(np.array([[largest]], dtype=largest.dtype))] * 2)
+        scan.scan(*[bits.bf16_codes(np.array([[largest]], dtype=largest.dtype))] * 2)
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False), max_size=20))
 def test_rounding_to_bits_is_that_of_torch(values: list[float]) -> None:
     array = np.array(values, np.float32)
     expected = torch.tensor(values, dtype=torch.float32).bfloat16().view(torch.int16).numpy().view(np.uint16)
-    np.testing.assert_array_equal(scan.bf16_codes(array), expected)
-    np.testing.assert_array_equal(scan.bf16_codes(array.astype(BFLOAT16)), expected)
-    np.testing.assert_array_equal(scan.bf16_codes(array.astype(np.float64)), expected)
+    np.testing.assert_array_equal(bits.bf16_codes(array), expected)
+    np.testing.assert_array_equal(bits.bf16_codes(array.astype(BFLOAT16)), expected)
+    np.testing.assert_array_equal(bits.bf16_codes(array.astype(np.float64)), expected)
 
 
 def test_bits_of_bfloat16_are_no_copy() -> None:
     values = np.ones((2, 3), BFLOAT16)
-    assert np.shares_memory(scan.bf16_codes(values), values)
+    assert np.shares_memory(bits.bf16_codes(values), values)
 
 
 @given(bit_matrices(), st.data())
@@ -194,7 +194,7 @@ def test_counting_codes_of_chosen_entries(pair: tuple[Bits, Bits], data: st.Data
     codes, rng = pair[0], np.random.default_rng(data.draw(seeds))
     chosen = rng.random(codes.shape) < 0.5
     for mask in (chosen, np.ones_like(chosen), np.zeros_like(chosen)):
-        expected = np.bincount(codes[mask] & 0x7FFF, minlength=scan.CODES)
+        expected = np.bincount(codes[mask] & 0x7FFF, minlength=bits.CODES)
         np.testing.assert_array_equal(scan.count_codes(codes, mask), expected)
     np.testing.assert_array_equal(scan.count_codes(codes), scan.count_codes(codes, np.ones_like(chosen)))
 
@@ -207,7 +207,7 @@ def mask_sizes(draw: st.DrawFn, size: int) -> Array:
 
 def require_low_magnitude_masks(base: Bits, sizes: Array) -> None:
     """Cuts and ties give the mask of the smallest magnitudes, ties by index."""
-    levels = scan.low_magnitude_levels(base.view(BFLOAT16), *scan.low_magnitude_cuts(scan.count_codes(base), sizes))
+    levels = cuts.low_magnitude_levels(base.view(BFLOAT16), *cuts.low_magnitude_cuts(scan.count_codes(base), sizes))
     for a, size in enumerate(sizes):
         mask = smallest(as_tensor(base).float(), size)
         assert mask.sum() == size
@@ -225,8 +225,8 @@ def test_off_the_grid_the_low_magnitude_mask_sorts_within_a_rounding_cell(
 ) -> None:
     sizes = data.draw(mask_sizes(values.size))
     for stored in (values, values.astype(np.float64)):
-        cuts = scan.low_magnitude_cuts(scan.count_codes(scan.bf16_codes(stored)), sizes)
-        levels = scan.low_magnitude_levels(stored, *cuts)
+        ends = cuts.low_magnitude_cuts(scan.count_codes(bits.bf16_codes(stored)), sizes)
+        levels = cuts.low_magnitude_levels(stored, *ends)
         for a, size in enumerate(sizes):
             np.testing.assert_array_equal(levels <= a, smallest(torch.from_numpy(stored), size))
 
@@ -250,7 +250,7 @@ def test_masks_of_the_largest_scores_are_those_by_sorting(
     }[kind].astype(np.float32)
     sizes = data.draw(mask_sizes(n * m))
     ranks = entry_ranks(torch.from_numpy(scores)).numpy()
-    levels = scan.largest_levels(scores, *scan.largest_cuts(scores, sizes))
+    levels = cuts.largest_levels(scores, *cuts.largest_cuts(scores, sizes))
     for a, size in enumerate(sizes):
         np.testing.assert_array_equal(levels <= a, ranks < size)
 
@@ -259,7 +259,7 @@ def test_masks_of_the_largest_scores_are_those_by_sorting(
 def test_classes_by_levels_are_those_of_the_masks_together(pair: tuple[Bits, Bits], seed: int) -> None:
     codes, rng = pair[0], np.random.default_rng(seed)
     one, two = (rng.integers(0, 4, codes.shape).astype(np.uint8) for _ in range(2))
-    counts = scan.classes_by_levels(codes, one, two, 3)
+    counts = cuts.classes_by_levels(codes, one, two, 3)
     classes = precision.exponent_class(as_tensor(codes))
     for a, b in itertools.product(range(4), repeat=2):
         chosen = torch.from_numpy((one == a) & (two == b))
@@ -270,10 +270,10 @@ def test_classes_by_levels_are_those_of_the_masks_together(pair: tuple[Bits, Bit
 def test_packed_masks_come_back(size: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     masks = [rng.random(size) < 0.6 for _ in range(3)]
-    packed = [scan.pack(mask) for mask in masks]
-    for mask, bits in zip(masks, packed, strict=True):
-        assert len(bits) == -(-size // 64)
-        np.testing.assert_array_equal(scan.unpack(bits, size), mask)
+    packed = [bits.pack(mask) for mask in masks]
+    for mask, words in zip(masks, packed, strict=True):
+        assert len(words) == -(-size // 64)
+        np.testing.assert_array_equal(bits.unpack(words, size), mask)
 
 
 @given(bit_matrices())
@@ -289,25 +289,25 @@ def test_norms_are_those_in_float64(n: int, m: int, seed: int, of_base: type, of
     wide = [side.astype(np.float64) for side in (base, tuned)]
     assert scan.update_square(base, tuned) == pytest.approx(np.square(wide[1] - wide[0]).sum(), rel=1e-13)
     assert scan.square(base) == pytest.approx(np.square(wide[0]).sum(), rel=1e-13)
-    codes = scan.bf16_codes(base)
+    codes = bits.bf16_codes(base)
     rounded = codes.view(BFLOAT16).astype(np.float64)
     assert scan.square_of_codes(scan.count_codes(codes)) == pytest.approx(np.square(rounded).sum(), rel=1e-13)
 
 
 def test_norms_of_subnormals_and_of_the_largest_numbers_neither_vanish_nor_overflow() -> None:
-    for bits in (0x0001, 0x7F7F):
-        one = np.array([[bits, bits | 0x8000]], np.uint16).view(BFLOAT16)
+    for code in (0x0001, 0x7F7F):
+        one = np.array([[code, code | 0x8000]], np.uint16).view(BFLOAT16)
         value = float(one[0, 0])
         assert scan.update_square(np.zeros_like(one), one) == pytest.approx(2 * value**2, rel=1e-15)
-        assert scan.square_of_codes(scan.count_codes(scan.bf16_codes(one))) == pytest.approx(2 * value**2, rel=1e-15)
+        assert scan.square_of_codes(scan.count_codes(bits.bf16_codes(one))) == pytest.approx(2 * value**2, rel=1e-15)
 
 
 @given(off_grid(), st.booleans())
 def test_the_grid_holds_bfloat16_numbers_alone(values: NDArray[np.float32], rounded: bool) -> None:
     stored = values.astype(BFLOAT16).astype(np.float32) if rounded else values
     expected = bool((stored.astype(BFLOAT16).astype(np.float32) == stored).all())
-    assert scan.on_bf16_grid(stored) == scan.on_bf16_grid(stored.astype(np.float64)) == expected
-    assert scan.on_bf16_grid(values.astype(BFLOAT16))
+    assert bits.on_bf16_grid(stored) == bits.on_bf16_grid(stored.astype(np.float64)) == expected
+    assert bits.on_bf16_grid(values.astype(BFLOAT16))
 
 
 @given(bit_matrices(least=2))

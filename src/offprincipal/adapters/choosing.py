@@ -38,9 +38,10 @@ from offprincipal.checkpoints.matrices import ModelMatrix, matrices_of
 from offprincipal.checkpoints.roles import LINEAR_ROLES, WRAPPERS
 from offprincipal.defaults import DENSITY, RANK_FRACTION
 from offprincipal.errors import AdapterError, NonFiniteTensor
+from offprincipal.geometry.bits import bf16_codes, values_of_codes
+from offprincipal.geometry.cuts import largest_cuts, largest_levels, mask_size
 from offprincipal.geometry.draws import generator_of
 from offprincipal.geometry.principal import principal_rank, principal_scores, principal_triplets
-from offprincipal.geometry.scan import bf16_codes, largest_cuts, largest_levels, mask_size, values_of_codes
 
 Kind = Literal["principal", "off_principal", "low_magnitude", "safe", "random", "from_run"]
 Scope = Literal["matrix", "global"]

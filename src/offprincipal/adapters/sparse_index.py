@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offprincipal.geometry.scan import pack
+from offprincipal.geometry.bits import pack
 
 STRETCH = 1 << 16
 _WORDS_OF_A_STOP = 4

@@ -23,7 +23,7 @@ from offprincipal.checkpoints.matrices import whole
 from offprincipal.checkpoints.roles import WRAPPERS
 from offprincipal.errors import AdapterError, FileError
 from offprincipal.files import write_atomically
-from offprincipal.geometry.scan import pack, unpack
+from offprincipal.geometry.bits import pack, unpack
 from offprincipal.models import hash_of
 
 _FORMAT = 1

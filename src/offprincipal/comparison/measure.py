@@ -13,7 +13,7 @@ import numpy as np
 
 from offprincipal.checkpoints import Array, Part
 from offprincipal.checkpoints.masters import require_own_masters
-from offprincipal.geometry.scan import Counts
+from offprincipal.geometry.bits import Counts
 from offprincipal.measures import location
 from offprincipal.measures.changes import Block, TensorPair
 from offprincipal.measures.columns import Group, decomposes_base, metrics_of

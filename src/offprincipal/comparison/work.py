@@ -26,7 +26,7 @@ from offprincipal.comparison.cache import BaseCache
 from offprincipal.comparison.contract import Expectation, parse_expectations, require_matches
 from offprincipal.comparison.measure import TensorRows, measure_matrix, measure_tensor
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor, meant
-from offprincipal.geometry.scan import require_storable
+from offprincipal.geometry.bits import require_storable
 from offprincipal.measures.changes import Block
 from offprincipal.measures.columns import GROUPS, Group, decomposes_base
 from offprincipal.measures.settings import MatrixSettings

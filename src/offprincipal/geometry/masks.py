@@ -7,7 +7,7 @@ entry, 0 for the first to enter, so that one sort serves the whole sweep of dens
 import torch
 from torch import Tensor
 
-from offprincipal.geometry.scan import ALPHAS, MASKS, mask_size
+from offprincipal.geometry.cuts import ALPHAS, MASKS, mask_size
 
 __all__ = [
     "ALPHAS",

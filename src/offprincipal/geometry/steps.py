@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offprincipal.errors import ArgumentError, NonFiniteTensor
+from offprincipal.geometry.bits import Array, Counts, Floats
 from offprincipal.geometry.compiled import compiled
-from offprincipal.geometry.scan import Array, Counts, Floats
 
 _CELLS = 1 << 10  # exponent, power of two, odd
 _MOST_STEPS = 10**15

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from offprincipal.geometry.scan import Floats
+from offprincipal.geometry.bits import Floats
 
 BLIND = ("gaussian", "scaled", "turned")
 KINDS = ("iid", "sign", "rows", "columns", "both", "low_rank", "row_sparse", "row_norm")

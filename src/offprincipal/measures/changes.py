@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from offprincipal.checkpoints.checkpoint import BFLOAT16, Array
 from offprincipal.errors import NonFiniteTensor
-from offprincipal.geometry import nulls, scan
-from offprincipal.geometry.scan import Counts
+from offprincipal.geometry import bits, nulls, scan
+from offprincipal.geometry.bits import Counts
 from offprincipal.measures.once import once
 
 
@@ -66,14 +66,14 @@ class ChangeCounts:
 def count_changes(block: Block, counted: scan.Scan) -> ChangeCounts:
     """The counts of one block, given its scan."""
     base, tuned, masters = block
-    on_grid = scan.on_bf16_grid(base)
+    on_grid = bits.on_bf16_grid(base)
     unchanged = None
     if tuned.dtype == base.dtype:
         unchanged = base.size - counted.changed_count if tuned.dtype == BFLOAT16 else int((tuned == base).sum())
     hidden = None
     if masters is not None:
         moved = masters != base.astype(np.float32)
-        hidden = int((moved & (scan.bf16_codes(masters) == scan.bf16_codes(base))).sum())
+        hidden = int((moved & (bits.bf16_codes(masters) == bits.bf16_codes(base))).sum())
     return ChangeCounts(
         counted.entries,
         counted.changed,
@@ -96,8 +96,8 @@ def scan_block(block: Block, base_codes: NDArray[np.uint16], tuned_codes: NDArra
     try:
         return scan.scan(base_codes, tuned_codes)
     except NonFiniteTensor:
-        scan.require_storable(block.base)
-        scan.require_storable(block.tuned)
+        bits.require_storable(block.base)
+        bits.require_storable(block.tuned)
         raise
 
 
@@ -161,12 +161,12 @@ class TensorPair:
         sigma = self.gaussian_scale
         if self.numel == 0 or sigma == 0 or self.counts.on_grid:
             return nulls.unchanged_isotropic(self.counts.entries, sigma)
-        stay = (nulls.unchanged_isotropic_off_grid(scan.bf16_codes(b.base), b.base, sigma) for b in self._blocks())
+        stay = (nulls.unchanged_isotropic_off_grid(bits.bf16_codes(b.base), b.base, sigma) for b in self._blocks())
         return sum(stay) / self.numel
 
 
 def _counts_alone(block: Block) -> ChangeCounts:
-    return count_changes(block, scan_block(block, scan.bf16_codes(block.base), scan.bf16_codes(block.tuned)))
+    return count_changes(block, scan_block(block, bits.bf16_codes(block.base), bits.bf16_codes(block.tuned)))
 
 
 def _sum(a: Any, b: Any) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from offprincipal.geometry import nulls
-from offprincipal.geometry.scan import MASKS
+from offprincipal.geometry.cuts import MASKS
 from offprincipal.measures.changes import TensorPair
 from offprincipal.measures.pair import MatrixPair
 

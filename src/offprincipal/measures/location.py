@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from offprincipal.geometry import nulls, scan
-from offprincipal.geometry.scan import Counts, Floats, Levels
+from offprincipal.geometry import bits, cuts, nulls, scan
+from offprincipal.geometry.bits import Counts, Floats
+from offprincipal.geometry.cuts import Levels
 from offprincipal.measures.changes import TensorPair
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def mask_cells(codes: NDArray[np.uint16], low: Levels, principal: Levels | None,
         masks: in each family, at most `DENSITIES_AT_ONCE`.
 
     >>> low, principal = np.array([[0, 1]], np.uint8), np.array([[1, 0]], np.uint8)
-    >>> found = mask_cells(scan.bf16_codes(np.array([[0.5, 1.0]])), low, principal, 1)
+    >>> found = mask_cells(bits.bf16_codes(np.array([[0.5, 1.0]])), low, principal, 1)
     >>> [name for _, name in found.names], found.members[found.cells[0]].tolist()
     (['low_magnitude', 'principal', 'safe'], [[True, False, True], [False, True, False]])
     """
@@ -93,7 +94,7 @@ def mask_cells(codes: NDArray[np.uint16], low: Levels, principal: Levels | None,
         families |= {"principal": of_principal, "safe": of_low | ~of_principal}
     members = np.concatenate([family.reshape(-1, masks) for family in families.values()], axis=1)
     names = tuple((place, name) for name in families for place in range(masks))
-    classes = scan.classes_by_levels(codes, inside, low, masks).reshape(-1, scan.CLASSES)
+    classes = cuts.classes_by_levels(codes, inside, low, masks).reshape(-1, bits.CLASSES)
     return MaskCells((inside * np.uint8(masks + 1) + low).astype(np.uint8), members, classes, names)
 
 
@@ -117,7 +118,7 @@ def overlaps(pair: "MatrixPair") -> dict[float, dict[str, MaskOverlap]]:
         masks = zip(divided.names, divided.entries, hits, tests, shares, strict=True)
         for (place, name), in_mask, observed, test, share in masks:
             found[densities[place]][name] = _overlap(pair, in_mask, observed, test, share)
-    return {alpha: {name: masks[name] for name in scan.MASKS if name in masks} for alpha, masks in found.items()}
+    return {alpha: {name: masks[name] for name in cuts.MASKS if name in masks} for alpha, masks in found.items()}
 
 
 def _random_overlap(pair: "MatrixPair", alpha: float, rng: np.random.Generator) -> MaskOverlap:

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offprincipal.checkpoints.checkpoint import BFLOAT16, Array
-from offprincipal.geometry import nulls, scan
-from offprincipal.geometry.scan import Counts, Floats
+from offprincipal.geometry import bits, cuts, nulls, scan
+from offprincipal.geometry.bits import Counts, Floats
 from offprincipal.measures import location
 from offprincipal.measures.changes import Block, ChangeCounts, TensorPair, count_changes, scan_block
 from offprincipal.measures.once import once
@@ -52,7 +52,7 @@ class BaseMatrix:
 
     @once
     def codes(self) -> NDArray[np.uint16]:
-        return scan.bf16_codes(self.weight)
+        return bits.bf16_codes(self.weight)
 
     @once
     def line_classes(self) -> tuple[Counts, NDArray[np.uint32], NDArray[np.uint32]]:
@@ -69,8 +69,8 @@ class BaseMatrix:
         """The matrix divided by its masks, as many densities at a time as cells can tell apart."""
         found, counted = [], scan.count_codes(self.codes)
         for densities in location.density_groups(self.settings.densities):
-            sizes = np.array([scan.mask_size(self.weight.size, alpha) for alpha in densities], np.int64)
-            low = scan.low_magnitude_levels(self.weight, *scan.low_magnitude_cuts(counted, sizes))
+            sizes = np.array([cuts.mask_size(self.weight.size, alpha) for alpha in densities], np.int64)
+            low = cuts.low_magnitude_levels(self.weight, *cuts.low_magnitude_cuts(counted, sizes))
             principal = self.spectral.principal_levels(densities) if self.decompose else None
             found.append(location.mask_cells(self.codes, low, principal, len(densities)))
         return found
@@ -110,7 +110,7 @@ class MatrixPair(TensorPair):
 
     @once
     def codes(self) -> NDArray[np.uint16]:
-        return scan.bf16_codes(self.tuned)
+        return bits.bf16_codes(self.tuned)
 
     @once
     def changed(self) -> NDArray[np.bool_]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offprincipal.geometry.scan import MASKS
+from offprincipal.geometry.cuts import MASKS
 from offprincipal.measures.columns import METRICS, RUNGS
 
 RESAMPLES = 1000

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from offprincipal.defaults import DENSITY, NULL_DRAWS, RANK_FRACTION, TOLERANCE
 from offprincipal.errors import ArgumentError
-from offprincipal.geometry.scan import ALPHAS
+from offprincipal.geometry.cuts import ALPHAS
 
 Solver = Literal["auto", "exact", "randomized"]
 Device = Literal["cpu", "cuda", "auto"]

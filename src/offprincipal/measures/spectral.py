@@ -19,8 +19,8 @@ from torch import Tensor
 
 from offprincipal.checkpoints.checkpoint import BFLOAT16, Array
 from offprincipal.errors import ArgumentError
-from offprincipal.geometry import bounds, gaussian, principal, scan, spectrum, subspace
-from offprincipal.geometry.scan import Levels
+from offprincipal.geometry import bits, bounds, cuts, gaussian, principal, spectrum, subspace
+from offprincipal.geometry.cuts import Levels
 from offprincipal.geometry.spectrum import Svd
 from offprincipal.measures.once import once
 from offprincipal.measures.settings import MatrixSettings
@@ -154,7 +154,7 @@ class BaseSpectrum:
         places = [self.settings.densities.index(alpha) for alpha in densities]
         levels = np.full(self.weight.size, len(places), np.uint8)
         for place in places:
-            levels -= scan.unpack(masks[place], self.weight.size)
+            levels -= bits.unpack(masks[place], self.weight.size)
         return levels.reshape(self.weight.shape)
 
     def solve(self, W: Tensor, measure_error: bool = True) -> Svd:
@@ -211,9 +211,9 @@ class BaseSpectrum:
     def _principal_masks(self, svd: Svd) -> NDArray[np.uint64]:
         top = svd.top(self.k)
         scores = principal.principal_scores(top.U, top.S, top.Vh).float().cpu().numpy()
-        sizes = np.array([scan.mask_size(self.weight.size, alpha) for alpha in self.settings.densities], np.int64)
-        levels = scan.largest_levels(scores, *scan.largest_cuts(scores, sizes))
-        return np.stack([scan.pack(levels <= a) for a in range(len(sizes))])
+        sizes = np.array([cuts.mask_size(self.weight.size, alpha) for alpha in self.settings.densities], np.int64)
+        levels = cuts.largest_levels(scores, *cuts.largest_cuts(scores, sizes))
+        return np.stack([bits.pack(levels <= a) for a in range(len(sizes))])
 
 
 class PairSpectrum:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from offprincipal.checkpoints import Array
 from offprincipal.errors import NonFiniteTensor
-from offprincipal.geometry import scan, walks
+from offprincipal.geometry import bits, scan, walks
 
 Floats = NDArray[np.float64]
 HELD = 1 << 22  # entries of all checkpoints together that are held at once
@@ -102,7 +102,7 @@ def measure(
     for first in range(start, stop, block):
         last = min(first + block, stop)
         origin = base(first, last)
-        start_codes = scan.bf16_codes(origin).reshape(1, -1)
+        start_codes = bits.bf16_codes(origin).reshape(1, -1)
         wide = _finite(origin)
         square += float(np.dot(wide.astype(np.float64), wide))
         moves = np.empty((count, last - first), np.float32)
@@ -110,7 +110,7 @@ def measure(
         for t, read in enumerate(checkpoints):
             stored = read(first, last)
             moves[t] = _finite(stored) - wide
-            codes = scan.bf16_codes(stored).reshape(1, -1)
+            codes = bits.bf16_codes(stored).reshape(1, -1)
             differs = scan.mark_changed(start_codes, codes)
             changed[t] += np.count_nonzero(differs)
             since_last[t] += np.count_nonzero(scan.mark_changed(codes_before, codes))

@@ -5,7 +5,7 @@ Knows nothing of files, models or layers.
 
 import numpy as np
 
-from offprincipal.geometry.scan import Array, Counts
+from offprincipal.geometry.bits import Array, Counts
 
 
 def jaccard(intersection: float, count_a: float, count_b: float) -> float | None:

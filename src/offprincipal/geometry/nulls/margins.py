@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from offprincipal.geometry.bits import Array, Counts, Floats
 from offprincipal.geometry.compiled import compiled
-from offprincipal.geometry.scan import Array, Counts, Floats
 
 Singles = NDArray[np.float32]
 Margins = tuple[Floats, Floats, Floats]  # of rows (n,), columns (m,) and classes (K,)
@@ -112,7 +112,7 @@ def class_slots(codes: NDArray[np.uint16], classes: Counts) -> NDArray[np.uint16
     Args:
         codes: (n, m), from `bf16_codes`; classes: (K,), from `classes_of_lines` of the same matrix.
 
-    >>> from offprincipal.geometry.scan import bf16_codes
+    >>> from offprincipal.geometry.bits import bf16_codes
     >>> class_slots(bf16_codes(np.array([[1.0, -1.5]])), np.array([254, 255]))
     array([[1, 0]], dtype=uint16)
     """

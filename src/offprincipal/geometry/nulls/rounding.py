@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from offprincipal.geometry.bits import CLASSES, Array, Counts, Floats, values_of_codes
 from offprincipal.geometry.compiled import compiled
-from offprincipal.geometry.scan import CLASSES, Array, Counts, Floats, values_of_codes
 
 RULER_BINADES = 3  # so far below, and more, the grid is fine enough to show where in its cell a step ends
 LEAST_RULER = 100  # entries: fewer leave a rate uncertain by more than .05
@@ -69,7 +69,7 @@ def rounding_null(entries: Counts, changed: Counts, steps: Counts, known: bool) 
         steps: from `count_steps`: of the masters, or of the stored weights.
         known: whether they are the steps as they were before storing.
 
-    >>> from offprincipal.geometry.scan import bf16_codes
+    >>> from offprincipal.geometry.bits import bf16_codes
     >>> base = np.full((8, 64), 1.0, np.float32)
     >>> base[4:] = 2.0**-5
     >>> steps = count_steps(bf16_codes(base), base + np.float32(2.0**-7))  # half of them would change a 1.5
@@ -120,7 +120,7 @@ def count_steps(codes: NDArray[np.uint16], tuned: Array) -> Counts:
         (256, bins), by the base's biased exponent and the step's size: nothing, or in turn a power of two and what
         lies between it and the next.
 
-    >>> from offprincipal.geometry.scan import bf16_codes
+    >>> from offprincipal.geometry.bits import bf16_codes
     >>> steps = count_steps(bf16_codes(np.array([[1.0, 1.0]])), np.array([[1.5, 1.0]]))
     >>> int(steps[127, 0]), int(steps[127, 2 * (-1 - _LEAST_POWER)])
     (1, 1)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from offprincipal.geometry.bits import Array, Counts, Floats
 from offprincipal.geometry.compiled import compiled
-from offprincipal.geometry.scan import Array, Counts, Floats
 
 _SWEEPS = 4  # of alternating means; without zero steps the first is exact
 _REACH = 48  # binades of z to either side; beyond lies nothing that float32 tells apart from it
@@ -47,7 +47,7 @@ class ScaledNull:
         Returns:
             (count,)
 
-        >>> from offprincipal.geometry.scan import bf16_codes
+        >>> from offprincipal.geometry.bits import bf16_codes
         >>> base = np.array([[1.0, 1.5], [256.0, 384.0]])
         >>> codes, cells = bf16_codes(base), np.array([[0, 0], [1, 1]], np.uint8)
         >>> scaled_null(codes, base + 0.25).expected_changes(codes, cells, 2)  # changes below 64 alone

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from offprincipal.geometry.scan import Array, Floats
+from offprincipal.geometry.bits import Array, Floats
 
 
 @dataclass(frozen=True)

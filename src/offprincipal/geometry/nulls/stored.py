@@ -9,8 +9,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from offprincipal.geometry.bits import CODES, Array, Counts, values_of_codes
 from offprincipal.geometry.compiled import compiled
-from offprincipal.geometry.scan import CODES, Array, Counts, values_of_codes
 
 _SHEPPARD_FROM = 4  # σ of so many spacings and more, where rounding adds ulp²/12 to within 1e-30
 

@@ -5,8 +5,8 @@ Knows nothing of files, models or layers.
 
 import numpy as np
 
+from offprincipal.geometry.bits import Array, Floats
 from offprincipal.geometry.compiled import compiled
-from offprincipal.geometry.scan import Array, Floats
 
 
 def line_null(in_class: Array, entries: Array, changed: Array) -> tuple[Floats, Floats]:

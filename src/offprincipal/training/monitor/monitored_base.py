@@ -10,7 +10,7 @@ from torch import Tensor
 
 from offprincipal.checkpoints.torch_files import as_array
 from offprincipal.errors import NonFiniteTensor
-from offprincipal.geometry import gaussian, scan
+from offprincipal.geometry import bits, gaussian
 from offprincipal.measures import pair
 from offprincipal.measures.columns import METRICS, Column
 from offprincipal.measures.settings import MatrixSettings
@@ -62,7 +62,7 @@ class MonitoredBase:
             device="cuda" if weight.is_cuda else "cpu",
         )
         array = as_array(weight.detach().cpu())
-        scan.require_storable(array)
+        bits.require_storable(array)
         self._dtype = weight.dtype
         self._base = pair.BaseMatrix(name, array, settings)
         self._base.spectral.svd  # noqa: B018  # before the first step, not in it
