@@ -104,7 +104,7 @@ def require_nothing_lost(folder: Path, base: str, runs: Mapping[str, Any], group
     Raises:
         FileError: the folder holds such a comparison.
     """
-    what = "files of that name that are not a comparison's" if _is_foreign(folder) else ""
+    what = "a summary.json that is not a comparison's" if _is_foreign(folder) else ""
     with suppress(FileError, LookupError, TypeError, AttributeError):
         summary = read_summary(folder)
         now = [str(source) for source in runs.values()]
@@ -141,13 +141,10 @@ def require_none_replaced(
 
 
 def _is_foreign(folder: Path) -> bool:
-    """Whether a folder holds a summary.json, or a report.html alone, that nothing of ours wrote."""
-    summary, page = folder / "summary.json", folder / "report.html"
-    if summary.is_file():
-        with suppress(FileError):
-            return "runs" not in read_json(summary)
-        return False
-    return page.is_file() and b"offprincipal" not in page.read_bytes()
+    """Whether a folder holds a summary.json that nothing of ours wrote."""
+    with suppress(FileError):
+        return (folder / "summary.json").is_file() and "runs" not in read_json(folder / "summary.json")
+    return False
 
 
 def is_among(source: str, others: Iterable[str]) -> bool:
