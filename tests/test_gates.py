@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from offprincipal.checkpoints import open_checkpoint
 from offprincipal.cli import main
-from offprincipal.errors import ArgumentError, CheckpointError, FileError, ModelError, OffPrincipalError
+from offprincipal.errors import ArgumentError, CheckpointError, FileError, ModelError, OffPrincipalError, TaskError
 from offprincipal.gates import Batch, GateSettings, fisher_per_token, fisher_quadratic, kl_per_token, measure_gates
 from offprincipal.gates.curvature import Curvature, pair_rows
 from offprincipal.gates.directions import (
@@ -697,8 +697,16 @@ def test_what_to_measure_on_is_said_once(tiny_model: Path, tuned: Path, given_se
     for ground in ({}, {"task": "add", "sequences": given_sequences}):
         with pytest.raises(ArgumentError, match="one of prompts, task and sequences"):
             measure_gates(tiny_model, {"run": tuned}, **ground)
-    with pytest.raises(ArgumentError, match="batches is 0"):
-        measure_gates(tiny_model, {"run": tuned}, task="add", batches=0)
+    for odd, match in (
+        ({"batches": 0}, "batches is 0"),
+        ({"batches": "2"}, "batches is '2': give a whole number"),
+        ({"alpha": "0.5"}, "alpha is '0.5'"),
+        ({"draw": 1}, "there is no option 'draw': did you mean draws"),
+    ):
+        with pytest.raises(ArgumentError, match=match):
+            measure_gates(tiny_model, {"run": tuned}, task="add", **odd)  # type: ignore[arg-type]
+    with pytest.raises(TaskError, match="no task 'nope'"):
+        measure_gates(tiny_model, {"run": tuned}, task="add,nope@2", device="cpu")
     with pytest.raises(ModelError, match="attn_implementation='nonesuch'"):
         measure_gates(tiny_model, {"run": tuned}, task="add", attention="nonesuch", device="cpu")
     with pytest.raises(ModelError, match="choose attn_implementation='eager'"):

@@ -451,6 +451,22 @@ def test_a_record_of_another_model_is_refused(base: Path, models: Callable[[str]
     refused("architecture gemma", back, lambda: undo(one, models("gemma"), back))
     refused("other weights than", back, lambda: undo(one, one, back, base=two))
     refused("no record", back, lambda: undo(base, one, back))
+    refused("no record", back, lambda: undo(tmp_path / "absent", one, back))
+
+
+def test_a_base_that_was_moved_can_be_named(base: Path, tmp_path: Path) -> None:
+    here, moved, one = tmp_path / "base", tmp_path / "moved", tmp_path / "one"
+    shutil.copytree(base, here)
+    intervene(here, one, permute=[0])
+    here.rename(moved)
+    refused("If it was moved, name it with --base", tmp_path / "back", lambda: undo(one, one, tmp_path / "back"))
+    undo(one, one, tmp_path / "back", base=moved)
+
+
+def test_an_open_model_is_told_from_a_folder(base: Path, tmp_path: Path) -> None:
+    opened = open_language_model(base, "cpu")
+    for model in (opened, opened.model):
+        refused("save an open one first", tmp_path / "out", partial(intervene, model, tmp_path / "out", permute=[0]))
 
 
 @pytest.mark.parametrize(

@@ -413,8 +413,11 @@ class TestConditions:
             ({"warn_if": ["spectral_shift > 1", "reward > 1"]}, "no metric 'reward' is measured"),
             ({"every": 0}, "steps of at least 1, or 'auto'"),
             ({"every": "often"}, "steps of at least 1, or 'auto'"),
-            ({"budget": 0}, "share of the training's time above 0"),
+            ({"budget": 0}, "share of the training's time, above 0"),
+            ({"budget": 2}, "at most 1"),
+            ({"budget": "0.1"}, "share of the training's time, above 0"),
             ({"rank_fraction": 2.0}, "share of min"),
+            ({"rank_fraction": "0.1"}, "share of min"),
         ],
     )
     def test_what_cannot_be_meant_is_refused_at_once(
@@ -489,6 +492,10 @@ class TestWhatIsWatched:
             monitor.observe(1, model)
         with pytest.raises(ArgumentError, match=r"named like 'lm_head'.*names are such as 'model.layers"):
             Monitor(tmp_path, matrices="lm_head").start(model)
+        with pytest.raises(ArgumentError, match="named like 'nope'"):
+            Monitor(tmp_path, matrices=["*.q_proj.weight", "nope"]).start(model)
+        with pytest.raises(ArgumentError, match="token 1000000 is not in the model's vocabulary of"):
+            Monitor(tmp_path, sequences=[[5, 9, 1000000]]).start(model)
         with pytest.raises(FileError, match=r"cannot read .*base.*from its first step"):
             monitor.start(model, step=5)
         monitor.start(model)
@@ -532,6 +539,14 @@ def test_divergences_are_those_of_the_float32_weights_where_training_computes_in
         assert row["kl_step"] == pytest.approx(divergence(states[step], states[step - 1]), rel=1e-2)
         assert row["kl_cumulative"] == pytest.approx(divergence(states[step], states[0]), rel=1e-2)
     assert len(rows) == STEPS and trainer.model.forward.__wrapped__  # accelerate's forward is as it was
+
+
+def test_an_opened_language_model_is_watched_as_its_module(tiny_model: Path, tmp_path: Path) -> None:
+    language_model = open_language_model(tiny_model, "cpu")
+    monitor = Monitor(tmp_path, every=1, sequences=[[5, 9, 13]])
+    monitor.start(language_model)
+    row = monitor.observe(1, language_model)
+    assert row["update_norm"] == 0 and row["kl_cumulative"] == 0
 
 
 class Listener(TrainerCallback):

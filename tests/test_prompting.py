@@ -392,6 +392,10 @@ def test_evaluation_asks_as_it_is_told(base_model: Path) -> None:
     opened = open_language_model(base_model, "cpu")
     itself, another = (evaluate(opened, ["add@1"], **options, reference=of) for of in (opened, base_model))
     assert itself == another and itself["kl_to_base"] == 0.0  # where it is the same, it is not even asked twice
+    assert evaluate(base_model, "add@1, sort@1", **options) == evaluate(base_model, ["add@1", "sort@1"], **options)
+    for model, tasks, more in ((opened.model, "add", {}), (base_model, 3, {}), (base_model, "add", {"prompts": "4"})):
+        with pytest.raises(OffPrincipalError, match=r"save an open one first|tasks are 3|prompts is '4'"):
+            evaluate(model, tasks, **options | more)
     plain = PromptSettings.model_validate({"template": "plain"})
     assert evaluate(base_model, ["add@1"], **options, prompt=plain) != evaluate(base_model, ["add@1"], **options)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from offprincipal import apply_delta, trajectory
 from offprincipal.errors import FileError, ModelError, OffPrincipalError, TaskError, TrainingError
@@ -403,6 +404,13 @@ def test_unusable_folders_say_what_to_change(tiny_model: Path, tmp_path: Path) -
     (tmp_path / "model" / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes())
     with pytest.raises(ModelError, match="no usable tokenizer"):
         open_language_model(tmp_path / "model")
+
+
+def test_what_is_said_of_an_absent_tokenizer_is_a_whole_sentence(tmp_path: Path) -> None:
+    sizes: Any = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"no usable tokenizer .*[^:]\): copy its tokenizer files there"):
+        open_language_model(tmp_path, "cpu")
 
 
 def test_a_tokenizer_may_know_more_tokens_than_the_embedding_has_rows(tiny_model: Path, tmp_path: Path) -> None:

@@ -231,15 +231,6 @@ def direction_progress() -> Iterator[Any]:
         yield show
 
 
-def task_names(given: list[str]) -> list[str]:
-    """Task names, given separately or comma-separated; a name that contains a colon is not split at commas.
-
-    >>> task_names(["add,sort@2", "hf:data.jsonl?prompt=a,b"])
-    ['add', 'sort@2', 'hf:data.jsonl?prompt=a,b']
-    """
-    return [name.strip() for text in given for name in ([text] if ":" in text else text.split(",")) if name.strip()]
-
-
 def say(text: str, style: str | None = None, soft_wrap: bool = True) -> None:
     """Print one line, with markup and control characters in names neutralised."""
     from offprincipal.reports.words import plain

@@ -20,7 +20,6 @@ from offprincipal.cli.common import (
     require_training,
     resumable,
     say,
-    task_names,
 )
 from offprincipal.defaults import DENSITY, NULL_DRAWS, RANK_FRACTION, TOLERANCE
 from offprincipal.errors import ArgumentError
@@ -523,7 +522,7 @@ def gates(
     from offprincipal.reports.gates import gates_tables
     from offprincipal.reports.terminal import as_shown_json
 
-    ground: Any = {"prompts": prompts, "task": task and task_names(task), "sequences": sequences}
+    ground: Any = {"prompts": prompts, "task": task, "sequences": sequences}
     options: Any = {"batches": batches, "prompts_per_batch": prompts_per_batch, "max_new_tokens": max_new_tokens}
     options |= {"draws": draws, "layer_draws": layer_draws, "per_layer": per_layer, "rank_fraction": rank_fraction}
     options |= {

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from offprincipal.adapter_methods import ADAPTER_METHODS, LOW_RANK
 from offprincipal.assets import EMBEDDED
-from offprincipal.cli.common import TRAINING, Out, app, require_training, resumable, say, task_names
+from offprincipal.cli.common import TRAINING, Out, app, require_training, resumable, say
 from offprincipal.errors import ArgumentError
 from offprincipal.recipes import RECIPES
 
@@ -156,6 +156,7 @@ def train(
     require_training()
     from offprincipal.reports.terminal import runs_table
     from offprincipal.studies.overrides import apply_override
+    from offprincipal.tasks import task_names
     from offprincipal.training import parse_settings
     from offprincipal.training import train as run
     from offprincipal.training.processes import is_main
@@ -301,6 +302,7 @@ def tasks(
         return
     require_training()
     from offprincipal.studies.overrides import apply_override
+    from offprincipal.tasks import task_names
     from offprincipal.training.preview import preview as ask
     from offprincipal.training.settings import parse_settings
 

@@ -1,7 +1,7 @@
 """`measure_gates`: a base, what was tuned from it, and sequences in; the entries of `gates.json` out."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from offprincipal.checkpoints import Checkpoint, open_checkpoint
 from offprincipal.comparison import name_runs
 from offprincipal.defaults import DENSITY, RANK_FRACTION
-from offprincipal.errors import ArgumentError, ModelError
+from offprincipal.errors import ArgumentError, ModelError, meant
 from offprincipal.files import require_folder, write_json
 from offprincipal.gates.curvature import Curvature, curvature_rows, draw_rows, pair_rows
 from offprincipal.gates.directions import (
@@ -40,7 +40,7 @@ from offprincipal.gates.statistics import mean_with_interval
 from offprincipal.gates.updates import Tuned, Update, Weights, moved_by
 from offprincipal.models import LanguageModel, model_name, open_language_model
 from offprincipal.models.float64 import computing_in
-from offprincipal.tasks import open_task
+from offprincipal.tasks import open_task, task_names
 from offprincipal.tasks.prompting import prompting
 
 GATES = "gates.json"
@@ -91,11 +91,11 @@ class GateSettings:
 
     def __post_init__(self) -> None:
         for name in ("batches", "prompts_per_batch", "max_new_tokens", "draws", "layer_draws"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(f"{name} is {getattr(self, name)}: at least 1")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ArgumentError(f"{name} is {getattr(self, name)!r}: give a whole number, at least 1")
         for name in ("rank_fraction", "alpha"):
-            if not 0 < getattr(self, name) < 1:
-                raise ArgumentError(f"{name} is {getattr(self, name)}: it lies between 0 and 1")
+            if not (isinstance(getattr(self, name), int | float) and 0 < getattr(self, name) < 1):
+                raise ArgumentError(f"{name} is {getattr(self, name)!r}: it lies between 0 and 1")
         if self.weights not in get_args(Weights):
             raise ArgumentError(f"weights '{self.weights}': one of {', '.join(get_args(Weights))}")
         if self.dtype not in ("float32", "float64"):
@@ -155,7 +155,7 @@ def measure_gates(
         tuned: run -> folders or ids of models, adapters, distributed checkpoints; or one, or a list of them, named
             after their folders.
         prompts: a file of prompts, one a line, or JSON lines `{"prompt": …}` called `.jsonl`; or a list of prompts.
-        task: one or more names for `open_task`; held-out prompts are taken.
+        task: one or more names for `open_task`, as a list or a text such as "add,sort@2"; held-out prompts are taken.
         sequences: JSON lines, `{"text": …}` or `{"input_ids": […]}`, measured at every position after the first.
         progress: told how many directions are done, of how many, and of which run.
         options: fields of `GateSettings`.
@@ -172,6 +172,10 @@ def measure_gates(
     >>> found.runs["same"]["kl_cumulative"]["value"]
     0.0
     """
+    known = [each.name for each in fields(GateSettings)]
+    for name in options:
+        if name not in known:
+            raise ArgumentError(f"there is no option {name!r}: {meant(name, known, 'there are ' + ', '.join(known))}")
     settings = GateSettings(**options)
     if [prompts, task, sequences].count(None) != 2:
         raise ArgumentError("give one of prompts, task and sequences: what the gates are measured on")
@@ -181,7 +185,7 @@ def measure_gates(
         if not isinstance(source, str | Path):
             kind = type(source).__name__
             raise ArgumentError(f"{run} is a {kind}: the gates open models themselves, so save it, and give its folder")
-    names = [task] if isinstance(task, str) else list(task or ())
+    names = [] if task is None else task_names(task)
     asked = None if prompts is None else read_prompts(prompts) if isinstance(prompts, str | Path) else [*prompts]
     language_model = open_for_derivatives(base, settings, tokenizer=sequences is None)
     if names:

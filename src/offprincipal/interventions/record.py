@@ -56,6 +56,11 @@ def read_record(source: str | Path) -> InterventionRecord:
     """
     path = Path(source).expanduser()
     path = path / RECORD if path.is_dir() else path
+    if not path.exists():
+        raise InterventionError(
+            f"no record of an intervention: {path} is not there. Give the {RECORD} that `intervene` wrote, "
+            "or the folder that it is in"
+        )
     try:
         content = read_json(path)
     except CheckpointError as error:

@@ -13,7 +13,7 @@ import torch
 
 from offprincipal.checkpoints import Checkpoint, open_checkpoint
 from offprincipal.checkpoints.safetensors_folder import MASTERS
-from offprincipal.errors import InterventionError
+from offprincipal.errors import InterventionError, ModelError
 from offprincipal.files import new_folder, write_json
 from offprincipal.interventions.applying import UNDONE, require_dtype, versions
 from offprincipal.interventions.architectures import EMBEDDING, HEAD
@@ -94,15 +94,15 @@ def undo(
         unless `exact`, in float64; and `kl_stored` is KL(trained‖stored result) per token in nats.
 
     Raises:
-        InterventionError: the record does not belong to the base or to the model, gains that were folded are zero, or
-            the logits differ. Nothing is written then.
+        InterventionError: there is no record, it does not belong to the base or to the model, the base is no longer
+            where the record names it, gains that were folded are zero, or the logits differ. Nothing is written then.
         ModelError, CheckpointError: a model cannot be opened.
     """
     if isinstance(record, InterventionRecord):
         raise InterventionError("give the folder that `intervene` wrote: the model beside the record is looked at too")
     written = read_record(record)
     require_dtype(dtype)
-    opened = open_model(base if base is not None else written.base["source"])
+    opened = open_model(base) if base is not None else _named_base(written.base["source"])
     place = Path(record).expanduser()
     made = _made_anew(written, opened, place if place.is_dir() else place.parent)
     trained = open_model(model)
@@ -133,6 +133,16 @@ def undo(
         }
         write_json(part / UNDONE, content)
     return content
+
+
+def _named_base(source: str) -> OpenedModel:
+    """The base that a record names."""
+    try:
+        return open_model(source)
+    except ModelError as error:
+        raise InterventionError(
+            f"the base that the record names cannot be opened: {error}. If it was moved, name it with --base (base=)"
+        ) from error
 
 
 def _made_anew(record: InterventionRecord, base: OpenedModel, folder: Path) -> _Made:

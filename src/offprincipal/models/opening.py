@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,10 @@ def _with_tokenizer(opened: LanguageModel, name: str, trust_remote_code: bool) -
             tokenizer = open_tokenizer(name, padding_side="left", trust_remote_code=trust_remote_code)
         except Exception as error:
             _refuse_own_code(name, "tokenizer", error)
-            raise ModelError(f"model {name} has no usable tokenizer beside its weights: {_reason(error)}") from error
+            raise ModelError(
+                f"model {name} has no usable tokenizer beside its weights ({_reason(error)}): copy its tokenizer files "
+                "there"
+            ) from error
     try:
         ids = tokenizer("0").input_ids
     except Exception as error:  # settings of any type, which are found out at the first use
@@ -198,8 +202,13 @@ def model_name(source: str | Path) -> str:
     """The folder or Hugging Face id that a source stands for; of a GGUF file, the folder that it is dequantised into.
 
     Raises:
-        ModelError: it looks like a folder and is none, or a folder that holds no model.
+        ModelError: it is not a name, looks like a folder and is none, or is a folder that holds no model.
     """
+    if not isinstance(source, str | PathLike):
+        raise ModelError(
+            f"the model is a {type(source).__name__}: give a folder or a Hugging Face id; save an open one first, or "
+            "where open models are taken, give what open_language_model opens"
+        )
     if str(source) == EMBEDDED:
         return str(embedded_base())
     path = Path(source).expanduser()
@@ -240,4 +249,5 @@ def _refuse_own_code(name: str, part: str, error: Exception) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    first = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+    return f"{first[:-1]} …" if first.endswith(":") else first  # what follows is a list of possible causes

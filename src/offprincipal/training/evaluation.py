@@ -16,7 +16,7 @@ from offprincipal.errors import TrainingError
 from offprincipal.models import LanguageModel, open_language_model
 from offprincipal.models.decoding import Completions, complete
 from offprincipal.models.quiet import quiet_libraries
-from offprincipal.tasks import Problem, mixture, open_task
+from offprincipal.tasks import Problem, mixture, open_task, task_names
 from offprincipal.tasks.prompt_settings import PromptSettings
 from offprincipal.tasks.prompting import Prompting, prompting
 
@@ -35,7 +35,7 @@ class _Score:
 
 def evaluate(
     model: str | Path | LanguageModel,
-    tasks: Sequence[str],
+    tasks: str | Sequence[str],
     prompts: int = 256,
     samples: int = 8,
     seed: int = 0,
@@ -49,7 +49,7 @@ def evaluate(
 
     Args:
         model: a folder, a Hugging Face id, `embedded`, or an open model.
-        tasks: names for `open_task`, in equal shares.
+        tasks: names for `open_task`, as a list or a text such as "add,sort@2", in equal shares.
         prompts: held-out prompts in all.
         samples: completions sampled for each at temperature 1, beside the greedy one.
         seed: decides prompts and samples; two models with one seed are compared on the same prompts and noise.
@@ -71,11 +71,13 @@ def evaluate(
         ModelError: no such model, or a prompt does not fit its context.
         TrainingError: a number is below 1, or the reference has another vocabulary.
     """
-    if min(prompts, samples, max_new_tokens) < 1:
+    counts = prompts, samples, max_new_tokens
+    if not all(isinstance(count, int) for count in counts) or min(counts) < 1:
         raise TrainingError(
-            f"prompts is {prompts}, samples {samples}, max_new_tokens {max_new_tokens}: each must be at least 1"
+            f"prompts is {prompts!r}, samples {samples!r}, max_new_tokens {max_new_tokens!r}: each must be a whole "
+            "number, at least 1"
         )
-    by_name = {task.name: task for task in map(open_task, tasks)}
+    by_name = {task.name: task for task in map(open_task, task_names(tasks))}
     problems = mixture(list(by_name.values()), "eval", prompts, seed)
     policy = _opened(model, device, trust_remote_code)
     asking = prompting(prompt, policy.tokenizer, by_name.values())

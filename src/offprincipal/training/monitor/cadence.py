@@ -22,17 +22,19 @@ class Cadence:
 
     Args:
         every: steps between observations, or `auto`.
-        budget: share of the training's own time that observing may take.
+        budget: share of the training's own time that observing may take, at most all of it.
 
     Raises:
-        ArgumentError: either is not positive.
+        ArgumentError: either is out of range.
     """
 
     def __init__(self, every: int | Literal["auto"], budget: float) -> None:
         if every != "auto" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ArgumentError(f"every={every!r}: give a number of steps of at least 1, or 'auto'")
-        if not 0 < budget < float("inf"):
-            raise ArgumentError(f"budget={budget}: give a share of the training's time above 0, such as 0.03")
+        if not (isinstance(budget, int | float) and 0 < budget <= 1):
+            raise ArgumentError(
+                f"budget={budget!r}: give a share of the training's time, above 0 and at most 1, such as 0.03"
+            )
         self.every = every
         self.budget = budget
         self.spent = self.trained = 0.0

@@ -55,7 +55,7 @@ def sequences_of(
             nothing predicts.
 
     Raises:
-        ArgumentError: no token of any row counts.
+        ArgumentError: no token of any row counts, or one is not in the vocabulary.
 
     >>> sequences_of([[5, 6, 7], [8, 9], [1]]).counted
     tensor([[False,  True,  True],
@@ -66,6 +66,12 @@ def sequences_of(
     usable = [(ids, mark) for ids, mark in tails if any(mark[1:])]
     if not usable:
         raise ArgumentError("no sequence to measure divergence on: give lists of at least two token ids")
+    if vocabulary is not None:
+        strange = next((i for ids, _ in usable for i in ids if not 0 <= i < vocabulary), None)
+        if strange is not None:
+            raise ArgumentError(
+                f"token {strange} is not in the model's vocabulary of {vocabulary}: give token ids of its own tokenizer"
+            )
     longest = max(len(ids) for ids, _ in usable)
     count = min(len(usable), MOST_SEQUENCES)
     if vocabulary is not None:

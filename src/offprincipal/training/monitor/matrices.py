@@ -45,7 +45,7 @@ def watched_matrices(model: Any, patterns: Sequence[str] | None = None) -> list[
             over the layers from the first to the last.
 
     Raises:
-        ArgumentError: no linear matrix has such a name.
+        ArgumentError: a pattern is that of no linear matrix.
         TrainingError: the model's weights cannot be read one by one: flattened, partitioned or quantized; or an adapter
             is of a kind whose change is not known.
 
@@ -62,14 +62,13 @@ def watched_matrices(model: Any, patterns: Sequence[str] | None = None) -> list[
             f"{type(model).__name__} has no linear matrix that can be watched: its weights are flattened (FSDP1), "
             "partitioned (DeepSpeed ZeRO-3), or named in no way that is known; shard it with FSDP2, or not at all"
         )
+    for pattern in patterns or ():
+        if not any(fnmatchcase(matrix.name, pattern) for matrix in linear):
+            raise ArgumentError(f"no linear matrix is named like {pattern!r}: names are such as '{linear[0].name}'")
     if patterns is None:
         chosen = _spread(linear)
     else:
         chosen = [matrix for matrix in linear if any(fnmatchcase(matrix.name, pattern) for pattern in patterns)]
-        if not chosen:
-            raise ArgumentError(
-                f"no linear matrix is named like {', '.join(map(repr, patterns))}: names are such as '{linear[0].name}'"
-            )
     for matrix in chosen:
         _require_readable(matrix)
     return chosen

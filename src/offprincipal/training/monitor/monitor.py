@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offprincipal.adapters.given import module_of
 from offprincipal.defaults import RANK_FRACTION
 from offprincipal.errors import ArgumentError, NonFiniteTensor, TrainingError
 from offprincipal.files import require_folder
@@ -80,9 +81,9 @@ class Monitor:
         stop_if: Sequence[str] = (),
         warn_if: Sequence[str] = (),
     ) -> None:
-        if not 0 < rank_fraction <= 1:
+        if not (isinstance(rank_fraction, int | float) and 0 < rank_fraction <= 1):
             raise ArgumentError(
-                f"rank_fraction={rank_fraction}: give a share of min(rows, columns), above 0, at most 1"
+                f"rank_fraction={rank_fraction!r}: give a share of min(rows, columns), above 0, at most 1"
             )
         self._stop_if = [parse_watch(text) for text in _texts(stop_if)]
         self._warn_if = [parse_watch(text) for text in _texts(warn_if)]
@@ -124,7 +125,7 @@ class Monitor:
         """Take the model as the base, or go on with the base of a run that was killed.
 
         Args:
-            model: the module that is trained, prepared for it (sharded, wrapped).
+            model: the module that is trained, prepared for it (sharded, wrapped), or an opened language model.
             step: optimizer steps done. At 0 the model is the base, and the table that a former run left in the folder
                 is put aside, as `monitor-1.parquet`; later, the base is what that run left, and its rows beyond the
                 step are dropped.
@@ -136,6 +137,7 @@ class Monitor:
             FileError: the base of a run that goes on is not in the folder.
         """
         began = time.perf_counter()
+        model = module_of(model)
         self._forget()
         self._matrices = watched_matrices(model, self._patterns)
         if step == 0:
@@ -176,6 +178,7 @@ class Monitor:
         if step <= self.step:
             raise ArgumentError(f"step {step} was passed already, at {self.step}: call start(model, step) to go back")
         began = time.perf_counter()
+        model = module_of(model)
         self._cadence.add_step(began - self._since)
         self.step = step
         due = self._due or last
@@ -214,6 +217,7 @@ class Monitor:
             ModelError: the model gives no logits.
         """
         began = time.perf_counter()
+        model = module_of(model)
         sequences = in_main(lambda: sequences_of(rows, vocabulary_of(model), counted))
         log_p = log_probabilities(model, sequences)
         self._sequences = sequences
