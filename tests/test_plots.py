@@ -1,16 +1,20 @@
 """Figures for papers: they show the numbers of the tables, come out the same twice, and take names as text."""
 
 import sys
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from checkpoint_folders import base_weights, moved, stored, write_model
 
 from offprincipal.comparison import Comparison, compare
 from offprincipal.comparison.tables import read_summary
 from offprincipal.errors import ArgumentError, FileError
-from offprincipal.reports.plots import PLOTS, NothingToDraw, write_plots
+from offprincipal.reports.plots import PLOTS, NothingToDraw, Plots, write_plots
+from offprincipal.reports.report import read_columns
 
 NAME = "<b>$rl_1$</b>"
 
@@ -81,11 +85,11 @@ def test_what_was_not_measured_is_left_out_or_refused_by_name(folder: Path, tmp_
     assert (tmp_path / "c" / "figures" / "anatomy.svg").is_file()
     with pytest.raises(NothingToDraw, match="no figure 'spectral_shift'"):
         located.plot.against_null()
-    with pytest.raises(NothingToDraw, match="no figure 'nonsense' was measured of these runs: choose of unchanged"):
+    with pytest.raises(NothingToDraw, match="no figure 'nonsense' was measured of these runs: choose one of unchanged"):
         located.plot.layers("nonsense")
     with pytest.raises(NothingToDraw, match="of two runs or more"):
         located.plot.agreement()
-    with pytest.raises(ArgumentError, match="no format 'gif': choose of pdf, svg, png"):
+    with pytest.raises(ArgumentError, match="no format 'gif': choose one of pdf, svg, png"):
         write_plots(folder, ("gif",))
     with pytest.raises(FileError, match=r"summary\.json"):
         write_plots(tmp_path, ("pdf",))
@@ -101,3 +105,33 @@ def test_without_matplotlib_it_is_said_what_to_install(result: Comparison, monke
 def test_a_notebook_shows_them_whatever_its_backend(result: Comparison) -> None:
     figure: Any = result.plot.overlaps()
     assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_figures_of_many_runs_fit_a_page_and_say_what_they_leave_out(result: Comparison, folder: Path) -> None:
+    names = [f"run_{i}" for i in range(13)]
+    (first, second), (pair,) = result.summary["runs"].values(), result.summary["pairs"]
+    pairs = [pair | {"run_a": a, "run_b": b, "jaccard_z": 0.0} for i, a in enumerate(names) for b in names[i + 1 :]]
+    pairs[-1] |= {"jaccard": 0.999, "jaccard_margin_null": 0.1, "jaccard_z": 90.0}
+    summary = result.summary | {"runs": dict.fromkeys(names, second) | {"run_0": first}, "pairs": pairs}
+    table = read_columns(folder, "matrices")
+    own = table.filter(pc.field("run") == "sft")
+    place = own.schema.get_field_index("run")
+    tables = [
+        own.set_column(place, own.schema.field("run"), pa.array([name] * len(own), pa.string())) for name in names
+    ]
+    plots = Plots(summary, lambda: pa.concat_tables(tables))
+    figures: dict[str, Any] = {name: getattr(plots, name)() for name in PLOTS}
+    assert max(figure.get_size_inches()[1] for figure in figures.values()) <= 9.1
+    (agreement,) = figures["agreement"].axes
+    assert "of 78 pairs: those furthest from the nulls" in agreement.get_xlabel()
+    assert agreement.get_yticklabels()[-1].get_text() == "run_11 · run_12" and agreement.get_xlim()[1] > 1
+    against = figures["against_null"]
+    drawn = {
+        (tuple(points.get_facecolor()[0]), points.get_paths()[0].vertices.tobytes())
+        for points in against.axes[0].collections
+    }
+    assert len(drawn) == 13  # colours repeat, markers tell them apart
+    for figure in (against, figures["agreement"]):
+        figure.savefig(BytesIO(), format="png")
+        label = figure.axes[0].xaxis.label.get_window_extent()
+        assert label.x0 >= 0 and label.y0 >= 0 and label.x1 <= figure.bbox.x1, label

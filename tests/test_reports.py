@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -300,9 +301,7 @@ def test_names_are_escaped_everywhere(hostile: Path, tmp_path: Path) -> None:
     for raw in (HOSTILE_RUN, "<img", "<i>share", "<u>avoid", "<s>add", "<em>base"):
         assert raw not in own
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in own
-    embedded = re.search(r'<script type="application/gzip" id="data">([A-Za-z0-9+/=]+)</script>', own)
-    assert embedded
-    data = json.loads(gzip.decompress(base64.b64decode(embedded[1])))
+    data = data_in(tmp_path / "report.html")
     assert data["runs"] == [HOSTILE_RUN, "sft"]
     assert HOSTILE_TENSOR in [matrix["tensor"] for matrix in data["spectra"]["matrices"]]
 
@@ -520,12 +519,101 @@ def test_the_address_holds_which_runs_are_shown_and_what_was_chosen_and_opens_a_
     assert 'aria-label="Figure: Which weights changed' in sections["location"]
 
 
+def data_in(page: Path) -> dict[str, Any]:
+    """What a page draws."""
+    packed = page.read_text(encoding="utf-8").split('id="data">')[1].split("<")[0]
+    found: dict[str, Any] = json.loads(gzip.decompress(base64.b64decode(packed)))
+    return found
+
+
+def test_the_tables_of_a_page_are_data_numbers_in_full_under_one_row_of_titles(hostile: Path, tmp_path: Path) -> None:
+    page = write_report(tmp_path / "report.html", hostile, study_of("sft"))
+    summary, tables = read_summary(hostile), data_in(page)["tables"]
+    of_page = set(re.findall(r'data-table="([^"]+)"', page.read_text(encoding="utf-8")))
+    assert of_page == {"runs", "location", "training", "claims"} and of_page | {"pairs"} == set(tables)
+    assert all(len(row) == len(table[0]) for table in tables.values() for row in table)
+    rows = {name: [dict(zip(table[0], row, strict=True)) for row in table[1:]] for name, table in tables.items()}
+    for row in rows["runs"]:
+        metrics = summary["runs"][row["run"]]["metrics"]
+        assert row["spectral_shift"] == metrics["spectral_shift"]["value"]
+        assert row["spectral_shift_low"] == metrics["spectral_shift"]["low"]
+        assert row["spectral_shift_stored_null"] == metrics["spectral_shift_stored_null"]["value"]
+    assert rows["pairs"] == summary["pairs"]
+    located = {(row["run"], row["mask"]): row for row in rows["location"]}["sft", "principal"]
+    assert located["margins"] == ladder_of(summary["runs"]["sft"])["principal_overlap_margin_null"]["value"]
+    assert rows["claims"][0]["as_published_effect"] == -0.09
+    assert rows["training"][0]["after_sampled_accuracy_se"] == 0.02
+
+
+def test_runs_beyond_the_number_of_colours_are_told_apart_by_a_mark(hostile: Path, tmp_path: Path) -> None:
+    folder, names = Path(shutil.copytree(hostile, tmp_path / "many")), [f"run {i}" for i in range(23)]
+    summary = read_summary(hostile)
+    runs = dict.fromkeys(names, summary["runs"]["sft"])
+    (folder / "summary.json").write_text(json.dumps(summary | {"runs": runs, "pairs": []}))
+    table = pq.read_table(hostile / "matrices.parquet")
+    of_sft = [row for row in table.to_pylist() if row["run"] == "sft"]
+    pq.write_table(
+        pa.Table.from_pylist([row | {"run": name} for name in names for row in of_sft], table.schema),
+        folder / "matrices.parquet",
+    )
+    page = write_report(tmp_path / "report.html", folder)
+    data, text = data_in(page), page.read_text("utf-8")
+    assert len({*zip(data["colours"], data["symbols"], strict=True)}) == 23
+    swatches = re.findall(r'<li data-runs="\d+"><span class="(swatch mark-[^"]+)" style="([^"]+)"', text)
+    assert len(set(swatches)) == 23
+
+
+def test_each_null_of_a_figure_is_named(hostile: Path, tmp_path: Path) -> None:
+    """The unchanged weights have two: that of length in the table, that of rounding by layer."""
+    page = write_report(tmp_path / "report.html", hostile)
+    head = page.read_text("utf-8").split('data-table="runs"')[1].split("</thead>")[0]
+    assert re.findall(r'title="([^"]+)">(isotropic|stored)<', head) == [
+        ("a Gaussian update as long", "isotropic"),
+        *[("a Gaussian update as long, stored alike", "stored")] * 3,
+    ]
+    about = {metric["name"]: metric for metric in data_in(page)["heat"]["metrics"]}
+    assert about["unchanged_fraction"]["null_words"] == "rounding alone"
+    assert about["spectral_shift"]["null_words"] == "a Gaussian update as long, stored alike"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH to draw the page")
+def test_runs_that_are_switched_off_are_gone_from_words_tables_legends_and_means(tmp_path: Path) -> None:
+    """Of one run every weight changed; without it the mean of the others is what the axis of the stripes ends at."""
+    runs = {"all": tuned(1e-1), "few": tuned(2e-5, seed=2), "some": tuned(2e-5, seed=3)}
+    page = write_report(tmp_path / "report.html", compared(tmp_path, runs))
+
+    def shown(state: str) -> tuple[list[str], float]:
+        dom = dom_of(page, state)
+        body = dom[dom.rindex("<body") :].split('<script type="application/gzip"')[0]
+        hidden = re.findall(r'<(\w+)[^>]* data-runs="0[^"]*"[^>]* hidden=""', body)
+        stripes = body.split('id="figure-stripes"')[1].split("</section>")[0]
+        ticks = [float(tick) for tick in re.findall(r'class="ytick"><text[^>]*>([\d.]+)%', stripes)]
+        return hidden, max(ticks)
+
+    everything, reach = shown("")
+    assert everything == [] and reach > 30
+    without, reach = shown("stripes&off=0")
+    assert without.count("tr") == 2 and without.count("span") == 3 and without.count("li") == 3
+    assert reach < 30  # the measured mean with its null, neither with the run that is off
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH to draw the page")
+def test_panels_stand_below_each_other_on_a_narrow_screen(hostile: Path, tmp_path: Path) -> None:
+    page = write_report(tmp_path / "report.html", hostile)
+
+    def height(width: int) -> float:
+        dom = dom_of(page, "", f"--window-size={width},900")
+        return float(re.findall(r'id="figure-overlaps"[^>]*height: ([\d.]+)px', dom)[-1])
+
+    assert height(500) > 3 * height(1280)
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH to draw the page")
 def test_a_browser_shows_when_a_figure_fails(hostile: Path, tmp_path: Path) -> None:
     page = write_report(tmp_path / "report.html", hostile)
     text = page.read_text(encoding="utf-8")
     packed = text.split('id="data">')[1].split("<")[0]
-    data = json.loads(gzip.decompress(base64.b64decode(packed)))
+    data = data_in(page)
     data["pairs"].insert(0, None)
     damaged = base64.b64encode(gzip.compress(json.dumps(data).encode())).decode()
     page.write_text(text.replace(packed, damaged), "utf-8")

@@ -17,14 +17,17 @@ from offprincipal.errors import ArgumentError, FileError, install_command, meant
 from offprincipal.files import require_folder, write_atomically
 from offprincipal.measures.columns import nulls_of
 from offprincipal.reports import figures
-from offprincipal.reports.report import COLOURS, comparison_in, damage_reported, read_columns
+from offprincipal.reports.report import COLOURS, SYMBOLS, comparison_in, damage_reported, read_columns
 from offprincipal.reports.terminal import short_names
-from offprincipal.reports.words import plain
+from offprincipal.reports.words import agreement_left_over, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE, COLUMN = 6.9, 3.35  # inches
+_HIGHEST = 9.0  # of a page
+_LEGEND = 3  # runs beside each other
+_MARKERS = dict(zip(SYMBOLS, ("o", "D", "^", "*"), strict=True))
 _LOWEST = 1.8
 FORMATS = ("pdf", "svg", "png")
 _STYLE: Any = {
@@ -43,6 +46,9 @@ def _look(colour: str, marker: str, filled: bool = True) -> dict[str, Any]:
 
 
 _RING, _DIAMOND = _look(_INK, "o", filled=False), _look(_INK, "D", filled=False)
+
+
+_MOST_PAIRS = int((_HIGHEST - 0.6) / 0.16)
 
 
 class NothingToDraw(ArgumentError):
@@ -100,8 +106,13 @@ class Plots:
         return figure
 
     def agreement(self) -> "Figure":
-        """The Jaccard index of the changed entries of every two runs, beside chance and each rung of the ladder."""
-        pairs = self._measured(self._summary["pairs"], "location, of two runs or more")
+        """The Jaccard index of the changed entries of two runs each, beside chance and each rung of the ladder.
+
+        Of more pairs than a page has room for, those furthest from what the ladder explains, which is said below them.
+        """
+        every = self._measured(self._summary["pairs"], "location, of two runs or more")
+        kept = sorted(sorted(range(len(every)), key=lambda i: -agreement_left_over(every[i]))[:_MOST_PAIRS])
+        pairs = [every[i] for i in kept]
         labels = dict(zip(self._runs, self._labels, strict=True))
         names = [f"{labels[pair['run_a']]} · {labels[pair['run_b']]}" for pair in pairs]
         nulls = (("random", _look(_GREY, "|")), ("rounding_null", _RING), ("margin_null", _DIAMOND))
@@ -111,8 +122,9 @@ class Plots:
                     if pair.get(f"jaccard_{null}") is not None:
                         axis.plot(pair[f"jaccard_{null}"], row, **look)
                 _with_interval(axis, row, pair | {"value": pair["jaccard"]}, COLOURS[0], 1)
-            axis.set(xlabel="Jaccard index of the changed entries", yticks=range(len(names)), xlim=(0, 1))
-            axis.set_yticklabels(names)
+            left_out = f"\n{len(pairs)} of {len(every)} pairs: those furthest from the nulls" if pairs != every else ""
+            axis.set(xlabel=f"Jaccard index of the changed entries{left_out}", xlim=(-0.02, 1.02))
+            axis.set_yticks(range(len(names)), names)
             axis.invert_yaxis()
             marks_of = (("chance", _look(_GREY, "|")), ("rounding", _RING), ("rows and columns", _DIAMOND))
             _legend(figure, [("measured", _look(COLOURS[0], ".")), *marks_of])
@@ -121,25 +133,31 @@ class Plots:
     def layers(self, metric: str = "unchanged_fraction") -> "Figure":
         """A figure by role and layer, a panel a run, on one scale: the mean over the matrices of a cell.
 
+        Panels stand in as many columns as keep the figure on a page.
+
         Raises:
             NothingToDraw: it was not measured.
         """
         heat = figures.heatmaps(self._matrices(), self._runs)
         names = [about["name"] for about in heat["metrics"]]
         if metric not in names:
-            raise NothingToDraw(f"no figure '{metric}' was measured of these runs: choose of {', '.join(names)}")
+            raise NothingToDraw(f"no figure '{metric}' was measured of these runs: choose one of {', '.join(names)}")
         place = names.index(metric)
         grids = [[[float("nan") if x is None else x for x in row] for row in grid] for grid in heat["values"][place]]
         known = [x for grid in grids for row in grid for x in row if x == x]
         low, high = min(known), max(known)
-        with _figure(len(grids), 0.5 + 0.13 * len(heat["roles"]), down=True, sharex=True) as (figure, axes):
+        height = 0.5 + 0.13 * len(heat["roles"])
+        columns = -(-len(grids) // max(1, int(_HIGHEST / height)))
+        with _figure(len(grids), height, columns=columns, sharex=True, sharey=True) as (figure, axes):
             for axis, grid, label in zip(axes, grids, self._labels, strict=True):
                 drawn = axis.imshow(grid, aspect="auto", cmap="cividis", vmin=low, vmax=high, interpolation="none")
                 axis.set(yticks=range(len(heat["roles"])), yticklabels=heat["roles"])
                 axis.set_title(label, loc="left")
             step = max(1, len(heat["layers"]) // 12)
-            axes[-1].set_xticks(range(0, len(heat["layers"]), step), heat["layers"][::step])
-            axes[-1].set_xlabel("layer")
+            for axis in axes[-columns:]:
+                axis.set_xticks(range(0, len(heat["layers"]), step), heat["layers"][::step])
+                axis.tick_params(labelbottom=True)  # of a column that ends above the others, too
+                axis.set_xlabel("layer")
             unit = heat["metrics"][place]["unit"]
             figure.colorbar(drawn, ax=axes, label=metric if unit == "1" else f"{metric}, {unit}", aspect=40)
         return figure
@@ -165,18 +183,21 @@ class Plots:
         rows = table.select(["run", metric, beside]).to_pylist()
         known = [row for row in rows if row[metric] and row[beside] and row[metric] > 0 and row[beside] > 0]
         self._measured(known, "it, beside its null")
-        with _figure(1, COLUMN + 0.05 * len(self._runs), width=COLUMN) as (figure, (axis,)):
+        lines = -(-len(self._runs) // _LEGEND)  # of the legend, above a square
+        with _figure(1, COLUMN + 0.2 + 0.16 * lines, width=COLUMN) as (figure, (axis,)):
             for place, run in enumerate(self._runs):
                 own = [(row[beside], row[metric]) for row in known if row["run"] == run]
                 colour, label = COLOURS[place % len(COLOURS)], self._labels[place]
+                marker = _MARKERS[SYMBOLS[place // len(COLOURS) % len(SYMBOLS)]]
                 places = zip(*own, strict=True) if own else ([], [])
-                axis.scatter(*places, s=6, alpha=0.6, linewidths=0, color=colour, label=label)
+                axis.scatter(*places, s=6, alpha=0.6, linewidths=0, color=colour, marker=marker, label=label)
             ends = [f(r[name] for r in known for name in (metric, beside)) for f in (min, max)]
             axis.plot(ends, ends, color=_INK, linewidth=0.6)
-            axis.set(xscale="log", yscale="log", xlabel=beside, ylabel=metric, aspect="equal")
+            room = [ends[0] / 1.5, ends[1] * 1.5]
+            axis.set(xscale="log", yscale="log", xlabel=beside, ylabel=metric, xlim=room, ylim=room, box_aspect=1)
             for each in (axis.xaxis, axis.yaxis):
                 each.set_minor_formatter("")
-            figure.legend(loc="outside upper center", ncols=3, markerscale=2)
+            figure.legend(loc="outside upper center", ncols=_LEGEND, markerscale=2)
         return figure
 
     def _measured(self, found: Sequence[Any], what: str) -> Sequence[Any]:
@@ -205,7 +226,7 @@ def write_plots(folder: Path, formats: Sequence[str], out: Path | None = None) -
     """
     odd = [name for name in formats if name not in FORMATS]
     if odd or not formats:
-        raise ArgumentError(f"no format '{odd[0] if odd else ''}': choose of {', '.join(FORMATS)}")
+        raise ArgumentError(f"no format '{odd[0] if odd else ''}': choose one of {', '.join(FORMATS)}")
     comparison, into = comparison_in(folder), out or folder / "figures"
     written: list[Path] = []
     with damage_reported(comparison):
@@ -238,18 +259,22 @@ def _drawn(figure: "Figure", kind: str, dpi: int = 300) -> bytes:
 
 @contextmanager
 def _figure(
-    panels: int, height: float, width: float = PAGE, down: bool = False, **shared: bool
+    panels: int, height: float, width: float = PAGE, columns: int | None = None, **shared: bool
 ) -> Iterator[tuple["Figure", Sequence[Any]]]:
-    """A figure and its panels, beside or below each other, in our style; no window, no global state."""
+    """A figure and its panels, each so high, in so many columns, in our style; no window, no global state."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ArgumentError(f"figures need matplotlib: {install_command('figures')}") from error
     with matplotlib.rc_context(_STYLE):
-        figure: Any = Figure(figsize=(width, max(_LOWEST, height * (panels if down else 1))))
-        axes = figure.subplots(panels if down else 1, 1 if down else panels, squeeze=False, **shared)
-        yield figure, list(axes.flat)
+        columns = columns or panels
+        rows = -(-panels // columns)
+        figure: Any = Figure(figsize=(width, max(_LOWEST, height * rows)))
+        axes = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
+        for unused in axes[panels:]:
+            unused.remove()
+        yield figure, axes[:panels]
         figure._repr_png_ = partial(_drawn, figure, "png", 110)  # for notebooks, whatever backend they have
 
 

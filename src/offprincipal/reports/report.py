@@ -21,13 +21,14 @@ from markupsafe import Markup
 from offprincipal.comparison import read_summary
 from offprincipal.errors import FileError
 from offprincipal.files import ordinary, read_json, write_atomically
-from offprincipal.reports import figures, numbers, words
+from offprincipal.reports import exports, figures, nulls, numbers, words
 from offprincipal.reports.fine_tuning import fine_tuning_figures
 from offprincipal.reports.page import PLOTLY, WEB, asset
 from offprincipal.reports.places import reproducing, without_paths
 from offprincipal.reports.theory import theory_figures
 
 COLOURS = ("#3b6fb6", "#d9772b", "#3f9a6c", "#a855a0", "#b8932c", "#c24d52", "#4aa3b8", "#7a6f5d", "#6d62c4", "#8a9a3b")
+SYMBOLS = ("circle", "diamond", "triangle-up", "star")  # of the runs of the first colours, of those of the second, …
 CHECKPOINT_KEYS = ("greedy_accuracy", "sampled_accuracy", "pass_at_k", "token_entropy", "kl_to_base")
 _SCRIPTS = ("core.js", "runs.js", "matrices.js", "theory.js", "fine_tuning.js", "start.js")  # one scope, in this order
 _SWEEP_COLUMNS = ("run", "mask", "alpha", "overlap", "overlap_random", "overlap_rounding_null", "changed_count")
@@ -54,12 +55,6 @@ def write_report(out: Path, comparison: Path, study: dict[str, Any] | None = Non
     return out
 
 
-_FIGURES = (  # of the table of runs: title, metric, the ending of its null, how it is written
-    ("bit-identical entries", "unchanged_fraction", "_isotropic_null", "percent"),
-    ("spectral shift", "spectral_shift", "_stored_null", "number"),
-    ("largest principal angle", "principal_angle_left_max_deg", "_stored_null", "degrees"),
-    ("principal energy", "principal_energy", "_stored_null", "percent"),
-)
 _DAMAGE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
@@ -131,21 +126,25 @@ def _content(comparison: Path, study: dict[str, Any] | None) -> dict[str, Any]:
     training = [_trained(run) for run in study["runs"]] if study else []
     named = dict.fromkeys([*runs, *(run["name"] for run in training)])
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(named)}
+    symbols = {name: SYMBOLS[i // len(COLOURS) % len(SYMBOLS)] for i, name in enumerate(named)}
     data = _figures(comparison, summary) | {
         "theory": theory_figures(comparison.parent, study),
         "fine_tuning": fine_tuning_figures(comparison.parent, study),
         "colours": [colours[name] for name in runs],
-        "training": [run | {"colour": colours[run["name"]]} for run in training],
+        "symbols": [symbols[name] for name in runs],
+        "training": [run | {"colour": colours[run["name"]], "symbol": symbols[run["name"]]} for run in training],
     }
+    data["tables"] = exports.tables(summary, study, data)
     return {
         "summary": summary,
         "study": study,
         "training": training,
         "colours": colours,
+        "symbols": symbols,
         "data": data,
         "answers": words.answers(summary),
         "paragraphs": words.run_paragraphs(summary),
-        "pair_sentences": [words.pair_sentence(pair) for pair in summary["pairs"]],
+        "pair_sentences": [(pair, words.pair_sentence(pair)) for pair in summary["pairs"]],
         "tally": words.tally(study["claims"]) if study else "",
         "command": reproducing(summary),
         "thresholds": {"z": words.Z_BEYOND, "tiny": words.TINY, "small": words.SMALL, "about": words.ABOUT},
@@ -204,10 +203,17 @@ def _render(content: Mapping[str, Any]) -> str:
     return environment.get_template("report.html.j2").render(
         content,
         packed=_packed(content["data"]),
-        figures=[figure for figure in _FIGURES if _is_measured(content["summary"], figure[1])],
+        figures=[figure for figure in nulls.FIGURES if figure.page and _is_measured(content["summary"], figure)],
         masks=[
-            (mask, title) for mask, title in words.MASKS.items() if _is_measured(content["summary"], f"{mask}_overlap")
+            (figure, words.MASKS[mask])
+            for figure in nulls.FIGURES
+            if (mask := figure.metric.removesuffix("_overlap")) in words.MASKS
+            and _is_measured(content["summary"], figure)
         ],
+        rungs=list(nulls.RUNG_TITLES.values()),
+        steps=list(nulls.RUNG_TITLES),
+        endings=nulls.ENDINGS,
+        matrices_of=nulls.matrices_of,
         beyond=words.beyond,
         metrics_of=words.metrics_of,
         style=Markup(asset("report.css")),
@@ -216,9 +222,9 @@ def _render(content: Mapping[str, Any]) -> str:
     )
 
 
-def _is_measured(summary: Mapping[str, Any], metric: str) -> bool:
+def _is_measured(summary: Mapping[str, Any], figure: nulls.Figure) -> bool:
     """Whether any run has the figure."""
-    return any(run["metrics"].get(metric, {}).get("value") is not None for run in summary["runs"].values())
+    return any(run["metrics"].get(figure.metric, {}).get("value") is not None for run in summary["runs"].values())
 
 
 def _packed(data: Any) -> str:
@@ -230,11 +236,7 @@ def _packed(data: Any) -> str:
 def _filters() -> dict[str, Callable[..., str]]:
     shown = (numbers.number, numbers.percent, numbers.points, numbers.degrees, numbers.signed, numbers.estimate)
     named: dict[str, Callable[..., str]] = {function.__name__: function for function in shown}
-    return named | {
-        "plain": words.plain,
-        "show_as": lambda value, name: named[name](value),
-        "bare": lambda text: text.removesuffix(" points").removesuffix("\xa0%").removesuffix("°"),
-    }
+    return named | {"plain": words.plain, "show_as": numbers.as_kind, "bare": numbers.bare}
 
 
 def _script(source: str) -> Markup:

@@ -50,7 +50,7 @@ def require_tracker(name: str) -> None:
         ArgumentError: there is none, or it is not.
     """
     if name not in TRACKERS:
-        raise ArgumentError(f"no tracker '{name}': choose of {', '.join(TRACKERS)}")
+        raise ArgumentError(f"no tracker '{name}': choose one of {', '.join(TRACKERS)}")
     spec = find_spec(name)
     if spec is None or spec.origin is None:  # a folder of that name, such as W&B leaves behind, is no package
         raise ArgumentError(f"{name} is not installed: pip install {name}, or leave --report-to out")

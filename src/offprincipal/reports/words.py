@@ -105,7 +105,7 @@ def decisions(summary: Mapping[str, Any], all_of_them: str = "") -> list[str]:
     alike = _alike(clauses, _APART) if len(clauses) > _FEW else [([name], text) for name, text in clauses]
     said = [plain(f"{', '.join(names)}: {text}.") for names, text in alike]
     said += run_paragraphs({**summary, "runs": {name: runs[name] for name in runs if name in still}}).values()
-    pairs = sorted(summary["pairs"], key=_agreement_left_over, reverse=True)
+    pairs = sorted(summary["pairs"], key=agreement_left_over, reverse=True)
     more = len(pairs) - _NOTABLE
     return [
         *said,
@@ -185,7 +185,8 @@ def _how_far(value: _Reader) -> str:
     return f"and {listed(each)} times what length alone gives"
 
 
-def _agreement_left_over(pair: Mapping[str, Any]) -> float:
+def agreement_left_over(pair: Mapping[str, Any]) -> float:
+    """How far the agreement of two runs is from what the ladder explains; 0 where z does not tell it from that."""
     found, null, z = (pair[f"jaccard{suffix}"] for suffix in ("", "_margin_null", "_z"))
     return abs(found - null) if None not in (found, null, z) and abs(z) > Z_BEYOND else 0.0
 

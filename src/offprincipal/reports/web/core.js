@@ -36,7 +36,8 @@ function readColours() {
 // Plotly reads a subset of HTML in every label, so a name is escaped; it is shortened so that labels do not collide.
 const escaped = (name) => name.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/[\u0000-\u001f]/g, "\ufffd");
 const shortened = (name, limit) => (name.length > limit ? name.slice(0, limit - 9) + "…" + name.slice(-8) : name);
-const label = (name, limit = 26) => escaped(shortened(name, limit));
+const narrow = () => document.documentElement.clientWidth < 640;
+const label = (name, limit = 26) => escaped(shortened(name, narrow() ? Math.min(limit, 18) : limit));
 const light = (colour) => colour + "55";
 const known = (values) => values.filter((value) => value !== null && value !== undefined);
 const numbered = (count) => Array.from({ length: count }, (_, i) => i);
@@ -52,6 +53,24 @@ function column(j, count, gap = 0.035) {
   return [j * (width + gap), j * (width + gap) + width];
 }
 
+// Where `count` panels stand: side by side, or below each other on a narrow screen; and how high all are together.
+function panels(count, height, gap = 0.06) {
+  const space = 84, whole = narrow() ? count * height + (count - 1) * space : height;
+  const at = (j) => (narrow() ? { x: [0, 1], y: [1 - (j * (height + space) + height) / whole, 1 - (j * (height + space)) / whole], first: true } : { x: column(j, count, gap), y: [0, 1], first: !j });
+  return { at, height: whole };
+}
+
+// A part of a panel's height, as a Plotly domain.
+const part = ([low, high], from, to) => [low + from * (high - low), low + to * (high - low)];
+
+// Axes of runs by name, a row each.
+const ofRuns = (panel, rows, anchor) => axis({ domain: panel.y, anchor, tickvals: rows, ticktext: data.runs.map((name) => label(name)), showticklabels: panel.first, range: [rows.length - 0.5, -0.5], zeroline: false });
+
+// Runs beyond the number of colours are told apart by a mark, of which a line has a few.
+const markedBy = (symbol) => (symbol === "circle" ? { mode: "lines" } : { mode: "lines+markers", marker: { symbol, size: 7, maxdisplayed: 6 } });
+const marked = (i) => markedBy(data.symbols[i]);
+
+const symbolOf = (name) => whole.symbols[whole.runs.indexOf(name)] || (whole.training.find((run) => run.name === name) || {}).symbol || "circle";
 const colourOf = (name) => whole.colours[whole.runs.indexOf(name)] || (whole.training.find((run) => run.name === name) || {}).colour || PRECISION;
 
 function draw(id, traces, layout) {
@@ -81,20 +100,24 @@ function tools(buttons) {
   return bar;
 }
 
-// Every table as CSV: what stands in its cells, an interval below a value in the same one.
+// Every table of figures as CSV: the numbers behind it, in full, of all runs; of a table of words what stands in its cells.
 function offerTables() {
-  const cell = (text) => `"${text.trim().replace(/\s+/g, " ").replace(/"/g, '""')}"`;
+  const cell = (value) => (typeof value === "number" ? String(value) : value === null ? "" : `"${String(value).trim().replace(/\s+/g, " ").replace(/"/g, '""')}"`);
   document.querySelectorAll(".scroll > table").forEach((table) => {
-    const save = () => {
-      const lines = [...table.rows].map((row) => [...row.cells].map((each) => cell(each.textContent) + ",".repeat(each.colSpan - 1)).join(","));
-      const link = Object.assign(document.createElement("a"), { download: headingBefore(table).toLowerCase().replace(/[^a-z0-9]+/g, "-") + ".csv" });
-      link.href = URL.createObjectURL(new Blob(["\ufeff" + lines.join("\r\n") + "\r\n"], { type: "text/csv" }));
-      link.click();
-      URL.revokeObjectURL(link.href);
-    };
+    const rows = () => whole.tables[table.dataset.table] || [...table.rows].map((row) => [...row.cells].map((each) => each.textContent));
+    const name = table.dataset.table || headingBefore(table).toLowerCase().replace(/[^a-z0-9]+/g, "-");
     table.parentElement.tabIndex = 0; // scrolled by keys where it is wider than the screen
-    table.parentElement.after(tools([["CSV", "Save this table as CSV", save]]));
+    table.parentElement.after(tools([["CSV", "Save this table as CSV", () => saveCsv(name, rows())]]));
   });
+  const pairs = document.getElementById("figure-pairs");
+  if (pairs) pairs.parentElement.append(tools([["CSV", "Save the agreement of every two runs as CSV", () => saveCsv("pairs", whole.tables.pairs)]]));
+
+  function saveCsv(name, rows) {
+    const link = Object.assign(document.createElement("a"), { download: name + ".csv" });
+    link.href = URL.createObjectURL(new Blob(["\ufeff" + rows.map((row) => row.map(cell).join(",")).join("\r\n") + "\r\n"], { type: "text/csv" }));
+    link.click();
+    URL.revokeObjectURL(link.href);
+  }
 }
 
 // Options of a select, each [value, text, group]; what was chosen stays so where it is still there.
@@ -113,10 +136,15 @@ function fill(id, names, change) {
 
 // The same, with a field beside it that leaves only what holds the words in it.
 function fillSearchable(id, names, change) {
-  const field = document.getElementById(id + "-search");
+  const field = document.getElementById(id + "-search"), says = document.getElementById(id + "-found");
   const matching = () => names.filter(([, text]) => field.value.toLowerCase().split(/\s+/).every((word) => text.toLowerCase().includes(word)));
   field.parentElement.hidden = names.length < 12;
-  field.oninput = () => { const found = matching(); field.setAttribute("aria-invalid", String(!found.length)); if (found.length) { fill(id, found, change); change(); } };
+  field.oninput = () => {
+    const found = matching();
+    field.setAttribute("aria-invalid", String(!found.length));
+    says.textContent = found.length ? "" : "No matrix has these words in its name: the one chosen before is shown.";
+    if (found.length) { fill(id, found, change); change(); }
+  };
   return fill(id, names, change);
 }
 

@@ -142,7 +142,7 @@ figures["figure-control"] = () => {
   draw("figure-control", traces, {
     height: 70 + 62 * rows.length, margin: { l: 50, r: 20, t: 10, b: 44 },
     shapes: [{ type: "rect", xref: "x", yref: "paper", x0: -2, x1: 2, y0: 0, y1: 1, fillcolor: PANEL, line: { width: 0 }, layer: "below" }],
-    xaxis: axis({ zeroline: true, zerolinewidth: 1.5, zerolinecolor: PRECISION, tickformat: "+~g", title: title("points of accuracy") }),
+    xaxis: axis({ zeroline: true, zerolinewidth: 1.5, zerolinecolor: PRECISION, tickformat: "~g", title: title("points of accuracy") }),
     yaxis: axis({ tickvals: numbered(rows.length), ticktext: rows.map(([text]) => text), range: [rows.length - 0.5, -0.5], zeroline: false }),
   });
 };

@@ -1,5 +1,12 @@
 // Figures of single matrices: role by layer, singular values and angles, rows and columns.
 
+// What a scale of colours spans: all values, but for those further from the quartiles than three times their distance.
+function fences(values) {
+  const sorted = [...values].sort((a, b) => a - b), quartile = (q) => sorted[Math.round(q * (sorted.length - 1))];
+  const width = 3 * (quartile(0.75) - quartile(0.25)), inside = sorted.filter((value) => value >= quartile(0.25) - width && value <= quartile(0.75) + width);
+  return width > 0 ? [inside[0], inside.at(-1)] : [sorted[0], sorted.at(-1)];
+}
+
 figures["figure-heat"] = () => {
   const metrics = data.heat.metrics;
   const metric = fill("heat-metric", metrics.map((about, i) => [i, about.name, about.group]), show);
@@ -23,25 +30,26 @@ figures["figure-heat"] = () => {
 
   function show() {
     const index = Number(metric.value), about = metrics[index], values = data.heat.values[index];
-    const nulls = about.null === null ? [] : data.heat.values[about.null];
+    const nulls = about.null === null ? [] : data.heat.values[about.null], at = data.runs.indexOf(run.value);
     const [rows, columns] = filled(values);
-    const all = known([...values, ...nulls].flat(2)), signed = about.name.endsWith("_z");
-    const reach = Math.max(...all.map(Math.abs), 1e-12), low = Math.min(...all), high = Math.max(...all);
+    const all = known([values[at], nulls[at] || []].flat(2)), signed = about.name.endsWith("_z"); // this run's own, so that its cells can be told apart
+    if (!all.length) all.push(0);
+    const [low, high] = fences(all), reach = Math.max(Math.abs(low), Math.abs(high), 1e-12), beyond = all.filter((value) => value < low || value > high);
     const flat = high - low < 1e-12 * reach;
     const scale = signed
       ? { colorscale: DIVERGING, zmin: -reach, zmax: reach }
       : { colorscale: SEQUENTIAL, zmin: flat ? low - reach / 2 : low, zmax: flat ? high + reach / 2 : high };
-    const percent = about.unit === "1" && low >= 0 && high <= 1 && high > 0.001;
+    const percent = about.unit === "1" && low >= 0 && Math.max(...all) <= 1 && high > 0.001;
     scale.colorbar = { thickness: 12, outlinewidth: 0, len: 1, tickformat: percent ? "~%" : "~g", nticks: 6 };
     const size = 26 * rows.length, gap = 54, height = nulls.length ? 2 * size + gap : size;
     const traces = [panel(index, values, rows, columns, "y", scale)];
     const ticks = { tickvals: numbered(rows.length), ticktext: rows.map((i) => label(data.heat.roles[i])), zeroline: false, showgrid: false, range: [rows.length - 0.5, -0.5] };
-    const layout = { height: height + 90, annotations: [heading(known(values[data.runs.indexOf(run.value)].flat()).length ? "measured" : "measured: undefined for this run", 0.5)], margin: { l: 80, r: 20, t: 30, b: 50 } };
+    const layout = { height: height + 90, annotations: [heading(known(values[at].flat()).length ? "measured" : "measured: undefined for this run", 0.5)], margin: { l: 80, r: 20, t: 30, b: 50 } };
     layout.yaxis = axis({ ...ticks, domain: nulls.length ? [(size + gap) / height, 1] : [0, 1] });
     if (nulls.length) {
       traces.push({ ...panel(about.null, nulls, rows, columns, "y2", scale), showscale: false });
       layout.yaxis2 = axis({ ...ticks, domain: [0, size / height] });
-      layout.annotations.push(heading(metrics[about.null].name.endsWith("_rounding_null") ? "rounding alone" : "a random update of equal length", 0.5, size / height));
+      layout.annotations.push(heading("null: " + about.null_words, 0.5, size / height));
     }
     const every = Math.ceil(columns.length / 24), marked = numbered(columns.length).filter((j) => j % every === 0 || data.heat.layers[columns[j]] === "none");
     layout.xaxis = axis({ range: [-0.5, columns.length - 0.5], anchor: nulls.length ? "y2" : "y", showgrid: false, zeroline: false, title: title("layer"), tickvals: marked, ticktext: marked.map((j) => data.heat.layers[columns[j]]) });
@@ -49,7 +57,7 @@ figures["figure-heat"] = () => {
     const element = document.getElementById("figure-heat");
     element.removeAllListeners("plotly_click");
     element.on("plotly_click", ({ points: [{ x, y }] }) => openMatrix(data.heat.roles[rows[y]], data.heat.layers[columns[x]]));
-    document.getElementById("heat-caption").textContent = `${about.meaning}; unit: ${about.unit === "1" ? "none" : about.unit}. Source: ${about.source}.`;
+    document.getElementById("heat-caption").textContent = `${about.meaning}; unit: ${about.unit === "1" ? "none" : about.unit}. Colours span the values of this run${nulls.length ? " and its null" : ""}${beyond.length ? `, but for ${beyond.length} cells that lie far beyond the others, from ${Math.min(...beyond)} to ${Math.max(...beyond)}` : ""}. Source: ${about.source}.`;
   }
   show();
 };
@@ -70,27 +78,28 @@ const matrixNames = (matrices) => matrices.map((matrix, i) => [i, matrix.tensor]
 figures["figure-spectra"] = () => {
   const matrices = data.spectra.matrices, select = fillSearchable("spectra-matrix", matrixNames(matrices), show);
   function show() {
-    const matrix = matrices[select.value], traces = [], left = column(0, 2, 0.1), right = column(1, 2, 0.1);
-    const line = (curve, on, colour, more) => curve && traces.push({ type: "scatter", mode: "lines", ...curve, ...on, line: { color: colour, width: 1.8, ...more.line }, name: more.name, hovertemplate: "%{fullData.name}<br>no. %{x}: %{y:.4~g}<extra></extra>" });
-    const panels = { values: { xaxis: "x", yaxis: "y" }, shifts: { xaxis: "x", yaxis: "y2" }, left: { xaxis: "x2", yaxis: "y3" }, right: { xaxis: "x2", yaxis: "y4" } };
-    line(matrix.base, panels.values, INK, { name: "base" });
+    const matrix = matrices[select.value], traces = [], { at, height } = panels(2, 446, 0.1), [values, turns] = [at(0), at(1)];
+    const line = (curve, on, i, more) => curve && traces.push({ type: "scatter", ...(i === null ? { mode: "lines" } : marked(i)), ...curve, ...on, line: { color: i === null ? INK : data.colours[i], width: 1.8, ...more.line }, name: more.name, hovertemplate: "%{fullData.name}<br>no. %{x}: %{y:.4~g}<extra></extra>" });
+    const on = { values: { xaxis: "x", yaxis: "y" }, shifts: { xaxis: "x", yaxis: "y2" }, left: { xaxis: "x2", yaxis: "y3" }, right: { xaxis: "x2", yaxis: "y4" } };
+    line(matrix.base, on.values, null, { name: "base" });
     matrix.runs.forEach((run, i) => {
-      const name = label(data.runs[i]), colour = data.colours[i];
-      line(run.tuned, panels.values, colour, { name, line: { dash: "dot" } });
-      line(run.shift, panels.shifts, colour, { name });
+      const name = label(data.runs[i]);
+      line(run.tuned, on.values, i, { name, line: { dash: "dot" } });
+      line(run.shift, on.shifts, i, { name });
       ["left", "right"].forEach((side, s) => {
-        line(run[side], panels[side], colour, { name });
+        line(run[side], on[side], i, { name });
         const null_ = run.nulls[s], curve = run[side];
-        if (curve && null_ !== null) line({ x: [curve.x[0], curve.x.at(-1)], y: [null_, null_] }, panels[side], colour, { name: name + ", a random update of its length", line: { dash: "dash", width: 1.2 } });
+        if (curve && null_ !== null) line({ x: [curve.x[0], curve.x.at(-1)], y: [null_, null_] }, on[side], i, { name: name + ", a random update of its length", line: { dash: "dash", width: 1.2 } });
       });
     });
     const angles = Math.max(1, ...matrix.runs.map((run) => (run.left ? run.left.x.at(-1) : 1))), every = Math.ceil(angles / 8);
+    const upper = (panel) => part(panel.y, 0.56, 1), lower = (panel) => part(panel.y, 0, 0.44);
     draw("figure-spectra", traces, {
-      height: 520, margin: { l: 60, r: 20, t: 30, b: 44 },
-      annotations: [heading("singular values", middle(left)), heading("shift: tuned − base", middle(left), 0.44), heading("principal angles, left", middle(right)), heading("principal angles, right", middle(right), 0.44)],
-      xaxis: axis({ domain: left, anchor: "y2", title: title("singular value, no.") }), xaxis2: axis({ domain: right, anchor: "y4", tick0: 1, dtick: every, title: title("angle, no.") }),
-      yaxis: axis({ domain: [0.56, 1], type: "log", dtick: "D2", tickformat: "~g", tickfont: { size: 11 } }), yaxis2: axis({ domain: [0, 0.44], tickformat: "~g", nticks: 6 }),
-      yaxis3: axis({ domain: [0.56, 1], anchor: "x2", ticksuffix: "°", rangemode: "tozero" }), yaxis4: axis({ domain: [0, 0.44], anchor: "x2", ticksuffix: "°", rangemode: "tozero" }),
+      height: height + 74, margin: { l: 60, r: 20, t: 30, b: 44 },
+      annotations: [heading("singular values", middle(values.x), values.y[1]), heading("shift: tuned − base", middle(values.x), lower(values)[1]), heading("principal angles, left", middle(turns.x), turns.y[1]), heading("principal angles, right", middle(turns.x), lower(turns)[1])],
+      xaxis: axis({ domain: values.x, anchor: "y2", title: title("singular value, no.") }), xaxis2: axis({ domain: turns.x, anchor: "y4", tick0: 1, dtick: every, title: title("angle, no.") }),
+      yaxis: axis({ domain: upper(values), type: "log", dtick: "D2", tickformat: "~g", tickfont: { size: 11 } }), yaxis2: axis({ domain: lower(values), tickformat: "~g", nticks: 6 }),
+      yaxis3: axis({ domain: upper(turns), anchor: "x2", ticksuffix: "°", rangemode: "tozero" }), yaxis4: axis({ domain: lower(turns), anchor: "x2", ticksuffix: "°", rangemode: "tozero" }),
     });
   }
   show();
@@ -99,26 +108,28 @@ figures["figure-spectra"] = () => {
 figures["figure-stripes"] = () => {
   const matrices = data.stripes.matrices, several = data.runs.length > 1;
   const matrix = fillSearchable("stripes-matrix", matrixNames(matrices), show);
-  const run = fill("stripes-run", [...(several ? [["all", "all runs (consensus)"]] : []), ...data.runs.map((name) => ["run " + name, name])], show);
+  const run = fill("stripes-run", [...(several ? [["all", "mean of the runs shown"]] : []), ...data.runs.map((name) => ["run " + name, name])], show);
 
-  function mean(curves) {
-    const present = curves.filter((curve) => curve);
+  // Over the same runs for a measurement and its null: those that are shown and have both, or all of them where none has a null.
+  function mean(curves, among) {
+    const present = curves.filter((curve, i) => curve && among[i]);
     return present.length ? { x: present[0].x, y: present[0].y.map((_, k) => present.reduce((sum, curve) => sum + curve.y[k], 0) / present.length) } : null;
   }
 
   function show() {
-    const found = matrices[matrix.value], at = data.runs.indexOf(run.value.slice(4)), all = at < 0, traces = [];
+    const found = matrices[matrix.value], at = data.runs.indexOf(run.value.slice(4)), all = at < 0, traces = [], { at: panel, height } = panels(2, 246, 0.08), [rows, columns] = [panel(0), panel(1)];
     ["row", "column"].forEach((side, j) => {
-      const rates = all ? found[side].consensus : found[side].rates[at];
-      const null_ = all ? mean(found[side].nulls) : found[side].nulls[at], on = { type: "scatter", xaxis: "x" + suffix(j), yaxis: "y" + suffix(j) };
+      const { rates: measured, nulls } = found[side], both = measured.map((curve, i) => Boolean(curve && nulls[i])), among = both.includes(true) ? both : measured.map(Boolean);
+      const rates = all ? mean(measured, among) : measured[at];
+      const null_ = all ? mean(nulls, among) : nulls[at], on = { type: "scatter", xaxis: "x" + suffix(j), yaxis: "y" + suffix(j) };
       if (null_) traces.push({ ...on, ...null_, mode: "lines", fill: "tozeroy", fillcolor: LINE, line: { color: RANDOM, width: 1 }, hovertemplate: `${side} %{x}: %{y:.2%}<extra>spacing null</extra>` });
       if (rates) traces.push({ ...on, ...rates, mode: "markers", marker: { size: 4, color: all ? INK : data.colours[at], opacity: 0.75 }, hovertemplate: `${side} %{x}: %{y:.2%}<extra>measured</extra>` });
     });
     const extent = (side) => { const curve = known(found[side].rates)[0]; return curve ? [0, curve.x.at(-1) + 1] : undefined; };
     draw("figure-stripes", traces, {
-      height: 320, annotations: [heading("rows", middle(column(0, 2, 0.08))), heading("columns", middle(column(1, 2, 0.08)))],
-      xaxis: axis({ domain: column(0, 2, 0.08), range: extent("row"), title: title("row") }), xaxis2: axis({ domain: column(1, 2, 0.08), range: extent("column"), anchor: "y2", title: title("column") }),
-      yaxis: axis({ tickformat: "~%", rangemode: "tozero", title: title("entries changed") }), yaxis2: axis({ anchor: "x2", tickformat: "~%", rangemode: "tozero" }),
+      height: height + 74, annotations: [heading("rows", middle(rows.x), rows.y[1]), heading("columns", middle(columns.x), columns.y[1])],
+      xaxis: axis({ domain: rows.x, anchor: "y", range: extent("row"), title: title("row") }), xaxis2: axis({ domain: columns.x, range: extent("column"), anchor: "y2", title: title("column") }),
+      yaxis: axis({ domain: rows.y, tickformat: "~%", rangemode: "tozero", title: title("entries changed") }), yaxis2: axis({ domain: columns.y, anchor: "x2", tickformat: "~%", rangemode: "tozero" }),
     });
     const text = (value) => (value === null ? "–" : value.toPrecision(3));
     const shown = all ? numbered(data.runs.length) : [at];

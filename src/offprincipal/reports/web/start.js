@@ -6,7 +6,7 @@ function without(off) {
   const hidden = (run) => off.has(name(run));
   const each = (list, change) => list.map((item) => ({ ...item, ...change(item) }));
   return {
-    ...whole, runs: of(whole.runs), colours: of(whole.colours),
+    ...whole, runs: of(whole.runs), colours: of(whole.colours), symbols: of(whole.symbols),
     training: whole.training.filter((run) => !hidden(run.name)),
     pairs: whole.pairs.filter((pair) => !hidden(pair.run_a) && !hidden(pair.run_b)),
     anatomy: each(whole.anatomy, (mask) => ({ runs: of(mask.runs) })),
@@ -20,6 +20,11 @@ function without(off) {
   };
 }
 
+// Rows of tables, words and legends that are about runs of which one is switched off.
+function hideWords(off) {
+  document.querySelectorAll("[data-runs]").forEach((element) => { element.hidden = element.dataset.runs.split(" ").some((i) => off.has(Number(i))); });
+}
+
 function drawAll() {
   readColours();
   Object.entries(figures).forEach(([id, figure]) => {
@@ -31,12 +36,12 @@ function offerRuns() {
   const off = new Set(remembered("off").split(",").filter(Boolean).map(Number).filter((i) => i < whole.runs.length));
   const bar = document.getElementById("shown-runs");
   if (off.size >= whole.runs.length) off.clear();
-  if (off.size) data = without(off);
+  if (off.size) { data = without(off); hideWords(off); }
   if (!bar) return;
   bar.hidden = false;
   bar.append(...whole.runs.map((run, i) => {
     const button = Object.assign(document.createElement("button"), { type: "button", title: run }), swatch = document.createElement("span");
-    swatch.className = "swatch"; swatch.style.background = whole.colours[i];
+    swatch.className = "swatch mark-" + whole.symbols[i]; swatch.style.background = whole.colours[i];
     button.append(swatch, shortened(run, 26));
     button.setAttribute("aria-pressed", String(!off.has(i)));
     button.onclick = () => {
@@ -44,7 +49,7 @@ function offerRuns() {
       button.setAttribute("aria-pressed", String(!off.has(i)));
       if (off.size) choices.set("off", [...off].join(",")); else choices.delete("off");
       data = off.size ? without(off) : whole;
-      drawAll(); remember();
+      hideWords(off); drawAll(); remember();
     };
     return button;
   }));
@@ -62,8 +67,14 @@ function offerThemes() {
   addEventListener("afterprint", () => { choose(before); drawAll(); });
 }
 
-// What is folded away is printed too, and opened by a link to it.
-const openAll = () => document.querySelectorAll("details").forEach((each) => { each.open = true; });
+// Panels stand below each other on a narrow screen.
+function followWidth() {
+  let before = narrow();
+  addEventListener("resize", () => { if (before !== narrow()) { before = narrow(); drawAll(); } });
+}
+
+// What is folded away is printed too, but for the sentences of many pairs, and opened by a link to it.
+const openAll = () => document.querySelectorAll("details:not(.long)").forEach((each) => { each.open = true; });
 function openTarget() {
   const target = document.getElementById(location.hash.slice(1).split("&")[0]);
   if (target) { target.open = true; target.scrollIntoView(); }
@@ -73,5 +84,6 @@ offerThemes();
 offerRuns();
 offerTables();
 drawAll();
+followWidth();
 addEventListener("hashchange", openTarget);
 openTarget();

@@ -59,7 +59,7 @@ function stepsIn(run) {
 figures["figure-kl"] = () => {
   const traces = [], panel = (j) => column(j, 3, 0.08);
   data.theory.kl.forEach((run) => {
-    const line = (y, on, what) => traces.push({ type: "scatter", mode: "lines", x: run.step, y, ...on, line: { color: colourOf(run.run), width: 2 }, name: label(run.run), hovertemplate: `%{fullData.name}<br>step %{x}, ${what} %{y:.3~g}<extra></extra>` });
+    const line = (y, on, what) => traces.push({ type: "scatter", ...markedBy(symbolOf(run.run)), x: run.step, y, ...on, line: { color: colourOf(run.run), width: 2 }, name: label(run.run), hovertemplate: `%{fullData.name}<br>step %{x}, ${what} %{y:.3~g}<extra></extra>` });
     line(run.kl_step, { xaxis: "x", yaxis: "y" }, "KL of the step");
     line(run.kl_cumulative, { xaxis: "x2", yaxis: "y2" }, "KL from the base");
     line(run.kl_cumulative.map((value, i) => (run.length[i] ? value / run.length[i] ** 2 : null)), { xaxis: "x3", yaxis: "y3" }, "KL over squared length");
