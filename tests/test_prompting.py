@@ -23,9 +23,9 @@ from offprincipal.tasks import mixture, open_task, split_of
 from offprincipal.tasks.prompt_settings import PromptSettings
 from offprincipal.tasks.prompting import Prompting, is_character_level, prompting, read_answer
 from offprincipal.training import TrainSettings, evaluate, parse_settings, train
-from offprincipal.training.callback import NoSignal
-from offprincipal.training.defaults import by_the_model
+from offprincipal.training.callbacks import NoSignal
 from offprincipal.training.preview import preview
+from offprincipal.training.settings_by_model import by_the_model
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %}<turn>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}"
@@ -408,9 +408,9 @@ class _State:
 @pytest.mark.parametrize(
     ("reward", "cut", "says"),
     [
-        (-1.0, 0.5, "none was verified, and 50% did not end"),
+        (-1.0, 0.5, "none was verified; 50% did not end"),
         (1.0, 0.0, "all were verified"),
-        (0.0, 0.0, "prompt's alike"),
+        (0.0, 0.0, "alike in each prompt"),
     ],
 )
 def test_a_run_without_signal_says_so_once_and_why(

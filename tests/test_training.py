@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from offprincipal import apply_delta, trajectory
-from offprincipal.errors import FileError, ModelError, OffPrincipalError, TaskError, TrainingError
+from offprincipal.errors import ArgumentError, FileError, ModelError, OffPrincipalError, TaskError, TrainingError
 from offprincipal.models import open_language_model
 from offprincipal.tasks import mixture, open_task, split_of
 from offprincipal.training import (
@@ -26,7 +26,7 @@ from offprincipal.training import (
     terminal_progress,
     train,
 )
-from offprincipal.training.callback import SaveSlowSteps
+from offprincipal.training.callbacks import SaveSlowSteps
 from offprincipal.training.evaluation import standard_error
 
 TAUGHT_TASK = "count@1"  # what `taught_model` was taught
@@ -376,6 +376,40 @@ def test_unusable_settings_say_what_to_change(
 ) -> None:
     with pytest.raises(kind, match=message):
         train(settings(tiny_model, **changes), tmp_path / "run", quiet=True)
+
+
+def test_settings_are_refused_alike_however_they_are_given(tiny_model: Path, tmp_path: Path) -> None:
+    """A class of pydantic's own error, with its address, was what Python callers saw."""
+    given: dict[str, Any] = {"recipe": "sft_own", "tasks": "add,sort@2", "stepz": 1}
+    for act in (
+        lambda: TrainSettings(**given),
+        lambda: TrainSettings.model_validate_json(json.dumps(given)),
+        lambda: train(given, tmp_path / "run"),
+        lambda: train(out=tmp_path / "run", **given),
+    ):
+        with pytest.raises(TrainingError, match=r"not usable: stepz: there is no such setting: did you mean steps\?$"):
+            act()
+    with pytest.raises(ArgumentError, match=r"'grpo' is not TrainSettings, nor a dictionary.*train\(recipe='grpo'"):
+        train("grpo", tmp_path / "run")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="both settings and steps are given"):
+        train(settings(tiny_model), tmp_path / "run", steps=3)
+    with pytest.raises(ArgumentError, match="needs a folder: name one, as out="):
+        train(settings(tiny_model))
+
+
+def test_a_run_is_given_by_keywords_or_a_dictionary_too(tiny_model: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"recipe": "sft_own", "model": str(tiny_model), "tasks": "count@1,add@1", "max_steps": 1}
+    given |= {"batch": 4, "eval_prompts": 0, "device": "cpu"}
+    record = train(**given, out=tmp_path / "run", quiet=True)
+    assert record["settings"]["tasks"] == ["count@1", "add@1"] and len(record["log"]) == 1
+    assert train(given, tmp_path / "run", quiet=True) == record
+
+
+def test_evaluating_takes_tasks_as_one_text_and_names_what_is_not_a_model(tiny_model: Path) -> None:
+    opened = open_language_model(tiny_model, "cpu")
+    assert list(evaluate(opened, "count, add@1", prompts=4, samples=1, max_new_tokens=2)["tasks"]) == ["count", "add@1"]
+    with pytest.raises(ModelError, match=r"Qwen3ForCausalLM is not the name of a model.*LanguageModel\(model, tok"):
+        evaluate(opened.model, ["add"])
 
 
 def test_a_teachers_traces_that_are_the_answers_are_refused(tiny_model: Path, tmp_path: Path) -> None:

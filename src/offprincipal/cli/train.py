@@ -156,13 +156,12 @@ def train(
     require_training()
     from offprincipal.reports.terminal import runs_table
     from offprincipal.studies.overrides import apply_override
-    from offprincipal.tasks import task_names
     from offprincipal.training import parse_settings
     from offprincipal.training import train as run
     from offprincipal.training.processes import is_main
 
     named = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "seed": seed}
-    values: dict[str, Any] = {"recipe": recipe, "model": model, "tasks": task_names(task)}
+    values: dict[str, Any] = {"recipe": recipe, "model": model, "tasks": task}
     values |= {key: value for key, value in named.items() if value is not None}
     of_adapter = {"method": adapter, "rank": rank, "mask": mask, "density": density}
     if given := {key: value for key, value in of_adapter.items() if value is not None}:
@@ -302,11 +301,10 @@ def tasks(
         return
     require_training()
     from offprincipal.studies.overrides import apply_override
-    from offprincipal.tasks import task_names
     from offprincipal.training.preview import preview as ask
     from offprincipal.training.settings import parse_settings
 
-    given: dict[str, Any] = {"recipe": "grpo", "tasks": task_names(task or ["add"]), "model": model}
+    given: dict[str, Any] = {"recipe": "grpo", "tasks": task or ["add"], "model": model}
     for override in overrides or []:
         apply_override(given, override)
     chosen = parse_settings(given)

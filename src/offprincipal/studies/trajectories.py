@@ -49,7 +49,8 @@ class TrajectoryStage(StageKind):
             kept = space.folder(run) / DELTAS
             if not (kept / MASTERS).is_dir():
                 raise StudyError(
-                    f"stage '{run}' kept no checkpoints of its way: set keep_deltas and keep_masters, and train again"
+                    f"stage '{run}' saved no intermediate checkpoints: set keep_deltas and keep_masters, and train "
+                    "again"
                 )
             for weights in WEIGHTS:
                 masters = weights == "float32"

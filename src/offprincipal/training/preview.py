@@ -9,10 +9,10 @@ import torch
 from offprincipal.models import open_language_model
 from offprincipal.models.decoding import complete
 from offprincipal.models.quiet import quiet_libraries
-from offprincipal.tasks import mixture, open_task
+from offprincipal.tasks import mixture, open_task, task_names
 from offprincipal.tasks.prompt_settings import PromptSettings
 from offprincipal.tasks.prompting import prompting
-from offprincipal.training.defaults import longest_completion
+from offprincipal.training.settings_by_model import longest_completion
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Preview:
 
 def preview(
     model: str | Path,
-    tasks: Sequence[str],
+    tasks: str | Sequence[str],
     prompt: PromptSettings | None = None,
     count: int = 3,
     max_new_tokens: int | None = None,
@@ -71,7 +71,7 @@ def preview(
     >>> found.settings.template, found.shown[0].task
     ('plain', 'add')
     """
-    named = [open_task(name) for name in tasks]
+    named = [open_task(name) for name in task_names(tasks)]
     opened = open_language_model(model, device, trust_remote_code)
     asking = prompting(prompt, opened.tokenizer, named)
     opened = replace(opened, stops=asking.stop_ids)

@@ -21,7 +21,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib import metadata
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from offprincipal.adapters import Isospectral
-from offprincipal.errors import FileError, TrainingError
+from offprincipal.errors import ArgumentError, FileError, TrainingError
 from offprincipal.files import (
     disk_faults_reported,
     exclusively,
@@ -47,12 +47,12 @@ from offprincipal.models.quiet import quiet_libraries, send_no_telemetry
 from offprincipal.recipes import RECIPES
 from offprincipal.tasks import open_task
 from offprincipal.tasks.prompting import prompting
-from offprincipal.training.defaults import by_the_model
 from offprincipal.training.evaluation import evaluate
 from offprincipal.training.monitor import Monitor, base_file, table
 from offprincipal.training.processes import in_main, is_main, join, processes, whole_state
 from offprincipal.training.progress import ShowProgress, StepReport, silent, terminal_progress
-from offprincipal.training.settings import TrainSettings
+from offprincipal.training.settings import TrainSettings, parse_settings
+from offprincipal.training.settings_by_model import by_the_model
 from offprincipal.training.trained import ADAPTER, MASKS, RunModels, prepare
 
 SCHEMA = 1
@@ -86,23 +86,25 @@ _LOGGED = {
 
 
 def train(
-    settings: TrainSettings,
-    out: str | Path,
+    settings: TrainSettings | Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
     *,
     overwrite: bool = False,
     quiet: bool = False,
     progress: ShowProgress | None = None,
     siblings: Iterable[Path] = (),
+    **options: Any,
 ) -> dict[str, Any]:
     """Run a recipe, or continue it where it was killed, or return its record where it is complete.
 
     Args:
-        settings: the run.
+        settings: the run, as `TrainSettings` or a dictionary of them.
         out: its folder; new, empty, or of a run with the same settings.
         overwrite: discard a run that is in the folder.
         quiet: show no progress.
         progress: what shows progress instead of the terminal.
         siblings: folders of other runs; if one measured the same base alike, its measurement stands for this one's.
+        options: in place of `settings`, any of them by name: `recipe="grpo", tasks="add", steps=40`.
 
     Returns:
         The record, as in `run.json`: `schema`, `settings`, `base`, `teacher`, as `base`, where there is one;
@@ -115,7 +117,11 @@ def train(
         TaskError: a task is not usable.
         TrainingError: the model or the folder is not usable, the folder holds another run, or training diverged.
         FileError: another process is training in the folder.
+        ArgumentError: settings are given in two ways, or no folder.
     """
+    settings = _settings_of(settings, options)
+    if out is None:
+        raise ArgumentError("a run needs a folder: name one, as out='runs/mine'")
     require_training_extra()
     from offprincipal.training.recipes import require_usable
 
@@ -145,6 +151,20 @@ def train(
             return _run(settings, folder, progress if progress and is_main() else silent, siblings)
         with terminal_progress(f"{settings.recipe} → {folder}") as show:
             return _run(settings, folder, show, siblings)
+
+
+def _settings_of(settings: TrainSettings | Mapping[str, Any] | None, options: Mapping[str, Any]) -> TrainSettings:
+    """However they were given."""
+    if settings is None:
+        return parse_settings(options)
+    if not isinstance(settings, TrainSettings | Mapping):
+        raise ArgumentError(
+            f"{settings!r} is not TrainSettings, nor a dictionary of settings: give one of them, or settings by name, "
+            "as train(recipe='grpo', tasks='add', out='runs/mine')"
+        )
+    if options:
+        raise ArgumentError(f"both settings and {next(iter(options))} are given: give one of the two")
+    return settings if isinstance(settings, TrainSettings) else parse_settings(settings)
 
 
 def _run(settings: TrainSettings, out: Path, show: ShowProgress, siblings: Iterable[Path]) -> dict[str, Any]:
@@ -259,7 +279,7 @@ def _fit(
     What the run started from is noted only once its data have proved usable, so that a fault in the settings can be
     mended in the same folder.
     """
-    from offprincipal.training.callback import (
+    from offprincipal.training.callbacks import (
         ExactAdapter,
         FrameErrors,
         KeepDeltas,
@@ -315,7 +335,9 @@ def _fit(
 def _say_where(run: Path, last: Path | None) -> None:
     """What a run that was ended goes on from."""
     if last is None:
-        LOG.warning("%s was ended before its first checkpoint and starts again: a smaller save_every keeps more", run)
+        LOG.warning(
+            "%s was stopped before its first checkpoint and restarts from step 0. Lower save_every to lose less", run
+        )
     else:
         LOG.warning("%s goes on after step %s", run, last.name.rpartition("-")[2])
 

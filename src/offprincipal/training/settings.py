@@ -8,6 +8,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -18,6 +19,7 @@ from offprincipal.adapters.adapting import PEFT_NAMES
 from offprincipal.assets import EMBEDDED
 from offprincipal.errors import TrainingError, meant
 from offprincipal.recipes import RECIPES, Recipe, recipe_named
+from offprincipal.tasks import task_names
 from offprincipal.tasks.prompt_settings import PromptSettings
 from offprincipal.training.adapter_settings import AdapterSettings
 from offprincipal.training.monitor.verdicts import parse_watch
@@ -79,14 +81,23 @@ def _several(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _tasks(value: Any) -> Any:
+    """Several in one text are as good as a list."""
+    several = _several(value)
+    listed = isinstance(several, list | tuple) and all(isinstance(name, str) for name in several)
+    return task_names(several) if listed else value
+
+
 Texts = Annotated[tuple[str, ...], BeforeValidator(_several)]
+Tasks = Annotated[tuple[str, ...], BeforeValidator(_tasks)]
 
 
 class TrainSettings(BaseModel):
-    """Everything that decides a run's weights, but for the machine.
+    """Everything that decides a run's weights, but for the machine; TRL's own names for some settings are taken too.
 
     Raises:
-        TrainingError: the batch does not divide as it must, or the recipe lacks a setting or has one of another's.
+        TrainingError: a value is missing, unknown, of the wrong kind or given under both names, which the message
+            names; the batch does not divide as it must, or the recipe lacks a setting or has one of another's.
 
     >>> TrainSettings(recipe="grpo", tasks=("add",)).learning_rate
     1e-05
@@ -98,7 +109,7 @@ class TrainSettings(BaseModel):
         description="; ".join(f"{name}: {recipe.what}" for name, recipe in RECIPES.items())
     )
     model: str = Field(EMBEDDED, description="base model: a folder, a Hugging Face id, or 'embedded'")
-    tasks: Texts = Field(
+    tasks: Tasks = Field(
         min_length=1, description="tasks, in equal shares: add, sort@2, rg:NAME, hf:DATASET; `--list tasks` has some"
     )
     steps: int = Field(80, ge=1, description="optimizer steps")
@@ -121,7 +132,12 @@ class TrainSettings(BaseModel):
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     temperature: float = Field(1.0, gt=0, description="sampling temperature (all but sft)")
-    max_new_tokens: int = Field(8, ge=1, description="longest completion that is sampled in training (all but sft)")
+    max_new_tokens: int = Field(
+        8,
+        ge=1,
+        description="longest completion that is sampled in training (all but sft); where it is not given, 32 after few "
+        "shots and 512 in chat",
+    )
     teacher: str | None = Field(
         None, description="model that distill learns from, with the base's vocabulary: a folder, an id, or 'embedded'"
     )
@@ -132,7 +148,9 @@ class TrainSettings(BaseModel):
     seed: int = Field(0, ge=0, lt=2**32, description="decides training prompts and samples, not the measuring")
     eval_prompts: int = Field(768, ge=0, description="held-out prompts to measure on, before and after; 0: none")
     eval_samples: int = Field(8, ge=1, description="samples for each held-out prompt")
-    eval_max_new_tokens: int = Field(40, ge=1, description="longest completion that is sampled in measuring")
+    eval_max_new_tokens: int = Field(
+        40, ge=1, description="longest completion that is sampled in measuring; where it is not given, 512 in chat"
+    )
     save_every: int = Field(
         16, ge=1, description="steps between the checkpoints that a killed run continues from, or 5 minutes if sooner"
     )
@@ -180,6 +198,17 @@ class TrainSettings(BaseModel):
         None, description="train an adapter, masked entries or singular frames; None: all weights, by AdamW"
     )
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _told_what_was_meant(cls, values: Any, validate: ModelWrapValidatorHandler["TrainSettings"]) -> "TrainSettings":
+        if isinstance(values, Mapping):
+            values = _by_our_names(values)
+        try:
+            return validate(values)
+        except ValidationError as error:
+            faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {_fault(e)}" for e in error.errors())
+            raise TrainingError(f"training settings are not usable: {faults}") from None  # pydantic's says no more
+
     @model_validator(mode="after")
     def _batch_divides(self) -> "TrainSettings":
         if self.recipe in _REWARDED and self.batch % self.rollouts_per_prompt:
@@ -201,7 +230,7 @@ class TrainSettings(BaseModel):
                     f"{name} is a setting of {' and '.join(recipes)}, not of {self.recipe}: leave it out"
                 )
         if self.keep_deltas is not None and self.adapter is not None:
-            raise TrainingError("keep_deltas keeps all weights, which an adapter leaves as they are: leave it out")
+            raise TrainingError("keep_deltas is not supported with an adapter: leave it out")
         if self.vllm is not None and self.recipe not in _REWARDED:
             raise TrainingError(f"vllm samples for {', '.join(_REWARDED)}, not for {self.recipe}: leave it out")
         if self.keep_masters and self.keep_deltas is None:
@@ -262,22 +291,22 @@ def setting_fields() -> dict[str, Any]:
 
 
 def parse_settings(values: Mapping[str, Any]) -> TrainSettings:
-    """Settings from a file's or a command line's values; TRL's own names for some of them are taken too.
+    """Settings from a file's or a command line's values.
 
     Raises:
-        TrainingError: a value is missing, unknown, of the wrong kind or given under both names; the message names it.
+        TrainingError: as `TrainSettings` raises it.
 
-    >>> parse_settings({"recipe": "sft_own", "tasks": ["add"], "steps": "8"}).steps
-    8
+    >>> parse_settings({"recipe": "sft_own", "tasks": "add,sort", "steps": "8"}).tasks
+    ('add', 'sort')
     """
+    return TrainSettings.model_validate(values)
+
+
+def _by_our_names(values: Mapping[str, Any]) -> dict[str, Any]:
     twice = [name for name in values if _AS_TRL_HAS_IT.get(name) in values]
     if twice:
         raise TrainingError(f"{twice[0]} is TRL's name for {_AS_TRL_HAS_IT[twice[0]]}: give one of the two")
-    try:
-        return TrainSettings.model_validate({_AS_TRL_HAS_IT.get(name, name): value for name, value in values.items()})
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {_fault(e)}" for e in error.errors())
-        raise TrainingError(f"training settings are not usable: {faults}") from error
+    return {_AS_TRL_HAS_IT.get(name, name): value for name, value in values.items()}
 
 
 def _fault(error: Mapping[str, Any]) -> str:

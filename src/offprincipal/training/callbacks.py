@@ -90,11 +90,13 @@ class NoSignal(TrainerCallback):
         self._silent = self._silent + 1 if alike >= 1 else -1
         if self._silent == self.FIRST:
             reward, cut = entry["reward"], entry.get("completions/clipped_ratio", 0.0)
-            why = "none was verified" if reward <= -1 else "all were verified" if reward >= 1 else "each prompt's alike"
-            ended = f", and {cut:.0%} did not end within max_new_tokens" if cut else ""
+            why = (
+                "none was verified" if reward <= -1 else "all were verified" if reward >= 1 else "alike in each prompt"
+            )
+            ended = f"; {cut:.0%} did not end within max_new_tokens" if cut else ""
             LOG.warning(
-                "the first %d steps carry no signal: of the completions of every prompt %s%s. Look at them with "
-                "`offprincipal tasks --preview`, and choose other tasks, prompts or lengths",
+                "In the first %d steps every prompt's completions got the same reward (%s%s), so there was no gradient "
+                "signal. Look at them with `offprincipal tasks --preview`, and choose other tasks, prompts or lengths",
                 self.FIRST,
                 why,
                 ended,
