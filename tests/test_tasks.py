@@ -161,7 +161,7 @@ def test_a_scorer_without_reference_answers_can_judge_but_not_teach() -> None:
         ("rg:composite", "by its defaults"),
         ("hf:?prompt=a", "not understood"),
         ("hf:some/data?colour=red", "no option 'colour'"),
-        ("hf:/nowhere/at/all.json", "cannot be read"),
+        ("hf:/nowhere/at/all.json", "is not there"),
     ],
 )
 def test_names_that_open_no_task_say_what_would(name: str, message: str) -> None:

@@ -12,6 +12,7 @@ from offprincipal.models.opening import (
     open_tokenizer,
     require_training_extra,
     resolve_device,
+    to_be_found,
 )
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "open_tokenizer",
     "require_training_extra",
     "resolve_device",
+    "to_be_found",
 ]

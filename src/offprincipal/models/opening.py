@@ -17,6 +17,7 @@ import torch
 
 from offprincipal.assets import EMBEDDED, embedded_base
 from offprincipal.errors import ModelError, install_command
+from offprincipal.hub import asked_once, is_cached
 from offprincipal.models.gguf import SUFFIX, folder_of
 from offprincipal.models.quiet import quiet_libraries
 from offprincipal.models.tokenizer_guard import TOKENIZER, require_tame
@@ -139,34 +140,54 @@ def open_language_model(
     transformers: Any = importlib.import_module("transformers")
     place = resolve_device(device)
     name = model_name(source)
-    with quiet_libraries():
+    with quiet_libraries(), to_be_found(name):
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 name, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
-        except Exception as error:  # unknown ids, bad folders, foreign architectures and lost connections all differ
+        except Exception as error:  # bad folders, foreign architectures and lost connections all differ
             _refuse_own_code(name, "model", error)
             raise ModelError(f"{name} is no causal language model to transformers: {_reason(error)}") from error
-    opened = LanguageModel(model.to(place).eval(), None)
-    try:
-        return _with_tokenizer(opened, name, trust_remote_code)
-    except ModelError:
-        if tokenizer:
-            raise
-        return opened
+        opened = LanguageModel(model.to(place).eval(), None)
+        try:
+            return _with_tokenizer(opened, name, trust_remote_code)
+        except ModelError:
+            if tokenizer:
+                raise
+            return opened
+
+
+@contextmanager
+def to_be_found(name: str) -> Iterator[None]:
+    """While it lasts, a model that is not in a folder is read from the Hub, or from its cache if the Hub is away.
+
+    Args:
+        name: as `model_name` has it.
+
+    Raises:
+        ModelError: it is in neither.
+    """
+    if Path(name).is_dir():
+        yield
+        return
+    with asked_once(name, "model", ModelError) as answers:
+        if not answers and not is_cached(name):
+            raise ModelError(
+                f"{name} is not a local folder; as a model of the Hub it is not in the cache, and the Hub cannot be "
+                "reached (or HF_HUB_OFFLINE is set): check the name and the network"
+            )
+        yield
 
 
 def _with_tokenizer(opened: LanguageModel, name: str, trust_remote_code: bool) -> LanguageModel:
     """The model with the tokenizer beside it, if that can be used."""
-    with quiet_libraries():
-        try:
-            tokenizer = open_tokenizer(name, padding_side="left", trust_remote_code=trust_remote_code)
-        except Exception as error:
-            _refuse_own_code(name, "tokenizer", error)
-            raise ModelError(
-                f"model {name} has no usable tokenizer beside its weights ({_reason(error)}): copy its tokenizer files "
-                "there"
-            ) from error
+    try:
+        tokenizer = open_tokenizer(name, padding_side="left", trust_remote_code=trust_remote_code)
+    except Exception as error:
+        _refuse_own_code(name, "tokenizer", error)
+        raise ModelError(
+            f"model {name} has no usable tokenizer beside its weights ({_reason(error)}): copy its tokenizer files there"
+        ) from error
     try:
         ids = tokenizer("0").input_ids
     except Exception as error:  # settings of any type, which are found out at the first use

@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_LOGGERS = ("transformers", "trl", "datasets", "accelerate")
+_LOGGERS = ("transformers", "trl", "datasets", "accelerate", "huggingface_hub")
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Only errors of transformers, TRL, datasets and accelerate show inside; everything is as before after it."""
+    """Only errors of these libraries show inside; everything is as before after it."""
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     transformers_logging = importlib.import_module("transformers.utils.logging")
     bars = transformers_logging.is_progress_bar_enabled()

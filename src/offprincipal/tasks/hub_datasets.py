@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from offprincipal.errors import TaskError, install_command
+from offprincipal.hub import asked_once
 from offprincipal.tasks.protocol import Problem
 
 PREFIX = "hf:"
@@ -147,14 +148,18 @@ def _load(dataset: str, config: str | None, split: str) -> Any:
             return datasets.load_dataset(_reader(path), data_files=str(path), split=split)
         if path.is_dir():
             _require_few_files(path)
-        return datasets.load_dataset(dataset, config, split=split)
+            return datasets.load_dataset(dataset, config, split=split)
+        if path.suffix.lower() in _READERS:
+            raise TaskError(f"data file {path} is not there: check its path")
+        with asked_once(dataset, "dataset", TaskError):
+            return datasets.load_dataset(dataset, config, split=split)
     except TaskError:
         raise
     except Exception as error:  # the library raises a dozen kinds for unknown names, bad files and lost connections
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TaskError(
-            f"data set '{dataset}' (configuration {config or 'default'}, split '{split}') cannot be read: {reason} "
-            "Check its id or path, and that it is on this machine or there is a network"
+            f"data set '{dataset}' (configuration {config or 'default'}, split '{split}') cannot be read: "
+            f"{reason.rstrip('.')}. Check its id or path, and that it is on this machine or there is a network"
         ) from error
     finally:
         if shown:

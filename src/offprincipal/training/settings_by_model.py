@@ -1,7 +1,7 @@
 """What a run's settings leave to the model: how it is asked, and how long it may write."""
 
 from offprincipal.assets import EMBEDDED
-from offprincipal.models import model_name, open_tokenizer
+from offprincipal.models import model_name, open_tokenizer, to_be_found
 from offprincipal.models.quiet import quiet_libraries
 from offprincipal.tasks.prompt_settings import PromptSettings
 from offprincipal.tasks.prompting import is_character_level, resolved
@@ -13,16 +13,20 @@ _LONGEST = {"plain": 8, "few_shot": 32, "chat": 512}  # tokens of a completion, 
 def by_the_model(settings: TrainSettings) -> TrainSettings:
     """The settings with everything said that its model's tokenizer decides; as they are for a character model.
 
+    Raises:
+        ModelError: there is no such model.
+
     >>> by_the_model(TrainSettings(recipe="grpo", tasks=("add",))).max_new_tokens
     8
     """
     if settings.prompt is None and settings.model == EMBEDDED:
         return settings
-    try:
-        with quiet_libraries():
-            tokenizer = open_tokenizer(model_name(settings.model), trust_remote_code=settings.trust_remote_code)
-    except Exception:  # whatever is wrong with it is said where the model is opened
-        return settings
+    name = model_name(settings.model)
+    with quiet_libraries(), to_be_found(name):
+        try:
+            tokenizer = open_tokenizer(name, trust_remote_code=settings.trust_remote_code)
+        except Exception:  # whatever is wrong with it is said where the model is opened
+            return settings
     if settings.prompt is None and is_character_level(tokenizer):
         return settings
     prompt = resolved(settings.prompt, tokenizer)
