@@ -304,3 +304,20 @@ def test_checkpoints_of_one_run_stand_in_the_order_of_their_steps() -> None:
     shell = [f"runs/grpo/checkpoint-{step}" for step in (10, 100, 2, 20)]
     assert list(named_runs(shell)) == [f"checkpoint-{step}" for step in (2, 10, 20, 100)]
     assert list(named_runs(["b2", "a1", "x=b2"])) == ["b2", "a1", "x"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("gates", "embedded", "run", "--task", "add"),
+        ("intervene", "embedded", "--rotate", "0", "--out", "turned"),
+        ("train", "grpo", "--task", "add", "--out", "run"),
+        ("study", "quick"),
+    ],
+)
+def test_a_command_whose_packages_are_not_installed_says_that_it_needs_them(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("offprincipal.models.opening._EXTRA", ("nobody_has_this",))
+    assert call(monkeypatch, *words) == 2
+    assert f"`offprincipal {words[0]}` needs nobody_has_this: pip install" in capsys.readouterr().err

@@ -397,6 +397,18 @@ def test_settings_are_refused_alike_however_they_are_given(tiny_model: Path, tmp
         train(settings(tiny_model))
 
 
+def test_data_with_too_few_prompts_are_refused_before_the_base_is_measured(tiny_model: Path, tmp_path: Path) -> None:
+    reports: list[StepReport] = []
+    kept = {split: next(f"{i}+1=" for i in range(99) if split_of(f"{i}+1=") == split) for split in ("train", "eval")}
+    for split, lacking in (("train", "held out to measure on"), ("eval", "left to learn from")):
+        rows = [{"question": kept[split], "answer": "1"}] * 2
+        (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        run = settings(tiny_model, tasks=f"hf:{tmp_path / 'few.jsonl'}", eval_prompts=4)
+        with pytest.raises(TaskError, match=rf"too few prompts \(1\): none is {lacking}.*at least 50, or"):
+            train(run, tmp_path / "run", progress=reports.append)
+        assert not reports and not (tmp_path / "run").exists()
+
+
 def test_a_run_is_given_by_keywords_or_a_dictionary_too(tiny_model: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"recipe": "sft_own", "model": str(tiny_model), "tasks": "count@1,add@1", "max_steps": 1}
     given |= {"batch": 4, "eval_prompts": 0, "device": "cpu"}

@@ -36,8 +36,8 @@ def asked_once(name: str, kind: Literal["model", "dataset"], refusal: type[OffPr
 def is_cached(model: str) -> bool:
     """Whether anything of a model is in the Hub library's cache."""
     hub: Any = importlib.import_module("huggingface_hub")
-    folder = hub.file_download.repo_folder_name(repo_id=model, repo_type="model")
-    return (Path(hub.constants.HF_HUB_CACHE) / folder).is_dir()
+    folder: str = hub.file_download.repo_folder_name(repo_id=model, repo_type="model")
+    return Path(hub.constants.HF_HUB_CACHE, folder).is_dir()
 
 
 def _answers(name: str, kind: Literal["model", "dataset"], refusal: type[OffPrincipalError]) -> bool:

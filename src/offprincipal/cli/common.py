@@ -80,10 +80,10 @@ def _options(
     """What did post-training do to the weights: geometry, precision, or step length?"""
 
 
-def require_training() -> None:
+def require_training(command: str) -> None:
     from offprincipal.models import require_training_extra
 
-    require_training_extra()
+    require_training_extra(f"`offprincipal {command}`")
 
 
 def named_runs(tuned: list[str]) -> Any:

@@ -515,7 +515,7 @@ def gates(
 
     Runs the models, so it needs the [train] extra. Writes gates.json.
     """
-    require_training()
+    require_training("gates")
     from offprincipal.comparison.tables import require_none_replaced
     from offprincipal.files import require_folder
     from offprincipal.gates import measure_gates

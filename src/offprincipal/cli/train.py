@@ -78,7 +78,7 @@ def study(
 
     If interrupted, rerun the same command to continue. Writes study.json, report.html, one folder per run, and tables.
     """
-    require_training()
+    require_training("study")
     from offprincipal.paper import load_profile
     from offprincipal.reports.fine_tuning import fine_tuning_figures
     from offprincipal.reports.terminal import claims_table, fine_tuning_tables, runs_table
@@ -153,7 +153,7 @@ def train(
 
     An adapter is merged into the model in --out, and also saved on its own in OUT/adapter.
     """
-    require_training()
+    require_training("train")
     from offprincipal.reports.terminal import runs_table
     from offprincipal.studies.overrides import apply_override
     from offprincipal.training import parse_settings
@@ -211,7 +211,7 @@ def intervene(
 
     Writes an ordinary Hugging Face folder with intervention.json, which `offprincipal undo` reads after training.
     """
-    require_training()
+    require_training("intervene")
     from offprincipal import interventions
     from offprincipal.reports.terminal import proof_lines
 
@@ -255,7 +255,7 @@ def undo(
     overwrite: Replace = False,
 ) -> None:
     """Map a model that was trained after an intervention back into the base's coordinates, and prove it."""
-    require_training()
+    require_training("undo")
     from offprincipal import interventions
     from offprincipal.reports.terminal import proof_lines
 
@@ -299,7 +299,7 @@ def tasks(
     if not preview:
         Console().print(_list_of("tasks"))
         return
-    require_training()
+    require_training("tasks --preview")
     from offprincipal.studies.overrides import apply_override
     from offprincipal.training.preview import preview as ask
     from offprincipal.training.settings import parse_settings

@@ -100,11 +100,18 @@ class LanguageModel:
             )
 
 
-def require_training_extra() -> None:
-    """Raises ModelError where the packages that training needs are not installed."""
+def require_training_extra(wanted: str) -> None:
+    """Check that what runs models is installed.
+
+    Args:
+        wanted: what needs it, for the message.
+
+    Raises:
+        ModelError: some of it is not.
+    """
     absent = [package for package in _EXTRA if importlib.util.find_spec(package) is None]
     if absent:
-        raise ModelError(f"training needs {', '.join(absent)}: {install_command('train')}")
+        raise ModelError(f"{wanted} needs {', '.join(absent)}: {install_command('train')}")
 
 
 def resolve_device(device: str) -> str:
@@ -136,7 +143,7 @@ def open_language_model(
         ModelError: there is no such model, it is no causal language model, its tokenizer is missing or unusable, or it
             needs Python of its own that is not trusted.
     """
-    require_training_extra()
+    require_training_extra("opening a language model")
     transformers: Any = importlib.import_module("transformers")
     place = resolve_device(device)
     name = model_name(source)
@@ -186,7 +193,8 @@ def _with_tokenizer(opened: LanguageModel, name: str, trust_remote_code: bool) -
     except Exception as error:
         _refuse_own_code(name, "tokenizer", error)
         raise ModelError(
-            f"model {name} has no usable tokenizer beside its weights ({_reason(error)}): copy its tokenizer files there"
+            f"model {name} has no usable tokenizer beside its weights ({_reason(error)}): copy its tokenizer files "
+            "there"
         ) from error
     try:
         ids = tokenizer("0").input_ids

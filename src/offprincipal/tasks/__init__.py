@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from offprincipal.errors import TaskError
 from offprincipal.tasks.protocol import Problem, Task
-from offprincipal.tasks.split import Split, mixture, problems, split_of
+from offprincipal.tasks.split import Split, mixture, problems, require_problems, split_of
 from offprincipal.tasks.symbolic import SymbolicTask, symbolic_kinds
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "mixture",
     "open_task",
     "problems",
+    "require_problems",
     "split_of",
     "symbolic_kinds",
     "task_names",

@@ -15,6 +15,7 @@ from offprincipal.tasks.protocol import Problem, Task
 Split = Literal["train", "eval"]
 EVAL_SHARE = 0.1
 _MAX_TRIES = 10_000
+_ENOUGH = 50  # prompts, of which none is held out once in two hundred times
 
 
 def split_of(prompt: str) -> Split:
@@ -33,14 +34,31 @@ def problems(task: Task, split: Split, seed: int = 0) -> Iterator[Problem]:
     Raises:
         TaskError: 10,000 seeds in a row gave no prompt of this split.
     """
-    misses = 0
+    missed: list[str] = []
     for i in itertools.count():
         problem = task.problem(seed * 1_000_003 + i)
         if split_of(problem.prompt) == split:
-            misses = 0
+            missed.clear()
             yield problem
-        elif (misses := misses + 1) >= _MAX_TRIES:
-            raise TaskError(f"task '{task.name}' gave no {split} prompt in {_MAX_TRIES} tries: it has too few prompts")
+            continue
+        missed.append(problem.prompt)
+        if len(missed) >= _MAX_TRIES:
+            lacking = "held out to measure on" if split == "eval" else "left to learn from"
+            raise TaskError(
+                f"task '{task.name}' has too few prompts ({len(set(missed))}): none is {lacking}. One in ten is held "
+                f"out, by a hash of its text: give at least {_ENOUGH}, or train with eval_prompts=0, which needs none "
+                "held out"
+            )
+
+
+def require_problems(task: Task, *splits: Split) -> None:
+    """Check that a task has problems of these splits, before anything is made of it.
+
+    Raises:
+        TaskError: it has none of one of them.
+    """
+    for split in splits:
+        next(problems(task, split))
 
 
 def mixture(tasks: Sequence[Task], split: Split, size: int, seed: int = 0) -> list[Problem]:

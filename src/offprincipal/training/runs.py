@@ -45,7 +45,7 @@ from offprincipal.memory import freed_memory_kept
 from offprincipal.models import LanguageModel, identify, model_name, open_language_model, require_training_extra
 from offprincipal.models.quiet import quiet_libraries, send_no_telemetry
 from offprincipal.recipes import RECIPES
-from offprincipal.tasks import open_task
+from offprincipal.tasks import Split, open_task, require_problems
 from offprincipal.tasks.prompting import prompting
 from offprincipal.training.evaluation import evaluate
 from offprincipal.training.monitor import Monitor, base_file, table
@@ -122,13 +122,14 @@ def train(
     settings = _settings_of(settings, options)
     if out is None:
         raise ArgumentError("a run needs a folder: name one, as out='runs/mine'")
-    require_training_extra()
+    require_training_extra("training")
     from offprincipal.training.recipes import require_usable
 
     send_no_telemetry()
     join(settings.device)
+    needed: tuple[Split, ...] = ("train", "eval") if settings.eval_prompts else ("train",)
     for name in settings.tasks:
-        open_task(name)  # what cannot be used is refused before a model is opened
+        require_problems(open_task(name), *needed)  # what cannot be used is refused before a model is opened
     require_usable(settings)
     settings = by_the_model(settings)
     folder = Path(out).expanduser()
