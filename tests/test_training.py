@@ -18,6 +18,7 @@ from offprincipal import apply_delta, trajectory
 from offprincipal.errors import ArgumentError, FileError, ModelError, OffPrincipalError, TaskError, TrainingError
 from offprincipal.models import open_language_model
 from offprincipal.tasks import mixture, open_task, split_of
+from offprincipal.tasks.prompt_settings import PromptSettings
 from offprincipal.training import (
     StepReport,
     TrainSettings,
@@ -26,6 +27,7 @@ from offprincipal.training import (
     terminal_progress,
     train,
 )
+from offprincipal.training.adapter_settings import AdapterSettings
 from offprincipal.training.callbacks import SaveSlowSteps
 from offprincipal.training.evaluation import standard_error
 
@@ -395,6 +397,17 @@ def test_settings_are_refused_alike_however_they_are_given(tiny_model: Path, tmp
         train(settings(tiny_model), tmp_path / "run", steps=3)
     with pytest.raises(ArgumentError, match="needs a folder: name one, as out="):
         train(settings(tiny_model))
+
+
+def test_settings_of_adapters_and_prompts_are_refused_so_too() -> None:
+    with pytest.raises(TrainingError, match=r"adapter.rnak: there is no such setting: did you mean adapter.rank"):
+        AdapterSettings(method="lora", rnak=2)  # type: ignore[call-arg]
+    with pytest.raises(TrainingError, match=r"adapter\.rank: Input should be greater than or equal to 1$"):
+        AdapterSettings(method="lora", rank=0)
+    with pytest.raises(TaskError, match=r"prompt.shot: there is no such setting: did you mean prompt.shots"):
+        PromptSettings(shot=2)  # type: ignore[call-arg]
+    with pytest.raises(TaskError, match=r"prompt\.shots: Input should be greater"):
+        TrainSettings(recipe="grpo", tasks=("add",), prompt={"shots": 0})  # type: ignore[arg-type]
 
 
 def test_data_with_too_few_prompts_are_refused_before_the_base_is_measured(tiny_model: Path, tmp_path: Path) -> None:

@@ -2,10 +2,20 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
-from offprincipal.errors import TaskError
+from offprincipal.errors import TaskError, meant, setting_faults
 
+_UNDER = "prompt."
 TEMPLATES = ("plain", "few_shot", "chat")
 ANSWERS = ("exact", "number", "boxed", "tag", "math")
 FUNCTION = ".py:"
@@ -46,17 +56,29 @@ class PromptSettings(BaseModel):
         None, description="texts that end a completion, each within one token; a line's end for few_shot if not given"
     )
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _told_what_was_meant(
+        cls, given: Any, validate: ModelWrapValidatorHandler["PromptSettings"]
+    ) -> "PromptSettings":
+        try:
+            return validate(given)
+        except ValidationError as error:
+            raise TaskError(
+                f"settings of the prompt are not usable: {setting_faults(error.errors(), _UNDER, _unknown)}"
+            ) from None
+
     @model_validator(mode="after")
     def _fits(self) -> "PromptSettings":
         template = self.template
         if template is not None and template not in TEMPLATES and "{{" not in template:
             raise TaskError(
-                f"there is no prompt template '{template}': choose of {', '.join(TEMPLATES)}, or write Jinja with "
+                f"there is no prompt template '{template}': choose one of {', '.join(TEMPLATES)}, or write Jinja with "
                 f"{{{{ {PLACE} }}}}"
             )
         if self.answer is not None and self.answer not in ANSWERS and FUNCTION not in self.answer:
             raise TaskError(
-                f"there is no way '{self.answer}' to read an answer: choose of {', '.join(ANSWERS)}, or "
+                f"there is no way '{self.answer}' to read an answer: choose one of {', '.join(ANSWERS)}, or "
                 "FILE.py:FUNCTION"
             )
         for name, owners in (("shots", ("few_shot",)), ("system", ("chat",)), ("chat_options", ("chat",))):
@@ -72,3 +94,8 @@ class PromptSettings(BaseModel):
     def _what_is_given(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = whole(self)
         return {name: value for name, value in values.items() if value is not None}
+
+
+def _unknown(name: str) -> str:
+    known = [_UNDER + field for field in PromptSettings.model_fields]
+    return f"there is no such setting: {meant(name, known, '`train --list settings` has all')}"

@@ -1,14 +1,27 @@
 """Settings of how a model is trained where not whole: the method, and what each method may be told."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from offprincipal.adapter_methods import ADAPTER_METHODS
 from offprincipal.adapters import KINDS, Kind
+from offprincipal.adapters.adapting import PEFT_NAMES
 from offprincipal.adapters.choosing import Scope
 from offprincipal.defaults import RANK_FRACTION
-from offprincipal.errors import TrainingError, meant
+from offprincipal.errors import TrainingError, meant, setting_faults
+
+_UNDER = "adapter."
 
 
 class AdapterSettings(BaseModel):
@@ -50,6 +63,21 @@ class AdapterSettings(BaseModel):
         """The kind of mask."""
         return self.mask or "safe"
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _told_what_was_meant(
+        cls, given: Any, validate: ModelWrapValidatorHandler["AdapterSettings"]
+    ) -> "AdapterSettings":
+        if isinstance(given, Mapping) and "method" not in given:
+            raise TrainingError(
+                "rank, mask and density are of an adapter: name it, as in --adapter lora or --adapter sparse"
+            )
+        try:
+            return validate(given)
+        except ValidationError as error:
+            faults = setting_faults(error.errors(), _UNDER, _unknown)
+            raise TrainingError(f"settings of the adapter are not usable: {faults}") from None
+
     @model_validator(mode="after")
     def _belong_to_the_method(self) -> "AdapterSettings":
         if self.method not in ADAPTER_METHODS:
@@ -67,3 +95,10 @@ class AdapterSettings(BaseModel):
     def _what_is_given(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = whole(self)
         return {name: value for name, value in values.items() if value is not None}
+
+
+def _unknown(name: str) -> str:
+    if ours := PEFT_NAMES.get(name.removeprefix(_UNDER)):
+        return f"there is no such setting: it is called {_UNDER}{ours} here"
+    known = [_UNDER + field for field in AdapterSettings.model_fields]
+    return f"there is no such setting: {meant(name, known, '`train --list settings` has all')}"

@@ -15,9 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-from offprincipal.adapters.adapting import PEFT_NAMES
 from offprincipal.assets import EMBEDDED
-from offprincipal.errors import TrainingError, meant
+from offprincipal.errors import TrainingError, meant, setting_faults
 from offprincipal.recipes import RECIPES, Recipe, recipe_named
 from offprincipal.tasks import task_names
 from offprincipal.tasks.prompt_settings import PromptSettings
@@ -206,7 +205,7 @@ class TrainSettings(BaseModel):
         try:
             return validate(values)
         except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {_fault(e)}" for e in error.errors())
+            faults = setting_faults(error.errors(), "", _unknown)
             raise TrainingError(f"training settings are not usable: {faults}") from None  # pydantic's says no more
 
     @model_validator(mode="after")
@@ -309,19 +308,9 @@ def _by_our_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return {_AS_TRL_HAS_IT.get(name, name): value for name, value in values.items()}
 
 
-def _fault(error: Mapping[str, Any]) -> str:
-    """What pydantic says of a value; of a setting that there is not, what may have been meant."""
-    if error["type"] == "missing" and error["loc"] == ("adapter", "method"):
-        return "rank, mask and density are of an adapter: name it, as in --adapter lora or --adapter sparse"
-    if error["type"] != "extra_forbidden":
-        return str(error["msg"])
-    if error["loc"][0] == "adapter" and (ours := PEFT_NAMES.get(str(error["loc"][-1]))):
-        return f"there is no such setting: it is called adapter.{ours} here"
-    if ours := _TRLS.get(str(error["loc"][-1])):
+def _unknown(name: str) -> str:
+    """What may have been meant by a setting that there is not."""
+    if ours := _TRLS.get(name):
         return f"there is no such setting; here it is {ours}"
-    hint = meant(
-        ".".join(map(str, error["loc"])),
-        [*setting_fields(), *_AS_TRL_HAS_IT],
-        "`train --list settings` has all, and an option of TRL's is trl.NAME",
-    )
-    return f"there is no such setting: {hint}"
+    otherwise = "`train --list settings` has all, and an option of TRL's is trl.NAME"
+    return f"there is no such setting: {meant(name, [*setting_fields(), *_AS_TRL_HAS_IT], otherwise)}"
