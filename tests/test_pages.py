@@ -36,7 +36,7 @@ def test_the_tour_runs(
         "tour/rl", "tour/sft"
     )  # a random model earns nothing by RL
     exec(compile(ready, "tour.md", "exec"), {})
-    assert "rows, one a run and matrix" in capsys.readouterr().out
+    assert "rows, one per run and matrix" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("*.md")], ids=lambda page: str(page.relative_to(ROOT)))
