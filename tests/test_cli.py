@@ -221,6 +221,22 @@ def test_what_there_is_to_choose_is_listed(
     assert all(name in said for name in names)
 
 
+def test_lists_are_whole_off_a_terminal_and_data_when_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["offprincipal", "compare", "--list"])
+    monkeypatch.setenv("COLUMNS", "40")
+    with pytest.raises(SystemExit):
+        main()
+    name = "principal_angle_left_mean_deg_isotropic_null"
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == [name]]
+    assert "mean left principal angle after a Gaussian update of equal norm (degrees)" in line
+    for words in (("--list", "--json"), ("--json", "--list")):
+        assert call(monkeypatch, "compare", *words) == 0
+        listed = json.loads(capsys.readouterr().out)
+        assert listed[name]["unit"] == "degrees" and listed[name]["group"] == "subspace"
+
+
 def test_no_help_loses_what_stands_in_brackets(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from offprincipal import make_delta, trajectory
 from offprincipal.errors import ArgumentError, CheckpointError, FileError
 from offprincipal.reports.trajectory import _some_of as shown_of
 from offprincipal.reports.trajectory import figure_of as page_of
+from offprincipal.reports.trajectory import trajectory_sentences, trajectory_table
 from offprincipal.trajectories import measure, scalars
 from offprincipal.trajectories.sources import expanded, label_of, steps_of
 from offprincipal.trajectories.trajectory import JSON, TABLE
@@ -217,6 +218,9 @@ def test_no_change_and_one_checkpoint(run: tuple[Path, Path, list[Weights]]) -> 
     base, root, _ = run
     one = trajectory(base, [root / "checkpoint-5"]).content["pooled"]
     assert (one["straightness"]["value"], one["rank1_share"]["value"], one["verdict"]) == (1.0, 1.0, "cannot tell")
+    (line,) = trajectory_sentences(trajectory(base, [root / "checkpoint-5"]).content)  # which no table follows
+    assert line.startswith("One checkpoint, ") and "no way to follow" in line and "100" not in line
+    assert not trajectory_table(trajectory(base, [root / "checkpoint-5"]).content).renderables
     still = trajectory(base, [base, base], steps=[1, 2]).content["pooled"]
     assert still["path_length"] == 0 and still["straightness"]["value"] is None
     assert still["unchanged_fraction"] == [1.0, 1.0]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from offprincipal.errors import ArgumentError, OffPrincipalError
 
@@ -145,6 +145,7 @@ def _exists(path: str) -> bool:
         return False
 
 
+_UNBROKEN = 1000  # columns, more than any line has
 PATIENCE = 60.0  # seconds between progress lines if there is no terminal, as in a batch job's log
 
 
@@ -229,6 +230,12 @@ def direction_progress() -> Iterator[Any]:
             bar.update(line, completed=done, total=total, run=escaped(run))
 
         yield show
+
+
+def print_list(table: RenderableType) -> None:
+    """A list of names and what is said of them; off a terminal no line is broken, so that names can be searched for."""
+    console = Console()
+    (console if console.is_terminal else Console(width=_UNBROKEN)).print(table)
 
 
 def say(text: str, style: str | None = None, soft_wrap: bool = True) -> None:

@@ -1,5 +1,6 @@
 """Commands that measure checkpoints: compare, preflight, trajectory, gates."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from offprincipal.cli.common import (
     matrix_progress,
     named_masters,
     named_runs,
+    print_list,
     require_training,
     resumable,
     say,
@@ -34,9 +36,12 @@ if TYPE_CHECKING:
 def _print_metrics(wanted: bool) -> None:
     if wanted:
         from offprincipal.measures.columns import METRICS
-        from offprincipal.reports.terminal import metrics_table
+        from offprincipal.reports.terminal import as_shown_json, metrics_json, metrics_table
 
-        Console().print(metrics_table(METRICS))
+        if "--json" in sys.argv:  # an eager option sees no other that stands behind it
+            print(as_shown_json(metrics_json(METRICS)))
+        else:
+            print_list(metrics_table(METRICS))
         raise typer.Exit
 
 
@@ -70,7 +75,7 @@ def compare(
             "--list",
             callback=_print_metrics,
             is_eager=True,
-            help="List every metric with its group, and exit.",
+            help="List every metric with its group, and exit; as JSON with --json.",
             rich_help_panel=WHAT,
         ),
     ] = False,

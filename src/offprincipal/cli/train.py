@@ -9,7 +9,7 @@ from rich.table import Table
 
 from offprincipal.adapter_methods import ADAPTER_METHODS, LOW_RANK
 from offprincipal.assets import EMBEDDED
-from offprincipal.cli.common import TRAINING, Out, app, require_training, resumable, say
+from offprincipal.cli.common import TRAINING, Out, app, print_list, require_training, resumable, say
 from offprincipal.errors import ArgumentError
 from offprincipal.recipes import RECIPES
 
@@ -24,7 +24,7 @@ def _print_profiles(wanted: bool) -> None:
         from offprincipal.paper import load_profile, profile_names
         from offprincipal.reports.terminal import profiles_table
 
-        Console().print(profiles_table(map(load_profile, profile_names()), lambda p: len(p.training_stages())))
+        print_list(profiles_table(map(load_profile, profile_names()), lambda p: len(p.training_stages())))
         raise typer.Exit
 
 
@@ -50,7 +50,7 @@ def _list_of(what: str) -> Table:
 
 def _print_list(what: str | None) -> None:
     if what is not None:
-        Console().print(_list_of(what))
+        print_list(_list_of(what))
         raise typer.Exit
 
 
@@ -267,7 +267,7 @@ def undo(
 @app.command(hidden=True)
 def settings() -> None:
     """List every training setting with its default: `train --list settings`."""
-    Console().print(_list_of("settings"))
+    print_list(_list_of("settings"))
 
 
 @app.command(rich_help_panel=TRAINING)
@@ -297,7 +297,7 @@ def tasks(
     from offprincipal.reports.terminal import preview_lines
 
     if not preview:
-        Console().print(_list_of("tasks"))
+        print_list(_list_of("tasks"))
         return
     require_training("tasks --preview")
     from offprincipal.studies.overrides import apply_override

@@ -344,6 +344,15 @@ def metrics_table(metrics: Iterable["Metric"]) -> Table:
     return table
 
 
+def metrics_json(metrics: Iterable["Metric"]) -> dict[str, dict[str, str]]:
+    """The same as data: figure -> its group, what it means, its unit and its source."""
+    return {
+        column.name: {"group": metric.group, "meaning": column.meaning, "unit": column.unit, "source": metric.source}
+        for metric in metrics
+        for column in metric.columns
+    }
+
+
 def profiles_table(profiles: Iterable["Profile"], runs_of: Callable[["Profile"], int]) -> Table:
     """Shipped studies: their names, what they ask, and how many runs they train."""
     table = _lean()

@@ -38,12 +38,14 @@ _METHODS = ("#0b6e99", "#c2570c", "#1c2733")
 
 
 def trajectory_table(content: Mapping[str, Any]) -> Group:
-    """The whole model beside the walks, then one row a checkpoint, then one a role.
+    """The whole model beside the walks, then one row a checkpoint, then one a role; of one checkpoint nothing.
 
     Args:
         content: `trajectory.json`.
     """
     whole = content["pooled"]
+    if len(content["steps"]) < 2:
+        return Group()
     beside = Table(Column("", no_wrap=True), box=SIMPLE, title=BESIDE)
     for title in BESIDE_COLUMNS:
         beside.add_column(title.replace(", ", ",\n"), justify="right")
@@ -117,12 +119,18 @@ def trajectory_sentences(content: Mapping[str, Any]) -> list[str]:
     whole, count = content["pooled"], len(content["steps"])
     if whole["path_length"] == 0:
         return ["No weight moved at any checkpoint."]
+    if count < 2:
+        return [
+            f"One checkpoint, {numbers.number(whole['relative_norms'][0])} times the base's norm from the base, with "
+            f"{numbers.percent(whole['unchanged_fraction'][0])} of its weights unchanged: no way to follow; give two "
+            "or more, or `offprincipal compare` it."
+        ]
     drift, share, line = whole["drift"], whole["rank1_share"], whole["linearity_r2"]
     said = {
         "ballistic": "Ballistic: steps far apart in time go the same way",
         "diffusive with drift": "Diffusive with drift: steps far apart share some direction",
         "diffusive": "Diffusive: steps far apart share next to no direction",
-        "cannot tell": f"{count} checkpoint{'s' * (count > 1)}, as stored, cannot tell a walk from a line",
+        "cannot tell": f"{count} checkpoints, as stored, cannot tell a walk from a line",
     }[whole["verdict"]]
     line_cosine = numbers.decimals(drift["stored_line_null"])
     cosine = (
@@ -191,9 +199,9 @@ def write_figure(out: Path, content: Mapping[str, Any]) -> Path:
 def summary_html(content: Mapping[str, Any]) -> str:
     """What the tables come to, and each figure beside its nulls, as HTML; names are text."""
     said = [*content["warnings"], *trajectory_sentences(content)]
-    return "".join(f"<p>{html.escape(plain(text))}</p>" for text in said) + html_table(
-        ["", *BESIDE_COLUMNS], beside_rows(content), BESIDE
-    )
+    text = "".join(f"<p>{html.escape(plain(sentence))}</p>" for sentence in said)
+    several = len(content["steps"]) > 1
+    return text + html_table(["", *BESIDE_COLUMNS], beside_rows(content), BESIDE) if several else text
 
 
 def figure_of(content: Mapping[str, Any]) -> graph_objects.Figure:
