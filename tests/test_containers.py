@@ -156,7 +156,7 @@ def test_folders_and_files_of_others_are_said(pair: tuple[Path, Path]) -> None:
         for arguments, code in (
             ([str(base), str(work / "closed"), "--out", str(work / "none")], 2),
             ([str(base), str(tuned), "--out", str(work / "closed" / "out")], 2),
-            ([str(base), str(tuned), "--out", str(work / "out"), "--metrics", "changes"], 0),
+            ([str(base), str(tuned), "--out", str(work / "out"), "--metrics", "changes", "--overwrite"], 0),
         ):
             done = run([*NOBODY, *COMPARE, *arguments], HOME="/")
             assert done.returncode == code and "Traceback" not in done.stderr, (arguments, done.stderr)
