@@ -24,12 +24,14 @@ from test_cli import call
 from test_training import KILLED, record_of, settings
 from train_monitored import BATCH, STEPS, fit, trainer_of
 from transformers import (
+    AttentionInterface,
     BartConfig,
     BartForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
     TrainerCallback,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import offprincipal
 from offprincipal.adapters import shira
@@ -171,6 +173,22 @@ class TestDivergence:
         alone = log_probabilities(model, sequences)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(log_probabilities(model, sequences), alone)
+
+    def test_float32_weights_are_measured_where_their_attention_takes_16_bits_alone(self, tiny_model: Path) -> None:
+        """As FlashAttention does, under autocast."""
+
+        def flash(module: Any, query: torch.Tensor, *others: Any, **options: Any) -> Any:
+            assert torch.is_autocast_enabled("cpu")  # which tells it what to cast to
+            return sdpa_attention_forward(module, query, *others, **options)
+
+        AttentionInterface.register("flash_of_this_test", flash)
+        model, sequences = opened(tiny_model), sequences_of(BATCH)
+        alone = log_probabilities(model, sequences)
+        model.config._attn_implementation = "flash_of_this_test"
+        assert torch.equal(log_probabilities(model, sequences), alone)
+        assert model.config._attn_implementation == "flash_of_this_test"
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert model(input_ids=sequences.ids).logits.isfinite().all()
 
     def test_its_memory_is_bounded(self) -> None:
         rows = [[1] * 100] * 50

@@ -126,7 +126,7 @@ def log_probabilities(model: Any, sequences: PaddedSequences) -> Tensor:
     inputs: dict[str, Any] = {"input_ids": sequences.ids.to(device), "attention_mask": sequences.mask.to(device)}
     if hasattr(getattr(model, "config", None), "use_cache"):
         inputs["use_cache"] = False
-    with undisturbed(model), without_autocast(model, device.type):
+    with undisturbed(model), in_precision_of_weights(model):
         try:
             output = model(**inputs)
         except Exception as error:  # whatever a model raises where it wants other inputs
@@ -172,21 +172,29 @@ def undisturbed(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def without_autocast(model: Any, device: str) -> Iterator[None]:
+def in_precision_of_weights(model: Any) -> Iterator[None]:
     """Forward passes in the weights' own precision, whatever surrounds them, and past accelerate's own autocast.
 
     accelerate replaces `forward` of a model that it prepares by one that enters autocast, and keeps the former beside
-    it.
+    it. FlashAttention takes 16 bits alone, so that in its place float32 weights attend by torch's kernel.
     """
+    weight = next(iter(model.parameters()))
     wrapped = [(module, module.forward) for module in model.modules() if "_original_forward" in vars(module)]
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    kernels = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]
+    flash = [(config, kernel) for config, kernel in kernels if weight.dtype == torch.float32 and "flash" in str(kernel)]
     try:
         for module, _ in wrapped:
             module.forward = module._original_forward
-        with torch.autocast(device, enabled=False):
+        for config, _ in flash:
+            config._attn_implementation = "sdpa"
+        with torch.autocast(weight.device.type, enabled=False):
             yield
     finally:
         for module, forward in wrapped:
             module.forward = forward
+        for config, kernel in flash:  # the whole model's before those of its parts, which it sets too
+            config._attn_implementation = kernel
 
 
 def _reshard(model: Any) -> None:
