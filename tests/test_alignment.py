@@ -105,7 +105,7 @@ def test_what_is_called_alike_twice_is_not_guessed(tmp_path: Path) -> None:
     }
     base = open_checkpoint(write_model(tmp_path / "base", weights))
     tuned = open_checkpoint(write_model(tmp_path / "tuned", twice), base)
-    with pytest.raises(CheckpointError, match=r"are no pair: 0%.*base alone has .*embed_tokens.*actor\."):
+    with pytest.raises(CheckpointError, match=r"do not match: only 0%.*the base has .*embed_tokens.*actor\."):
         pair_tensors(base, tuned)
 
 
@@ -259,7 +259,7 @@ class TestWhatOneAloneHas:
 
     def test_strict_refuses_it(self, folders: dict[str, Path]) -> None:
         strict = CompareSettings(metrics=("location",), strict=True)
-        with pytest.raises(CheckpointError, match=r"run lacks 3 tensors: .*mtp\.0.*leave --strict out"):
+        with pytest.raises(CheckpointError, match=r"run lacks 3 tensors: .*mtp\.0.*omit --strict"):
             compare(folders["base"], [folders["run"]], strict, cache=False)
 
     def test_pipelines_can_ask_for_it(
@@ -280,7 +280,7 @@ class TestWhatOneAloneHas:
         other = {f"something.{name}": tensor for name, tensor in weights.items() if "norm" not in name}
         norms = {name: tensor for name, tensor in weights.items() if "norm" in name}
         base = open_checkpoint(write_model(tmp_path / "base", weights))
-        with pytest.raises(CheckpointError, match=r"no pair: \d+% of their parameters are in both"):
+        with pytest.raises(CheckpointError, match=r"do not match: only \d+% of their parameters are in both"):
             pair_tensors(base, open_checkpoint(write_model(tmp_path / "other", other | norms), base))
 
     def test_gates_want_every_parameter_of_the_model(self, tiny_model: Path, tmp_path: Path) -> None:

@@ -357,9 +357,9 @@ def lora_tensors(names: list[str], rank: int = 2) -> dict[str, Tensor]:
 
 CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": None}
 BAD_CONFIGS: dict[str, tuple[object, str]] = {
-    "no object": ([CONFIG], "no JSON object"),
+    "no object": ([CONFIG], "not contain a JSON object"),
     "no kind": ({"r": 2}, "bad peft_type"),
-    "another kind": (CONFIG | {"peft_type": "LOHA"}, "'LOHA', which is not read"),
+    "another kind": (CONFIG | {"peft_type": "LOHA"}, "'LOHA', which is not supported"),
     "no name of a kind": (CONFIG | {"peft_type": ["LORA"]}, "bad peft_type"),
     "rank 0": (CONFIG | {"r": 0}, "bad r: "),
     "rank is text": (CONFIG | {"r": "2"}, "bad r: "),
@@ -372,7 +372,7 @@ BAD_CONFIGS: dict[str, tuple[object, str]] = {
     "alpha is huge": (CONFIG | {"lora_alpha": 10**400}, "bad lora_alpha"),
     "pattern is a list": (CONFIG | {"alpha_pattern": ["q_proj"]}, "bad alpha_pattern"),
     "pattern of NaN": (CONFIG | {"alpha_pattern": {"q_proj": float("nan")}}, "bad alpha_pattern"),
-    "pattern is no pattern": (CONFIG | {"alpha_pattern": {"q_proj(": 1}}, "no regular expression"),
+    "pattern is no pattern": (CONFIG | {"alpha_pattern": {"q_proj(": 1}}, "not a regular expression"),
     "pattern without end": (CONFIG | {"alpha_pattern": {"(a+)+$": 1}}, "too complex"),
     "pattern of options": (CONFIG | {"rank_pattern": {"[a-z]?" * 30 + "[a-z]" * 30: 1}}, "too complex"),
     "nested options": (CONFIG | {"rank_pattern": {"(((a?)?)?)?(((b?)?)?)?": 1}}, "too complex"),
@@ -413,11 +413,11 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(tmp_path: Path, plain_a
         "cube": (tensors | {f"{first}.lora_A.weight": torch.ones(2, 8, 1)}, "not of the rank"),
         "half": ({name: tensor for name, tensor in tensors.items() if "lora_A" in name}, "not both"),
         "elsewhere": ({name.replace("q_proj", "qkv"): tensor for name, tensor in tensors.items()}, "has not"),
-        "no adapter": ({"base_model.model.model.norm.weight": torch.ones(8)}, "holds no weights of an adapter"),
+        "no adapter": ({"base_model.model.model.norm.weight": torch.ones(8)}, "has no weights of a supported adapter"),
         "unknown": (tensors | {"base_model.model.model.layers.0.oft_R.weight": torch.ones(2)}, "has not"),
         "a vector": (
             {name.replace("layers.0.self_attn.q_proj", "norm"): tensors[name] for name in tensors},
-            "no matrix",
+            "not a matrix",
         ),
         "whole numbers": ({name: tensor.int() for name, tensor in tensors.items()}, "no floating-point numbers"),
         "no places": ({f"{first}.shira_weight": torch.ones(2)}, "lacks the places"),
@@ -452,7 +452,7 @@ def test_an_adapter_without_a_usable_base_says_so(tmp_path: Path, plain_adapter:
         None: "names no base",
         "": "names no base",
         str(tmp_path / "gone"): "cannot be opened: .* does not exist",
-        str(folder): "is an adapter too",
+        str(folder): "is itself an adapter",
         "x" * 5000: "cannot be opened",
         "a\0b": "cannot be opened",
     }.items():
@@ -553,10 +553,10 @@ def test_a_bad_torch_file_is_refused_by_name_and_never_run(tmp_path: Path) -> No
         "truncated": (lambda path: truncate(path, weights), "truncated or corrupt"),
         "empty": (lambda path: path.write_bytes(b""), "truncated or corrupt"),
         "text": (lambda path: path.write_text("version https://git-lfs"), "truncated or corrupt"),
-        "list": (lambda path: torch.save([torch.ones(2)], path), "no dictionary of tensors"),
-        "tensor": (lambda path: torch.save(torch.ones(2), path), "no dictionary of tensors"),
-        "nothing": (lambda path: torch.save({}, path), "no dictionary of tensors"),
-        "numbers": (lambda path: torch.save({1: torch.ones(2)}, path), "no dictionary of tensors"),
+        "list": (lambda path: torch.save([torch.ones(2)], path), "not a dictionary of tensors"),
+        "tensor": (lambda path: torch.save(torch.ones(2), path), "not a dictionary of tensors"),
+        "nothing": (lambda path: torch.save({}, path), "not a dictionary of tensors"),
+        "numbers": (lambda path: torch.save({1: torch.ones(2)}, path), "not a dictionary of tensors"),
         "nested": (lambda path: torch.save({"model": weights | {"n": 3}}, path), "'n' .* is int, not a tensor"),
         "sparse": (lambda path: torch.save({"x": torch.ones(2, 2).to_sparse()}, path), "sparse_tensor, not a tensor"),
         "expanded": (lambda path: torch.save({"x": torch.ones(1).expand(2**40)}, path), "repeats its entries"),
@@ -737,7 +737,7 @@ class TestDistributed:
             metadata_of("getattr", b"cbuiltins\ngetattr\n(S'x'\nS'__class__'\ntR."): r"names builtins\.getattr",
             metadata_of("module", b"cantigravity\nfly\n."): r"names antigravity\.fly",
             metadata_of("empty", b""): "truncated or corrupt",
-            metadata_of("list", pickle.dumps([1])): "no metadata of a distributed checkpoint",
+            metadata_of("list", pickle.dumps([1])): "not the metadata of a distributed checkpoint",
             metadata_of("persistent", b"Px\n."): "truncated or corrupt",
             edited("parent", lambda metadata: place(metadata, relative_path="../x.distcp")): "not a file inside",
             edited("absolute", lambda metadata: place(metadata, relative_path="/etc/passwd")): "not a file inside",
@@ -756,7 +756,7 @@ class TestDistributed:
                 ),
             ): "outside it",
             edited("large", lambda metadata: enlarge(metadata.state_dict_metadata["a.weight"])): "fewer bytes",
-            edited("no model", lambda metadata: metadata.state_dict_metadata.clear()): "no model's tensors",
+            edited("no model", lambda metadata: metadata.state_dict_metadata.clear()): "not contain a model's tensors",
         }
         for folder, says in faults.items():
             with pytest.raises(CheckpointError, match=says) as error:
@@ -853,7 +853,7 @@ def test_pickles_of_the_hub_are_read_where_there_is_nothing_else(tmp_path: Path,
     cached(tmp_path / "home", "org/old", {"main": HASH}, torch.save, "pytorch_model.bin")
     cached(tmp_path / "home", "org/none", {"main": HASH}, torch.save, "weights.gguf")
     assert hub("org/old") == "org/old x.weight 4.0"
-    assert "holds no weights" in hub("org/none")
+    assert "has no weights" in hub("org/none")
 
 
 def test_an_adapter_of_the_hub_finds_its_base_there(tmp_path: Path, hub: Callable[..., str]) -> None:
@@ -876,7 +876,7 @@ def test_what_cannot_be_got_from_the_hub_is_said(hub: Callable[..., str]) -> Non
     assert "HF_HUB_OFFLINE is set" in hub("org/absent")
     assert "HF_HUB_OFFLINE is set" in hub("org/name@v2")
     assert "cannot be reached" in hub("org/absent", HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
-    assert "is no Hub id" in hub("org/na--me")
+    assert "is not a Hub id" in hub("org/na--me")
     for source in ("org/name/more", "org/name@../../x", "./org/absent", "/org/absent", "org /name", "org/"):
         assert "does not exist" in hub(source), source
 

@@ -78,10 +78,10 @@ def bad_folders(tmp_path: Path) -> dict[str, tuple[Path, str]]:
 
     file = tmp_path / "file"
     file.write_text("no folder")
-    found["file"] = (file, "is no file of weights")
+    found["file"] = (file, "is not a file of weights")
     empty = tmp_path / "empty"
     empty.mkdir()
-    found["empty"] = (empty, "is no model")
+    found["empty"] = (empty, "is not a model")
 
     truncated = model("truncated")
     path = truncated / "model.safetensors"
@@ -112,7 +112,7 @@ def bad_folders(tmp_path: Path) -> dict[str, tuple[Path, str]]:
     state = tmp_path / "state"
     state.mkdir()
     torch.save(weights, state / "state.pt")
-    found["only a pickle"] = (state, "holds only files of torch.save")
+    found["only a pickle"] = (state, "contains only files of torch.save")
 
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -183,7 +183,7 @@ def test_no_header_length_is_taken_for_a_pickle(tmp_path: Path) -> None:
 
 def test_a_pipe_in_place_of_the_weights_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="is no model"):
+    with pytest.raises(CheckpointError, match="is not a model"):
         open_checkpoint(tmp_path)
 
 

@@ -106,10 +106,10 @@ def test_what_is_wrong_with_them_is_said_and_nothing_is_run(tmp_path: Path) -> N
             r"builtin\w*\.getattr\), which could run",
         ),
         "old pickle": (lambda folder: (folder / second).write_bytes(pickle.dumps(Bomb(mark))), "truncated or corrupt"),
-        "list": (lambda folder: torch.save([torch.ones(2)], folder / second), "no dictionary of tensors"),
+        "list": (lambda folder: torch.save([torch.ones(2)], folder / second), "not a dictionary of tensors"),
         "plain part": (
             lambda folder: torch.save({name: torch.ones(2, 2) for name in base_weights()}, folder / second),
-            "no DTensor in every rank",
+            "not a DTensor in every rank",
         ),
     }
     for fault, (damage, says) in faults.items():

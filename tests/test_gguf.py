@@ -120,11 +120,11 @@ def test_names_are_those_of_the_package(arch: str) -> None:
 
 def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "m.gguf", some_weights(), "bloom")
-    with pytest.raises(CheckpointError, match=r"of architecture 'bloom', whose layout .* converted from"):
+    with pytest.raises(CheckpointError, match=r"has architecture 'bloom', whose GGUF layout .* converted from"):
         open_checkpoint(path)
     (tmp_path / "folder").mkdir()
     path.rename(tmp_path / "folder" / "m.gguf")
-    with pytest.raises(CheckpointError, match=r"holds m\.gguf, which is to be named itself"):
+    with pytest.raises(CheckpointError, match=r"contains m\.gguf; give the path of that file"):
         open_checkpoint(tmp_path / "folder")
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(CheckpointError, match=r"pip install .*\[gguf\]'"):

@@ -61,7 +61,7 @@ def test_what_is_not_whole_here_is_refused(tiny_model: Path) -> None:
         open_checkpoint(nn.Linear(2, 2, device="meta"))
     with pytest.raises(CheckpointError, match="weight of Holder in memory is of complex64"):
         open_checkpoint(Holder({"weight": torch.ones(2, dtype=torch.complex64)}))
-    with pytest.raises(CheckpointError, match="is no model: give a folder"):
+    with pytest.raises(CheckpointError, match="is not a model: give a folder"):
         compare(tiny_model, {"run": base.state_dict()})  # type: ignore[dict-item]
     with pytest.raises(ArgumentError, match="workers of Ray cannot see"):
         compare(tiny_model, base, ray="local")

@@ -431,7 +431,7 @@ def test_a_folder_in_use_is_not_written_over(base: Path, tmp_path: Path) -> None
     (out / "thesis.tex").unlink()
     intervene(base, out, rotate=[0])
     refused(r"--overwrite \(overwrite=True\)", out, lambda: intervene(base, out, rotate=[1]))
-    refused("holds a model that is read", out, lambda: intervene(out, out, rotate=[1], overwrite=True))
+    refused("contains a model that is being read", out, lambda: intervene(out, out, rotate=[1], overwrite=True))
     (tmp_path / ".out.part").mkdir()  # of a process that was killed
     intervene(base, out, rotate=[1], overwrite=True)
     assert read_record(out).request.rotate == (1,)

@@ -72,7 +72,7 @@ def test_its_optimizers_weights_are_the_masters(tmp_path: Path) -> None:
 def test_layers_that_are_stacked_otherwise_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megatron_ranks, "boxes", lambda name, shape, ranks: [(tuple(0 for _ in shape), shape)])
     folder = write_megatron(tmp_path / "run", megatrons(usual(0)))
-    with pytest.raises(CheckpointError, match="does not hold one layer a chunk, as Megatron writes them"):
+    with pytest.raises(CheckpointError, match="does not have one layer per chunk, as Megatron writes them"):
         open_checkpoint(folder)
 
 

@@ -427,7 +427,7 @@ class TestConditions:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"stop_if": "spectral_shift_per_norm = 5"}, "no condition: write METRIC > NUMBER"),
+            ({"stop_if": "spectral_shift_per_norm = 5"}, "not a condition: write METRIC > NUMBER"),
             ({"warn_if": ["spectral_shift > 1", "reward > 1"]}, "no metric 'reward' is measured"),
             ({"every": 0}, "steps of at least 1, or 'auto'"),
             ({"every": "often"}, "steps of at least 1, or 'auto'"),

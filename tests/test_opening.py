@@ -55,7 +55,7 @@ def test_shards_without_an_index_are_one_model(form: str, tmp_path: Path) -> Non
     assert_whole(open_checkpoint(tmp_path))
     assert_whole(open_checkpoint(tmp_path / form.format(2, 3)))
     (tmp_path / form.format(2, 3)).unlink()
-    with pytest.raises(CheckpointError, match="holds 2 of the 3 shards"):
+    with pytest.raises(CheckpointError, match="has 2 of the 3 shards"):
         open_checkpoint(tmp_path)
 
 
@@ -70,7 +70,7 @@ def test_several_files_of_weights_are_not_guessed_among(tmp_path: Path) -> None:
     for name in ("ema", "last"):
         save_file(WEIGHTS, tmp_path / f"{name}.safetensors")
     with pytest.raises(
-        CheckpointError, match=r"2 files of weights and no index, ema\.safetensors, last\.safetensors: name"
+        CheckpointError, match=r"2 files of weights and no index, ema\.safetensors, last\.safetensors: give one"
     ):
         open_checkpoint(tmp_path)
     assert_whole(open_checkpoint(tmp_path / "ema.safetensors"))
@@ -91,7 +91,7 @@ def test_one_file_of_torch_is_a_model(name: str, tmp_path: Path) -> None:
     if name == "pytorch_model_fsdp.bin":
         assert_whole(open_checkpoint(tmp_path))
     else:
-        with pytest.raises(CheckpointError, match=rf"files of torch.save .*{name}.*name the one that is meant"):
+        with pytest.raises(CheckpointError, match=rf"files of torch.save .*{name}.*give the path of one"):
             open_checkpoint(tmp_path)
 
 
@@ -118,9 +118,9 @@ def test_weights_that_are_not_read_are_named(name: str, whose: str, tmp_path: Pa
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "model-Q4.gguf").write_bytes(b"GGUF")
     (tmp_path / "notes.txt").write_text("no")
-    with pytest.raises(CheckpointError, match=r"holds model-Q4\.gguf, which is to be named itself"):
+    with pytest.raises(CheckpointError, match=r"contains model-Q4\.gguf; give the path of that file"):
         open_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match=r"notes\.txt is no file of weights"):
+    with pytest.raises(CheckpointError, match=r"notes\.txt is not a file of weights"):
         open_checkpoint(tmp_path / "notes.txt")
 
 
@@ -136,7 +136,9 @@ def test_the_one_model_inside_of_a_run_is_taken(inside: str, tmp_path: Path) -> 
 def test_of_several_models_inside_the_candidates_are_listed_by_their_steps(tmp_path: Path) -> None:
     for step in (100, 20, 5):
         write_model(tmp_path / f"checkpoint-{step}", WEIGHTS)
-    with pytest.raises(CheckpointError, match="3 models, checkpoint-5, checkpoint-20, checkpoint-100: name the one"):
+    with pytest.raises(
+        CheckpointError, match="3 models, checkpoint-5, checkpoint-20, checkpoint-100: give one of them"
+    ):
         open_checkpoint(tmp_path)
 
 
@@ -147,7 +149,7 @@ def test_links_lead_nowhere_and_masters_are_no_model(tmp_path: Path) -> None:
     save_file(WEIGHTS, root / "masters" / "model.safetensors")
     (root / "link").symlink_to(tmp_path / "elsewhere")
     (root / "round").symlink_to(root)
-    with pytest.raises(CheckpointError, match="root is no model: it has neither"):
+    with pytest.raises(CheckpointError, match="root is not a model: it has neither"):
         open_checkpoint(root)
 
 
@@ -238,9 +240,9 @@ class TestHub:
 
         assert found("org/run@step_*") == str(["org/run@step_10", "org/run@step_200"])
         assert found("org/run@main") == str(["org/run@main"])
-        assert "none of the 4 revisions of the Hub's org/run fits (main, step_10" in found("org/run@epoch_*")
-        assert "is no Hub id: it reads org/name@PATTERN" in found("../run@step_*")
-        assert "cannot get org/run@step_* from the Hub" in found("org/run@step_*", HF_HUB_OFFLINE="1")
+        assert "none of the 4 revisions of org/run on the Hub matches (main, step_10" in found("org/run@epoch_*")
+        assert "is not a Hub id: write org/name@PATTERN" in found("../run@step_*")
+        assert "cannot download org/run@step_* from the Hub" in found("org/run@step_*", HF_HUB_OFFLINE="1")
 
     @staticmethod
     def opened(source: str, environment: dict[str, str]) -> str:
@@ -314,5 +316,5 @@ def test_a_folder_of_nanochat_is_its_model(tmp_path: Path) -> None:
         zip(weights, ("q", "k", "v", "o", "up", "embedding"), strict=True)
     )
     torch.save(weights, tmp_path / "model_000700.pt")
-    with pytest.raises(CheckpointError, match="name the one that is meant"):
+    with pytest.raises(CheckpointError, match="give the path of one"):
         open_checkpoint(tmp_path)

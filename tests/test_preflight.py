@@ -165,4 +165,4 @@ def test_the_command_says_what_the_library_does(tmp_path: Path) -> None:
     shown = subprocess.run([*command, "--learning-rate", "3e-9"], capture_output=True, text=True, check=True)
     assert "move 0\xa0% of the weights" in " ".join(shown.stdout.split("\n")) and "<b>base" not in shown.stderr
     refused = subprocess.run([*command, "--learning-rate", "-1"], capture_output=True, text=True)
-    assert refused.returncode == 2 and "give a number above 0" in refused.stderr
+    assert refused.returncode == 2 and "give a number between 0 and 1" in refused.stderr

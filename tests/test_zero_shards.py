@@ -77,7 +77,7 @@ def test_what_is_wrong_with_them_is_said_and_nothing_is_run(tmp_path: Path) -> N
     mark = tmp_path / "mark"
     optimizer, model = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "zero_pp_rank_1_mp_rank_00_model_states.pt"
     faults: dict[str, tuple[Callable[[Path], object], str]] = {
-        "no optimizer": (lambda at: (at / optimizer).unlink(), "1 of the 2 ranks' states"),
+        "no optimizer": (lambda at: (at / optimizer).unlink(), "the states of 1 of 2 ranks"),
         "no first optimizer": (
             lambda at: (at / optimizer.replace("rank_1", "rank_0")).unlink(),
             "lacks the optimizer states of rank 0",
@@ -98,7 +98,7 @@ def test_what_is_wrong_with_them_is_said_and_nothing_is_run(tmp_path: Path) -> N
         ),
         "something else": (
             lambda at: torch.save({"x": 1}, at / optimizer.replace("rank_1", "rank_0")),
-            "not laid out as ZeRO",
+            "not have the layout of a ZeRO",
         ),
     }
     groups = [{"a.weight": torch.arange(30.0).reshape(5, 6), "b.weight": torch.arange(7.0)}]
@@ -115,7 +115,7 @@ def test_latest_leads_nowhere_else(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     for name in ("../elsewhere/global_step3", str(tmp_path / "elsewhere" / "global_step3"), "..", "\0", "x" * 10_000):
         (tmp_path / "run" / "latest").write_text(name)
-        with pytest.raises(CheckpointError, match="is no model"):
+        with pytest.raises(CheckpointError, match="is not a model"):
             open_checkpoint(tmp_path / "run")
 
 

@@ -15,7 +15,7 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
 }
-_LEFT_OUT = ("only_in_base", "only_in_run", "differing_unmeasured")  # numbers of tensors that were not compared
+_LEFT_OUT = ("only_in_base", "only_in_run", "differing_unmeasured")  # counts of tensors that were not compared
 _FORM = re.compile(r"^\s*(\w+)\s*(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*$")
 
 
@@ -31,7 +31,7 @@ class Threshold:
         return f"{self.metric} {self.operator} {self.threshold:g}"
 
     def held_by_value(self, value: float | None) -> bool:
-        """Whether a value of the metric fulfils it; an undefined one does not.
+        """Whether a value of the metric satisfies it; an undefined value does not.
 
         >>> parse_threshold("x > 1", ["x"]).held_by_value(2.0), parse_threshold("x > 1", ["x"]).held_by_value(None)
         (True, False)
@@ -46,17 +46,17 @@ def parse_threshold(text: str, names: Sequence[str]) -> Threshold:
         names: the metrics that are measured.
 
     Raises:
-        ArgumentError: it is not of the form `METRIC > NUMBER`, or names no metric of these.
+        ArgumentError: it does not have the form `METRIC > NUMBER`, or the metric is not one of these.
 
     >>> str(parse_threshold("spectral_shift > .5", ["spectral_shift"]))
     'spectral_shift > 0.5'
     """
     match = _FORM.match(text)
     if not match:
-        raise ArgumentError(f"'{text}' is no condition: write METRIC > NUMBER, with one of > >= < <=")
+        raise ArgumentError(f"'{text}' is not a condition: write METRIC > NUMBER, with one of > >= < <=")
     if match[1] not in names:
         close = [name for name in names if match[1] in name or name in match[1]]
-        few = f"there are {', '.join(close)}" if close else "`offprincipal compare --list` has all metrics"
+        few = f"there are {', '.join(close)}" if close else "`offprincipal compare --list` lists all metrics"
         hint = meant(match[1], names, few)
         raise ArgumentError(f"no metric '{match[1]}' is measured for '{text}': {hint}")
     return Threshold(match[1], match[2], float(match[3]))
@@ -71,7 +71,7 @@ class Condition(Threshold):
         return [run for run in summary["runs"] if self._value(summary, run) is None]
 
     def held_by(self, summary: dict[str, Any]) -> list[str]:
-        """One phrase for each run in which the condition holds; an undefined metric holds no condition."""
+        """One phrase for each run in which the condition is true; an undefined metric satisfies no condition."""
         found = []
         for run in summary["runs"]:
             value = self._value(summary, run)
@@ -95,8 +95,8 @@ def parse_condition(text: str, groups: tuple[Group, ...] = GROUPS) -> Condition:
         groups: the metric groups that are measured.
 
     Raises:
-        ArgumentError: it is not of the form `METRIC > NUMBER`, or names no pooled metric of these groups, nor a number
-            of tensors that were left out: `only_in_base`, `only_in_run`, `differing_unmeasured`.
+        ArgumentError: it does not have the form `METRIC > NUMBER`, or the metric is neither a pooled metric of these
+            groups nor a count of tensors that were not compared: `only_in_base`, `only_in_run`, `differing_unmeasured`.
 
     >>> str(parse_condition("principal_angle_left_max_deg > 10"))
     'principal_angle_left_max_deg > 10'

@@ -1,4 +1,4 @@
-"""Make a delta between two checkpoints, and apply one: tensor by tensor, without loss, guarded by hashes of both."""
+"""Make a delta between two checkpoints, and apply one: tensor by tensor, losslessly, checked by hashes of both."""
 
 import json
 from collections.abc import Iterator
@@ -38,11 +38,13 @@ _STORED = FLOATS | INTEGERS
 
 @dataclass(frozen=True)
 class Made:
-    """What a delta came to.
+    """The size of a delta.
 
     Args:
-        path: the file; bytes: its size; whole: bytes of the tuned weights.
-        entries, changed: of the tensors that both have; places, values: bits a changed entry.
+        path: the file.
+        bytes: its size; whole: the size of the tuned weights.
+        entries, changed: number of entries, and of changed entries, in the tensors that both sides have.
+        places, values: bits per changed entry for its index and for its value; None if nothing changed.
     """
 
     path: Path
@@ -57,25 +59,33 @@ class Made:
 def make_delta(
     base: str | Path, tuned: str | Path, out: str | Path, format: str = "delta", *, progress: Progress | None = None
 ) -> Made:
-    """Write what leads from a base to a checkpoint tuned from it.
+    """Write the changes from a base to a checkpoint tuned from it into one file.
 
     Args:
-        base, tuned: whatever `offprincipal compare` opens.
-        out: the file; one by our own format ends in `.delta`.
-        format: `delta`, or `sparse-safetensors`: `NAME.idx` (int32, flat places) and `NAME.val` of what changed, as TRL
-            exchanges weights with vLLM; it holds neither hashes nor what the base has not.
+        base, tuned: any checkpoints that `offprincipal compare` opens.
+        out: the file; its name ends in `.delta`, or in `.safetensors` for the other format.
+        format: `delta`, or `sparse-safetensors`: `NAME.idx` (int32, flat indices) and `NAME.val` of the changed
+            entries, as TRL exchanges weights with vLLM; without hashes, and without tensors that the base lacks.
         progress: called with entries done, entries in all, and the tensor's name.
 
     Raises:
-        CheckpointError: one cannot be read, they have no tensor in common, or `tuned` is an adapter.
-        ArgumentError: `out` is called otherwise; FileError: it cannot be written.
+        CheckpointError: a checkpoint cannot be read, the two have no tensor in common, or `tuned` is an adapter.
+        ArgumentError: the format is unknown, or the name of `out` has another ending.
+        FileError: the file cannot be written.
+
+    >>> import tempfile
+    >>> from offprincipal.assets import embedded_base
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     made = make_delta(embedded_base(), embedded_base(), Path(folder) / "same.delta")
+    >>> made.changed, made.bytes < made.whole / 100
+    (0, True)
     """
     path = Path(out)
     if format not in FORMATS:
-        raise ArgumentError(f"no format '{format}': choose of {', '.join(FORMATS)}")
+        raise ArgumentError(f"no format '{format}': choose one of {', '.join(FORMATS)}")
     ends = SUFFIX if format == "delta" else ".safetensors"
     if path.suffix != ends:
-        raise ArgumentError(f"--out {path} is to be a file that ends in {ends}")
+        raise ArgumentError(f"--out {path} has another ending than {ends}: give a file name that ends in {ends}")
     require_folder(path.parent)
     if Path(tuned).is_dir() and is_adapter(Path(tuned)) and not is_usual(Path(tuned)):
         raise _of_an_adapter(tuned)
@@ -86,7 +96,7 @@ def make_delta(
     sides = as_stored(opened), as_stored(run)
     if not {key_of(name) for name in sides[0].tensors} & {key_of(name) for name in sides[1].tensors}:
         raise CheckpointError(
-            f"no tensor of {run.source} is called as one of {opened.source}: is this the base it was trained from?"
+            f"no tensor of {run.source} has the name of one of {opened.source}: is this the base it was trained from?"
         )
     write = _write_delta if format == "delta" else _write_sparse
     return write(path, opened, run, sides, progress)
@@ -95,18 +105,34 @@ def make_delta(
 def apply_delta(
     base: str | Path, delta: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress | None = None
 ) -> Path:
-    """Write the checkpoint that a delta leads to, as a Hugging Face folder: whole or not at all.
+    """Restore the tuned checkpoint from a base and a delta, as a Hugging Face folder; on failure nothing is written.
 
     Args:
-        base: what the delta was made from; delta: a `.delta` file.
-        out: the folder; overwrite: replace what is there.
+        base: the checkpoint that the delta was made from.
+        delta: a `.delta` file.
+        out: the folder.
+        overwrite: replace a model in the folder.
+        progress: called with entries done, entries in all, and the tensor's name.
+
+    Returns:
+        The folder.
 
     Raises:
-        CheckpointError: the base is another, or the delta is damaged; FileError: the folder cannot be written.
+        ArgumentError: `delta` is not a `.delta` file.
+        CheckpointError: the base is not the one that the delta was made from, or the delta is damaged.
+        FileError: the folder cannot be written.
+
+    >>> import tempfile
+    >>> from offprincipal.assets import embedded_base
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     made = make_delta(embedded_base(), embedded_base(), Path(folder) / "same.delta")
+    ...     model = apply_delta(embedded_base(), made.path, Path(folder) / "model")
+    ...     (model / "config.json").is_file()
+    True
     """
     folder, path = Path(out), Path(delta)
     if path.suffix != SUFFIX or not is_file(path):
-        raise ArgumentError(f"{path} is no {SUFFIX} file")
+        raise ArgumentError(f"{path} is not a {SUFFIX} file")
     opened = open_checkpoint(base)
     file = DeltaFile(path, as_stored(opened))
     with new_folder(folder, (WEIGHTS, INDEX), overwrite, (*opened.folders, path.parent), "a model") as made:
@@ -165,12 +191,12 @@ def _write_sparse(
     for info, source, before, after in _pairs(sides, progress):
         if before is None or source != info.name:
             raise CheckpointError(
-                f"{base.source} has no {info.name} of that shape and type: give --format delta, which keeps it"
+                f"{base.source} has no {info.name} of that shape and type: use --format delta, which can store it"
             )
         places = np.flatnonzero(before.view(f"u{before.dtype.itemsize}") != after.view(f"u{after.dtype.itemsize}"))
         entries, changed, whole = entries + info.numel, changed + len(places), whole + after.nbytes
         if info.numel > 2**31:
-            raise CheckpointError(f"{info.name} has more entries than 32-bit places can tell: give --format delta")
+            raise CheckpointError(f"{info.name} has too many entries for 32-bit indices: use --format delta")
         if len(places):
             tensors[f"{info.name}.idx"] = torch.from_numpy(places.astype(np.int32))
             tensors[f"{info.name}.val"] = as_tensor(after[places], info.dtype, (len(places),))
@@ -191,7 +217,7 @@ def _write_sparse(
 def _pairs(
     sides: tuple[Stored, Stored], progress: Progress | None
 ) -> Iterator[tuple[TensorInfo, str | None, Any, Any]]:
-    """Every tensor of the tuned side, with the base's of its name, or else called alike, of one shape and type."""
+    """Every tensor of the tuned side, with the base's tensor of the same (or an equivalent) name, shape and type."""
     base, tuned = sides
     alike: dict[str, list[str]] = {}
     for name in base.tensors:
@@ -199,7 +225,7 @@ def _pairs(
     total, done = sum(info.numel for info in tuned.tensors.values()), 0
     for name, info in tuned.tensors.items():
         if info.dtype not in _STORED:
-            raise CheckpointError(f"{name} holds {info.dtype}, of which no delta is made: convert it first")
+            raise CheckpointError(f"{name} has type {info.dtype}, which deltas cannot store: convert it first")
         named = [name] if name in base.tensors else alike.get(key_of(name), [])
         source = named[0] if len(named) == 1 else None
         if source is not None:
@@ -219,7 +245,7 @@ def _write_bytes(path: Path, blobs: dict[str, bytes], metadata: dict[str, str]) 
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write safetensors with the metadata in order: the library's own order is another in every process."""
+    """Write safetensors with sorted metadata: the library's own order differs from process to process."""
     save_file(tensors, path, metadata)
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -13,7 +13,7 @@ from urllib.request import url2pathname
 
 
 def install_command(extra: str) -> str:
-    """What installs an extra of ours, from where this was installed: an index, or a folder such as a clone.
+    """The command that installs one of our extras from the same source: an index, or a folder such as a clone.
 
     >>> "[train]" in install_command("train")
     True
@@ -24,15 +24,20 @@ def install_command(extra: str) -> str:
         if url.scheme == "file":
             editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
             return f"pip install {editable}'{url2pathname(url.path)}[{extra}]'"
-    except (PackageNotFoundError, ValueError, AttributeError, OSError):  # not installed, or by what tells nothing
+    except (
+        PackageNotFoundError,
+        ValueError,
+        AttributeError,
+        OSError,
+    ):  # not installed, or by an installer that records no source
         pass
     return f"pip install 'offprincipal[{extra}]'"
 
 
 def meant(given: str, known: Iterable[str], otherwise: str) -> str:
-    """Which names may be meant by one that is not known, as the end of a message; `otherwise` where none is near it.
+    """The end of a message about an unknown name: the known names that are close to it, or `otherwise` if none is.
 
-    >>> meant("loaction", ["location", "spectrum"], "choose of location, spectrum")
+    >>> meant("loaction", ["location", "spectrum"], "choose one of location, spectrum")
     'did you mean location?'
     """
     near = get_close_matches(given, list(known), n=3)
@@ -61,7 +66,7 @@ class OffPrincipalError(Exception):
 
 
 class CheckpointError(OffPrincipalError):
-    """A folder is no usable checkpoint, or two checkpoints do not belong together."""
+    """A folder is not a usable checkpoint, or two checkpoints do not belong together."""
 
 
 class NonFiniteTensor(OffPrincipalError):
@@ -69,7 +74,7 @@ class NonFiniteTensor(OffPrincipalError):
 
 
 class FileError(OffPrincipalError):
-    """A file or folder of ours cannot be read or written."""
+    """A file or folder that offprincipal writes cannot be read or written."""
 
 
 class TaskError(OffPrincipalError):
@@ -89,7 +94,7 @@ class StudyError(OffPrincipalError):
 
 
 class InterventionError(OffPrincipalError):
-    """A model's weights cannot be changed as asked without changing its function, or a record is not that model's."""
+    """A model's weights cannot be changed as requested without changing its function, or a record does not fit it."""
 
 
 class AdapterError(OffPrincipalError):
@@ -97,4 +102,4 @@ class AdapterError(OffPrincipalError):
 
 
 class ArgumentError(OffPrincipalError):
-    """An argument is outside what it may be."""
+    """An argument is invalid or out of range."""

@@ -1,4 +1,4 @@
-"""Files that we write: whole or absent. Knows nothing of what is in them, but that JSON holds no NaN."""
+"""Writing files whole or not at all. Knows nothing about their content, except that JSON has no NaN."""
 
 import errno
 import json
@@ -26,10 +26,10 @@ _PATIENCE = 5.0  # seconds: a process that was just killed may still be on its w
 
 
 def require_folder(out: Path) -> None:
-    """Make an output folder, or say why that cannot be.
+    """Create an output folder if it does not exist.
 
     Raises:
-        FileError: it is a file, or it may not be written.
+        FileError: the path is a file, or the folder cannot be created or written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -41,15 +41,15 @@ def require_folder(out: Path) -> None:
 
 @contextmanager
 def exclusively(out: Path, beside: bool = False) -> Iterator[None]:
-    """Hold a folder against other processes, of this machine or another that sees it; a killed one lets go by itself.
+    """Lock a folder against other processes, on this machine or another that shares it.
 
-    The lock lies in the folder and goes when it is let go.
+    A killed process releases its lock. The lock is a file in the folder, and is removed when it is released.
 
     Args:
-        beside: the lock lies beside the folder, which may not be there yet, or is replaced as a whole.
+        beside: put the lock next to the folder instead, which may not exist yet or may be replaced as a whole.
 
     Raises:
-        FileError: another process holds it, and did not let go within five seconds; or it cannot be locked.
+        FileError: another process holds the lock for more than five seconds; or the folder cannot be locked.
     """
     path = out.parent / f".{out.name}{_LOCK}" if beside else out / _LOCK
     lock = FileLock(path, timeout=_PATIENCE)
@@ -64,12 +64,12 @@ def exclusively(out: Path, beside: bool = False) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            path.unlink(missing_ok=True)  # who waits for it sees that it is gone, and makes another
+            path.unlink(missing_ok=True)  # a waiting process sees that it is gone, and creates another
         lock.release()
 
 
 def follow_umask(folder: Path) -> None:
-    """Give a folder that we made, and what is in it, the modes that the umask leaves: libraries write some 0600."""
+    """Give a folder that we created, and its content, the modes of the umask: libraries write some files as 0600."""
     for path in (folder, *folder.rglob("*")):
         if not path.is_symlink():
             path.chmod((0o777 if path.is_dir() else 0o666) & ~_UMASK)
@@ -79,15 +79,15 @@ def follow_umask(folder: Path) -> None:
 def new_folder(
     out: Path, marks: tuple[str, ...], overwrite: bool, kept: tuple[Path | None, ...], what: str
 ) -> Iterator[Path]:
-    """A folder to fill, which is renamed to `out` when the block ends well and removed when it does not.
+    """A folder to fill, which is renamed to `out` if the block succeeds and removed if it fails.
 
     Args:
-        out: absent or empty; with `overwrite` it may hold one of the files `marks`, and is then replaced.
-        kept: folders that are read from, which may not be replaced.
-        what: is written there: "an intervention".
+        out: absent or empty; with `overwrite` it may contain one of the files `marks`, and is then replaced.
+        kept: folders that are read from, which must not be replaced.
+        what: name of the content for messages, e.g. "an intervention".
 
     Raises:
-        FileError: `out` holds something else or a folder that is read from, cannot be written, or another process is
+        FileError: `out` contains other files or a folder that is read from, cannot be written, or another process is
             writing there.
     """
     out = out.expanduser().resolve()
@@ -114,19 +114,21 @@ def _require_replaceable(
     if not out.exists():
         return
     if not out.is_dir():
-        raise FileError(f"output path {out} is a file: name a folder")
+        raise FileError(f"output path {out} is a file: give a folder")
     if not any(out.iterdir()):
         return
     if any(folder is not None and folder.resolve().is_relative_to(out.resolve()) for folder in kept):
-        raise FileError(f"output folder {out} holds a model that is read: choose another --out")
+        raise FileError(f"output folder {out} contains a model that is being read: choose another --out")
     if not any((out / mark).is_file() for mark in marks):
-        raise FileError(f"output folder {out} holds files that are not {what}'s: choose another --out")
+        raise FileError(f"output folder {out} contains other files than {what}: choose another --out")
     if not overwrite:
-        raise FileError(f"output folder {out} holds {what}: choose another --out, or --overwrite (overwrite=True) it")
+        raise FileError(
+            f"output folder {out} contains {what}: choose another --out, or pass --overwrite (overwrite=True)"
+        )
 
 
 def _replace_folder(out: Path, part: Path) -> None:
-    """Put a finished folder in the place of what is there, which is gone only when the other is in its place."""
+    """Replace what is at `out` by a finished folder; the old content is removed only after that."""
     if not out.exists():
         part.rename(out)
         return
@@ -139,10 +141,10 @@ def _replace_folder(out: Path, part: Path) -> None:
 
 @contextmanager
 def disk_faults_reported(out: Path) -> Iterator[None]:
-    """Whatever library meets a full or failing disk, and in whatever words, it is said in ours.
+    """Turn any library's disk-full or I/O error into FileError.
 
     Raises:
-        FileError: one did.
+        FileError: the disk is full or failing.
     """
     try:
         yield
@@ -151,12 +153,12 @@ def disk_faults_reported(out: Path) -> Iterator[None]:
         if reason is None:
             raise
         raise FileError(
-            f"cannot write {out}: {reason}. Free some space and run the same command again: it goes on where it was"
+            f"cannot write {out}: {reason}. Free some space and run the same command again: it continues from there"
         ) from error
 
 
 def _disk_fault(error: Exception) -> str | None:
-    """What is wrong with the disk; None where something else is."""
+    """What is wrong with the disk; None if the error has another cause."""
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno) if error.errno in _DISK_FAULTS else None
     said = str(error)
@@ -168,37 +170,39 @@ def _disk_fault(error: Exception) -> str | None:
 
 
 def identities(paths: Iterable[Path]) -> Identities:
-    """Size, time and number of each file.
+    """Size, modification time and inode of each file.
 
     Raises:
-        FileError: one is gone.
+        FileError: a file is gone.
     """
     found = {}
     for path in paths:
         try:
             about = path.stat()
         except OSError as error:
-            raise FileError(f"{path} is gone while it was being read: put it back and run the command again") from error
+            raise FileError(
+                f"{path} disappeared while it was being read: restore it and run the command again"
+            ) from error
         found[path] = (about.st_size, about.st_mtime_ns, about.st_ino)
     return found
 
 
 def require_unchanged(known: Identities) -> None:
-    """Check that files are those that they were.
+    """Check that files have not changed.
 
     Raises:
-        FileError: one was replaced, written to, or is gone.
+        FileError: a file was replaced, written to, or is gone.
     """
     for path, identity in identities(known).items():
         if identity != known[path]:
             raise FileError(
-                f"{path} changed while it was being read, so that what was measured is of two files: let the writing "
-                "end, and run the command again"
+                f"{path} changed while it was being read, so the results would mix two versions: wait until nothing "
+                "writes to it, and run the command again"
             )
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it; nothing is left behind if it fails.
+    """Let `write` fill a temporary file next to `path`, then rename it; nothing is left behind if it fails.
 
     Raises:
         FileError: the file cannot be written.
@@ -215,13 +219,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         if not path.parent.is_dir():
-            raise FileError(f"cannot write {path}: there is no folder {path.parent}. Make it first") from error
+            raise FileError(f"cannot write {path}: there is no folder {path.parent}. Create it first") from error
         reason = error.strerror or error
         raise FileError(f"cannot write {path}: {reason}. Free some space or choose another --out") from error
 
 
 def sweep(folder: Path) -> None:
-    """Remove what `write_atomically` left in a folder when its process was killed; for who holds the folder alone."""
+    """Remove temporary files that killed processes left in a folder; call only while holding the folder's lock."""
     for path in folder.glob(".*.????????"):
         if re.fullmatch(r"\.[\w.-]+\.(?:parquet|json|html)\.[a-z0-9_]{8}", path.name) and path.is_file():
             with suppress(OSError):
@@ -229,24 +233,24 @@ def sweep(folder: Path) -> None:
 
 
 def ordinary(path: Path) -> Path:
-    """The path of a file that may be read: a pipe would be waited for, a device has no end.
+    """The path, if it is an ordinary file: reading a pipe could wait forever, a device might never end.
 
     Raises:
-        OSError: it is no ordinary file, or is not there.
+        OSError: it is not an ordinary file, or does not exist.
     """
     if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "it is no ordinary file")
+        raise OSError(errno.EINVAL, "it is not an ordinary file")
     return path
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON that holds no NaN, whole or not at all.
+    """Write JSON without NaN, whole or not at all.
 
     Raises:
         FileError: the file cannot be written.
     """
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    bits = text.encode("utf-8", "backslashreplace")  # of names that are no text; JSON writes them so
+    bits = text.encode("utf-8", "backslashreplace")  # names may not be valid text
     write_atomically(path, lambda temporary: temporary.write_bytes(bits))
 
 
@@ -254,14 +258,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object that we wrote.
 
     Raises:
-        FileError: it cannot be read, or is no JSON object.
+        FileError: it cannot be read, or is not a JSON object.
     """
     try:
         content = json.loads(ordinary(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"cannot read {path}: {error}. Give a folder that offprincipal wrote") from error
     if not isinstance(content, dict):
-        raise FileError(f"{path} holds no JSON object. Give a folder that offprincipal wrote")
+        raise FileError(f"{path} does not contain a JSON object. Give a folder that offprincipal wrote")
     return content
 
 

@@ -1,7 +1,7 @@
-"""Before training: what one optimizer step of a learning rate can move of a base, once its weights are stored.
+"""Before training: which stored weights of a base an optimizer step of a given learning rate can change.
 
-AdamW moves a weight by about its learning rate, whatever the gradient's size; whether that shows depends on the spacing
-of stored numbers about the weight alone. So the base tells it, in closed form, before anything is trained.
+AdamW moves a weight by about its learning rate, whatever the gradient's size; whether the stored weight changes depends
+only on the spacing of stored numbers around it. So the base determines it, in closed form, before any training.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,13 +21,14 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Preflight:
-    """What steps of a learning rate can move of a base.
+    """Which stored weights of a base can change at a learning rate.
 
     Args:
-        base: where it is; storage: what weights are stored in.
-        learning_rate: the length of a step.
-        steps: of one run.
-        spacings: role -> how its weights are spaced; `all` for all of them.
+        base: its source.
+        storage: the type in which weights are stored.
+        learning_rate: the size of a step.
+        steps: number of steps in the run.
+        spacings: role -> the spacings of its weights; `all` for all of them.
     """
 
     base: str
@@ -38,21 +39,21 @@ class Preflight:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """One a role: JSON-able.
+        """One row per role, JSON-able.
 
         Returns:
-            Rows of `role`, `parameters`; shares that are moved: `moved_by_one_step`, which is all that ever moves where
-            every step is stored, since a step that is rounded away leaves its weight where it was for the next one;
-            after `steps` steps in one direction `moved_masters` where float32 masters add them up, and
-            `moved_stochastic` with stochastic rounding; `moved_masters_random_signs` after as many of random signs;
+            Rows of `role`, `parameters`, and shares of moved weights: `moved_by_one_step`, which no number of steps
+            exceeds if every step is stored, since a step that is rounded away leaves its weight unchanged for the next;
+            after `steps` steps in one direction, `moved_masters` with float32 masters and `moved_stochastic` with
+            stochastic rounding; `moved_masters_random_signs` after as many steps of random signs;
             `steps_to_half_masters`, `steps_to_half_stochastic`: steps in one direction until half have moved;
-            `half_moved_by`: the shortest step that moves half at once. None where never, or of no weights.
+            `half_moved_by`: the shortest step that moves half at once. None if never, or without weights.
         """
         return [{"role": role, "parameters": found.entries} | self._row(found) for role, found in self.spacings.items()]
 
     @property
     def content(self) -> dict[str, Any]:
-        """What `preflight.json` holds."""
+        """The content of `preflight.json`."""
         named = {"base": self.base, "storage": self.storage, "learning_rate": self.learning_rate, "steps": self.steps}
         return {"schema": 1, **named, "roles": self.rows}
 
@@ -84,17 +85,18 @@ def preflight(
     *,
     progress: Progress | None = None,
 ) -> Preflight:
-    """What AdamW's steps can move of a base, by role, once the weights are stored.
+    """Forecast, by role, which stored weights of a base AdamW's steps can change.
 
     Args:
-        base: whatever `offprincipal compare` opens.
-        learning_rate: the length of every weight's step; AdamW's first is just that.
-        storage: `bfloat16`, `float16` or `float32`: what the weights are rounded to after every step.
-        steps: of the run that is planned.
+        base: any checkpoint that `offprincipal compare` opens.
+        learning_rate: the size of every weight's step, as it is in AdamW's first.
+        storage: the type to which weights are rounded: `bfloat16`, `float16` or `float32`.
+        steps: number of steps planned.
         progress: called with entries done, entries in all, and the tensor's name.
 
     Raises:
-        ArgumentError: a number is out of range; CheckpointError: the base cannot be read or is not finite.
+        ArgumentError: a number is out of range, or the storage type is unknown.
+        CheckpointError: the base cannot be read or is not finite.
 
     >>> from offprincipal.assets import embedded_base
     >>> rows = {row["role"]: row for row in preflight(embedded_base(), 1e-6, steps=1000).rows}
@@ -102,7 +104,7 @@ def preflight(
     (0.0, True)
     """
     if not 0 < learning_rate < 1:
-        raise ArgumentError(f"the learning rate is {learning_rate}: give a number above 0 and below 1, 1e-6 say")
+        raise ArgumentError(f"the learning rate is {learning_rate}: give a number between 0 and 1, e.g. 1e-6")
     if steps < 1:
         raise ArgumentError(f"steps is {steps}: give at least 1")
     found: dict[str, Spacings] = {}
@@ -111,7 +113,7 @@ def preflight(
         part for info in checkpoint.tensors.values() if info.floating for part in parts_of(info, checkpoint.config)
     ]
     if not parts:
-        raise CheckpointError(f"{checkpoint.source} holds no floating-point tensor: there is nothing to look at")
+        raise CheckpointError(f"{checkpoint.source} has no floating-point tensors: there is nothing to forecast")
     total = sum(part.numel for part in parts)
     for part in parts:
         for one in _spacings(checkpoint, part, storage):
@@ -125,7 +127,7 @@ def preflight(
 
 
 def _spacings(checkpoint: Checkpoint, part: Part, storage: str) -> Iterator[Spacings]:
-    """Those of a part, as many entries at a time as are held at once."""
+    """The spacings of a part, at most `_AT_ONCE` entries at a time."""
     try:
         if part.numel != part.stop - part.start:  # interleaved with others
             yield Spacings.of(part.of(checkpoint.read(part.tensor, part.start, part.stop)), storage)

@@ -1,7 +1,7 @@
-"""How much memory is free, of this machine or container; and on a CPU, keeping what was freed for what is made next.
+"""How much memory of this machine or container is free; and, on a CPU, keeping freed memory for the next allocation.
 
-A step of training makes and frees hundreds of tensors of many megabytes. glibc hands each back to the kernel, which
-clears every page anew when the next is made: for a model with a large vocabulary that is half the time.
+A training step allocates and frees hundreds of tensors of many megabytes. glibc returns each to the kernel, which
+clears every page again for the next: with a large vocabulary that takes half the time.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from offprincipal.errors import ArgumentError
 
-SHARE = 0.6  # of what is free that we take by default: other processes want some too
+SHARE = 0.6  # of the free memory, taken by default: other processes need some too
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _UNLIMITED = 1 << 60
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -29,7 +29,7 @@ def parse_size(text: str) -> int:
     """A size in bytes, from words as `8GB`, `512 MiB` or `1.5g`; units are powers of 1024.
 
     Raises:
-        ArgumentError: it is no such size.
+        ArgumentError: it is not a size.
 
     >>> parse_size("1.5GB"), parse_size("512 MiB")
     (1610612736, 536870912)
@@ -37,22 +37,22 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"\s*([0-9]{1,12}(?:\.[0-9]{1,6})?)\s*(?:([kmgt])i?)?b?\s*", text.lower())
     size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
     if size < _LEAST:  # of a number without its unit, too
-        raise ArgumentError(f"'{text}' is no amount of memory to work in: give one such as 8GB or 512MB")
+        raise ArgumentError(f"'{text}' is not a usable amount of memory: give one such as 8GB or 512MB")
     return size
 
 
 def free_memory() -> int:
-    """Bytes that this process could take: of the machine, or of its cgroup where that allows less."""
+    """Bytes that this process could allocate: free on the machine, or in its cgroup if that allows less."""
     free = [_of_machine(), *(_left_in(folder) for folder in _cgroups())]
     return max(min(free), 0)
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Memory freed inside stays with the process for what is made next, and goes back when the outermost of these ends.
+    """Keep memory that is freed inside for later allocations, until the outermost of these blocks ends.
 
-    No computed value depends on it. Nothing happens where the C library is not glibc, nor to an allocator that was
-    loaded before it. Holes remain between what is kept, so call `return_freed_memory_if_scarce` now and then.
+    No computed value depends on it. It does nothing if the C library is not glibc, or if another allocator was loaded
+    first. Memory gets fragmented, so call `return_freed_memory_if_scarce` now and then.
     Source: mallopt(3).
 
     >>> with freed_memory_kept():
@@ -82,7 +82,7 @@ def return_freed_memory() -> None:
 
 
 def return_freed_memory_if_scarce() -> bool:
-    """Give back what was freed and kept, if less is free than half of what this process holds; whether it was."""
+    """Return freed memory to the kernel if less is free than half of what this process holds; whether it was."""
     libc = _glibc()
     if libc is None or not _held or free_memory() >= _resident() / 2:
         return False

@@ -10,17 +10,17 @@ Recipe = Literal["grpo", "dr_grpo", "rloo", "dpo", "kto", "distill", "sft_teache
 
 @dataclass(frozen=True)
 class RecipeRecord:
-    """All that a recipe is, but for its code.
+    """Everything about a recipe except its code.
 
     Args:
-        what: it is, in a phrase.
+        what: a description, as a phrase.
         build: its function of a `RecipeRun`, in a module of `training.recipes`.
-        configuration: of TRL, whose options `trl.NAME` are.
+        configuration: the class of TRL's configuration, whose options are set by `trl.NAME`.
         learns_from: groups of completions of a prompt; the base's completions and a verifier's preferences; a teacher;
             or examples.
-        shown: in TRL's log, what tells how a run goes.
-        seconds: of a step of 256 sequences of the embedded base, on one core of the reference machine; with the
-            sampling of preferences, which comes before the steps.
+        shown: the entry of TRL's log that shows how a run is going.
+        seconds: time of a step of 256 sequences of the embedded base, on one core of the reference machine, including
+            the sampling of preferences before the steps.
     """
 
     what: str
@@ -98,10 +98,10 @@ _ELSEWHERE = {"sft": "sft_own or sft_teacher", "ppo": "grpo", "gspo": "grpo", "d
 
 
 def recipe_named(name: str) -> Recipe:
-    """The recipe of a name, however it is capitalised.
+    """The recipe with a name, ignoring case.
 
     Raises:
-        TrainingError: there is none; the message says which may have been meant.
+        TrainingError: there is no such recipe; the message suggests similar names.
 
     >>> recipe_named("GRPO")
     'grpo'
@@ -110,5 +110,5 @@ def recipe_named(name: str) -> Recipe:
         if name.strip().lower().replace("-", "_") == recipe:
             return recipe
     ours = _ELSEWHERE.get(name.lower())
-    hint = f"did you mean {ours}?" if ours else meant(name.lower(), RECIPES, f"choose of {', '.join(RECIPES)}")
+    hint = f"did you mean {ours}?" if ours else meant(name.lower(), RECIPES, f"choose one of {', '.join(RECIPES)}")
     raise TrainingError(f"no recipe '{name}': {hint}")

@@ -100,7 +100,7 @@ def open_adapter(
 
     def open_named() -> Checkpoint:
         if not named:
-            raise CheckpointError(f"{folder} is an adapter that names no base: give its base too")
+            raise CheckpointError(f"{folder} is an adapter whose configuration names no base: give its base too")
         try:
             return open_model(named)
         except CheckpointError as error:
@@ -113,7 +113,7 @@ def open_adapter(
     if init is None:
         adapter = Adapter(folder, source, base or open_named(), settings, file)
         if own and base is not None:
-            adapter.notes.append(f"adapter read on the given base, {base.source}, though it names {named}")
+            adapter.notes.append(f"adapter applied to the given base, {base.source}, though it names {named}")
         return adapter
     bases = [*([open_named()] if own else []), *([base] if base else [])] or [open_named()]
     return _on_residual(init, [Adapter(folder, source, each, settings, file) for each in bases], own or base is None)
@@ -211,7 +211,7 @@ class Adapter:
                     raise self._twice(module)
                 factors[match["what"]] = key
         if not found and not (self._saved and self.settings.peft_type == "LN_TUNING"):
-            raise CheckpointError(f"{self._file.path} holds no weights of an adapter that is read: save it again")
+            raise CheckpointError(f"{self._file.path} has no weights of a supported adapter: save it again")
         for module, factors in found.items():
             for name, adapted in self._adapted(module, factors):
                 if name in self._changes:
@@ -327,7 +327,7 @@ class Adapter:
                 f"{self._file.path} has one of {left} and {right} of {module}, not both: save it again"
             )
         if len(shape) < 2:
-            raise CheckpointError(f"{self.folder} adapts {name}, which is no matrix: merge it into its base first")
+            raise CheckpointError(f"{self.folder} adapts {name}, which is not a matrix: merge it into its base first")
         B, A = shapes[left], shapes[right]
         if adapted.expert is not None or self._is_stacked(name):
             return  # chosen by its shape
@@ -370,7 +370,7 @@ class Adapter:
         return bool(self.settings.fan_in_fan_out) if by_type is None else by_type
 
     def _twice(self, module: str) -> CheckpointError:
-        return CheckpointError(f"{self._file.path} adapts {module[:200]} twice: save one adapter alone")
+        return CheckpointError(f"{self._file.path} adapts {module[:200]} twice: save a single adapter")
 
     def _misfit(self, key: str, name: str) -> CheckpointError:
         return CheckpointError(
@@ -515,7 +515,7 @@ class Adapter:
 
     def _float32(self, key: str) -> Array:
         if self._file.tensors[key].dtype not in FLOATS:
-            raise CheckpointError(f"{key} in {self._file.path} holds no floating-point numbers: save the adapter again")
+            raise CheckpointError(f"{key} in {self._file.path} has no floating-point numbers: save the adapter again")
         return self._file.read(key).astype(np.float32)
 
     def _integers(self, key: str) -> Array:
@@ -553,11 +553,13 @@ def _on_residual(init: str, candidates: Sequence[Adapter], first_is_named: bool)
             )
             return adapter
     elif first_is_named:
-        named.notes.append(f"raw {init} adapter: {named.base.source}, which it names, is taken for its residual base")
+        named.notes.append(
+            f"raw {init} adapter: {named.base.source}, which it names, is assumed to be its residual base"
+        )
         return named
     raise CheckpointError(
-        f"{given.folder} is a raw {init} adapter, which belongs to what its initialisation left of the base, and "
-        f"{given.base.source} is not that: save it with path_initial_model_for_weight_conversion, or merge it"
+        f"{given.folder} is a raw {init} adapter, which applies to the residual that its initialisation left of the "
+        f"base, and {given.base.source} is not that: save it with path_initial_model_for_weight_conversion, or merge it"
     )
 
 

@@ -57,7 +57,7 @@ class Directed:
     """DoRA: m · V/‖V‖, where V is the low-rank change's result and norms go over the inputs of each output.
 
     Args:
-        norms: of every output, where outputs are columns; None where they are rows.
+        norms: of every output, where outputs are columns; None if they are rows.
     """
 
     change: LowRank

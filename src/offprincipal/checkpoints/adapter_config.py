@@ -1,4 +1,4 @@
-"""What `adapter_config.json` says of a PEFT adapter, checked: every field of it is hostile input."""
+"""The settings in a PEFT adapter's `adapter_config.json`, checked: every field is hostile input."""
 
 import math
 import re
@@ -115,7 +115,7 @@ def read_settings(folder: Path) -> AdapterConfig:
 
 def _unread(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} {what}, which is not read (but {', '.join(KINDS)}, with DoRA and the initialisations of LoRA): "
+        f"{path} {what}, which is not supported (only {', '.join(KINDS)}, with DoRA and the initialisations of LoRA): "
         "merge the adapter into its base and give the merged model"
     )
 
@@ -127,7 +127,7 @@ def _matching(patterns: dict[str, Any] | None, module: str, default: Any) -> Any
 
 
 def _require_harmless(pattern: str, path: Path) -> None:
-    """Refuse a regular expression that is none, or that could take forever."""
+    """Refuse a regular expression that is invalid, or that could take forever."""
     repeats, options = sum(map(pattern.count, "*+{")), len(re.findall(r"(?<!\()\?", pattern))
     harmless = repeats <= _MOST_REPEATS and options <= _MOST_OPTIONS and len(pattern) <= _LONGEST_PATTERN
     if not harmless or _NESTED.search(pattern):
@@ -138,5 +138,5 @@ def _require_harmless(pattern: str, path: Path) -> None:
         re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, OverflowError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} has the pattern {pattern!r}, which is no regular expression ({error})"
+            f"{path} has the pattern {pattern!r}, which is not a regular expression ({error})"
         ) from error

@@ -60,7 +60,7 @@ _ROTATED_IN_PAIRS = frozenset({"llama", "mistral", "mixtral", "ministral"})
 
 
 def aligned(tuned: Checkpoint, base: Checkpoint) -> Checkpoint:
-    """A checkpoint under the names and in the layout of a base, or itself where there is nothing to do.
+    """A checkpoint under the names and in the layout of a base, or itself if there is nothing to do.
 
     Raises:
         CheckpointError: rows are in the order of Meta's rotary embedding, and the base's configuration does not say
@@ -234,7 +234,7 @@ def _source(
     theirs: Mapping[str, TensorInfo],
     config: Mapping[str, Any],
 ) -> _Source | None:
-    """Where a tensor of the base comes from; None where the parts that are called alike do not fit."""
+    """Where a tensor of the base comes from; None if the parts that are called alike do not fit."""
     dtypes = {theirs[part.tensor].dtype for part in stored}
     if len(dtypes) != 1:
         return None
@@ -249,7 +249,7 @@ def _source(
 
 
 def _heads(name: str, stored: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> int:
-    """Heads whose rows are to be put in Hugging Face's order; 0 where they are in it."""
+    """Heads whose rows are to be put in Hugging Face's order; 0 if they are in it."""
     meta = _META.search(stored)
     if meta is None or _META.search(name) or config.get("model_type", "llama") not in _ROTATED_IN_PAIRS:
         return 0

@@ -35,7 +35,7 @@ INTEGERS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a checkpoint says of a tensor before it is read: its name, shape, and the type that `read` gives."""
+    """Name, shape and type of a tensor, known before it is read; `dtype` is the type that `read` returns."""
 
     name: str
     shape: tuple[int, ...]
@@ -76,12 +76,12 @@ class Checkpoint(Protocol):
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The model's `config.json`; empty where there is none."""
+        """The model's `config.json`; empty if there is none."""
         ...
 
     @property
     def notes(self) -> Sequence[str]:
-        """What a reader of the results should know of how it was read: 'stored in float8 with scales, dequantised'."""
+        """Warnings about how it was read, e.g. 'stored in float8 with scales, dequantised'."""
         ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:

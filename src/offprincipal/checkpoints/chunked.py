@@ -56,7 +56,9 @@ class Chunked(ABC):
         self.tensors: dict[str, TensorInfo] = _infos(stored)
         for name, info in self.tensors.items():
             if info.floating and info.dtype not in FLOATS:
-                raise CheckpointError(f"{name} in {source} is stored as {info.dtype}, which is not read: use bfloat16")
+                raise CheckpointError(
+                    f"{name} in {source} is stored as {info.dtype}, which is not supported: use bfloat16"
+                )
         self._last = threading.local()  # each thread reads a tensor of its own
         self.tensors = without_copied_head(self.tensors, config, self.read)
 

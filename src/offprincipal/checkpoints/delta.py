@@ -154,7 +154,7 @@ class DeltaFile:
         if base is None or (base.shape, base.dtype) != (info.shape, info.dtype):
             raise CheckpointError(
                 f"{self.path} starts from {entry.source[:200]} of shape {info.shape} in {entry.dtype}, which this base "
-                f"has not: give the base that it was made from, {self.index.base[:200]!r}"
+                f"lacks: give the base that it was made from, {self.index.base[:200]!r}"
             )
 
     def _damaged(self, name: str, error: Exception) -> CheckpointError:
@@ -204,12 +204,12 @@ def read_index(path: Path) -> Index:
     Raises:
         CheckpointError: it is none, or damaged.
     """
-    SafetensorsFile(path)  # refuses what is no such file
+    SafetensorsFile(path)  # refuses what is not such a file
     with safe_open(path, framework="np") as file:
         metadata = file.metadata() or {}
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} is no delta that offprincipal made: {SUFFIX} files are; give a .safetensors file else"
+            f"{path} is not a delta made by offprincipal, as {SUFFIX} files have to be: rename it if it is safetensors"
         )
     if metadata.get("version") != VERSION:
         raise CheckpointError(
@@ -221,7 +221,7 @@ def read_index(path: Path) -> Index:
         raise CheckpointError(f"the index of {path} is damaged ({error.errors()[0]['msg']}): copy it again") from error
     for name, size in index.files.items():
         if not is_plain(name) or not 0 <= size <= _MOST_FILE:
-            raise CheckpointError(f"{path} names a file {name[:80]!r}, which is none to be written. Do not trust it")
+            raise CheckpointError(f"{path} names a file {name[:80]!r} that must not be written. Do not trust it")
     return index
 
 

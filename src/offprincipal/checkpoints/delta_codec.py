@@ -1,6 +1,6 @@
 """What changed between two tensors of one shape and type, in few bits and without loss. Arrays in, bytes out.
 
-Which entries changed is told class by class, a class being the weights of one exponent: what a short step can move at
+Which entries changed is coded class by class, a class being the weights of one exponent: what a short step can move at
 all depends on it, and the base has it, so it costs nothing. Within a class the gaps between changed entries are coded
 by Golomb and Rice's code with the parameter that suits it best, or those between unchanged ones where they are fewer.
 By how much an entry changed is the difference of its bits: its sign, and its size less one, which Zstandard compresses.
@@ -41,7 +41,7 @@ class Encoded:
     Args:
         kind: `same`; `sparse`, by places and values; `dense`, the differences of all; `whole`, all entries.
         parts: name -> bytes.
-        changed: how many entries changed; all of them where there is no base.
+        changed: how many entries changed; all of them if there is no base.
     """
 
     kind: Kind
@@ -57,7 +57,7 @@ def encode(tuned: Array, base: Array | None, dtype: str) -> Encoded:
     """What leads from a base's entries to the tuned ones.
 
     Args:
-        tuned: (N,), as stored; base: the same, or None where the base has no such tensor.
+        tuned: (N,), as stored; base: the same, or None if the base has no such tensor.
         dtype: the name of their type, which tells where the exponent is.
 
     >>> base = np.linspace(1, 2, 1000, dtype=np.float32)

@@ -41,7 +41,7 @@ def open_distributed(folder: Path, source: str, base: Checkpoint | None = None) 
         return Distributed(source, at, megatron.weights_in(everything, at), config, masters)
     stored = {name: tensor for name, tensor in everything.items() if not _NOT_THE_MODEL.match(name)}
     if not stored:
-        raise CheckpointError(f"{at} holds no model's tensors: give the folder that has them, not the optimizer's")
+        raise CheckpointError(f"{at} does not contain a model's tensors: give the model's folder, not the optimizer's")
     return Distributed(source, at, _unwrapped(stored), config)
 
 

@@ -112,7 +112,7 @@ def read_stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         return _tensors_of(content, folder)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is no metadata of a distributed checkpoint ({type(error).__name__}: {error}): save it again"
+            f"{path} is not the metadata of a distributed checkpoint ({type(error).__name__}: {error}): save it again"
         ) from error
 
 
@@ -137,7 +137,7 @@ def _tensor_of(name: str, stored: Any, places: dict[Any, Any], folder: Path) -> 
         raise ValueError(f"{brief(dtype)} in place of a type of torch")
     shape = shape_of(stored["size"])
     if len(shape) > _MOST_DIMENSIONS:
-        raise CheckpointError(f"{name} in {folder} has {len(shape)} dimensions: it is no weight. Do not trust it")
+        raise CheckpointError(f"{name} in {folder} has {len(shape)} dimensions: it is not a weight. Do not trust it")
     chunks = []
     for record in stored["chunks"]:
         box = _state(record, "ChunkStorageMetadata")
@@ -168,7 +168,7 @@ def _chunk_of(
             "it"
         )
     if place.get("transform_descriptors"):
-        raise CheckpointError(f"{name} in {folder} is compressed, which is not read: save it without extensions")
+        raise CheckpointError(f"{name} in {folder} is compressed, which is not supported: save it without extensions")
     path = folder / shard
     if not is_file(path):
         raise CheckpointError(f"{path} is missing, though {METADATA} places {name} there: a rank's file was not copied")

@@ -23,7 +23,7 @@ _NOT_OF_WEIGHTS = re.compile(r"(?:^|[._])(?:input|activation|output|q|k|v)_scale
 
 
 def scales_beside(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Float8 weight -> the tensor that holds its scales, where there is one.
+    """Float8 weight -> the tensor that holds its scales, if there is one.
 
     >>> named = ("a.weight", "float8_e4m3fn"), ("a.weight_scale_inv", "float32"), ("b.weight", "float8_e4m3fn")
     >>> scales_beside({name: TensorInfo(name, (2, 2), dtype) for name, dtype in named})
@@ -39,7 +39,7 @@ def scales_beside(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
 
 
 def scales_of_activations(names: Iterable[str]) -> set[str]:
-    """The names that hold scales of activations or of the cache, which are no part of a weight.
+    """The names that hold scales of activations or of the cache, which are not part of a weight.
 
     >>> sorted(scales_of_activations(["mlp.input_scale", "mlp.weight_scale", "attn.k_scale"]))
     ['attn.k_scale', 'mlp.input_scale']

@@ -1,7 +1,7 @@
 """What verl saves: `model_world_size_N_rank_R.pt`, a file of every rank with its part of every tensor.
 
-The parts are DTensors: beside its entries, each tells how the whole is spread over the ranks. What is no DTensor is the
-same in every rank. `huggingface/` beside them holds the configuration.
+The parts are DTensors: in addition to its entries, each records how the whole is spread over the ranks. Any other
+tensor is the same in every rank. `huggingface/` in the same folder holds the configuration.
 """
 
 import math
@@ -65,7 +65,7 @@ def _files(folder: Path) -> list[Path]:
 def _tensors_in(path: Path) -> dict[str, Any]:
     content = read_objects(path)
     if not isinstance(content, dict) or not content or not all(isinstance(name, str) for name in content):
-        raise CheckpointError(f"{path} is no dictionary of tensors, as a state dict is: save the model again")
+        raise CheckpointError(f"{path} is not a dictionary of tensors, as a state dict is: save the model again")
     return content
 
 
@@ -93,8 +93,8 @@ def _stored(name: str, ranks: Sequence[Mapping[str, Any]], folder: Path) -> Stor
             raise ValueError("a part of it lies outside of it")
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{name[:80]} in {folder} is not read ({error or type(error).__name__}): merge the shards with verl's "
-            "model merger, and compare what it writes"
+            f"{name[:80]} in {folder} cannot be read ({error or type(error).__name__}): merge the shards with verl's "
+            "model merger, and compare its output"
         ) from error
     return StoredTensor(TensorInfo(name, shape, dtypes.pop()), tuple(chunks.values()))
 
@@ -116,7 +116,7 @@ def _box(part: Any, rank: int, ranks: int) -> tuple[tuple[int, ...], StoredPart]
     """
     spec, local = _spec(part), part.state["_local_tensor"]
     if not isinstance(local, StoredPart):
-        raise ValueError("a part of it is no plain tensor")
+        raise ValueError("a part of it is not a plain tensor")
     placements = spec["placements"]
     mesh = _mesh_shape(spec["mesh"], len(placements), ranks)
     sizes, offsets = list(_whole_shape(part)), [0] * len(_whole_shape(part))
@@ -138,7 +138,7 @@ def _box(part: Any, rank: int, ranks: int) -> tuple[tuple[int, ...], StoredPart]
 
 def _spec(part: Any) -> dict[str, Any]:
     if not isinstance(part, PickledObject) or part.kind != "DTensor":
-        raise ValueError("it is no DTensor in every rank")
+        raise ValueError("it is not a DTensor in every rank")
     return _fields(part.state["_spec"])
 
 
@@ -163,5 +163,5 @@ def _mesh_shape(mesh: Any, dimensions: int, ranks: int) -> tuple[int, ...]:
     if dimensions == 1:
         found = (ranks,)
     if not found or len(found) != dimensions or math.prod(found) != ranks or 0 in found:
-        raise ValueError("it lies on a mesh that is not told")
+        raise ValueError("its device mesh is not recorded")
     return found

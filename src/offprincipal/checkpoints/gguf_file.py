@@ -70,10 +70,10 @@ class GgufFile:
             self._heads = [self._number(reader, f"attention.head_count{of}") for of in ("", "_kv")]
             stored = {str(tensor.name): tensor for tensor in reader.tensors}
         except Exception as error:  # a damaged file can raise anything
-            raise CheckpointError(f"{path} is no GGUF that can be read ({error}): download it again") from error
+            raise CheckpointError(f"{path} is not a readable GGUF file ({error}): download it again") from error
         if self._arch not in _READ:
             raise CheckpointError(
-                f"{path} is of architecture {self._arch[:40]!r}, whose layout in GGUF is not known here (but "
+                f"{path} has architecture {self._arch[:40]!r}, whose GGUF layout is not supported (only "
                 f"{', '.join(_READ)}): give the model that it was converted from"
             )
         self._stored = {self._named(name): tensor for name, tensor in stored.items() if not _BUFFERS.search(name)}
@@ -132,7 +132,7 @@ class GgufFile:
         return f"model.layers.{layer[1]}.{inner}.{layer[3]}" if inner else name
 
     def _turned(self, name: str) -> int:
-        """Heads whose rows lie in llama.cpp's order; 0 where they are in Hugging Face's."""
+        """Heads whose rows lie in llama.cpp's order; 0 if they are in Hugging Face's."""
         place = next((i for i, part in enumerate((".q_proj.", ".k_proj.")) if part in name), None)
         if self._arch not in _LLAMA or place is None:
             return 0

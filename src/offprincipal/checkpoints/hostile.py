@@ -24,7 +24,7 @@ def read_config(*folders: Path, otherwise: Mapping[str, Any] | None = None) -> d
     """The first `config.json` in some folders.
 
     Args:
-        otherwise: the configuration where there is none; empty by default.
+        otherwise: the configuration if there is none; empty by default.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -79,7 +79,7 @@ def read_json(path: Path, most: int = _MOST_BYTES) -> dict[str, Any]:
         most: bytes that are read; parsed they take twenty times as many.
 
     Raises:
-        CheckpointError: it cannot be read, is larger, or is no JSON object.
+        CheckpointError: it cannot be read, is larger, or is not a JSON object.
     """
     try:
         if not is_file(path):
@@ -92,5 +92,5 @@ def read_json(path: Path, most: int = _MOST_BYTES) -> dict[str, Any]:
             f"{path} is not readable as JSON ({error}): download or save the checkpoint again"
         ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object: download or save the checkpoint again")
+        raise CheckpointError(f"{path} does not contain a JSON object: download or save the checkpoint again")
     return content

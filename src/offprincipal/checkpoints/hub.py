@@ -26,7 +26,7 @@ def is_id(source: str) -> bool:
 
 
 def download(source: str) -> Path:
-    """The local folder of a model's snapshot: what its index names; pickles only where there are no safetensors.
+    """The local folder of a model's snapshot: what its index names; pickles only if there are no safetensors.
 
     The library's own settings hold: HF_HUB_OFFLINE, HF_HOME, HF_TOKEN, HF_ENDPOINT.
 
@@ -35,13 +35,13 @@ def download(source: str) -> Path:
     """
     match = _ID.fullmatch(source)
     if match is None:
-        raise CheckpointError(f"{source} is no Hub id: it reads org/name, or org/name@revision")
+        raise CheckpointError(f"{source} is not a Hub id: write org/name, or org/name@revision")
 
     def fetched(patterns: list[str]) -> Path:
         return _snapshot(source, match["repo"], match["revision"], patterns)
 
     wanted = [*_SMALL, safetensors_folder.WEIGHTS]
-    for more in ([], [f"*{safetensors_folder.SUFFIX}"], _PICKLED):  # the next only where there is nothing yet
+    for more in ([], [f"*{safetensors_folder.SUFFIX}"], _PICKLED):  # the next only if there is nothing yet
         wanted += more
         folder = fetched(wanted)
         files = safetensors_folder.files_in(folder) or torch_files.files_in(folder)
@@ -49,7 +49,7 @@ def download(source: str) -> Path:
             return fetched([*wanted, *sorted({_literally(name) for name in shards_of(files[0])})])
         if files or any((folder / name).is_file() for name in (adapter.WEIGHTS, adapter.PICKLED)):
             return folder
-    raise CheckpointError(f"{source} on the Hub holds no weights that are read: give another model or revision")
+    raise CheckpointError(f"{source} on the Hub has no weights in a supported format: give another model or revision")
 
 
 def _literally(name: str) -> str:
@@ -67,14 +67,14 @@ def revisions(source: str) -> list[str]:
 
     repo, _, pattern = source.partition("@")
     if _ID.fullmatch(repo) is None:
-        raise CheckpointError(f"{source} is no Hub id: it reads org/name@PATTERN")
+        raise CheckpointError(f"{source} is not a Hub id: write org/name@PATTERN")
     with _reported(source, repo, None):
         refs = HfApi().list_repo_refs(repo)
         names = [ref.name for ref in (*refs.branches, *refs.tags)]
     found = [name for name in dict.fromkeys(names) if fnmatchcase(name, pattern)]
     if not found:
         some = ", ".join(names[:8])
-        raise CheckpointError(f"{source}: none of the {len(names)} revisions of the Hub's {repo} fits ({some} …)")
+        raise CheckpointError(f"{source}: none of the {len(names)} revisions of {repo} on the Hub matches ({some} …)")
     return [f"{repo}@{name}" for name in found]
 
 
@@ -96,30 +96,30 @@ def _reported(source: str, repo: str, revision: str | None) -> Iterator[None]:
         yield
     except errors.GatedRepoError as error:
         raise CheckpointError(
-            f"{source} is gated on the Hub: accept its terms there, then `hf auth login` or set HF_TOKEN"
+            f"{source} is gated on the Hub: accept its terms there, then run `hf auth login` or set HF_TOKEN"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"{source}: the Hub's {repo} has no revision {revision!r}") from error
+        raise CheckpointError(f"{source}: {repo} on the Hub has no revision {revision!r}") from error
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{source} is neither a local folder nor a model on the Hub that you may see: check the name, or "
+            f"{source} is neither a local folder nor a model on the Hub that you can access: check the name, or run "
             "`hf auth login` if it is private"
         ) from error
     except errors.LocalEntryNotFoundError as error:
         where = f"it is not (wholly) in the cache, {constants.HF_HUB_CACHE}"
         if constants.HF_HUB_OFFLINE:
             raise CheckpointError(
-                f"{source} is no local folder, and as a Hub id {where}, while HF_HUB_OFFLINE is set: "
+                f"{source} is not a local folder, and as a Hub id {where}, while HF_HUB_OFFLINE is set: "
                 "unset it, or download the model first"
             ) from error
         raise CheckpointError(
-            f"{source} is no local folder, and as a Hub id {where}, and the Hub cannot be reached: check the name and "
-            "the network"
+            f"{source} is not a local folder, and as a Hub id {where}, and the Hub cannot be reached: check the name "
+            "and the network"
         ) from error
     except errors.HFValidationError as error:
-        raise CheckpointError(f"{source} is no Hub id ({error}): it reads org/name, or org/name@revision") from error
+        raise CheckpointError(f"{source} is not a Hub id ({error}): write org/name, or org/name@revision") from error
     except Exception as error:  # proxies, TLS, disks: the library passes on what its own parts raise
         reason = (str(error).splitlines() or [""])[0][:200]
         raise CheckpointError(
-            f"cannot get {source} from the Hub ({type(error).__name__}: {reason}): check name, network and disk"
+            f"cannot download {source} from the Hub ({type(error).__name__}: {reason}): check name, network and disk"
         ) from error

@@ -29,7 +29,7 @@ class InMemory:
     def __init__(self, model: Any) -> None:
         if not isinstance(model, torch.nn.Module):
             kind = type(model).__name__
-            raise CheckpointError(f"an object of type {kind} is no model: give a folder, an id or a torch.nn.Module")
+            raise CheckpointError(f"an object of type {kind} is not a model: give a folder, an id or a torch.nn.Module")
         self.source = f"{type(model).__name__} in memory"
         self.folders: Sequence[Path] = ()
         self.files: Sequence[Path] = ()

@@ -1,4 +1,4 @@
-"""Master weights: the tuned weights in float32, as they were before they were stored."""
+"""Master weights: the tuned weights in float32, before they were rounded for storage."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from offprincipal.errors import CheckpointError
 
 
 def masters_of(tuned: Checkpoint) -> Checkpoint | None:
-    """The masters of a checkpoint: beside it, or itself where it is stored in float32; None if neither."""
+    """The masters of a checkpoint: those kept with it, or itself if it is stored in float32; otherwise None."""
     beside = tuned.masters()
     if beside is not None:
         return beside
@@ -19,7 +19,7 @@ def masters_of(tuned: Checkpoint) -> Checkpoint | None:
 
 
 def open_masters(source: str, base: Checkpoint) -> Checkpoint:
-    """Masters that are somewhere else than beside the weights: any checkpoint in float32, under the base's names.
+    """Masters given by their own path: any checkpoint in float32, under the base's names.
 
     Raises:
         CheckpointError: it cannot be read, or is not stored in float32.

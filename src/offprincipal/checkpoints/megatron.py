@@ -80,7 +80,7 @@ def weights_in(stored: Mapping[str, StoredTensor], folder: Path) -> dict[str, St
 
 
 def masters_in(stored: Mapping[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
-    """The float32 weights of its optimizer, under the same names; empty where they were not saved or lie otherwise.
+    """The float32 weights of its optimizer, under the same names; empty if they were not saved or lie otherwise.
 
     Raises:
         CheckpointError: layers are stacked in another way than Megatron writes them.
@@ -92,11 +92,11 @@ def masters_in(stored: Mapping[str, StoredTensor], folder: Path) -> dict[str, St
 
 
 def config_in(folder: Path) -> dict[str, Any]:
-    """What Megatron's arguments, which lie beside the shards, say of the model; empty where they do not say it."""
+    """What Megatron's arguments, which lie beside the shards, say of the model; empty if they do not say it."""
     path = folder / COMMON
     try:
         content = read_objects(path) if is_file(path) else None
-    except CheckpointError:  # whatever else a trainer put there: no figure depends on it where there is a config.json
+    except CheckpointError:  # whatever else a trainer put there: no figure depends on it if there is a config.json
         return {}
     arguments = content.get("args") if isinstance(content, dict) else None
     if not isinstance(arguments, PickledObject) or not isinstance(arguments.state, dict):
@@ -132,7 +132,7 @@ def _taken_apart(name: str, tensor: StoredTensor, folder: Path) -> Iterator[tupl
         return
     if len(tensor.info.shape) <= deep or any(math.prod(chunk.sizes[:deep]) != 1 for chunk in tensor.chunks):
         raise CheckpointError(
-            f"{name} in {folder} does not hold one layer a chunk, as Megatron writes them: save it again"
+            f"{name} in {folder} does not have one layer per chunk, as Megatron writes them: save it again"
         )
     boxes: dict[tuple[int, ...], list[Chunk]] = {}
     for chunk in tensor.chunks:

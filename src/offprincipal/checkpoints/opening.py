@@ -1,4 +1,4 @@
-"""From a source, as the user names it, to the checkpoint that it is. A new kind of checkpoint is entered here."""
+"""Open a checkpoint from the user's path or id. New kinds of checkpoint are registered here."""
 
 import os
 import re
@@ -61,18 +61,22 @@ _KINDS: tuple[tuple[Callable[[Path], bool], _Opener], ...] = (
 
 
 def open_checkpoint(source: Any, base: Checkpoint | None = None) -> Checkpoint:
-    """Open a model: nothing but headers is read.
+    """Open a model; only headers are read.
 
     Args:
         source: a local folder or file; a model on the Hugging Face Hub, 'org/name' or 'org/name@revision'; or
-            `embedded`, the base that is shipped. A folder holds safetensors or `pytorch_model.bin` (one file or
-            shards), a PEFT adapter, or a checkpoint of torch.distributed, or is the root of a run with one such inside.
-            Or a `torch.nn.Module`.
-        base: the model that it was trained from, on which an adapter sits, and whose names and layout the tensors are
-            given as far as they can be told; without it an adapter sits on the base that it names.
+            `embedded`, the base that comes with the package. A folder contains safetensors or `pytorch_model.bin` (one
+            file or shards), a PEFT adapter, or a checkpoint of torch.distributed, or is the root of a run that contains
+            one. Or a `torch.nn.Module`.
+        base: the model that it was trained from, to which an adapter is applied, and whose names and layout the tensors
+            are given if they can be matched; without it an adapter is applied to the base that its configuration names.
 
     Raises:
-        CheckpointError: it is no such checkpoint; the message says what is wrong, where, and what to do.
+        CheckpointError: it cannot be opened; the message says what is wrong, where, and what to do.
+
+    >>> info = open_checkpoint("embedded").tensors["model.layers.0.self_attn.q_proj.weight"]
+    >>> info.shape, info.dtype
+    ((192, 192), 'bfloat16')
     """
     if not isinstance(source, str | Path):
         from offprincipal.checkpoints.in_memory import InMemory
@@ -96,21 +100,21 @@ def _open_folder(folder: Path, source: str, base: Checkpoint | None) -> Checkpoi
         more = f" and {len(inside) - _SHOWN} more" if len(inside) > _SHOWN else ""
         names = ", ".join(str(path.relative_to(folder)) for path, _ in inside[:_SHOWN])
         raise CheckpointError(
-            f"{folder} holds {len(inside)} models, {names}{more}: name the one that is meant, or follow a run's "
-            "checkpoints with `offprincipal trajectory`"
+            f"{folder} contains {len(inside)} models, {names}{more}: give one of them, or follow a run's checkpoints "
+            "with `offprincipal trajectory`"
         )
-    raise CheckpointError(f"{folder} is no model{_what_it_holds(folder)}")
+    raise CheckpointError(f"{folder} is not a model{_what_it_holds(folder)}")
 
 
 def _open_model_folder(folder: Path, source: str) -> Checkpoint:
-    """The model in a folder; with the adapter beside it, where there is one."""
+    """The model in a folder; with the adapter beside it, if there is one."""
     model = SafetensorsFolder(folder, source)
     if not adapter.is_adapter(folder) or not any(is_file(folder / name) for name in (adapter.WEIGHTS, adapter.PICKLED)):
         return model
     both = adapter.open_adapter(folder, source, model, _open_model)
     both.notes.append(
-        f"{source} holds a model and an adapter, and is read as the two together: if the adapter is merged already, "
-        "move it away"
+        f"{source} contains a model and an adapter; the adapter is applied to the model. If it is merged already, move "
+        "it away"
     )
     return both
 
@@ -122,12 +126,12 @@ def _opener(folder: Path) -> _Opener | None:
 def _opener_inside(folder: Path) -> _Opener | None:
     try:
         return _opener(folder)
-    except CheckpointError:  # what cannot be told of one folder is no reason to refuse another
+    except CheckpointError:  # a damaged folder is not a reason to refuse another
         return None
 
 
 def _models_in(folder: Path) -> Iterator[tuple[Path, _Opener]]:
-    """The models inside of a folder, level by level, and what opens each; links are not followed, masters are none."""
+    """The models inside a folder, level by level, and what opens each; links and folders of masters are skipped."""
     level, seen = [folder], 0
     for _ in range(_DEEPEST):
         below: list[Path] = []
@@ -152,7 +156,7 @@ def _models_in(folder: Path) -> Iterator[tuple[Path, _Opener]]:
 
 
 def _in_order(name: str) -> tuple[int, str]:
-    """Steps by their number: checkpoint-5 before checkpoint-20."""
+    """Sort key by number: checkpoint-5 before checkpoint-20."""
     digits = "".join(character for character in name if character in "0123456789")
     return int(digits[:18] or 0), name
 
@@ -172,25 +176,25 @@ def _open_file(path: Path, source: str, base: Checkpoint | None) -> Checkpoint:
         return TorchFolder(folder, source, [path])
     read = ", ".join((safetensors_folder.SUFFIX, *torch_files.SUFFIXES, gguf_file.SUFFIX, delta.SUFFIX))
     raise CheckpointError(
-        f"{path} is no file of weights{_foreign([name])}: give one of {read}, or the folder that holds config.json and "
-        "the weights"
+        f"{path} is not a file of weights{_foreign([name])}: give one of {read}, or the folder that contains "
+        "config.json and the weights"
     )
 
 
 def _what_it_holds(folder: Path) -> str:
-    """What to say of a folder that holds no model."""
+    """What a message says about a folder without a model."""
     names = sorted(path.name for path in folder.glob("*") if is_file(path))
     foreign = _foreign([path.name for path in folder.glob("*")])
     if foreign:
-        return f"{foreign}: convert it to a Hugging Face folder with the tools of what wrote it"
+        return f"{foreign}: convert it to a Hugging Face folder with the tools of the software that wrote it"
     for name in names:
         if name.endswith(gguf_file.SUFFIX):
-            return f": it holds {name}, which is to be named itself"
+            return f": it contains {name}; give the path of that file"
     pickles = [name for name in names if name.endswith((*torch_files.SUFFIXES, ".pkl"))]
     if pickles:
         return (
-            f": it holds only files of torch.save that are not called as a model's ({pickles[0]}): name the one that "
-            "is meant, or convert it with save_pretrained(…, safe_serialization=True)"
+            f": it contains only files of torch.save without a model's usual name ({pickles[0]}): give the path of "
+            "one, or convert it with save_pretrained(…, safe_serialization=True)"
         )
     return (
         f": it has neither {safetensors_folder.WEIGHTS} nor {safetensors_folder.INDEX}, nor {torch_files.WEIGHTS}, an "
@@ -199,7 +203,7 @@ def _what_it_holds(folder: Path) -> str:
 
 
 def _foreign(names: Sequence[str]) -> str:
-    """Whose weights these are, of kinds that are not read; "" of others."""
+    """Which unsupported software these weights are from; "" if none is recognised."""
     for name in sorted(names):
         for kind, pattern in _FOREIGN.items():
             if pattern.fullmatch(name):
@@ -211,7 +215,7 @@ def _open_model(source: str) -> Checkpoint:
     """Open what an adapter names as its base."""
     path = _path_of(source)
     if path.is_dir() and adapter.is_adapter(path) and not safetensors_folder.is_usual(path):
-        raise CheckpointError(f"{path} is an adapter too: merge it into its own base first")
+        raise CheckpointError(f"the base {path} is itself an adapter: merge it into its own base first")
     return open_checkpoint(path)
 
 

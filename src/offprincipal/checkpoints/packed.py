@@ -68,7 +68,7 @@ def packed_in(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dic
 
 
 def dequantised_notes(how: Iterable[str]) -> list[str]:
-    """What a reader should know of tensors that were dequantised.
+    """Warnings about tensors that were dequantised.
 
     Args:
         how: of each, how it was kept.
@@ -83,7 +83,7 @@ def dequantised_notes(how: Iterable[str]) -> list[str]:
 
 
 def _with(infos: Mapping[str, TensorInfo], ending: str, *needed: str) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
-    """Stem -> the tensors of these endings, where all that are needed are there."""
+    """Stem -> the tensors of these endings, if all that are needed are there."""
     for name in infos:
         if name.endswith(ending):
             stem = name.removesuffix(ending)
@@ -199,7 +199,7 @@ def _decode_ints(parts: Parts, bits: int) -> Array:
     half = 1 << (bits - 1)
     inputs = weight.shape[1]
     if ".weight_shape" in parts and parts[".weight_shape"].tolist() != list(weight.shape):
-        raise ValueError("its shape is no multiple of what a word holds, which is not read")
+        raise ValueError("its shape is not a multiple of what a word holds, which is not read")
     groups = parts.get(".weight_g_idx", np.arange(inputs) // -(-inputs // scales.shape[1]))
     if groups.shape != (inputs,) or groups.min() < 0 or groups.max() >= scales.shape[1]:
         raise ValueError("its groups are none of its scales'")
@@ -281,7 +281,7 @@ def _state(state: Array) -> dict[str, Any]:
         raise ValueError("its quant_state is too large")
     content = json.loads(state.tobytes())
     if not isinstance(content, dict):
-        raise ValueError("its quant_state is no object")
+        raise ValueError("its quant_state is not an object")
     return content
 
 

@@ -1,4 +1,4 @@
-"""Which tensors of two checkpoints are compared: what both have, under one name, but for vocabularies and tied heads.
+"""Which tensors of two checkpoints are compared: those with the same name, with rules for vocabularies and tied heads.
 
 And which parameter of an open model is which stored tensor.
 """
@@ -32,9 +32,9 @@ class Pairing:
 
     Args:
         tensors: the base's tensors that are compared; where a vocabulary has grown, with the rows that both have.
-        notes: what a reader of the results should know of it.
-        tied: heads that one of the two does not store -> its embedding, which is read in the head's place.
-        only_in_base, only_in_tuned: names of tensors that one of them alone has, which nothing is compared with.
+        notes: warnings for the user, e.g. about renamed or skipped tensors.
+        tied: heads that one of the two does not store -> its embedding, which is read instead.
+        only_in_base, only_in_tuned: names of tensors that exist on only one side, and are not compared.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -45,20 +45,26 @@ class Pairing:
 
 
 def pair_tensors(base: Checkpoint, tuned: Checkpoint, strict: bool = False) -> Pairing:
-    """The tensors that two checkpoints have in common, and those that one alone has.
+    """The tensors that two checkpoints have in common, and those that exist on only one side.
 
     Args:
-        tuned: opened with the base, so that it has the base's names and layout where they could be told.
-        strict: whether a tensor that one alone has is an error.
+        base: the base.
+        tuned: opened with the base, so that it has the base's names and layout if they could be matched.
+        strict: whether a tensor that exists on only one side is an error.
 
-    The rows of a grown or shrunk vocabulary are compared as far as both have them. A head that neither stores is its
-    embedding; one that a single side stores is compared with the embedding that the other ties it to, unless it is its
-    own embedding bit for bit. What is stored decides, whatever the configuration says. Buffers
-    that older libraries stored, frequencies of rotary embeddings and causal masks, are no weights, and passed over.
+    If vocabularies differ, the rows that both have are compared. If neither side stores a head, it is the embedding; if
+    only one does, it is compared with the embedding to which the other ties it, unless it equals its own embedding bit
+    for bit. The stored tensors decide, whatever the configuration says. Buffers that older libraries stored, such as
+    frequencies of rotary embeddings and causal masks, are skipped.
 
     Raises:
-        CheckpointError: shapes differ, less than half of their parameters are in common, or, if strict, one has a
-            tensor that the other has not; the message names them.
+        CheckpointError: shapes differ, less than half of their parameters are in common, or, if strict, a tensor exists
+            on only one side; the message names the tensors.
+
+    >>> from offprincipal.checkpoints import open_checkpoint
+    >>> pairing = pair_tensors(open_checkpoint("embedded"), open_checkpoint("embedded"))
+    >>> len(pairing.tensors), pairing.only_in_base
+    (68, ())
     """
     copies, tied, notes = _tied_heads(base, tuned)
     ours, theirs = (
@@ -76,7 +82,7 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint, strict: bool = False) -> P
         if names and strict:
             raise CheckpointError(
                 f"{lacks.source} lacks {_listed(names)}, which {has.source} has: compare a base with checkpoints that "
-                "were trained from it, or leave --strict out"
+                "were trained from it, or omit --strict"
             )
     for names, side in ((alone[0], base), (alone[1], tuned)):
         _require_unpacked(side, names)
@@ -99,7 +105,7 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint, strict: bool = False) -> P
 
 
 def parameter_of(name: str, parameters: Mapping[str, Any], prefix: str) -> str | None:
-    """The model's name for a stored tensor, which may have or lack the prefix of the decoder; None where there is none.
+    """The model's name for a stored tensor, which may have or lack the prefix of the decoder; None if there is none.
 
     >>> parameter_of("h.0.ln_1.weight", {"transformer.h.0.ln_1.weight": ...}, "transformer")
     'transformer.h.0.ln_1.weight'
@@ -142,7 +148,7 @@ def _embedding(checkpoint: Checkpoint, head: TensorInfo) -> str | None:
 
 
 def _require_unpacked(checkpoint: Checkpoint, alone: Sequence[str]) -> None:
-    """Raises CheckpointError where a side alone has packed weights: the other has the same ones unpacked."""
+    """Raises CheckpointError if a side alone has packed weights: the other has the same ones unpacked."""
     packed = [name for name in alone if _PACKED.search(name)]
     if not packed:
         return
@@ -158,23 +164,23 @@ def _require_unpacked(checkpoint: Checkpoint, alone: Sequence[str]) -> None:
 def _require_common(
     base: Checkpoint, ours: Mapping[str, TensorInfo], tuned: Checkpoint, theirs: Mapping[str, TensorInfo]
 ) -> None:
-    """Raises CheckpointError where less than half of all parameters are in both: that is no pair."""
+    """Raises CheckpointError if less than half of all parameters are in both: they do not belong together."""
     common = sum(info.numel for name, info in ours.items() if name in theirs)
     whole = sum(info.numel for side in (ours, theirs) for info in side.values()) - common
     if 2 * common >= whole:
         return
     alone = _alone(ours, theirs)
     raise CheckpointError(
-        f"{base.source} and {tuned.source} are no pair: {common / whole:.0%} of their parameters are in both. The base "
-        f"alone has {_listed(alone[0])}; the other alone has {_listed(alone[1])}. Compare a base with checkpoints that "
-        "were trained from it"
+        f"{base.source} and {tuned.source} do not match: only {common / whole:.0%} of their parameters are in both. "
+        f"Only the base has {_listed(alone[0])}; only the other has {_listed(alone[1])}. Compare a base with "
+        "checkpoints that were trained from it"
     )
 
 
 def _require_alike(
     base: Checkpoint, ours: Mapping[str, TensorInfo], tuned: Checkpoint, theirs: Mapping[str, TensorInfo]
 ) -> None:
-    """Raises CheckpointError where tensors of one name cannot be compared."""
+    """Raises CheckpointError if tensors of one name cannot be compared."""
     recast = [name for name, info in ours.items() if info.floating != theirs[name].floating]
     if recast:
         raise CheckpointError(
@@ -188,7 +194,8 @@ def _require_alike(
     ]
     if differing:
         raise CheckpointError(
-            f"{tuned.source} has other shapes than {base.source}: {_listed(differing)}. Compare one architecture"
+            f"{tuned.source} has other shapes than {base.source}: {_listed(differing)}. Compare models of the same "
+            "architecture"
         )
 
 

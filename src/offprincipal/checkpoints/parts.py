@@ -45,7 +45,7 @@ _EXPERTS_INTERLEAVED = frozenset({"gpt_oss"})
 
 @dataclass(frozen=True)
 class Part:
-    """One matrix, or one tensor that is no matrix, and where it lies in the tensor that is stored.
+    """One matrix, or one tensor that is not a matrix, and where it lies in the tensor that is stored.
 
     Args:
         name: what tables call it; the tensor's own name where it is the whole of it.
@@ -173,7 +173,7 @@ def parts_of(info: TensorInfo, config: Mapping[str, Any]) -> list[Part]:
 
 
 def stored_transposed(info: TensorInfo, config: Mapping[str, Any]) -> bool | None:
-    """Whether a matrix is stored as (in, out), as GPT-2's Conv1D is; None where the model's type does not tell.
+    """Whether a matrix is stored as (in, out), as GPT-2's Conv1D is; None if the model's type does not tell.
 
     >>> info = TensorInfo("transformer.h.0.attn.c_proj.weight", (8, 8), "float32")
     >>> stored_transposed(info, {"model_type": "gpt2"}), stored_transposed(info, {})
@@ -184,7 +184,7 @@ def stored_transposed(info: TensorInfo, config: Mapping[str, Any]) -> bool | Non
 
 @dataclass(frozen=True)
 class _Model:
-    """What a configuration says of the fused tensors; zeros where it says nothing usable."""
+    """What a configuration says of the fused tensors; zeros if it says nothing usable."""
 
     kind: str
     hidden: int
@@ -213,7 +213,7 @@ class _Model:
 
 
 def _count(config: Mapping[str, Any], *keys: str) -> int:
-    """The first of the keys that holds a positive integer; 0 where none does."""
+    """The first of the keys that holds a positive integer; 0 if none does."""
     values = (config.get(key) for key in keys)
     return next((value for value in values if type(value) is int and value > 0), 0)
 

@@ -63,7 +63,7 @@ VECTOR_ROLES = ("bias", "norm", "scale", "ssm")
 
 @dataclass(frozen=True)
 class Place:
-    """Role, layer and expert of one tensor; layer and expert are None where it has none."""
+    """Role, layer and expert of one tensor; layer and expert are None if it has none."""
 
     role: str
     layer: int | None = None

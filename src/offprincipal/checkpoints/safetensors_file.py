@@ -57,7 +57,7 @@ class SafetensorsFile:
         info = self.tensors[name]
         if info.dtype not in _STORED:
             raise CheckpointError(
-                f"{name} in {self.path} holds {info.dtype}, which is not read: convert it to bfloat16"
+                f"{name} in {self.path} holds {info.dtype}, which is not supported: convert it to bfloat16"
             )
         dtype = _STORED[info.dtype]
         stop = info.numel if stop is None else stop
@@ -76,7 +76,7 @@ class SafetensorsFile:
         shape, stored = tuple(entry["shape"]), entry["dtype"]
         if len(shape) > _MOST_DIMENSIONS:
             raise CheckpointError(
-                f"{name} in {self.path} has {len(shape)} dimensions: it is no weight. Do not trust it"
+                f"{name} in {self.path} has {len(shape)} dimensions: it is not a weight. Do not trust it"
             )
         info = TensorInfo(name, shape, _DTYPES.get(stored, stored))
         begin, end = entry["data_offsets"]
@@ -115,7 +115,7 @@ def _fill(file: io.FileIO, buffer: memoryview) -> None:
 
 
 def _looks_like_pickle(path: Path) -> bool:
-    """Whether a file that is no safetensors starts as `pickle.dump` or `torch.save` starts one."""
+    """Whether a file that is not a safetensors file starts as `pickle.dump` or `torch.save` starts one."""
     with path.open("rb") as file:
         start = file.read(2)
     return start == b"PK" or start[:1] == b"\x80"

@@ -115,8 +115,8 @@ class SafetensorsFolder:
                 infos[name] = replace(info, dtype="float32")
             elif info.floating and info.dtype not in _COMPARABLE:
                 raise CheckpointError(
-                    f"{name} in {self._files[name].path} is stored as {info.dtype} without scales beside it: "
-                    "convert it to bfloat16"
+                    f"{name} in {self._files[name].path} is stored as {info.dtype} without scales: convert it to "
+                    "bfloat16"
                 )
         return infos
 

@@ -29,7 +29,7 @@ def read_index(path: Path) -> dict[str, Path]:
     """Name -> the file that holds it; every file exists and lies inside the index's folder.
 
     Raises:
-        CheckpointError: it is no index, or a file is missing or elsewhere.
+        CheckpointError: it is not an index, or a file is missing or elsewhere.
     """
     weight_map = _weight_map(path)
     for shard in weight_map.values():
@@ -44,7 +44,7 @@ def shards_of(path: Path) -> list[str]:
     """The files that an index names, in its folder, whether they are there or not.
 
     Raises:
-        CheckpointError: it is no index, or names a file elsewhere.
+        CheckpointError: it is not an index, or names a file elsewhere.
     """
     return list(dict.fromkeys(_weight_map(path).values()))
 
@@ -76,8 +76,8 @@ def open_files(paths: Sequence[Path], opened: Callable[[Path], F]) -> dict[str, 
         twice = found.keys() & file.tensors.keys()
         if twice:
             raise CheckpointError(
-                f"{path} holds {min(twice)}, and so does another file beside it: they are not shards of one model. "
-                "Name the file that is meant"
+                f"{path} and another file in its folder both contain {min(twice)}: they are not shards of one model. "
+                "Give one of the files"
             )
         found |= dict.fromkeys(file.tensors, file)
     return found
@@ -107,14 +107,14 @@ def files_of(folder: Path, suffix: str, firsts: Sequence[str]) -> list[Path]:
         wanted, there = int(next(iter(numbered))[3]), {int(match[2]) for match in numbered}
         if len(there) != wanted or max(there) - min(there) != wanted - 1:
             raise CheckpointError(
-                f"{folder} holds {len(there)} of the {wanted} shards that the name {own[0]} tells of: download it again"
+                f"{folder} has {len(there)} of the {wanted} shards that the name {own[0]} implies: download it again"
             )
         return [folder / name for name in own]
     if len(own) > 1:
         more = f" and {len(own) - _SHOWN} more" if len(own) > _SHOWN else ""
         raise CheckpointError(
-            f"{folder} holds {len(own)} files of weights and no index, {', '.join(own[:_SHOWN])}{more}: name the one "
-            "that is meant"
+            f"{folder} has {len(own)} files of weights and no index, {', '.join(own[:_SHOWN])}{more}: give one of the "
+            "files"
         )
     return [folder / name for name in own]
 

@@ -41,19 +41,21 @@ class TorchFile:
     """The tensors of one file.
 
     Raises:
-        CheckpointError: it is truncated or corrupt, holds code, or is no dictionary of tensors.
+        CheckpointError: it is truncated or corrupt, holds code, or is not a dictionary of tensors.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         content = _state_dict(read_objects(path) if _is_zip(path) else load_tensors(path, path))
         if not isinstance(content, dict) or not content:
-            raise CheckpointError(f"{path} is no dictionary of tensors, as a state dict is: save the model again")
+            raise CheckpointError(f"{path} is not a dictionary of tensors, as a state dict is: save the model again")
         self._tensors: dict[str, Tensor | StoredPart] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for name in sorted(content, key=str):
             if not isinstance(name, str):
-                raise CheckpointError(f"{path} is no dictionary of tensors, as a state dict is: save the model again")
+                raise CheckpointError(
+                    f"{path} is not a dictionary of tensors, as a state dict is: save the model again"
+                )
             value = content[name]
             if not isinstance(value, StoredPart):
                 value = checked_tensor(value, f"{name[:80]!r} in {path}")
@@ -80,7 +82,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def _only(found: list[Path]) -> list[Path]:
-    """One file where there is one; of several none is meant more than another."""
+    """One file if there is one; of several none is meant more than another."""
     return found if len(found) == 1 and is_file(found[0]) else []
 
 
@@ -180,15 +182,15 @@ def checked_tensor(value: object, where: str) -> "Tensor":
     if not isinstance(value, torch.Tensor):
         what = value.kind if isinstance(value, PickledObject) else type(value).__name__
         raise CheckpointError(
-            f"{where} is {what[:80]}, not a tensor: this is no model's state dict. Save the weights alone"
+            f"{where} is {what[:80]}, not a tensor: this is not a model's state dict. Save the weights alone"
         )
     if value.dim() > _MOST_DIMENSIONS:
-        raise CheckpointError(f"{where} has {value.dim()} dimensions: it is no weight. Do not trust it")
+        raise CheckpointError(f"{where} has {value.dim()} dimensions: it is not a weight. Do not trust it")
     plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
     if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise CheckpointError(f"{where} is not a plain tensor (sparse, quantised or without data): save it dense")
     if value.is_floating_point() and dtype_name(value.dtype) not in FLOATS:
-        raise CheckpointError(f"{where} is stored as {dtype_name(value.dtype)}, which is not read: use bfloat16")
+        raise CheckpointError(f"{where} is stored as {dtype_name(value.dtype)}, which is not supported: use bfloat16")
     return value.detach()
 
 

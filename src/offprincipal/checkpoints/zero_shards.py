@@ -38,7 +38,7 @@ class _Piece:
 
 
 def folder_at(folder: Path) -> Path | None:
-    """The folder with the ranks' files: itself, or the one that `latest` beside it names; None where there is none."""
+    """The folder with the ranks' files: itself, or the one that `latest` beside it names; None if there is none."""
     if _matches(folder, _OPTIMIZER):
         return folder
     try:
@@ -66,8 +66,8 @@ def open_zero_shards(folder: Path, source: str, base: Checkpoint | None = None) 
         pieces = _pieces(at)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{at} is not laid out as ZeRO's checkpoints are ({type(error).__name__}: {error}): run the "
-            "zero_to_fp32.py that DeepSpeed wrote beside it, and compare what that writes"
+            f"{at} does not have the layout of a ZeRO checkpoint ({type(error).__name__}: {error}): run the "
+            "zero_to_fp32.py that DeepSpeed wrote there, and compare its output"
         ) from error
     return ZeroShards(source, at, pieces, config)
 
@@ -137,7 +137,8 @@ def _ranks(folder: Path, pattern: re.Pattern[str], what: str) -> list[Any]:
     found = _matches(folder, pattern)
     if any(model for _, model in found):
         raise CheckpointError(
-            f"{folder} is cut by tensor parallelism too, which is not read: convert it with DeepSpeed's ds_to_universal"
+            f"{folder} is also split by tensor parallelism, which is not supported: convert it with DeepSpeed's "
+            "ds_to_universal"
         )
     missing = sorted(set(range(max(rank for rank, _ in found) + 1)) - {rank for rank, _ in found}) if found else [0]
     if missing:
@@ -152,7 +153,7 @@ def _pieces(folder: Path) -> dict[str, tuple[tuple[int, ...], list[_Piece]]]:
     models = _ranks(folder, _MODEL, "model")
     world = _world(optimizers[0]["partition_count"])
     if world != len(optimizers):
-        raise CheckpointError(f"{folder} holds {len(optimizers)} of the {world} ranks' states: copy all there")
+        raise CheckpointError(f"{folder} has the states of {len(optimizers)} of {world} ranks: copy all of them there")
     found: dict[str, tuple[tuple[int, ...], list[_Piece]]] = {}
     for name in models[0]["buffer_names"]:
         part = models[0]["module"][name]
