@@ -19,8 +19,9 @@ from offprincipal.checkpoints.checkpoint import FLOATS, INTEGERS, Array, Checkpo
 from offprincipal.checkpoints.delta_codec import DamagedDelta, Encoded, Kind, decode, expanded
 from offprincipal.checkpoints.hostile import is_file
 from offprincipal.checkpoints.safetensors_file import SafetensorsFile
-from offprincipal.checkpoints.safetensors_folder import MASTERS, SafetensorsFolder
+from offprincipal.checkpoints.safetensors_folder import SafetensorsFolder
 from offprincipal.errors import CheckpointError
+from offprincipal.run_files import MASTERS
 
 SUFFIX = ".delta"
 FORMAT, VERSION = "offprincipal.delta", "1"

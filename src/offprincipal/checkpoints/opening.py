@@ -26,6 +26,7 @@ from offprincipal.checkpoints.safetensors_folder import SafetensorsFolder
 from offprincipal.checkpoints.shards import INDEX, is_numbered
 from offprincipal.checkpoints.torch_files import TorchFolder
 from offprincipal.errors import CheckpointError
+from offprincipal.run_files import MASTERS
 
 _DEEPEST, _MOST_FOLDERS = 3, 2000  # of the folders inside of a run's root that are looked into
 _SHOWN = 8
@@ -141,7 +142,7 @@ def _models_in(folder: Path) -> Iterator[tuple[Path, _Opener]]:
             except OSError:
                 continue
             for entry in entries:
-                if not entry.is_dir(follow_symlinks=False) or entry.name == safetensors_folder.MASTERS:
+                if not entry.is_dir(follow_symlinks=False) or entry.name == MASTERS:
                     continue
                 seen += 1
                 if seen > _MOST_FOLDERS:

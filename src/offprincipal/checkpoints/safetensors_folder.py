@@ -28,12 +28,12 @@ from offprincipal.checkpoints.packed import Packed, dequantised_notes, packed_in
 from offprincipal.checkpoints.safetensors_file import SafetensorsFile
 from offprincipal.checkpoints.shards import files_of, open_files
 from offprincipal.errors import CheckpointError
+from offprincipal.run_files import MASTERS
 
 SUFFIX = ".safetensors"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _USUAL = (WEIGHTS, INDEX)
-MASTERS = "masters"
 _COMPARABLE = {"float64", "float32", "float16", "bfloat16"}
 
 

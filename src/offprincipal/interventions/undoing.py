@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from offprincipal.checkpoints import Checkpoint, open_checkpoint
-from offprincipal.checkpoints.safetensors_folder import MASTERS
 from offprincipal.errors import InterventionError, ModelError
 from offprincipal.files import new_folder, write_json
 from offprincipal.interventions.applying import UNDONE, require_dtype, versions
@@ -31,6 +30,7 @@ from offprincipal.interventions.proof import (
 from offprincipal.interventions.record import RECORD, InterventionRecord, read_record, require_request
 from offprincipal.interventions.rounding import rounded
 from offprincipal.models import hash_of, open_language_model
+from offprincipal.run_files import MASTERS
 
 SCHEMA = 1
 _LEAST_CORRELATION = 0.5  # of a trained matrix with the one that it was trained from

@@ -13,6 +13,7 @@ from offprincipal.errors import FileError, StudyError
 from offprincipal.files import read_json, write_json
 from offprincipal.paper.claims import CLAIMS, SOURCES, Evidence, judge
 from offprincipal.paper.negative import blind_evidence, negative_controls, walk_controls
+from offprincipal.run_files import RECORD
 from offprincipal.studies.stages import StageKind, Workspace, base_folder
 from offprincipal.training import ShowProgress, StepReport, silent
 
@@ -130,7 +131,7 @@ class ClaimsStage(StageKind):
         """Kind of SFT -> another run -> the SFT run that shares its seed and its tasks."""
 
         def shared(run: str) -> tuple[Any, ...]:
-            settings = read_json(space.folder(run) / "run.json")["settings"]
+            settings = read_json(space.folder(run) / RECORD)["settings"]
             return settings["seed"], tuple(settings["tasks"])
 
         others = {run: shared(run) for run in (*self.rl, *chain(*self.beyond.values()))}
@@ -162,7 +163,7 @@ class ReportStage(StageKind):
 
 def _run_entry(name: str, folder: Path) -> dict[str, Any]:
     """What `study.json` says of a training run, from its `run.json`."""
-    record = read_json(folder / "run.json")
+    record = read_json(folder / RECORD)
     settings = record["settings"]
     kept = ("recipe", "tasks", "seed", "steps", "batch", "learning_rate")
     return {

@@ -13,6 +13,7 @@ from offprincipal.files import read_json
 from offprincipal.reports import terminal, words
 from offprincipal.reports.numbers import number
 from offprincipal.reports.report import damage_reported
+from offprincipal.run_files import RECORD
 
 _WATCHED = (
     ("KL of the step", "kl_step"),
@@ -107,7 +108,7 @@ def _monitor(path: Path) -> Iterator[RenderableType]:
     yield "in brackets: a Gaussian update of the same length in the same matrices; KL in nats a token"
     if warned := [row for row in rows if row["warned"]]:
         yield f"warned at {len(warned)} of {len(rows)} observed steps, at first: {warned[0]['warned']}"
-    if (stopped := rows[-1]["stopped"] if rows else None) and not (path.parent / "run.json").is_file():
+    if (stopped := rows[-1]["stopped"] if rows else None) and not (path.parent / RECORD).is_file():
         yield f"stopped early: {stopped}"  # of a run, its record says it
 
 
@@ -125,7 +126,7 @@ def _intervention(path: Path) -> Iterator[RenderableType]:
 
 _KINDS: dict[str, Callable[[Path], Iterator[RenderableType]]] = {
     "study.json": _study,
-    "run.json": _run,
+    RECORD: _run,
     "monitor.parquet": _monitor,
     "summary.json": _comparison,
     "trajectory.json": _trajectory,

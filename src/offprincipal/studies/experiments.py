@@ -35,6 +35,7 @@ from offprincipal.geometry.gaussian import isotropic_update
 from offprincipal.geometry.nulls import intersection_null, jaccard
 from offprincipal.geometry.precision import changed, exponent_class
 from offprincipal.geometry.ulp import total
+from offprincipal.run_files import MASTERS
 from offprincipal.studies.stages import StageKind, Workspace, base_folder
 from offprincipal.training import ShowProgress, silent
 
@@ -122,14 +123,14 @@ class GaussianStage(StageKind):
         run = open_checkpoint(space.folder(self.like), base)
         masters = gaussian_like(base, masters_of(run) or run, self.seed)
         folder = space.folder(name)
-        require_folder(folder / "masters")
-        for part, dtype in ((folder / "masters", torch.float32), (folder, torch.bfloat16)):
+        require_folder(folder / MASTERS)
+        for part, dtype in ((folder / MASTERS, torch.float32), (folder, torch.bfloat16)):
             stored = {key: tensor.to(dtype) for key, tensor in masters.items()}
             write_atomically(part / WEIGHTS, partial(save_file, stored, metadata={"format": "pt"}))
             shutil.copyfile(base_folder(space.base) / "config.json", part / "config.json")
 
     def files(self, name: str, space: Workspace) -> list[Path]:
-        return [space.folder(name) / WEIGHTS, space.folder(name) / "masters" / WEIGHTS]
+        return [space.folder(name) / WEIGHTS, space.folder(name) / MASTERS / WEIGHTS]
 
 
 class PrecisionStage(StageKind):

@@ -19,11 +19,11 @@ from offprincipal.comparison.tables import read_summary, read_table
 from offprincipal.errors import StudyError
 from offprincipal.files import read_json, require_folder, write_json
 from offprincipal.outcomes.sweeps import TriedRate, highest_stable, rate_for
+from offprincipal.run_files import RECORD
 from offprincipal.studies.experiments import Row, write_rows
 from offprincipal.studies.stages import StageKind, TrainStage, Workspace, base_folder
 from offprincipal.training import ShowProgress, silent
 from offprincipal.training.monitor.table import NAME as MONITOR
-from offprincipal.training.runs import RECORD
 
 MATCHED = "matched.json"
 OUTCOMES_TABLE, CURVES_TABLE = "outcomes.parquet", "kl_curves.parquet"

@@ -18,6 +18,7 @@ from offprincipal.defaults import DENSITY, NULL_DRAWS, RANK_FRACTION
 from offprincipal.errors import StudyError
 from offprincipal.measures.columns import GROUPS, Group
 from offprincipal.models import model_name
+from offprincipal.run_files import RECORD
 from offprincipal.tasks import open_task
 from offprincipal.training import ShowProgress, StepReport, TrainSettings, parse_settings, silent, train
 
@@ -126,7 +127,7 @@ class TrainStage(StageKind):
 
     def files(self, name: str, space: Workspace) -> list[Path]:
         watched = {**space.training, **(self.model_extra or {})}.get("monitor") is not None
-        left = ["model.safetensors", "run.json", *(["monitor.parquet"] if watched else [])]
+        left = ["model.safetensors", RECORD, *(["monitor.parquet"] if watched else [])]
         return [space.folder(name) / file for file in left]
 
 

@@ -6,14 +6,13 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from offprincipal.checkpoints.safetensors_folder import MASTERS
 from offprincipal.errors import StudyError
 from offprincipal.files import require_folder
 from offprincipal.reports.trajectory import write_figure
+from offprincipal.run_files import DELTAS, MASTERS
 from offprincipal.studies.experiments import Row, write_rows
 from offprincipal.studies.stages import StageKind, Workspace, base_folder
 from offprincipal.training import ShowProgress, silent
-from offprincipal.training.runs import DELTAS
 from offprincipal.trajectories import trajectory
 from offprincipal.trajectories.scalars import NULLS, SCALARS, SIDES, scalars_of
 from offprincipal.trajectories.trajectory import PAGE, followed

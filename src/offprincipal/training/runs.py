@@ -45,6 +45,7 @@ from offprincipal.memory import freed_memory_kept
 from offprincipal.models import LanguageModel, identify, model_name, open_language_model, require_training_extra
 from offprincipal.models.quiet import quiet_libraries, send_no_telemetry
 from offprincipal.recipes import RECIPES
+from offprincipal.run_files import CHECKPOINTS, DELTAS, MASTERS, RECORD, STARTED
 from offprincipal.tasks import Split, open_task, require_problems
 from offprincipal.tasks.prompting import prompting
 from offprincipal.training.evaluation import evaluate
@@ -56,10 +57,6 @@ from offprincipal.training.settings_by_model import by_the_model
 from offprincipal.training.trained import ADAPTER, MASKS, RunModels, prepare
 
 SCHEMA = 1
-RECORD = "run.json"
-CHECKPOINTS, DELTAS = "checkpoints", "deltas"
-STARTED = "started.json"
-MASTERS = "masters"
 LOG = logging.getLogger("offprincipal")
 TENSORBOARD = "runs"
 _MEASURING_SEED = 0  # one for all runs, so that they are measured on the same prompts with the same noise
