@@ -17,6 +17,7 @@ from torch import Tensor
 
 from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare
 from offprincipal.comparison.cache import DEFAULT_LIMIT, BaseCache, Kept
+from offprincipal.comparison.comparison import _error_bounds
 from offprincipal.comparison.measure import Row
 from offprincipal.files import cache_folder
 from offprincipal.measures.pair import BaseMatrix
@@ -453,3 +454,18 @@ def test_what_comes_back_from_the_cache_is_what_went_in(solver: Solver, tmp_path
         assert getattr(put.svd, name) == getattr(got.svd, name)
     assert put.masks is not None and got.masks is not None
     np.testing.assert_array_equal(put.masks, got.masks)
+
+
+def test_shifts_within_their_error_bound_are_counted_in_the_note() -> None:
+    def row(shift: float | None) -> Row:
+        return {
+            "solver": "warm",
+            "singular_value_error_relative": 1e-3,
+            "spectral_shift": shift,
+            "angle_error_deg": 0.5,
+        }
+
+    said = "their singular values are right to 1.0e-03, their principal angles to 0.5°"
+    assert _error_bounds([row(1e-2), row(2e-2)]) == [f"2 matrices were approximated: {said}"]
+    (note,) = _error_bounds([row(1e-4), row(1e-2), row(None), row(9e-4)])
+    assert note == f"4 matrices were approximated: {said}; of 2 of them the spectral shift is within its error bound"

