@@ -25,7 +25,7 @@ PARTS = {  # what the step up to each rung but the first explains -> its colour
     "beyond all nulls": "#c24d52",
 }
 MARK = "†"  # behind a figure that is not of every matrix
-NOT_TOLD_APART = ("not told apart", "#c9ced6")  # where a rung between is undefined
+NOT_TOLD_APART = ("not told apart", "#b4bbc5")  # where a rung between is undefined
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,7 @@ def _content(comparison: Path, study: dict[str, Any] | None) -> dict[str, Any]:
         "symbols": symbols,
         "data": data,
         "answers": words.answers(summary),
+        "notes": words.warnings_of(summary),
         "paragraphs": words.run_paragraphs(summary),
         "pair_sentences": [(pair, words.pair_sentence(pair)) for pair in summary["pairs"]],
         "tally": words.tally(study["claims"]) if study else "",

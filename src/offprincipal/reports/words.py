@@ -203,7 +203,7 @@ def pair_sentence(pair: Mapping[str, Any]) -> str:
         return f"{names} share no changed entry, since one of them changed none."
     return (
         f"{names} changed the same entries with a Jaccard index of {number(found)}; "
-        f"{_beside_ladder(found, nulls, pair['jaccard_z'], 'gives', number)}."
+        f"{_beside_ladder(found, nulls, pair['jaccard_z'], 'gives {}', number)}."
     )
 
 
@@ -212,7 +212,7 @@ def _beside_ladder(
 ) -> str:
     """What chance, rounding, spacing and margins would have given, and what that leaves; why one is undefined."""
     chance, rounding, spacing, margins = nulls
-    said = f"chance alone {gives} {text(chance)}"
+    said = f"chance alone {gives.format(text(chance))}"
     if margins is None:
         return f"{said}, and rounding, spacing and margins are {_OFF_GRID}"
     alone = "rounding alone is undefined" if rounding is None else f"rounding alone {text(rounding)}"
@@ -462,7 +462,7 @@ def _place(mask: str, value: _Reader) -> str:
     if found is None:
         return ""
     *nulls, _ = shares(value, mask)
-    beside = _beside_ladder(found, nulls, value(f"{mask}_z"), "would put there", percent)
+    beside = _beside_ladder(found, nulls, value(f"{mask}_z"), "would put {} there", percent)
     return f"Of the changed entries {percent(found)} are {MASKS[mask]}; {beside}."
 
 
