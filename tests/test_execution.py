@@ -134,7 +134,7 @@ def test_without_a_gpu_cuda_is_an_argument_error(sources: tuple[Path, dict[str, 
 
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    with pytest.raises(ArgumentError, match="no CUDA device is at hand"):
+    with pytest.raises(ArgumentError, match="there is no CUDA device"):
         compare(*sources, CompareSettings(matrix=MatrixSettings(device="cuda")))
     on_cpu = compare(*sources, CompareSettings(matrix=MatrixSettings(device="auto"))).matrices
     assert on_cpu == compare(*sources).matrices

@@ -244,7 +244,7 @@ def test_sums_over_sequences_do_not_depend_on_how_they_are_batched(base: Languag
 
 
 def test_a_tied_parameter_is_named_once(base: LanguageModel) -> None:
-    with pytest.raises(ArgumentError, match=r"lm_head\.weight is no parameter"):
+    with pytest.raises(ArgumentError, match=r"lm_head\.weight is not a parameter"):
         fisher_quadratic(base.model, {"lm_head.weight": torch.zeros(1, 1)}, random_batch(base))
 
 
@@ -347,7 +347,7 @@ def test_experts_that_transformers_holds_otherwise_are_left_out_and_said(tiny_mo
     assert [matrix.part.place.role for matrix in matrices] == ["k", "o", "q", "v"]
     assert len(left_out) == 12 and ".experts." in left_out[0]
     assert fisher_quadratic(base.model, stacked(unit_direction(base)), random_batch(base)).item() > 0
-    with pytest.raises(ModelError, match=r"experts\S* of .* is no parameter of Qwen3MoeForCausalLM"):
+    with pytest.raises(ModelError, match=r"experts\S* of .* is not a parameter of Qwen3MoeForCausalLM"):
         Tuned(base, open_checkpoint(folders[0]), folders[1], "auto").update()
 
 
@@ -537,7 +537,7 @@ def test_the_update_is_that_of_the_masters_and_the_divergence_that_of_the_stored
     before = dict(base.model.named_parameters())[name]
     torch.testing.assert_close(by["auto"].tensors[name], masters[name] - before)
     torch.testing.assert_close(by["stored"].tensors[name], masters[name].bfloat16().float() - before)
-    with pytest.raises(CheckpointError, match="keeps no float32 masters"):
+    with pytest.raises(CheckpointError, match="has no float32 masters"):
         Tuned(base, checkpoint, tuned, "masters")
     of_masters, of_stored = (kl_of(base, update) for update in (by["masters"], by["stored"]))
     found = measure_gates(tiny_model, {"run": run}, sequences=given_sequences, per_layer=False, draws=1, device="cpu")
@@ -595,7 +595,7 @@ def test_the_command_writes_what_the_contract_says(
         told = not row["direction"].startswith("random_") or row["draws"] >= 8
         assert (row["low"] is not None) == told
         assert not told or row["low"] <= row["value"] <= row["high"]
-    assert "batches: 4;" in entry["warnings"][0]
+    assert "only 4 batches;" in entry["warnings"][0]
     assert (
         command(
             "gates", tiny_model, f"step={tuned}", "--task=count@1", "--out", out, "--device=cpu", *options, "--json"
@@ -626,9 +626,9 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 @pytest.mark.parametrize(
     ("text", "suffix", "message"),
     [
-        ("", ".txt", "holds no prompt"),
-        ("\n  \n", ".txt", "holds no prompt"),
-        ("", ".jsonl", "holds no prompt"),
+        ("", ".txt", "has no prompts"),
+        ("\n  \n", ".txt", "has no prompts"),
+        ("", ".jsonl", "has no prompts"),
         ('{"question": "2+2"}', ".jsonl", "line 1 of .* has no text under 'prompt'"),
         ("1+1=\n" + "9" * 400 + "=", ".txt", "exceeds the model's context"),
     ],
@@ -645,14 +645,14 @@ def test_bad_prompts_are_refused(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("not json", "line 1 of .* is no JSON"),
-        ("[1, 2]", "is no JSON object"),
-        ('{"input_ids": [1, "a"]}', "no list of integers"),
+        ("not json", "line 1 of .* is not valid JSON"),
+        ("[1, 2]", "is not a JSON object"),
+        ('{"input_ids": [1, "a"]}', "not a list of integers"),
         ('{"input_ids": [1]}', "has 1 tokens"),
-        ('{"input_ids": [1, 99999]}', "holds token 99999"),
+        ('{"input_ids": [1, 99999]}', "has token 99999"),
         (json.dumps({"input_ids": [5] * 3000}), "context has"),
         ('{"prompt": "x"}', "no text under 'text'"),
-        ("", "holds no sequence"),
+        ("", "has no sequences"),
     ],
 )
 def test_bad_sequences_are_refused(line: str, message: str, base: LanguageModel, tmp_path: Path) -> None:
@@ -689,7 +689,7 @@ def test_another_vocabulary_is_refused_by_the_command_and_leaves_nothing(
         file.unlink()
     out = tmp_path / "out"
     assert command("gates", tiny_model, run, "--sequences", given_sequences, "--out", out) == 2
-    assert "another vocabulary" in capfd.readouterr().err
+    assert "the vocabularies differ" in capfd.readouterr().err
     assert list(out.iterdir()) == []
 
 

@@ -313,7 +313,7 @@ def test_a_stored_intervention_stands_in_where_it_cannot_be_made_again(base: Pat
     weights[V.format(0)][0, 0] *= 1 + 2**-7
     rewrite(tmp_path / "out", tmp_path / "elsewhere", weights)
     record = json.loads((tmp_path / "out" / "intervention.json").read_text())
-    for hashed, says in (("0", "other weights here"), (weights_hash(tmp_path / "elsewhere"), None)):
+    for hashed, says in (("0", "other weights than it records"), (weights_hash(tmp_path / "elsewhere"), None)):
         noted = json.dumps(record | {"result": {"weights_blake2b": hashed}})
         (tmp_path / "elsewhere" / "intervention.json").write_text(noted)
         act = partial(undo, tmp_path / "elsewhere", tmp_path / "elsewhere", tmp_path / "back")
@@ -349,7 +349,7 @@ def refused(says: str, out: Path, act: Callable[[], object]) -> None:
         ({"rotate": [2]}, r"rotate layer 2: the model has layers 0 to 1"),
         ({"permute": [-1]}, r"permute layer -1"),
         ({"rotate": [0.5]}, "whole numbers"),
-        ({"rotate": "1-0"}, "names no layers"),
+        ({"rotate": "1-0"}, "does not name layers"),
         ({}, "nothing to do"),
         ({"rotate": [0], "matrix": "fourier"}, "haar or hadamard"),
         ({"rotate": [0], "seed": -1}, "seed -1"),
@@ -380,6 +380,13 @@ def test_a_model_that_shares_weights_across_layers_is_refused(base: Path, tmp_pa
     weights[V.format(1)] = weights[V.format(0)].clone()
     copied = rewrite(base, tmp_path / "copied", weights)
     refused("shares weights across layers", tmp_path / "o", lambda: intervene(copied, tmp_path / "o", rotate=[1]))
+
+
+def test_an_adapter_is_to_be_merged_first(base: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(f'{{"peft_type": "LORA", "base_model_name_or_path": "{base}"}}')
+    refused("merge it into its base first", tmp_path / "out", lambda: intervene(adapter, tmp_path / "out", rotate=[0]))
 
 
 def test_a_damaged_model_is_refused(base: Path, tmp_path: Path) -> None:
@@ -427,7 +434,7 @@ def test_a_folder_in_use_is_not_written_over(base: Path, tmp_path: Path) -> None
     out.mkdir()
     (out / "thesis.tex").write_text("years")
     for overwrite in (False, True):
-        refused("that are not an intervention", out, lambda: intervene(base, out, rotate=[0], overwrite=overwrite))  # noqa: B023
+        refused("other files than an intervention", out, lambda: intervene(base, out, rotate=[0], overwrite=overwrite))  # noqa: B023
     (out / "thesis.tex").unlink()
     intervene(base, out, rotate=[0])
     refused(r"--overwrite \(overwrite=True\)", out, lambda: intervene(base, out, rotate=[1]))
@@ -447,7 +454,7 @@ def test_a_record_of_another_model_is_refused(base: Path, models: Callable[[str]
     intervene(base, tmp_path / "stream", residual=True)
     refused("correlation", back, lambda: undo(one, two, back))
     refused("correlation", back, lambda: undo(one, base, back))
-    refused("lm_head.weight is in one", back, lambda: undo(one, tmp_path / "stream", back))
+    refused("lm_head.weight is in only one", back, lambda: undo(one, tmp_path / "stream", back))
     refused("architecture gemma", back, lambda: undo(one, models("gemma"), back))
     refused("other weights than", back, lambda: undo(one, one, back, base=two))
     refused("no record", back, lambda: undo(base, one, back))
@@ -502,7 +509,7 @@ def test_gains_of_zero_cannot_be_brought_back(base: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("text", ["", "x", "3-1", "1,,2", "-1", "1-2-3", "٣", "0-999999999"])
 def test_layers_that_cannot_be_read_are_refused(text: str) -> None:
-    with pytest.raises(InterventionError, match="names no layers"):
+    with pytest.raises(InterventionError, match="does not name layers"):
         parse_layers(text)
 
 
@@ -540,10 +547,10 @@ def test_the_command_intervenes_and_undoes_after_training(
     ("words", "says"),
     [
         (["intervene", "{base}", "--rotate", "7", "--out", "{out}"], "layers 0 to 1"),
-        (["intervene", "{base}", "--rotate", "two", "--out", "{out}"], "names no layers"),
+        (["intervene", "{base}", "--rotate", "two", "--out", "{out}"], "does not name layers"),
         (["intervene", "{base}", "--out", "{out}"], "nothing to do"),
         (["intervene", "{base}", "--undo", "{base}", "--out", "{out}"], "a command of its own"),
-        (["undo", "{base}", "{base}", "--out", "{out}"], "no record"),
+        (["undo", "{base}", "{base}", "--out", "{out}"], "cannot read the record"),
         (["intervene", "{base}/nowhere", "--rotate", "0", "--out", "{out}"], "nowhere"),
     ],
 )

@@ -60,7 +60,7 @@ def test_an_architecture_of_its_own_runs_only_where_it_is_trusted(tiny_model: Pa
     with pytest.raises(ModelError, match=r"is not executed: read that code.*trust_remote_code"):
         open_language_model(folder, "cpu")
     assert not canary.exists()
-    with pytest.raises(ModelError, match="is no causal language model"):  # imported, as was asked, and found to be none
+    with pytest.raises(ModelError, match="as a causal language model"):  # imported, as was asked, and found to be none
         open_language_model(folder, "cpu", trust_remote_code=True)
     assert canary.exists()
 

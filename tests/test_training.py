@@ -458,7 +458,7 @@ def test_unusable_folders_say_what_to_change(tiny_model: Path, tmp_path: Path) -
     with pytest.raises(ModelError, match=r"no config\.json"):
         open_language_model(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text((tiny_model / "config.json").read_text())
-    with pytest.raises(ModelError, match="no causal language model"):
+    with pytest.raises(ModelError, match="as a causal language model"):
         open_language_model(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes())
     with pytest.raises(ModelError, match="no usable tokenizer"):

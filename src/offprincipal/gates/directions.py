@@ -47,7 +47,7 @@ class PrincipalSpace:
 
     @staticmethod
     def of(W: Tensor, rank_fraction: float, alpha: float) -> "PrincipalSpace | None":
-        """That of a matrix (n, m); None where it is not defined.
+        """That of a matrix (n, m); None if it is not defined.
 
         >>> W = torch.diag(torch.tensor([4.0, 1.0]))
         >>> PrincipalSpace.of(W, 0.5, 0.25).mask

@@ -97,9 +97,9 @@ class GateSettings:
             if not (isinstance(getattr(self, name), int | float) and 0 < getattr(self, name) < 1):
                 raise ArgumentError(f"{name} is {getattr(self, name)!r}: it lies between 0 and 1")
         if self.weights not in get_args(Weights):
-            raise ArgumentError(f"weights '{self.weights}': one of {', '.join(get_args(Weights))}")
+            raise ArgumentError(f"no weights '{self.weights}': choose one of {', '.join(get_args(Weights))}")
         if self.dtype not in ("float32", "float64"):
-            raise ArgumentError(f"dtype '{self.dtype}': float32 or float64")
+            raise ArgumentError(f"cannot compute in dtype '{self.dtype}': choose float32 or float64")
 
 
 @dataclass(frozen=True, repr=False)
@@ -146,13 +146,12 @@ def measure_gates(
 ) -> Gates:
     """The gates of models tuned from one base: divergence, Fisher form along the update, curvature, precision.
 
-    Exactly one of `prompts`, `task` and `sequences` says what they are measured on. With the first two, continuations
-    are sampled from the base (on which the Fisher form, the curve and the curvature are measured, being the base's) and
-    from each tuned policy (on which the divergence is the policy's own).
+    Give exactly one of `prompts`, `task` and `sequences`. With the first two, continuations are sampled from the base,
+    for the Fisher form, the curve and the curvature, and from each tuned policy, for its divergence.
 
     Args:
         base: a folder, a Hugging Face id, or `embedded`.
-        tuned: run -> folders or ids of models, adapters, distributed checkpoints; or one, or a list of them, named
+        tuned: run name -> folder or id of a model, adapter or distributed checkpoint; or one, or a list of them, named
             after their folders.
         prompts: a file of prompts, one a line, or JSON lines `{"prompt": …}` called `.jsonl`; or a list of prompts.
         task: one or more names for `open_task`, as a list or a text such as "add,sort@2"; held-out prompts are taken.
@@ -161,7 +160,7 @@ def measure_gates(
         options: fields of `GateSettings`.
 
     Raises:
-        ArgumentError: the arguments do not say what to measure, or an option is outside what it may be.
+        ArgumentError: not exactly one of `prompts`, `task` and `sequences` is given, or an option is out of range.
         ModelError: the base cannot be opened or differentiated, a prompt does not fit its context, or a tuned model has
             another vocabulary or tokenizer.
         CheckpointError, FileError, TaskError: a checkpoint, file or task cannot be read.
@@ -324,7 +323,7 @@ class _Study:
         }
 
     def _divergence(self, policy: Update) -> dict[str, dict[str, Any]]:
-        """KL(π_new‖π_old) on the policy's own continuations, where any are sampled, and on the sequences at hand."""
+        """KL(π_new‖π_old) on the policy's own continuations, if any are sampled, and on the sequences at hand."""
         model, ground = self.language_model, self.ground.sequences
         measured = [ground]
         if self.prompts is not None:
@@ -396,12 +395,12 @@ class _Study:
         found = []
         if self.ground.batches < ENOUGH_BATCHES:
             found.append(
-                f"batches: {self.ground.batches}; intervals and sign tests of the curvature want {ENOUGH_BATCHES} or "
-                "more, so more prompts or sequences"
+                f"there are only {self.ground.batches} batches; intervals and sign tests of the curvature need "
+                f"{ENOUGH_BATCHES} or more: give more prompts or sequences"
             )
         if self.left_out:
             found.append(
-                f"{len(self.left_out)} matrices, {self.left_out[0]} among them, are held by transformers under another "
-                "name or shape, or have no principal subspace of this rank: no curvature is measured in them"
+                f"no curvature is measured in {len(self.left_out)} matrices, such as {self.left_out[0]}: transformers "
+                "has them under another name or shape, or they have no principal subspace of this rank"
             )
         return found

@@ -1,6 +1,6 @@
-"""Gate III: what storing hides of an update, and whether where it lands is more than the format's doing.
+"""Gate III: which part of an update storing hides, and whether its location is due to more than the storage format.
 
-Reads a base and the float32 masters of a tuned checkpoint a matrix at a time; the mathematics is in
+Reads a base and the float32 masters of a tuned checkpoint, one matrix at a time; the mathematics is in
 `offprincipal.geometry.ulp` and `offprincipal.geometry.formats`. Runs no model.
 """
 
@@ -41,11 +41,14 @@ Null = Literal["nothing", "random", "precision"]
 
 @dataclass(frozen=True)
 class PrecisionSettings:
-    """What decides the numbers of Gate III, beside the checkpoints.
+    """Settings of Gate III.
 
     Args:
-        formats: what the update is stored in; step_lengths: what it is multiplied by, as a learning rate would.
-        rank_fraction, alpha: of the principal subspace and the masks.
+        formats: storage formats; step_lengths: factors by which the update is multiplied.
+        rank_fraction: rank of the principal subspace over min(rows, columns); alpha: density of the masks.
+
+    Raises:
+        ArgumentError: a format is unknown, or a number is out of range.
     """
 
     formats: tuple[str, ...] = tuple(FORMATS)
@@ -56,20 +59,23 @@ class PrecisionSettings:
     def __post_init__(self) -> None:
         unknown = [name for name in self.formats if name not in FORMATS]
         if unknown or not self.formats:
-            raise ArgumentError(f"no storage format {unknown or 'given'}: choose of {', '.join(FORMATS)}")
+            raise ArgumentError(
+                f"{f'no storage format {unknown[0]}' if unknown else 'no storage format is given'}: choose one of "
+                f"{', '.join(FORMATS)}"
+            )
         if not self.step_lengths or min(self.step_lengths) <= 0:
-            raise ArgumentError(f"step lengths {self.step_lengths} are not usable: give positive factors of the update")
+            raise ArgumentError(f"step lengths {self.step_lengths} are invalid: give positive factors of the update")
         if not (0 < self.rank_fraction <= 1 and 0 < self.alpha <= 1):
-            raise ArgumentError("rank_fraction and alpha are shares: give numbers above 0 and at most 1")
+            raise ArgumentError("rank_fraction and alpha are fractions: give numbers above 0 and at most 1")
 
 
 @dataclass(frozen=True)
 class PrecisionRows:
-    """What Gate III measures of one tuned checkpoint, a matrix at a time.
+    """Gate III of one tuned checkpoint, matrix by matrix.
 
     Args:
         histograms: tensor -> its histogram.
-        sweep: one row a matrix, format and step length: `tensor, layer, role, format, step_length, numel, changed,
+        sweep: one row per matrix, format and step length: `tensor, layer, role, format, step_length, numel, changed,
             distance`, and for each mask `<mask>_entries, _changed, _changed_null, _changed_variance, _distance,
             _distance_null`.
     """
@@ -84,16 +90,20 @@ def precision_gate(
     """Gate III of one tuned checkpoint: JSON-able entries of a run in `gates.json`.
 
     Args:
-        base: the base, whatever `offprincipal compare` opens.
+        base: any checkpoint that `offprincipal compare` opens.
         tuned: trained from it, with float32 masters in its folder `masters`, or stored in float32 itself.
+        settings: formats, step lengths, rank and density; the defaults if None.
 
     Returns:
         `ulp_histogram`: the rows of `UlpHistogram.rows`, pooled over the linear matrices;
         `hidden_fraction`: `value`, `gaussian_null`, `permuted_null`, with `low` and `high` of the value;
-        `precision_sweep`: the rows of `pool_sweep`. All three are None where no masters are at hand.
+        `precision_sweep`: the rows of `pool_sweep`. All three are None without masters.
 
     Raises:
         CheckpointError: one of them cannot be read, or they do not belong together.
+
+    >>> precision_gate("embedded", "embedded")["hidden_fraction"] is None  # stored in bfloat16, without masters
+    True
     """
     settings = settings or PrecisionSettings()
     opened = open_checkpoint(base)
@@ -116,14 +126,14 @@ def measure_precision(base: Checkpoint, masters: Checkpoint, settings: Precision
     """
     parts = common_parts([base, masters])
     if not parts:
-        raise CheckpointError(f"{base.source} holds no linear matrix: there is nothing to measure")
+        raise CheckpointError(f"{base.source} has no linear matrices: there is nothing to measure")
 
     def measure(part: Part) -> tuple[UlpHistogram, list[Row]]:
         weight, master = map(torch.from_numpy, read_part([base, masters], part))
         try:
             return ulp_histogram(weight, master), _sweep_rows(part, weight, master, settings)
         except NonFiniteTensor as error:
-            raise CheckpointError(f"{part.name}: {error}. Look at how it was trained or converted") from error
+            raise CheckpointError(f"{part.name}: {error}. Check how it was trained or converted") from error
 
     needs = {part.name: _BYTES_AN_ENTRY * part.numel for part in parts}
     with one_core_each():
@@ -135,7 +145,7 @@ def measure_precision(base: Checkpoint, masters: Checkpoint, settings: Precision
 
 
 def pool_sweep(rows: Sequence[Row]) -> list[Row]:
-    """The sweep pooled over matrices: one row a format and step length, JSON-able.
+    """The sweep pooled over matrices: one row per format and step length, JSON-able.
 
     Args:
         rows: `PrecisionRows.sweep`.
@@ -144,7 +154,7 @@ def pool_sweep(rows: Sequence[Row]) -> list[Row]:
         Rows of `format`, `step_length`, and each with `value`, `low`, `high`: `unchanged_fraction`; and for each mask
         `<mask>_overlap`, its difference from the density, `<mask>_bias`, and from the format's own precision null,
         `<mask>_bias_beyond_precision`; the same of the stored update's absolute size in place of its changed entries:
-        `<mask>_distance_bias`, `<mask>_distance_bias_beyond_precision`. None where nothing changed. And `<mask>_z`, a
+        `<mask>_distance_bias`, `<mask>_distance_bias_beyond_precision`. None if nothing changed. And `<mask>_z`, a
         number: the changed entries in the mask less the precision null's, over its standard deviation.
     """
     measures: dict[str, Callable[[Sequence[Row]], Estimate]] = {"unchanged_fraction": unchanged}
@@ -196,14 +206,14 @@ def location(
 
 
 def location_z(rows: Sequence[Row], mask: str) -> float | None:
-    """(changed − expected)/sd of a mask under the format's precision null; None where nothing is left to chance."""
+    """(changed − expected)/sd of a mask under the format's precision null; None if nothing is left to chance."""
     known = [row for row in rows if row[f"{mask}_changed"] is not None]
     null = CountNull(*(sum(row[f"{mask}_changed_{moment}"] for row in known) for moment in ("null", "variance")))
     return null.z(sum(row[f"{mask}_changed"] for row in known))
 
 
 def hidden_share(histograms: Sequence[UlpHistogram]) -> Row:
-    """Share of the entries whose master moved while the bfloat16 value did not, beside both nulls."""
+    """Share of the entries whose master moved while the bfloat16 value did not, with both nulls."""
     parts = [(float(found.hidden.sum()), float(found.entries)) for found in histograms]
     entries = sum(found.entries for found in histograms)
     nulls = {
@@ -236,7 +246,7 @@ def _in_format(
 
 
 def _masks(base: Tensor, settings: PrecisionSettings) -> dict[str, Tensor]:
-    """The low-magnitude mask, and the principal one where the base has a principal subspace."""
+    """The low-magnitude mask, and the principal one if the base has a principal subspace."""
     ranks = {"low_magnitude": low_magnitude_ranks(base)}
     space = PrincipalSubspace.of(base, principal_rank(base.shape, settings.rank_fraction))
     if space is not None:

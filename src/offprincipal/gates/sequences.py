@@ -45,10 +45,10 @@ class Sequences:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Prompts from a file: one a line, or JSON lines `{"prompt": …}` where it is called `.jsonl`.
+    """Prompts from a file: one per line, or JSON lines `{"prompt": …}` if its name ends in `.jsonl`.
 
     Raises:
-        FileError: it cannot be read, holds no prompt, or a line is no such object.
+        FileError: it cannot be read, has no prompts, or a line is not such an object.
     """
     file = Path(path)
     if file.suffix != ".jsonl":
@@ -56,7 +56,7 @@ def read_prompts(path: str | Path) -> list[str]:
     else:
         prompts = [_field(file, number, _object(file, number, line), "prompt") for number, line in _lines(file)]
     if not prompts:
-        raise FileError(f'{file} holds no prompt: write one a line, or JSON lines {{"prompt": …}} in a .jsonl file')
+        raise FileError(f'{file} has no prompts: write one per line, or JSON lines {{"prompt": …}} in a .jsonl file')
     return prompts
 
 
@@ -73,7 +73,7 @@ def read_sequences(path: str | Path, language_model: LanguageModel) -> Sequences
     """Sequences from JSON lines, `{"text": …}` or `{"input_ids": […]}`, measured at every position after the first.
 
     Raises:
-        FileError: the file cannot be read, is empty, or a line is no such object.
+        FileError: the file cannot be read, is empty, or a line is not such an object.
         ModelError: a sequence does not fit the model's context or vocabulary.
     """
     file = Path(path)
@@ -84,23 +84,23 @@ def read_sequences(path: str | Path, language_model: LanguageModel) -> Sequences
         if "input_ids" in content:
             ids = content["input_ids"]
             if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-                raise FileError(f'{where}: input_ids is no list of integers. Write {{"input_ids": [1, 2, 3]}}')
+                raise FileError(f'{where}: input_ids is not a list of integers. Write {{"input_ids": [1, 2, 3]}}')
         else:
             if language_model.tokenizer is None:
                 raise ModelError(f"{where} is text, and the model has no usable tokenizer: give input_ids")
             with quiet_libraries():
                 ids = language_model.tokenizer(_field(file, number, content, "text")).input_ids
         if len(ids) < 2:
-            raise FileError(f"{where} has {len(ids)} tokens: a sequence needs two, one to read and one to predict")
+            raise FileError(f"{where} has {len(ids)} tokens: a sequence needs at least two, one of them to predict")
         if any(not 0 <= i < vocabulary for i in ids):
-            raise ModelError(f"{where} holds token {max(ids)} or one below 0; the model's vocabulary has {vocabulary}")
+            raise ModelError(f"{where} has token {max(ids)} or one below 0; the model's vocabulary has {vocabulary}")
         if language_model.context is not None and len(ids) > language_model.context:
             raise ModelError(
                 f"{where} has {len(ids)} tokens, and the model's context has {language_model.context}: shorten it"
             )
         found.append(ids[:-1])
     if not found:
-        raise FileError(f'{file} holds no sequence: write JSON lines {{"text": …}} or {{"input_ids": […]}}')
+        raise FileError(f'{file} has no sequences: write JSON lines {{"text": …}} or {{"input_ids": […]}}')
     return Sequences(found, [0] * len(found), "given")
 
 
@@ -114,7 +114,7 @@ def encode_prompts(language_model: LanguageModel, prompts: Sequence[str], max_ne
         encoded = [language_model.prompt_ids(prompt, max_new_tokens) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not ids:
-            raise ModelError(f"prompt {prompt[:60]!r} has no token for this model: leave it out")
+            raise ModelError(f"prompt {prompt[:60]!r} has no tokens for this model: remove it")
     return encoded
 
 
@@ -146,7 +146,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror or error}. Give a text file") from error
     except UnicodeDecodeError as error:
-        raise FileError(f"{path} is no UTF-8 text: save it as such") from error
+        raise FileError(f"{path} is not UTF-8 text: save it as UTF-8") from error
     numbered = enumerate(text.split("\n"), 1)  # splitlines would cut JSON strings at rarer line ends too
     return ((number, line.removesuffix("\r")) for number, line in numbered if line.strip())
 
@@ -155,9 +155,9 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise FileError(f"line {number} of {path} is no JSON: {error}. Write one object a line") from error
+        raise FileError(f"line {number} of {path} is not valid JSON: {error}. Write one object per line") from error
     if not isinstance(content, dict):
-        raise FileError(f"line {number} of {path} is no JSON object: write one a line")
+        raise FileError(f"line {number} of {path} is not a JSON object: write one per line")
     return content
 
 
@@ -175,7 +175,7 @@ def shuffled_batches(count: int, batches: int, seed: int) -> list[int]:
     [0, 0, 1, 1, 2, 2]
     """
     if batches < 1:
-        raise ArgumentError(f"{batches} batches: at least one")
+        raise ArgumentError(f"batches is {batches}: give at least 1")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     place = [0] * count
     for rank, i in enumerate(order):

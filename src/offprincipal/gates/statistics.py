@@ -63,7 +63,7 @@ def mean_with_interval(sums: Sequence[float] | Array, tokens: Sequence[int] | Ar
 
 
 def sign_test(differences: Sequence[float] | Array) -> float | None:
-    """Two-sided p of the sign test: were the signs a fair coin's; zeros have no say, and no sign at all gives None.
+    """Two-sided sign-test p-value; zeros are dropped; None if no signs remain.
 
     Source: Conover, Practical Nonparametric Statistics, 3.4.
 

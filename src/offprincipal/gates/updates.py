@@ -35,7 +35,7 @@ class Update:
         tensors: parameter name -> tuned − base, in the model's type and on its device; parameters that did not move are
             left out, a tied one is named once.
         weights: `masters` or `stored`: which of the tuned weights were read.
-        notes: what a reader of the results should know of how they were read.
+        notes: warnings about how they were read.
     """
 
     tensors: Mapping[str, Tensor]
@@ -68,7 +68,7 @@ class Tuned:
         _require_same_tokenizer(language_model, self._stored)
         self._masters = self._stored.masters() if weights != "stored" else None
         if weights == "masters" and self._masters is None:
-            raise CheckpointError(f"{self._stored.source} keeps no float32 masters: choose --weights stored, or auto")
+            raise CheckpointError(f"{self._stored.source} has no float32 masters: choose --weights stored, or auto")
         self._pairing = pair_tensors(base, self._stored)
         if self._masters is not None:
             require_all_masters(self._stored, self._masters, self._pairing.tensors)
@@ -89,11 +89,11 @@ class Tuned:
         return self._read(None)
 
     def update(self) -> Update:
-        """The update before it was stored, where masters were kept; as it is stored elsewhere.
+        """The update before it was stored, if masters were kept; otherwise as it is stored.
 
         Raises:
             CheckpointError: a tensor cannot be read, holds NaN or infinity, or the masters are another checkpoint's.
-            ModelError: a tensor that moved is no parameter of the model.
+            ModelError: a tensor that moved is not a parameter of the model.
         """
         return self._read(self._masters)
 
@@ -103,16 +103,16 @@ class Tuned:
         for stored, info in self._pairing.tensors.items():
             if stored in self._pairing.tied:
                 raise ModelError(
-                    f"{stored} is a head of its own in {self._base.source} or {self._stored.source}, and tied to the "
-                    "embedding in the other: no update of one model leads from the one to the other"
+                    f"{stored} is separate in {self._base.source} or {self._stored.source}, and tied to the embedding "
+                    "in the other: no update of one model leads from one to the other. Give two models of one kind"
                 )
             name = parameter_of(stored, parameters, self._model.base_model_prefix)
             if not info.floating or (name is None and self._is_unmoved(stored)):
                 continue
             if name is None or parameters[name].shape != info.shape:
                 raise ModelError(
-                    f"{stored} of {self._stored.source} is no parameter of {type(self._model).__name__}: transformers "
-                    "loads it under another name or shape (as it does experts), which is not measured"
+                    f"{stored} of {self._stored.source} is not a parameter of {type(self._model).__name__}: "
+                    "transformers loads it under another name or shape (as it does experts), which is not measured"
                 )
             moved = self._values(stored, masters).reshape(info.shape).to(parameters[name]) - parameters[name].detach()
             if bool(moved.any()):
@@ -120,14 +120,14 @@ class Tuned:
         return Update(tensors, "stored" if masters is None else "masters", (*self._stored.notes, *self._pairing.notes))
 
     def _require_whole(self) -> None:
-        """Raises CheckpointError where the tuned checkpoint lacks a parameter of the model."""
+        """Raises CheckpointError if the tuned checkpoint lacks a parameter of the model."""
         parameters = dict(self._model.named_parameters())
         prefix = self._model.base_model_prefix
         lost = [name for name in self._pairing.only_in_base if parameter_of(name, parameters, prefix) is not None]
         if lost:
             raise CheckpointError(
-                f"{self._stored.source} lacks {len(lost)} parameters of the model, {lost[0]} among them: what it does "
-                "there is not known. Give a checkpoint of the whole model"
+                f"{self._stored.source} lacks {len(lost)} parameters of the model, such as {lost[0]}: give a "
+                "checkpoint of the whole model"
             )
 
     def _require_same_vocabulary(self) -> None:
@@ -136,7 +136,7 @@ class Tuned:
             if ours.shape != theirs.shape:
                 raise ModelError(
                     f"{name} has {ours.shape[0]} rows in {self._base.source} and {theirs.shape[0]} in "
-                    f"{self._stored.source}: another vocabulary, so their distributions are not over the same tokens. "
+                    f"{self._stored.source}: the vocabularies differ, so distributions are not over the same tokens. "
                     "Give a model that kept its base's vocabulary"
                 )
 
@@ -151,7 +151,7 @@ class Tuned:
             require_own_masters(name, self._stored.source, stored, values)
         wide = values.astype(np.float64 if values.dtype == np.float64 else np.float32)
         if not np.isfinite(wide).all():
-            raise CheckpointError(f"{name} of {self._stored.source} holds NaN or infinity. Look at how it was trained")
+            raise CheckpointError(f"{name} of {self._stored.source} contains NaN or infinity: check how it was trained")
         return torch.from_numpy(np.ascontiguousarray(wide))
 
 
@@ -178,7 +178,7 @@ def moved_by(model: Any, update: Mapping[str, Tensor], fraction: float = 1.0) ->
 
 
 def _require_same_tokenizer(language_model: LanguageModel, tuned: Checkpoint) -> None:
-    """Raises ModelError where tokenizer files beside the tuned weights read text otherwise than the base's do."""
+    """Raises ModelError if tokenizer files beside the tuned weights read text otherwise than the base's do."""
     folder = tuned.folders[0]
     if language_model.tokenizer is None or not any(is_file(folder / name) for name in _TOKENIZER_FILES):
         return
@@ -187,7 +187,7 @@ def _require_same_tokenizer(language_model: LanguageModel, tuned: Checkpoint) ->
             theirs = open_tokenizer(folder)
         except Exception as error:  # damaged files and unknown classes all differ
             raise ModelError(
-                f"the tokenizer beside {tuned.source} cannot be read: {str(error)[:200]}. Copy the base's there"
+                f"the tokenizer of {tuned.source} cannot be read: {str(error)[:200]}. Copy the base's there"
             ) from error
     ours = language_model.tokenizer
     if ours.get_vocab() != theirs.get_vocab() or ours(_PROBE).input_ids != theirs(_PROBE).input_ids:

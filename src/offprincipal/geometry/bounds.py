@@ -1,6 +1,6 @@
 """Bounds: what any update of a given size can do to a spectrum. True of every pair, so they test us too.
 
-Each function returns measured/bound, never above 1 but for rounding; None where the bound does not apply, and where
+Each function returns measured/bound, never above 1 but for rounding; None if the bound does not apply, and where
 measured or bound are within `error`, by how much both sides' decompositions together may be off.
 Knows nothing of files, models or layers.
 """
@@ -55,7 +55,7 @@ def wedin_tightness(
     """max(‖sin Θ_U‖, ‖sin Θ_V‖) γ / ‖ΔW‖₂ with γ = σ_k(W0) − σ_{k+1}(W1); None where γ ≤ 0.
 
     Args:
-        kth_base, next_tuned: σ_k(W0) and σ_{k+1}(W1), 0 where there is none.
+        kth_base, next_tuned: σ_k(W0) and σ_{k+1}(W1), 0 if there is none.
         max_angles_deg: the largest left and right principal angle of the top-k subspaces, degrees.
         sine_error: by how much the sine of an angle may be off; error: the same of the singular values.
 

@@ -1,4 +1,4 @@
-"""Compiled loops: numba's, kept between processes where there is a folder to keep them in."""
+"""Compiled loops: numba's, kept between processes if there is a folder to keep them in."""
 
 import logging
 from collections.abc import Callable

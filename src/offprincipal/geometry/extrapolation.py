@@ -23,7 +23,7 @@ class HeldOut:
 
     Args:
         place: of the checkpoint, 0 … T − 1; linear, rank1: from the checkpoints before those that are held out; last:
-            if the last of those is kept. None where the checkpoint is the base.
+            if the last of those is kept. None if the checkpoint is the base.
     """
 
     place: int

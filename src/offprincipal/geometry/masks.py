@@ -67,7 +67,7 @@ def masks_at(alpha: float, ranks: dict[str, Tensor]) -> dict[str, Tensor]:
         ranks: name -> ranks, of any of `principal`, `low_magnitude`, `random`; all of one shape.
 
     Returns:
-        name -> bool tensor; with `safe` = low_magnitude ∪ ¬principal added where both are given.
+        name -> bool tensor; with `safe` = low_magnitude ∪ ¬principal added if both are given.
 
     >>> W = torch.tensor([[4.0, 3.0], [2.0, 1.0]])
     >>> {name: int(mask.sum()) for name, mask in masks_at(0.5, {"low_magnitude": low_magnitude_ranks(W)}).items()}

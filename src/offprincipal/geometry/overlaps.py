@@ -75,7 +75,7 @@ def subspace_overlaps(
 
 
 def _leading(D: Tensor, k: int) -> tuple[Subspaces | None, float]:
-    """The leading k directions of either side, None where they are not defined; and their error in degrees."""
+    """The leading k directions of either side, None if they are not defined; and their error in degrees."""
     largest = float(D.abs().max()) if D.numel() else 0.0
     if k >= min(D.shape) or largest == 0:
         return None, 0.0
@@ -100,7 +100,7 @@ def _profile(D: Tensor) -> Tensor:
 
 
 def _cosines(G: Floats) -> tuple[Floats, Floats]:
-    """Of every displacement and the last: in a random walk of the same steps, and as they are; 0 where there is none.
+    """Of every displacement and the last: in a random walk of the same steps, and as they are; 0 if there is none.
 
     >>> [cosines.tolist() for cosines in _cosines(np.outer([1.0, 2.0], [1.0, 2.0]))]
     [[0.7071067811865476, 1.0], [1.0, 1.0]]

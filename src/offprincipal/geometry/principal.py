@@ -40,7 +40,7 @@ class PrincipalSubspace:
 
     @classmethod
     def of(cls, W: Tensor, k: int, tolerance: float = TOLERANCE, angle_deg: float = 90.0) -> Self | None:
-        """That of a matrix (n, m), worked out in float64; None where it is not defined.
+        """That of a matrix (n, m), worked out in float64; None if it is not defined.
 
         Args:
             tolerance, angle_deg: as `principal_triplets` takes them.

@@ -329,7 +329,7 @@ def roots(G: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def largest_entry(x: Tensor) -> float:
-    """max |x|, without a copy of x; 0 where it is empty.
+    """max |x|, without a copy of x; 0 if it is empty.
 
     >>> largest_entry(torch.tensor([1.0, -2.0]))
     2.0
@@ -341,7 +341,7 @@ def largest_entry(x: Tensor) -> float:
 
 
 def _by_float32_gram(A: Tensor, k: int, W: Tensor) -> Svd | None:
-    """As `decompose_by_gram`, from squares in float32; None where these are too coarse for the first k."""
+    """As `decompose_by_gram`, from squares in float32; None if these are too coarse for the first k."""
     if not _SQUARES_FIT <= largest_entry(A) <= 1 / _SQUARES_FIT:
         return None
     S, basis = roots(gram(A, torch.float32))
@@ -456,7 +456,7 @@ def within(svd: Svd, k: int, tolerance: float) -> bool:
 def require_decomposition(svd: Svd, W: Tensor, k: int, generator: torch.Generator) -> None:
     """Check triplets that come from elsewhere against their matrix, by random combinations: a few passes over it.
 
-    The first k have to be orthonormal, to be what W makes of each other within their residual, and, where all singular
+    The first k have to be orthonormal, to be what W makes of each other within their residual, and, if all singular
     values are known, these have to go with the basis. One small value that is off alone is not found: it drowns in the
     rounding of the large ones.
 
@@ -535,7 +535,7 @@ def angle_floor_deg(svd: Svd, k: int, shape: torch.Size) -> float:
 
 
 def spectral_shift(S_base: Tensor, S_tuned: Tensor) -> float | None:
-    """‖σ(W1) − σ(W0)‖₂ / ‖σ(W0)‖₂; None where the base is zero.
+    """‖σ(W1) − σ(W0)‖₂ / ‖σ(W0)‖₂; None if the base is zero.
 
     Args:
         S_base, S_tuned: (r,), both from the largest down.

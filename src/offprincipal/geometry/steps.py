@@ -1,4 +1,4 @@
-"""What a step of a given length moves once it is stored: closed forms over how weights are spaced.
+"""Which stored weights a step of a given length changes: closed forms from the spacing of weights.
 
 A stored weight changes when its step passes half the way to a neighbour, and at just half when its mantissa is odd, as
 ties to even have it; below a power of two the neighbour is half as far. So weights are counted by exponent, by whether
@@ -71,7 +71,7 @@ class Spacings:
             ArgumentError: no such storage; NonFiniteTensor: a weight is not finite there.
         """
         if storage not in STORAGES:
-            raise ArgumentError(f"no storage '{storage}': choose of {', '.join(STORAGES)}")
+            raise ArgumentError(f"no storage type '{storage}': choose one of {', '.join(STORAGES)}")
         kind, counts = STORAGES[storage], np.zeros(_CELLS, np.int64)
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(values).astype(kind.dtype, copy=False).reshape(-1)

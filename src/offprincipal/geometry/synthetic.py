@@ -1,4 +1,4 @@
-"""Updates that know nothing of the weights: what negative controls and calibrations are made of.
+"""Random updates independent of the weights, for negative controls and calibrations.
 
 Knows nothing of files, models or layers.
 """
@@ -76,7 +76,7 @@ def fewer_rows(kind: str, update: Floats, rows: int, rng: np.random.Generator) -
 
 
 def _norm(x: Floats) -> float:
-    """Without BLAS, whose threads wait for each other where several matrices are at work."""
+    """Without BLAS, whose threads wait for each other if several matrices are at work."""
     return float(np.sqrt(np.square(x).sum()))
 
 

@@ -99,7 +99,7 @@ def total(histograms: list[UlpHistogram]) -> UlpHistogram:
 
 
 def _octave(update: Tensor) -> Tensor:
-    """floor(log2 |Δ|), from 0 for the smallest; −1 where nothing moved."""
+    """floor(log2 |Δ|), from 0 for the smallest; −1 if nothing moved."""
     exponent = torch.frexp(update.abs())[1].long() - 1 - _LEAST_STEP
     return torch.where(update == 0, -1, exponent.clamp(0, _STEPS - 1))
 

@@ -1,4 +1,4 @@
-"""Trajectories: what the inner products of displacements tell of how weights moved, beside a random walk of the steps.
+"""Trajectories: figures from the inner products of displacements, compared with a random walk of the same steps.
 
 Everything follows from the Gram matrix G[s, t] = ⟨D_s, D_t⟩ of the displacements D_t = W_t − W_0, t = 1…T, which is a
 sum over entries. The walk that knows nothing takes independent steps of the measured lengths:
@@ -31,11 +31,11 @@ class Walk:
 
     Args:
         norms: (T,), ‖D_t‖; increments: (T,), ‖d_t‖ of the steps d_t = D_t − D_{t−1}.
-        cosines: (T, T), of the steps; NaN where one has no length.
+        cosines: (T, T), of the steps; NaN if one has no length.
         path_length: Σ‖d_t‖; straightness: ‖D_T‖ over it.
         rank1_share, rank2_share: of the largest eigenvalues in the trace of G.
         linearity_r2: of D_t regressed on the step, the base counted as a point.
-        None where nothing moved.
+        None if nothing moved.
     """
 
     norms: Floats
@@ -54,7 +54,7 @@ class Drift:
 
     Args:
         value: Σ⟨d_s, d_t⟩/Σ‖d_s‖‖d_t‖ over pairs at least `lag` steps apart; low, high: 95 % interval, by leaving out
-            blocks of steps in turn. None where it is undefined.
+            blocks of steps in turn. None if it is undefined.
     """
 
     value: float | None
@@ -124,7 +124,7 @@ def components_of(G: Floats, count: int = 2) -> Floats:
         G: (T, T); count: components.
 
     Returns:
-        (T, count), zeros where there are fewer; the last checkpoint lies on the positive side of each.
+        (T, count), zeros if there are fewer; the last checkpoint lies on the positive side of each.
 
     >>> components_of(np.outer([1.0, 3.0], [1.0, 3.0])).round(6).tolist()
     [[1.0, 0.0], [3.0, 0.0]]
@@ -141,7 +141,7 @@ def shares_of(G: Floats, count: int = 8) -> Floats:
     """The largest eigenvalues in the trace, from the largest down: how many directions hold the displacements.
 
     Returns:
-        (min(count, T),), NaN where nothing moved.
+        (min(count, T),), NaN if nothing moved.
 
     >>> shares_of(random_walk_gram(np.ones(100)), 3).round(3).tolist()
     [0.811, 0.09, 0.032]

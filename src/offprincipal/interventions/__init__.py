@@ -1,7 +1,7 @@
-"""Interventions: rotate or reorder a model's weights so that its function stays, prove it, and undo it after training.
+"""Interventions: rotate or reorder a model's weights without changing its function, and undo that after training.
 
-What training does to weights in other coordinates tells whether it follows the geometry of the base. torch is imported
-with this package; transformers only when a model is opened.
+What training does to the weights in other coordinates shows whether it follows the geometry of the base. torch is
+imported with this package; transformers only when a model is opened.
 """
 
 from offprincipal.interventions.applying import intervene

@@ -1,4 +1,4 @@
-"""Change a model's weights and not its function, prove it, and write it with a record of what was done."""
+"""Change a model's weights but not its function, prove it, and write it with a record of the change."""
 
 import platform
 from collections.abc import Iterable
@@ -42,34 +42,41 @@ def intervene(
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> InterventionRecord:
-    """Rotate or reorder a model's weights so that its function stays the same, and write it as a Hugging Face folder.
+    """Rotate or reorder a model's weights without changing its function, and write it as a Hugging Face folder.
 
-    Reordering comes first, then the values' rotation, then that of the residual stream. All is computed in float64 and
-    rounded once.
+    Reordering comes first, then the rotation of values, then that of the residual stream. Everything is computed in
+    float64 and rounded once.
 
     Args:
         model: a folder, a Hub id, or `embedded`: Llama, Mistral, Qwen2, Qwen3, or Gemma.
         out: folder of the result; absent, empty, or with `overwrite` one that was written by an intervention.
-        rotate: layers whose values are rotated, a block for each key-value head: numbers from 0, or a text such as
+        rotate: layers whose values are rotated, by one block per key-value head: numbers from 0, or a text such as
             "0,4-7" or "all".
-        permute: layers whose heads and neurons are reordered, told in the same way.
+        permute: layers whose heads and neurons are reordered, in the same form.
         residual: rotate the residual stream, with the norms' gains folded into the matrices that read it. A head that
-            was tied to the embedding is written on its own.
+            was tied to the embedding is stored separately.
         matrix: `haar` (uniform) or `hadamard` (with random signs).
-        seed: of the draws; each layer and kind has its own, whatever else is done.
-        dtype: what the result is stored in: float32, bfloat16 or float16; what the model is stored in by default.
-        overwrite: replace an intervention that is in the folder.
+        seed: random seed; each layer and kind uses its own stream.
+        dtype: type of the stored result: float32, bfloat16 or float16; by default that of the model.
+        overwrite: replace an intervention in the folder.
 
     Returns:
         The record, as in `intervention.json`.
 
     Raises:
-        InterventionError: a layer is out of range, the architecture is not known or does not allow it, layers share
-            weights, the folder is not free, or the float64 logits are not those of the model. Nothing is written then.
+        InterventionError: a layer is out of range, the architecture is not supported or does not allow it, layers share
+            weights, or the float64 logits differ from those of the model. Nothing is written then.
+        FileError: the folder is not free or cannot be written.
         ModelError, CheckpointError: the model cannot be opened.
 
     Source: the interventions of arXiv 2511.08567, section on causal evidence; the residual rotation of QuaRot
     (arXiv 2404.00456) and SliceGPT (arXiv 2401.15024).
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     record = intervene("embedded", Path(folder) / "turned", permute=[0])
+    >>> record.proof["logits_relative_difference"] < 1e-9
+    True
     """
     rotated, permuted = _listed(rotate), _listed(permute)
     require_request(Request(rotated or (), permuted or (), residual or None in (rotated, permuted), matrix, seed))
@@ -88,13 +95,13 @@ def intervene(
 
 
 def require_dtype(dtype: str | None) -> None:
-    """Raises InterventionError where a type is none that is stored."""
+    """Raises InterventionError if weights cannot be stored in a type."""
     if dtype is not None and dtype not in DTYPES:
-        raise InterventionError(f"no dtype {dtype!r} to store weights in: choose {', '.join(DTYPES)}")
+        raise InterventionError(f"cannot store weights in dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide the figures."""
+    """Versions of Python and of the packages that decide the figures."""
     packages = ("offprincipal", "torch", "transformers")
     return {"python": platform.python_version(), **{package: metadata.version(package) for package in packages}}
 
@@ -135,4 +142,4 @@ def _listed(layers: Any) -> tuple[int, ...] | None:
             return (index(layers),)
         return tuple(sorted({index(layer) for layer in layers}))
     except TypeError as error:
-        raise InterventionError(f"layers {layers!r} are not all whole numbers: give these, or 'all'") from error
+        raise InterventionError(f"layers {layers!r} are not all whole numbers: give whole numbers, or 'all'") from error

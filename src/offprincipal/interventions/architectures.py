@@ -1,6 +1,6 @@
-"""What interventions must know of an architecture: which tensors write and read each axis, and what its norms do.
+"""What interventions need to know about an architecture: which tensors write and read each axis, and what norms do.
 
-One entry a model type. The rest is told by the tensors' names and the configuration's sizes.
+One entry per model type. The rest follows from the tensors' names and the configuration's sizes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -112,7 +112,7 @@ def require_kind(config: Mapping[str, Any], source: str) -> str:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in _KINDS:
         raise InterventionError(
-            f"{source} is of architecture {kind!r}, whose functions interventions are not known to preserve: they take "
+            f"{source} has architecture {kind!r}, which interventions do not support: give a model of type "
             f"{', '.join(_KINDS)}"
         )
     if config.get("quantization_config"):
@@ -151,7 +151,7 @@ def architecture_of(kind: str, config: Any, names: Iterable[str], source: str) -
     lacking = sorted((known | {EMBEDDING, LAST_NORM}) - architecture.names)
     if unknown or lacking:
         raise InterventionError(
-            f"{source} is no {kind} as interventions know it: it {'has' if unknown else 'lacks'} "
+            f"{source} is not a {kind} model that interventions support: it {'has' if unknown else 'lacks'} "
             f"{(unknown or lacking)[0]}"
         )
     return architecture

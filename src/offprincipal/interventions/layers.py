@@ -26,6 +26,6 @@ def parse_layers(text: str) -> Layers:
         match = _PART.fullmatch(part.strip())
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
-            raise InterventionError(f"'{text}' names no layers: write 3, or 0,2 or 4-7, or all")
+            raise InterventionError(f"'{text}' does not name layers: write 3; 0,2; 4-7; or all")
         found |= set(range(first, last + 1))
     return tuple(sorted(found))

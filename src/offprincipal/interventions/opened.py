@@ -1,4 +1,4 @@
-"""A model opened for an intervention: its architecture known, nothing lacking or shared."""
+"""A model opened for an intervention: of a known architecture, complete, and without shared layers."""
 
 import hashlib
 from collections import defaultdict
@@ -7,6 +7,8 @@ from pathlib import Path
 
 from offprincipal.assets import EMBEDDED
 from offprincipal.checkpoints import Checkpoint, open_checkpoint, place_of
+from offprincipal.checkpoints.adapter import is_adapter
+from offprincipal.checkpoints.hostile import is_file
 from offprincipal.errors import InterventionError
 from offprincipal.interventions.architectures import HEAD, Architecture, architecture_of, require_kind
 from offprincipal.interventions.plan import Weights
@@ -14,7 +16,7 @@ from offprincipal.interventions.proof import LENGTH, non_finite
 from offprincipal.models import LanguageModel, identify, model_name, open_language_model
 
 _BUFFER = "rotary_emb.inv_freq"  # stored by old versions of transformers, computed by new ones
-_PREFIX = "model."  # lacking where a model was saved without its head
+_PREFIX = "model."  # missing if a model was saved without its head
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,12 @@ def open_model(source: str | Path) -> OpenedModel:
     """Open a model.
 
     Raises:
-        InterventionError: its architecture is not known, it lacks tensors or has others, or holds NaN or infinity.
+        InterventionError: it is an adapter, its architecture is not supported, it lacks tensors or has others, or it
+            contains NaN or infinity.
         ModelError, CheckpointError: it cannot be opened.
     """
+    if is_adapter(Path(source)) and not is_file(Path(source) / "config.json"):
+        raise InterventionError(f"{source} is an adapter: merge it into its base first, and give the merged model")
     name = model_name(source)
     checkpoint = open_checkpoint(name)
     kind = require_kind(checkpoint.config, str(source))
@@ -66,7 +71,7 @@ def open_model(source: str | Path) -> OpenedModel:
         state.pop(HEAD, None)
     _require_all_stored(checkpoint, set(state))
     if bad := next(non_finite(state), None):
-        raise InterventionError(f"{bad} in {source} holds NaN or infinity: give a model that was not damaged")
+        raise InterventionError(f"{bad} in {source} contains NaN or infinity: give an undamaged model")
     folder = Path(name) if Path(name).is_dir() else None
     named = str(folder.resolve()) if folder is not None and str(source) != EMBEDDED else str(source)
     return OpenedModel(
@@ -93,13 +98,13 @@ def require_own_layers(opened: OpenedModel, layers: set[int]) -> None:
     for names in holders.values():
         if len(names) > 1 and any(place_of(name).layer in layers for name in names):
             raise InterventionError(
-                f"{names[0]} and {names[1]} in {opened.source} are the same to the last bit: a model that shares "
-                "weights across layers cannot be changed in one of them. Train the layers apart first"
+                f"{names[0]} and {names[1]} in {opened.source} are identical: a model that shares weights across "
+                "layers cannot be changed in one of them. Train the layers separately first"
             )
 
 
 def _require_all_stored(checkpoint: Checkpoint, names: set[str]) -> None:
-    """Refuse a checkpoint that does not store exactly what the model holds: transformers would make the rest up."""
+    """Refuse a checkpoint that does not store all of the model's tensors: transformers would initialise the rest."""
     stored = {name if name in names else _PREFIX + name for name in checkpoint.tensors if not name.endswith(_BUFFER)}
     lacking = sorted(names - stored)
     if lacking:
@@ -110,7 +115,7 @@ def _require_all_stored(checkpoint: Checkpoint, names: set[str]) -> None:
     foreign = sorted(stored - names - {HEAD})
     if foreign:
         raise InterventionError(
-            f"{checkpoint.source} stores {foreign[0]}{_more(foreign)}, which is no part of the model as transformers "
+            f"{checkpoint.source} stores {foreign[0]}{_more(foreign)}, which is not part of the model as transformers "
             "opens it: convert it first"
         )
     double = next((info.name for info in checkpoint.tensors.values() if info.dtype == "float64"), None)

@@ -1,4 +1,4 @@
-"""From what is asked to what is done to each tensor. Knows the function's symmetries; reads no file.
+"""From a request to the operations on each tensor. Knows the function's symmetries; reads no file.
 
 ROTATE: the values of a key-value head live in a space that v alone writes and o alone reads: a rotation cancels there.
 PERMUTE: attention sums over heads and the MLP over neurons, so their order does not matter.
@@ -68,7 +68,7 @@ class Plan:
             self.steps[name].append(Step(axis, operation))
 
     def before(self, weights: Weights) -> Weights:
-        """The weights that it is applied to: a tied head is one of its own where it will differ from the embedding."""
+        """The weights that it is applied to: a tied head is separate if it will differ from the embedding."""
         return weights | {HEAD: weights[EMBEDDING]} if HEAD in self.steps and HEAD not in weights else weights
 
     def apply(self, weights: Weights) -> Weights:

@@ -1,4 +1,4 @@
-"""Whether two sets of weights are one function: logits in float64, and the divergence where they are not.
+"""Whether two sets of weights are the same function: logits in float64, and their divergence if they are not.
 
 transformers computes norms and some softmaxes in float32 whatever the weights are; in here it does not, so that float64
 means float64. Knows nothing of what was done to the weights.

@@ -1,4 +1,5 @@
-"""The record of an intervention, `intervention.json`: what was done, to which weights, and the proof of no harm.
+"""The record of an intervention, `intervention.json`: what was done, to which weights, and evidence that the function
+is unchanged.
 
 A record that is read is input like any other: every field that is used is checked.
 """
@@ -21,18 +22,18 @@ MOST_SEED = 2**32
 
 @dataclass(frozen=True)
 class InterventionRecord:
-    """What was done to a model.
+    """The record of an intervention.
 
     Args:
-        base: `source`, as it was named, and `weights_blake2b`, a hash of its names and weights as float32.
+        base: `source`, as it was given, and `weights_blake2b`, a hash of its names and weights as float32.
         architecture: the model type.
-        request: what was done, with its layers, matrix and seed.
-        dtype: what the weights are stored in.
-        result: `weights_blake2b` of the stored weights; a run that was trained from them notes the same hash.
+        request: the requested operations, layers, matrix and seed.
+        dtype: the type in which the weights are stored.
+        result: `weights_blake2b` of the stored weights; a run that was trained from them records the same hash.
         proof: `logits_relative_difference` in float64, over `sequences` of `length` uniform tokens; `kl_stored`, the KL
-            per token in nats that storing costs, over as many tokens that the base samples; `kl_computed`, what it
-            costs there to compute the base's own logits in that type.
-        versions: of the packages that matter.
+            per token in nats due to storing, over as many tokens sampled from the base; `kl_computed`, the KL there of
+            computing the base's own logits in that type.
+        versions: of Python and of the packages that decide the figures.
     """
 
     base: Mapping[str, str]
@@ -49,10 +50,10 @@ class InterventionRecord:
 
 
 def read_record(source: str | Path) -> InterventionRecord:
-    """The record in a file, or in the folder that `intervene` wrote.
+    """Read the record from its file, or from the folder that `intervene` wrote.
 
     Raises:
-        InterventionError: there is none, or it is none of ours; the message names the field.
+        InterventionError: there is no record, or it is invalid; the message names the field.
     """
     path = Path(source).expanduser()
     path = path / RECORD if path.is_dir() else path
@@ -64,10 +65,10 @@ def read_record(source: str | Path) -> InterventionRecord:
     try:
         content = read_json(path)
     except CheckpointError as error:
-        raise InterventionError(f"no record of an intervention: {error}") from error
+        raise InterventionError(f"cannot read the record of an intervention: {error}") from error
     if content.get("schema") != SCHEMA:
         raise InterventionError(
-            f"{path} is no record of schema {SCHEMA}: give the {RECORD} that `offprincipal intervene` wrote"
+            f"{path} is not a record of schema {SCHEMA}: give the {RECORD} that `offprincipal intervene` wrote"
         )
     return InterventionRecord(
         base=_words(content, "base", ("source", "weights_blake2b"), path),
@@ -81,17 +82,17 @@ def read_record(source: str | Path) -> InterventionRecord:
 
 
 def require_request(request: Request, layers: int | None = None) -> None:
-    """Check what is asked, against a model's layers where they are known.
+    """Check a request, also against the number of a model's layers if it is known.
 
     Raises:
-        InterventionError: nothing is asked, or a layer, the matrix or the seed is out of range.
+        InterventionError: nothing is requested, or a layer, the matrix or the seed is out of range.
     """
     if not (request.rotate or request.permute or request.residual):
         raise InterventionError("nothing to do: name layers to rotate or permute, or rotate the residual stream")
     if request.matrix not in MATRICES:
         raise InterventionError(f"no matrix {request.matrix!r}: choose {' or '.join(MATRICES)}")
     if type(request.seed) is not int or not 0 <= request.seed < MOST_SEED:
-        raise InterventionError(f"seed {request.seed!r} is no whole number from 0 to 2**32 − 1")
+        raise InterventionError(f"seed {request.seed!r} is not a whole number from 0 to 2**32 − 1")
     for word, named in (("rotate", request.rotate), ("permute", request.permute)):
         for layer in named:
             if type(layer) is not int or layer < 0 or (layers is not None and layer >= layers):
@@ -111,14 +112,14 @@ def _request(content: dict[str, Any], path: Path) -> Request:
         )
         require_request(request)
     except InterventionError as error:
-        raise InterventionError(f"{path} is no usable record: {error}") from error
+        raise InterventionError(f"{path} is not a usable record: {error}") from error
     return request
 
 
 def _one_of(content: dict[str, Any], key: str, kind: type, path: Path, allowed: tuple[str, ...] | None = None) -> Any:
     value = content.get(key)
     if type(value) is not kind or (allowed is not None and value not in allowed):
-        raise InterventionError(f"{path} is no usable record: {key} is {value!r}. Give what `intervene` wrote")
+        raise InterventionError(f"{path} is not a usable record: {key} is {value!r}. Give what `intervene` wrote")
     return value
 
 
@@ -131,5 +132,5 @@ def _numbers(content: dict[str, Any], key: str, path: Path) -> dict[str, float |
     found: dict[str, float | int] = _one_of(content, key, dict, path)
     for word, value in found.items():
         if type(value) not in (int, float) or not abs(value) < float("inf"):
-            raise InterventionError(f"{path} is no usable record: {word} is {value!r}. Give what `intervene` wrote")
+            raise InterventionError(f"{path} is not a usable record: {word} is {value!r}. Give what `intervene` wrote")
     return found

@@ -1,8 +1,8 @@
-"""Bring a model that was trained after an intervention back to the coordinates of its base.
+"""Map a model that was trained after an intervention back to the coordinates of its base.
 
-What is brought back is the *update*, the trained weights less the intervened ones as they were stored, and it is added
-to the base. Bringing the weights themselves back would lay them beside the base's grid, since the intervention rounded
-them, and every entry would count as changed by training.
+The *update*, the trained weights minus the intervened ones as they were stored, is mapped back and added to the base.
+Mapping the weights themselves back would put them off the base's grid, since the intervention rounded them, and every
+entry would count as changed by training.
 """
 
 from dataclasses import dataclass
@@ -38,13 +38,13 @@ _LEAST_CORRELATION = 0.5  # of a trained matrix with the one that it was trained
 
 @dataclass(frozen=True)
 class _Made:
-    """An intervention made anew.
+    """A repeated intervention.
 
     Args:
-        base: the weights that it was made on.
-        plan: what was done to them.
-        exact: what that gave, before it was rounded.
-        stored: what was stored.
+        base: the weights to which it was applied.
+        plan: the operations.
+        exact: the result before rounding.
+        stored: the stored result.
     """
 
     base: Weights
@@ -53,7 +53,7 @@ class _Made:
     stored: Weights
 
     def kept_all_digits(self, name: str) -> bool:
-        """Whether a tensor was stored as it was computed, as one that was only reordered is."""
+        """Whether a tensor was stored without rounding, as one that was only reordered is."""
         return torch.equal(self.exact[name].double(), self.stored[name].double())
 
 
@@ -69,29 +69,30 @@ def undo(
 ) -> dict[str, Any]:
     """Write a model that was trained after an intervention in the coordinates of the base.
 
-    By default the update is brought back and added to the base: W = W0 + T⁻¹(W1 − Q(T W0)), T being the intervention
-    and Q its rounding. A tensor that the intervention did not round comes back bit for bit. Gains that training gave to
-    folded norms have no counterpart in the base's, and come back in the matrices that read them.
+    By default the update is mapped back and added to the base: W = W0 + T⁻¹(W1 − Q(T W0)), with T the intervention
+    and Q its rounding. A tensor that the intervention did not round is restored bit for bit. Changes of folded gains
+    have no counterpart in the base's norms, and are moved into the matrices that read them.
 
-    Where the trained model has float32 masters, these are brought back, and what is stored is they, rounded: what
-    training would have left had it stored its masters in the base's coordinates. Where it has none, the update that
-    comes back is the one that its own grid let through.
+    If the trained model has float32 masters, these are mapped back, and the stored weights are the masters rounded, as
+    if training had stored its masters in the base's coordinates. Otherwise the update is the one that the grid of the
+    intervened weights let through.
 
     Args:
-        record: `intervention.json`, or the folder that it is in.
+        record: `intervention.json`, or its folder.
         model: the trained model.
         out: folder of the result; absent, empty, or with `overwrite` one that was written by an intervention.
-        base: the model that the intervention was made on; what the record names by default.
-        dtype: what the result is stored in: by default what the trained model is stored in, but float32 where it has no
-            masters and the intervention rounded anything.
-        exact: bring back the weights themselves: the trained model's function to the last digit, at the price that the
+        base: the model to which the intervention was applied; by default the one that the record names.
+        dtype: type of the stored result; by default that of the trained model, but float32 if it has no masters and the
+            intervention rounded any tensor.
+        exact: map the weights themselves back: this preserves the trained model's function to the last digit, but the
             intervention's rounding counts as change.
-        overwrite: replace an intervention that is in the folder.
+        overwrite: replace an intervention in the folder.
 
     Returns:
-        What was done, as in `undo.json`: `record`, `model`, `exact`, `dtype`, `result`, `versions` and `proof`, where
-        `logits_relative_difference` is of the result from what was brought back, less the intervention's rounding
-        unless `exact`, in float64; and `kl_stored` is KL(trained‖stored result) per token in nats.
+        The content of `undo.json`: `record`, `model`, `exact`, `dtype`, `result`, `versions` and `proof`, in which
+        `logits_relative_difference` compares the result with the weights that were mapped back, without the
+        intervention's rounding unless `exact`, in float64; and `kl_stored` is KL(trained‖stored result) per token in
+        nats.
 
     Raises:
         InterventionError: there is no record, it does not belong to the base or to the model, the base is no longer
@@ -99,7 +100,7 @@ def undo(
         ModelError, CheckpointError: a model cannot be opened.
     """
     if isinstance(record, InterventionRecord):
-        raise InterventionError("give the folder that `intervene` wrote: the model beside the record is looked at too")
+        raise InterventionError("give the folder that `intervene` wrote: the model in it is needed too")
     written = read_record(record)
     require_dtype(dtype)
     opened = open_model(base) if base is not None else _named_base(written.base["source"])
@@ -115,7 +116,7 @@ def undo(
     result = _brought_back(made, moved, exact)
     difference = _proved(trained, moved, made, result, exact)
     single = rounded(result, "float32")
-    stored = rounded(single, chosen)  # of what the masters hold, so that these are its masters
+    stored = rounded(single, chosen)  # from the masters, so that they round to it
     kept = (opened.folder, trained.folder, place if place.is_dir() else place.parent)
     with new_folder(Path(out), (RECORD, UNDONE), overwrite, kept, "an intervention") as part:
         write_model(part, trained.language_model, stored, chosen)
@@ -146,24 +147,26 @@ def _named_base(source: str) -> OpenedModel:
 
 
 def _made_anew(record: InterventionRecord, base: OpenedModel, folder: Path) -> _Made:
-    """The intervention of a record, made once more.
+    """The intervention of a record, repeated.
 
     Args:
-        folder: where the record is. Should this machine round otherwise, the intervened model beside it is taken.
+        folder: the record's folder. If this machine rounds differently, the intervened model in it is used.
 
     Raises:
-        InterventionError: the record is of other weights, or its intervention cannot be made again or taken back.
+        InterventionError: the record is of other weights, or its intervention cannot be repeated or undone.
     """
     if base.identity["weights_blake2b"] != record.base["weights_blake2b"]:
         raise InterventionError(
-            f"the record is of other weights than those of {base.source}: it was made on {record.base['source']}; "
-            "name that model with --base"
+            f"the record is of other weights than those of {base.source}: the intervention was applied to "
+            f"{record.base['source']}; give that model with --base"
         )
     require_request(record.request, base.architecture.layers)
     plan = plan_of(record.request, base.architecture, base.weights)
     for norm in plan.readers:
         if bool((base.weights[norm] + plan.gain_offset == 0).any()):
-            raise InterventionError(f"gains of {norm} are zero: what was multiplied by them cannot be brought back")
+            raise InterventionError(
+                f"gains of {norm} are zero: weights that were multiplied by them cannot be restored"
+            )
     exact = plan.apply(base.weights)
     stored = rounded(exact, record.dtype)
     if hash_of(_with_head(stored)) != record.result["weights_blake2b"]:
@@ -172,7 +175,7 @@ def _made_anew(record: InterventionRecord, base: OpenedModel, folder: Path) -> _
 
 
 def _beside(record: InterventionRecord, folder: Path, exact: Weights) -> Weights:
-    """The intervened weights as they stand beside their record, if they are those that it asks for but for rounding."""
+    """The intervened weights in the record's folder, if they differ from the recorded intervention only by rounding."""
     if (folder / "config.json").is_file():
         weights: Weights = open_language_model(folder, "cpu", tokenizer=False).model.state_dict()
         step = torch.finfo(getattr(torch, record.dtype))
@@ -185,8 +188,8 @@ def _beside(record: InterventionRecord, folder: Path, exact: Weights) -> Weights
         if hash_of(weights) == record.result["weights_blake2b"] and all(close):
             return weights
     raise InterventionError(
-        f"the intervention of the record in {folder} gives other weights here than it noted: its seed, layers or dtype "
-        "were edited, or this machine rounds otherwise. Keep the record beside the model that it was written with"
+        f"the intervention of the record in {folder} gives other weights than it records: its seed, layers or dtype "
+        "were edited, or this machine rounds differently. Keep the record in the folder of its model"
     )
 
 
@@ -201,25 +204,25 @@ def _require_trained_from(trained: OpenedModel, base: OpenedModel, made: _Made) 
         ours, theirs = made.stored.get(name), trained.weights.get(name)
         if ours is None or theirs is None or ours.shape != theirs.shape:
             raise InterventionError(
-                f"{trained.source} does not fit the record: {name} is in one of them only, or has another shape. "
+                f"{trained.source} does not fit the record: {name} is in only one of them, or has another shape. "
                 "Give the record of the model that it was trained from"
             )
     for name, ours in made.stored.items():
         if ours.dim() == 2 and (correlation := _correlation(trained.weights[name], ours)) < _LEAST_CORRELATION:
             raise InterventionError(
-                f"{trained.source} was not trained from what the record describes: its {name} has a correlation of "
+                f"{trained.source} was not trained from the model of the record: its {name} has a correlation of "
                 f"{correlation:.2f} with the intervened one. Give the record of the model that it was trained from"
             )
 
 
 def _correlation(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Of two matrices about zero; 1 where the second is zero."""
+    """Uncentred correlation of two matrices; 1 if either is zero."""
     x, y = x.double().flatten(), y.double().flatten()
     return float(x @ y / (x.norm() * y.norm())) if bool(y.any()) and bool(x.any()) else 1.0
 
 
 def _brought_back(made: _Made, weights: Weights, exact: bool) -> Weights:
-    """Trained weights in the base's coordinates; float64 where the intervention touched them."""
+    """Trained weights in the base's coordinates; float64 for tensors that the intervention changed."""
     folded = made.plan.fold(weights)
     back = {}
     for name, x in folded.items():
@@ -234,10 +237,10 @@ def _brought_back(made: _Made, weights: Weights, exact: bool) -> Weights:
 
 
 def _proved(trained: OpenedModel, moved: Weights, made: _Made, result: Weights, exact: bool) -> float:
-    """How far the result's float64 logits are from those of the weights that were brought back.
+    """Relative difference of the result's float64 logits from those of the weights that were mapped back.
 
     Raises:
-        InterventionError: further than rounding explains.
+        InterventionError: it is larger than rounding explains.
     """
     model = trained.language_model.model
     uniform = random_tokens(trained.vocabulary, trained.length, 0)
@@ -249,7 +252,7 @@ def _proved(trained: OpenedModel, moved: Weights, made: _Made, result: Weights, 
 
 
 def _cost(trained: OpenedModel, stored: Weights) -> dict[str, float | int]:
-    """How far the stored result is from the trained model, and over how many tokens."""
+    """KL of the stored result from the trained model, and the tokens over which it is measured."""
     model = trained.language_model.model
     sampled = sampled_tokens(model, trained.length, 0)
     kl = divergence(logits(model, trained.weights, sampled), logits(model, stored, sampled))
@@ -260,7 +263,7 @@ def _masters(checkpoint: Checkpoint, trained: OpenedModel) -> Weights | None:
     """The float32 masters of a trained model, if it has any.
 
     Raises:
-        InterventionError: they do not round to its weights, so that they are of another model.
+        InterventionError: they do not round to its weights, so they are of another model.
     """
     masters = checkpoint.masters()
     if masters is None:
@@ -274,12 +277,12 @@ def _masters(checkpoint: Checkpoint, trained: OpenedModel) -> Weights | None:
         stored = checkpoint.tensors[name].dtype if name in checkpoint.tensors else trained.dtype
         if ours is None or theirs is None or not torch.equal(ours.to(getattr(torch, stored)).float(), theirs):
             raise InterventionError(
-                f"the masters of {trained.source} do not round to its {name}, so they are of another model: remove its "
-                "masters folder, or save both again"
+                f"the masters of {trained.source} do not round to its {name}, so they belong to another model: remove "
+                "its masters folder, or save both again"
             )
     return found
 
 
 def _with_head(weights: Weights) -> Weights:
-    """As a model's state has it: a tied head under both its names."""
+    """The weights as in a model's state dict: a tied head under both its names."""
     return weights if HEAD in weights else weights | {HEAD: weights[EMBEDDING]}

@@ -33,7 +33,7 @@ class ChangeCounts:
         entries, changed: (32768,), entries of the base with each magnitude code, and how many of them changed.
         base_square, update_square: squared Frobenius norms.
         masters_square: ‖masters − base‖_F²; None without masters.
-        unchanged_stored: entries that are the same in the stored type; None where the sides are stored in two types.
+        unchanged_stored: entries that are the same in the stored type; None if the sides are stored in two types.
         hidden: entries whose float32 master moved but whose bfloat16 value did not; None without masters.
         on_grid: whether every entry of the base is a bfloat16 number.
         dtypes: what base and tuned are stored in.
@@ -170,5 +170,5 @@ def _counts_alone(block: Block) -> ChangeCounts:
 
 
 def _sum(a: Any, b: Any) -> Any:
-    """None where either is."""
+    """None if either is."""
     return None if a is None or b is None else a + b

@@ -328,7 +328,7 @@ METRICS: tuple[Metric, ...] = (
         "NSS of arXiv 2511.08567, claim C3; the isotropic null is ours",
         (
             Column("spectral_shift", "shift of the top k singular values over their norm"),
-            Column("spectral_shift_full", "the same over all singular values, where both sides' are known"),
+            Column("spectral_shift_full", "the same over all singular values, if both sides' are known"),
             Column("spectral_shift_per_norm", "spectral shift per relative update norm"),
             *_with_nulls({"spectral_shift": ("spectral shift", "1")})[1:],
         ),

@@ -25,7 +25,7 @@ DENSITIES_AT_ONCE = 10  # so that cells fit into a byte, and the masks that they
 
 @dataclass(frozen=True)
 class MaskOverlap:
-    """How much of a change falls into a mask, rung by rung of the ladder of nulls; None where one is undefined.
+    """How much of a change falls into a mask, rung by rung of the ladder of nulls; None if one is undefined.
 
     Args:
         density: share of all entries in the mask.

@@ -129,7 +129,7 @@ class MatrixPair(TensorPair):
 
     @once
     def rounding_null(self) -> nulls.RoundingNull | None:
-        """Steps that ignore the weights, and are then stored; None off the bfloat16 grid, or where nothing changed."""
+        """Steps that ignore the weights, and are then stored; None off the bfloat16 grid, or if nothing changed."""
         known = self.finest.dtype in _TELLS_STEPS
         if not self.counts.on_grid or not self.changed_count or (not known and self.finest.dtype != BFLOAT16):
             return None
@@ -140,7 +140,7 @@ class MatrixPair(TensorPair):
     def scaled_changes(self) -> list[Floats | None]:
         """Expected changes under the scaled rounding null in each cell of each of the base's `mask_cells`.
 
-        None off the bfloat16 grid, without masters, or where nothing would change.
+        None off the bfloat16 grid, without masters, or if nothing would change.
         """
         null = None
         if self.counts.on_grid and self.changed_count and self.finest.dtype in _TELLS_STEPS:

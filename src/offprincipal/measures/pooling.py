@@ -29,7 +29,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Pooled:
-    """A pooled value, its 95 % bootstrap interval over matrices, and how many matrices it has; None where undefined."""
+    """A pooled value, its 95 % bootstrap interval over matrices, and how many matrices it has; None if undefined."""
 
     value: float | None
     low: float | None
@@ -42,7 +42,7 @@ class Pooled:
 
 @dataclass(frozen=True)
 class _Pool:
-    """f(Σ top / Σ bottom), over rows where all `needs` are known."""
+    """f(Σ top / Σ bottom), over rows if all `needs` are known."""
 
     top: Callable[[Row, str], float]
     bottom: Callable[[Row, str], float]
@@ -116,7 +116,7 @@ def pool_column(name: str, rows: Sequence[Row]) -> "Estimate":
 def anatomy(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     """Mask -> what each rung of the ladder of nulls puts into it, up to what was measured: pooled by counts.
 
-    Over the linear matrices where every rung is defined, so that differences of rungs compare the same entries.
+    Over the linear matrices if every rung is defined, so that differences of rungs compare the same entries.
 
     Args:
         rows: of `matrices.parquet`, one run.
@@ -182,7 +182,7 @@ class Estimate:
     """A pooled value with its bootstrap draws over matrices; arithmetic keeps draws together: differences are paired.
 
     Args:
-        value: the pooled value; NaN where undefined.
+        value: the pooled value; NaN if undefined.
         draws: (RESAMPLES,), the same resamples for every estimate over the same number of matrices.
         matrices: how many matrices it has.
 
@@ -211,7 +211,7 @@ class Estimate:
         return Estimate(self.value * factor, self.draws * factor, self.matrices)
 
     def pooled(self) -> Pooled:
-        """Value and percentile interval; None where undefined, the interval also where too many draws are."""
+        """Value and percentile interval; None if undefined, the interval also where too many draws are."""
         if not math.isfinite(self.value):
             return Pooled(None, None, None, self.matrices)
         drawn = self.draws[np.isfinite(self.draws)]
@@ -224,7 +224,7 @@ class Estimate:
 def estimate_ratio(
     parts: Sequence[tuple[float, float]], finish: Callable[[Array, Array], Array] = np.divide
 ) -> Estimate:
-    """finish(Σ top, Σ bottom) over matrices, with its bootstrap draws; a matrix with bottom 0 has no say.
+    """finish(Σ top, Σ bottom) over matrices, with its bootstrap draws; a matrix with bottom 0 is ignored.
 
     >>> estimate_ratio([(1.0, 2.0), (1.0, 2.0)]).value
     0.5
@@ -239,7 +239,7 @@ def estimate_ratio(
 
 @lru_cache(maxsize=8)
 def _weights(count: int) -> Array:
-    """How often each of so many matrices is drawn: once each for the value, then in every resample."""
+    """How often each matrix is drawn, (1 + RESAMPLES, count): once each for the value, then in every resample."""
     if not count:
         return np.ones((1 + RESAMPLES, 0))
     drawn = np.random.default_rng(_SEED).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)

@@ -1,4 +1,4 @@
-"""What decides the numbers of one matrix."""
+"""Settings of the measurement of one matrix."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -13,25 +13,31 @@ Device = Literal["cpu", "cuda", "auto"]
 
 @dataclass(frozen=True)
 class MatrixSettings:
-    """What decides the numbers of one matrix.
+    """Settings of the measurement of one matrix, n × m.
 
     Args:
-        rank_fraction: k = max(1, round(rank_fraction · min(n, m))).
+        rank_fraction: sets the rank of the principal subspace, k = max(1, round(rank_fraction · min(n, m))).
         alpha: density of the masks in `matrices.parquet`.
         alphas: densities of the sweep in `masks.parquet`.
-        null_draws: Gaussian updates behind each isotropic null of a matrix of up to 65,536 entries; a larger one
-            averages over itself, and takes as many fewer.
-        seed: of the random mask and of the Gaussian updates.
-        solver: `exact` is LAPACK in float64 for every matrix; `auto` is that up to min(n, m) = `exact_up_to`, and above
-            it warm starts from a base that is decomposed once; `randomized` starts cold for every matrix above.
-        exact_up_to: where LAPACK is as fast as anything; float64_up_to: min(n, m) up to which the rest is worked on in
-            float64 too.
-        mask_tests: whether masks are held against the margin null.
-        stored_null: whether to draw the updates that are stored as the tuned weights are, Gaussian ones and shuffled
-            ones, which is most of the work beside the measuring itself.
-        tolerance: on the singular values, relative, that the error bound of an approximation has to meet; a matrix
-            that misses it is solved exactly. 0 means exact everywhere.
-        device: where matrices are decomposed; `auto` takes a CUDA device where there is one.
+        null_draws: number of Gaussian updates averaged for each isotropic null of a matrix with up to 65,536 entries;
+            proportionally fewer for a larger one, but at least one.
+        seed: random seed of the random mask and of the Gaussian updates.
+        solver: `exact` uses LAPACK in float64 for every matrix; `auto` does so up to min(n, m) = `exact_up_to`, and
+            above it starts from a base that is decomposed once; `randomized` starts from random vectors above it.
+        exact_up_to: min(n, m) up to which LAPACK is as fast as other solvers.
+        float64_up_to: min(n, m) up to which the other solvers use float64 too.
+        mask_tests: whether to test masks against the margin null.
+        stored_null: whether to draw Gaussian and shuffled updates that are stored as the tuned weights are, which is
+            most of the work apart from the measurement itself.
+        tolerance: largest relative error bound of the singular values; a matrix that exceeds it is solved exactly. 0
+            means exact everywhere.
+        device: device that decomposes matrices; `auto` uses a CUDA device if there is one.
+
+    Raises:
+        ArgumentError: a number is out of range, or a name is unknown.
+
+    >>> MatrixSettings(alpha=0.4).densities
+    (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
     """
 
     rank_fraction: float = RANK_FRACTION
@@ -58,9 +64,9 @@ class MatrixSettings:
             raise ArgumentError(f"tolerance is {self.tolerance}: give a number from 0, below 1")
         for name, chosen, kinds in (("solver", self.solver, Solver), ("device", self.device, Device)):
             if chosen not in get_args(kinds):
-                raise ArgumentError(f"no {name} '{chosen}': choose of {', '.join(get_args(kinds))}")
+                raise ArgumentError(f"no {name} '{chosen}': choose one of {', '.join(get_args(kinds))}")
 
     @property
     def densities(self) -> tuple[float, ...]:
-        """The sweep and the default, each once, from the sparsest up."""
+        """`alphas` and `alpha`, each once, in increasing order."""
         return tuple(sorted({*self.alphas, self.alpha}))

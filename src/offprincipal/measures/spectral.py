@@ -1,4 +1,4 @@
-"""What a pair of matrices shows once it is decomposed: spectra, subspaces, bounds, and nulls that need drawn updates.
+"""Measures of a pair of matrices that need decompositions: spectra, subspaces, bounds, and nulls with drawn updates.
 
 The base is decomposed once, by the solver that the settings choose, or comes from the cache; each tuned matrix starts
 from it. Arrays and numbers in, numbers out. Knows nothing of files or tables.
@@ -37,10 +37,10 @@ T = TypeVar("T")
 
 
 class DecompositionCache(Protocol):
-    """Where decompositions are kept, by a key that names all that decides them."""
+    """A store of decompositions, by a key of everything that determines them."""
 
     def get(self, key: str, compute: Callable[[], T], keep: Callable[[T], Kept], restore: Callable[[Kept], T]) -> T:
-        """What is kept under a key, or computed and put there."""
+        """The entry of a key; it is computed and stored if it is missing."""
         ...
 
 
@@ -49,7 +49,7 @@ class BaseDecomposition:
     """What the cache keeps of a base.
 
     Args:
-        masks: (a, words), its principal masks at the settings' densities, packed; None where there is no principal
+        masks: (a, words), its principal masks at the settings' densities, packed; None if there is no principal
             subspace.
     """
 
@@ -61,7 +61,7 @@ class BaseDecomposition:
 class Drawn:
     """What one Gaussian update shows, or several: shift, angles as `ANGLES` has them, energies in both, left, right.
 
-    None where the base leaves a quantity undefined, or where one draw cannot tell a spread.
+    None if the base leaves a quantity undefined, or where one draw cannot tell a spread.
     """
 
     spectral_shift: Number
@@ -224,7 +224,7 @@ class PairSpectrum:
         tuned: (n, m), in its stored type.
         update_norm, base_norm: Frobenius norms of the update and of the base.
         gaussian_scale: σ of the Gaussian update of equal length before storing.
-        before_storing: (n, m), the tuned weights as they were before they were stored; None where that is not known.
+        before_storing: (n, m), the tuned weights as they were before they were stored; None if that is not known.
     """
 
     def __init__(
@@ -279,7 +279,7 @@ class PairSpectrum:
 
     @once
     def svd(self) -> Svd:
-        """Of the tuned matrix; the base's own where nothing moved; solved whole where an approximation will not do."""
+        """Of the tuned matrix; the base's own if nothing moved; solved whole where an approximation will not do."""
         base = self.base
         if self._norm == 0:
             return base.svd
@@ -300,7 +300,7 @@ class PairSpectrum:
 
     @property
     def angle_error_deg(self) -> float | None:
-        """How far the measured angles may be off, from both sides' error bounds; None where both are LAPACK's."""
+        """How far the measured angles may be off, from both sides' error bounds; None if both are LAPACK's."""
         errors = [svd.angle_error_deg(self.k) for svd in (self.base.svd, self.svd)]
         return None if all(error is None for error in errors) else min(sum(error or 0.0 for error in errors), 90.0)
 
@@ -315,7 +315,7 @@ class PairSpectrum:
         return self._shift_to(self.svd)
 
     def angle_summary(self) -> tuple[Number, ...]:
-        """As `ANGLES` has them; None where undefined, or within the error."""
+        """As `ANGLES` has them; None if undefined, or within the error."""
         if not self.angles:
             return NOTHING_DRAWN.angles
         whole = {"left": self.base.shape[0] == self.k, "right": self.base.shape[1] == self.k}
@@ -440,11 +440,11 @@ class PairSpectrum:
 
     @property
     def _still(self) -> Drawn:
-        """What no update at all shows."""
+        """The figures of a zero update."""
         return self._drawn(self.base.values)
 
     def _drawn(self, W: Tensor, energies: bool = True) -> Drawn:
-        """What one drawn matrix shows beside the base; where it has moved, it is used up."""
+        """The figures of one drawn matrix compared with the base; W is overwritten unless it equals the base."""
         base = self.base
         still = torch.equal(W, base.values)
         moved = base.svd if still else self._solve_drawn(W)
@@ -454,7 +454,7 @@ class PairSpectrum:
         return Drawn(self._shift_to(moved), _summarized(self._angles_to(moved)), found)
 
     def _solve_drawn(self, W: Tensor) -> Svd:
-        """To the order that the tuned matrix is solved to: whole, where an approximation would not do for that."""
+        """Solve to the same order as the tuned matrix: exactly, if an approximation did not suffice for that."""
         if self.fell_back:
             return spectrum.decompose_by_gram(W.double(), self.k)
         return self.base.solve(W, measure_error=False)
@@ -503,7 +503,7 @@ def chosen_device(wanted: str) -> torch.device:
     """
     there = torch.cuda.is_available()
     if wanted == "cuda" and not there:
-        raise ArgumentError("no CUDA device is at hand: leave --device out, or install a build of torch that sees it")
+        raise ArgumentError("there is no CUDA device: omit --device, or install a build of torch that supports it")
     if not there or wanted == "cpu":
         return torch.device("cpu")
     _load_linear_algebra()

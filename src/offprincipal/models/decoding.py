@@ -24,7 +24,7 @@ class Completions:
     """Completions of one batch of prompts, row by row: the greedy one of each prompt, then its samples.
 
     Args:
-        ids: tokens of each completion, without the one that ended it; ends: that one, None where it was cut off.
+        ids: tokens of each completion, without the one that ended it; ends: that one, None if it was cut off.
         tokens: generated tokens over all sampled rows, the ending ones included.
         entropy: the sum over those tokens of the policy's entropy, in nats.
         divergence: the sum of KL(policy‖reference) there, in nats; None without a reference.

@@ -20,7 +20,7 @@ def kl_per_token(new: Tensor, old: Tensor) -> Tensor:
             some tokens at a time.
 
     Returns:
-        float64, (…), in nats; infinite where `old` rules out what `new` may say, NaN where a side is.
+        float64, (…), in nats; infinite where `old` rules out what `new` may say, NaN if a side is.
 
     Raises:
         ArgumentError: the shapes differ.

@@ -60,8 +60,8 @@ def logit_derivatives(model: Any, directions: Mapping[str, Tensor], batch: Batch
     Args:
         model: a causal language model in evaluation mode; its attention must have a forward-mode derivative, as that
             of `attn_implementation="eager"` has.
-        directions: parameter name -> (directions, *shape of the parameter). Parameters that are not named stay put; a
-            tied parameter is named once.
+        directions: parameter name -> (directions, *shape of the parameter). Other parameters stay fixed; a tied
+            parameter is named once.
         batch: on the model's device.
 
     Returns:
@@ -69,12 +69,12 @@ def logit_derivatives(model: Any, directions: Mapping[str, Tensor], batch: Batch
 
     Raises:
         ModelError: a part of the model has no forward-mode derivative.
-        ArgumentError: a direction names no parameter of the model.
+        ArgumentError: a direction's name is not a parameter of the model.
     """
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name in directions:
         if name not in parameters:
-            raise ArgumentError(f"{name} is no parameter of {type(model).__name__}: a tied parameter has one name")
+            raise ArgumentError(f"{name} is not a parameter of {type(model).__name__}: a tied parameter has one name")
     moved = {name: parameters[name] for name in directions}
 
     def logits(moving: Mapping[str, Tensor]) -> Tensor:
@@ -116,16 +116,30 @@ def logit_variances(logits: Tensor, derivatives: Tensor) -> Tensor:
 
 
 def fisher_per_token(model: Any, directions: Mapping[str, Tensor], batch: Batch) -> Tensor:
-    """DᵀF_tD of every counted token t and direction D, exact in the labels.
+    """DᵀF_tD for every counted token t and direction D, exact over labels.
 
     Args:
         model, directions, batch: as for `logit_derivatives`.
 
     Returns:
-        float64, (directions, tokens).
+        float64, (directions, tokens), in nats per squared unit of the direction.
 
     Raises:
         ModelError: a part of the model has no forward-mode derivative.
+        ArgumentError: a direction's name is not a parameter of the model.
+
+    Source: as `logit_variances`.
+
+    >>> from types import SimpleNamespace
+    >>> class Table(torch.nn.Module):  # a bigram model: two tokens, logits straight from a table
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.weight = torch.nn.Parameter(torch.zeros(2, 2))
+    ...     def forward(self, input_ids, use_cache):
+    ...         return SimpleNamespace(logits=self.weight[input_ids])
+    >>> along = {"weight": torch.tensor([[[1.0, -1.0], [0.0, 0.0]]])}
+    >>> fisher_per_token(Table(), along, Batch.of([[0, 1, 1]], first=[0]))  # only the first token's logits move
+    tensor([[1., 0., 0.]], dtype=torch.float64)
     """
     return logit_variances(*logit_derivatives(model, directions, batch))
 
@@ -137,7 +151,7 @@ def fisher_quadratic(model: Any, directions: Mapping[str, Tensor], batch: Batch)
         model, directions, batch: as for `logit_derivatives`.
 
     Returns:
-        float64, (directions,), in nats a token.
+        float64, (directions,), in nats per token.
 
     Raises:
         ModelError: a part of the model has no forward-mode derivative.
@@ -159,10 +173,10 @@ def fisher_quadratic(model: Any, directions: Mapping[str, Tensor], batch: Batch)
 def batches_within(
     ids: Sequence[Sequence[int]], first: Sequence[int], tokens: int, device: torch.device
 ) -> Iterator[tuple[list[int], Batch]]:
-    """Sequences in batches of similar length, of at most so many padded tokens where one alone has not more.
+    """Sequences in batches of similar length, with at most `tokens` padded tokens unless a single one is longer.
 
     Returns:
-        which sequences, and their batch.
+        The indices of the sequences, and their batch.
     """
     order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
     while order:

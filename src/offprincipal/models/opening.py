@@ -31,7 +31,7 @@ class LanguageModel:
 
     Args:
         model: a transformers model, float32.
-        tokenizer: its tokenizer, which has an end-of-sequence and a padding token; None where none was asked for and
+        tokenizer: its tokenizer, which has an end-of-sequence and a padding token; None if none was asked for and
             there is none.
         stops: tokens that end a completion beside the model's own.
     """
@@ -66,7 +66,7 @@ class LanguageModel:
 
     @property
     def context(self) -> int | None:
-        """The most tokens that prompt and completion may have together; None where the model does not say."""
+        """The most tokens that prompt and completion may have together; None if the model does not say."""
         length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return None if length is None else int(length)
 
@@ -96,7 +96,7 @@ class LanguageModel:
         if ids and max(ids) >= rows:
             raise ModelError(
                 f"token {max(ids)} ({self.tokenizer.convert_ids_to_tokens(max(ids))!r}) has no row in the embedding of "
-                f"{rows}: the tokenizer beside the model is another model's, or its new tokens were never added to it"
+                f"{rows}: the tokenizer is another model's, or its new tokens were never added to the model"
             )
 
 
@@ -136,12 +136,12 @@ def open_language_model(
     Args:
         source: a folder, a Hugging Face id, or `embedded`.
         device: `auto`, `cpu` or `cuda`.
-        trust_remote_code: whether Python that comes with the checkpoint may be executed where it asks for that.
-        tokenizer: whether there has to be one; without, what is read are token ids, and a missing one is None.
+        trust_remote_code: whether Python code that comes with the checkpoint may be executed if it requires that.
+        tokenizer: whether a tokenizer is required; if not, a missing one is None.
 
     Raises:
-        ModelError: there is no such model, it is no causal language model, its tokenizer is missing or unusable, or it
-            needs Python of its own that is not trusted.
+        ModelError: there is no such model, it is not a causal language model, its tokenizer is missing or unusable, or
+            it needs its own Python code, which is not trusted.
     """
     require_training_extra("opening a language model")
     transformers: Any = importlib.import_module("transformers")
@@ -154,7 +154,7 @@ def open_language_model(
             )
         except Exception as error:  # bad folders, foreign architectures and lost connections all differ
             _refuse_own_code(name, "model", error)
-            raise ModelError(f"{name} is no causal language model to transformers: {_reason(error)}") from error
+            raise ModelError(f"transformers cannot open {name} as a causal language model: {_reason(error)}") from error
         opened = LanguageModel(model.to(place).eval(), None)
         try:
             return _with_tokenizer(opened, name, trust_remote_code)
@@ -201,9 +201,9 @@ def _with_tokenizer(opened: LanguageModel, name: str, trust_remote_code: bool) -
     except Exception as error:  # settings of any type, which are found out at the first use
         raise ModelError(f"the tokenizer of {name} is damaged ({_reason(error)}): copy its files again") from error
     if not ids:
-        raise ModelError(f"model {name} has no usable tokenizer beside its weights: copy its tokenizer files there")
+        raise ModelError(f"model {name} has no usable tokenizer in its folder: copy its tokenizer files there")
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {name} has no end-of-sequence token: name one in tokenizer_config.json")
+        raise ModelError(f"the tokenizer of {name} has no end-of-sequence token: set one in tokenizer_config.json")
     found = replace(opened, tokenizer=tokenizer)
     found.require_rows([tokenizer.eos_token_id])
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= len(opened.model.get_input_embeddings().weight):
@@ -245,16 +245,16 @@ def model_name(source: str | Path) -> str:
         return str(folder_of(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"folder {path} holds no model: it has no config.json")
+            raise ModelError(f"folder {path} does not contain a model: it has no config.json")
         return str(path)
     looks_like_path = isinstance(source, Path) or path.is_absolute() or str(source).startswith((".", "~"))
     if path.exists() or looks_like_path or str(source).count("/") > 1:
-        raise ModelError(f"model folder {path} is not there or no folder: name one with config.json and weights")
+        raise ModelError(f"{path} does not exist or is not a folder: give a folder with config.json and weights")
     return str(source)
 
 
 def identify(source: str | Path, model: Any) -> dict[str, str]:
-    """What a base is: the source as given, and a hash of its names and float32 weights, however it is stored."""
+    """The identity of a base: the source as given, and a hash of its names and weights as float32."""
     return {"source": str(source), "weights_blake2b": hash_of(model.state_dict())}
 
 
@@ -268,11 +268,11 @@ def hash_of(weights: Mapping[str, torch.Tensor]) -> str:
 
 
 def _refuse_own_code(name: str, part: str, error: Exception) -> None:
-    """Raises ModelError where transformers would have had to execute Python that comes with a checkpoint."""
+    """Raises ModelError if transformers would have had to execute Python that comes with a checkpoint."""
     if "trust_remote_code" in str(error):
         raise ModelError(
-            f"the {part} of {name} needs Python that comes with the checkpoint (auto_map), which is not executed: read "
-            "that code, and if you trust it set trust_remote_code (gates: --trust-remote-code; training: --set "
+            f"the {part} of {name} needs Python code that comes with the checkpoint (auto_map), which is not executed: "
+            "read that code, and if you trust it set trust_remote_code (gates: --trust-remote-code; training: --set "
             "trust_remote_code=true)"
         ) from error
 

@@ -16,7 +16,7 @@ _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
 def require_tame(folder: Path) -> None:
-    """Check the tokenizer file of a folder, where there is one, before a library runs what it says.
+    """Check the tokenizer file of a folder, if there is one, before a library runs what it says.
 
     Raises:
         ModelError: it is too large, no JSON object, or its steps would not end or fill the memory.

@@ -1,4 +1,4 @@
-"""Nulls: what an update that ignores the weights would show, rung by rung, each knowing more than the one below.
+"""Nulls: the figures of an update that ignores the weights, rung by rung, each accounting for more than the last.
 
 *Chance* knows how many entries changed. *Rounding* knows the steps, dealt out blindly and stored. *Spacing* knows how
 many entries of each spacing class changed. *Margins* also how many of each row and each column. What is measured beyond

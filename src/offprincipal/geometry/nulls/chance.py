@@ -9,7 +9,7 @@ from offprincipal.geometry.bits import Array, Counts
 
 
 def jaccard(intersection: float, count_a: float, count_b: float) -> float | None:
-    """|A ∩ B| / |A ∪ B| from the counts; None where the union is empty.
+    """|A ∩ B| / |A ∪ B| from the counts; None if the union is empty.
 
     >>> jaccard(2, 4, 4)
     0.3333333333333333

@@ -1,4 +1,4 @@
-"""The rounding null: steps that know nothing of the weights, and are then stored.
+"""The rounding null: steps that are independent of the weights, and are then stored.
 
 A weight on the bfloat16 grid changes when its step passes half its spacing; below a power of two, a quarter. If steps
 are independent of weights, the chance q_e that one changes a weight of spacing class e follows from the distribution of
@@ -62,7 +62,7 @@ class RoundingNull:
 
 
 def rounding_null(entries: Counts, changed: Counts, steps: Counts, known: bool) -> RoundingNull | None:
-    """The rounding null of one matrix; None where nothing changed.
+    """The rounding null of one matrix; None if nothing changed.
 
     Args:
         entries, changed: (512,), entries of each spacing class, and how many of them changed.
@@ -91,7 +91,7 @@ def rounding_null(entries: Counts, changed: Counts, steps: Counts, known: bool) 
 def rounding_intersection(
     entries: Array, nulls: tuple[RoundingNull | None, RoundingNull | None], changed: tuple[int, int]
 ) -> float | None:
-    """Expected |A ∩ B| of two runs, Σ q_a q_b N scaled to as many changed entries as each has; None where undefined.
+    """Expected |A ∩ B| of two runs, Σ q_a q_b N scaled to as many changed entries as each has; None if undefined.
 
     Args:
         entries: (512,); nulls: of either run; changed: entries that each changed.
@@ -141,7 +141,7 @@ def _rates_of_known(steps: Counts) -> Floats:
 
 
 def _rates_by_ruler(steps: Counts) -> Floats:
-    """The same from the entries far enough below each class, NaN where these are too few; of half-way ones half."""
+    """The same from the entries far enough below each class, NaN if these are too few; of half-way ones half."""
     upto = np.cumsum(steps, axis=0)
     below = np.arange(CLASSES) // 2 - RULER_BINADES  # the exponent of the coarsest ruler of each class
     rulers = np.where((below > 0)[:, None], upto[np.maximum(below, 0)], 0)  # (classes, bins)

@@ -1,10 +1,10 @@
-"""The scaled rounding null: steps that know the rows and columns of a matrix, but not its weights, and are then stored.
+"""The scaled rounding null: steps that depend on a matrix's rows and columns, but not its weights, and are then stored.
 
-A step is taken for r_i · c_j · z: the lengths of its row and of its column, and a rest that is dealt out blindly. So
-rows that move further, and happen to have larger weights, are no effect. Lengths are geometric means over the entries
-that moved; how many did is told row by row and column by column too. Both are shrunk towards what all lines have in
-common, by as much as their entries' own spread explains of the lines' (empirical Bayes): lines that are alike stay so.
-It needs steps as they were before storing, from float32 masters. Knows nothing of files, models or layers.
+A step is modelled as r_i · c_j · z: the lengths of its row and of its column, and a random factor. So rows that move
+further, and happen to have larger weights, are not an effect. Lengths are geometric means over the entries that moved;
+the number of those is taken as measured for each row and column. Both are shrunk towards what all rows or columns have
+in common, by the part of their scatter that the spread of their entries explains (empirical Bayes).
+It needs the steps before storing, from float32 masters. Knows nothing of files, models or layers.
 """
 
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ class ScaledNull:
 
 
 def scaled_null(codes: NDArray[np.uint16], masters: Array) -> ScaledNull | None:
-    """The scaled rounding null of one matrix; None where nothing moved.
+    """The scaled rounding null of one matrix; None if nothing moved.
 
     Args:
         codes: (n, m), of the base, from `bf16_codes`; masters: (n, m), the weights after the step, before storing.

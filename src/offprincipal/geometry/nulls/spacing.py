@@ -22,7 +22,7 @@ class CountNull:
     variance: float
 
     def z(self, observed: float) -> float | None:
-        """(observed − expected)/sd; None where the null leaves nothing to chance.
+        """(observed − expected)/sd; None if the null leaves nothing to chance.
 
         >>> CountNull(10.0, 4.0).z(14)
         2.0

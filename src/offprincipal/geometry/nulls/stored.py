@@ -67,7 +67,7 @@ def gaussian_scale(entries: Counts, stored_norm: float) -> float:
         stored_norm: Frobenius norm of the stored update.
 
     Returns:
-        σ; norm/√numel where nothing is lost in storing.
+        σ; norm/√numel if nothing is lost in storing.
 
     Source: ours; summation by parts, and Sheppard's correction where σ is several spacings.
 

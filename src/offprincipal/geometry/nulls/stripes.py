@@ -39,7 +39,7 @@ def dispersion(counts: Array, expected: Floats, variance: Floats) -> float | Non
         counts: (lines,), changed entries; expected, variance: (lines,), from `line_null`.
 
     Returns:
-        About 1 for a weight-blind update without structure, large for stripes; None where nothing is left to chance.
+        About 1 for a weight-blind update without structure, large for stripes; None if nothing is left to chance.
 
     Source: Pearson's statistic with the hypergeometric mean and variance.
 
@@ -53,7 +53,7 @@ def dispersion(counts: Array, expected: Floats, variance: Floats) -> float | Non
 
 
 def gini(rates: Array) -> float | None:
-    """Gini coefficient of non-negative rates: 0 where all are equal, towards 1 where one has all; None if all are 0.
+    """Gini coefficient of non-negative rates: 0 if all are equal, towards 1 if one has all; None if all are 0.
 
     Args:
         rates: (n,), non-negative.
