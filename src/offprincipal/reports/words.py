@@ -196,7 +196,7 @@ def pair_sentence(pair: Mapping[str, Any]) -> str:
     names = f"{plain(pair['run_a'])} and {plain(pair['run_b'])}"
     found, nulls = pair["jaccard"], [pair.get(f"jaccard_{rung}") for rung in RUNGS]
     if pair.get("update_cosine") is not None and found == 1 and pair["update_cosine"] >= _SAME:
-        return f"{names} hold the same values."
+        return f"{names} hold the same values in everything that was compared."
     if found is None:
         return f"{names}: the agreement of their changed entries is undefined, since neither changed any."
     if nulls[0] == 0:
