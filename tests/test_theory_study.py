@@ -1,11 +1,13 @@
 """The theory's stages end to end on a tiny model: intervene, train on, undo, measure, judge, draw."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from test_reports import CHROMIUM, dom_of
 
 from offprincipal.comparison import read_table
 from offprincipal.errors import StudyError
@@ -142,6 +144,21 @@ def test_a_finished_study_does_nothing_again_and_is_redrawn_from_its_folder(fini
     assert write_report_of(finished).read_bytes() == drawn
     for figure in ("agreement", "precision", "steps", "kl", "bounds"):
         assert f'id="figure-{figure}"'.encode() in drawn
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH to draw the page")
+def test_a_browser_draws_the_theory_side_by_side_or_below_each_other(finished: Path, tmp_path: Path) -> None:
+    page = Path(shutil.copy(finished / "report.html", tmp_path))
+    heights = []
+    for width in (1280, 500):
+        dom = dom_of(page, "", f"--window-size={width},900")
+        failure = re.search(r'<p id="failure"[^>]*>', dom)
+        assert failure and "hidden" in failure[0]
+        heights.append(
+            {name: float(high) for name, high in re.findall(r'id="figure-(\w+)"[^>]*height: ([\d.]+)px', dom)}
+        )
+    for name in ("precision", "kl", "bounds"):
+        assert heights[1][name] > 1.9 * heights[0][name] > 0
 
 
 def test_the_theory_shares_its_first_runs_with_quick() -> None:

@@ -64,7 +64,7 @@ function panels(count, height, gap = 0.06) {
 const part = ([low, high], from, to) => [low + from * (high - low), low + to * (high - low)];
 
 // Axes of runs by name, a row each.
-const ofRuns = (panel, rows, anchor) => axis({ domain: panel.y, anchor, tickvals: rows, ticktext: data.runs.map((name) => label(name)), showticklabels: panel.first, range: [rows.length - 0.5, -0.5], zeroline: false });
+const ofRuns = (names, panel, rows, anchor) => axis({ domain: panel.y, anchor, tickvals: rows, ticktext: names.map((name) => label(name)), showticklabels: panel.first, range: [rows.length - 0.5, -0.5], zeroline: false });
 
 // Runs beyond the number of colours are told apart by a mark, of which a line has a few.
 const markedBy = (symbol) => (symbol === "circle" ? { mode: "lines" } : { mode: "lines+markers", marker: { symbol, size: 7, maxdisplayed: 6 } });

@@ -29,7 +29,7 @@ figures["figure-anatomy"] = () => {
     parts.forEach(([part, colour], k) => traces.push({ ...on, type: "bar", x: mask.runs.map((run) => run.parts[k]), marker: { color: colour }, hovertemplate: `%{customdata}<br>${part}: %{x:+.2f} points<extra></extra>` }));
     traces.push({ ...on, type: "scatter", mode: "markers", x: mask.runs.map((run) => run.measured), marker: { symbol: "line-ns", size: 20, line: { color: INK, width: 2.5 } }, hovertemplate: "%{customdata}<br>measured: %{x:+.2f} points beyond chance<extra></extra>" });
     layout["xaxis" + suffix(j)] = axis({ domain: panel.x, anchor: "y" + suffix(j), range: [-reach, reach], zerolinewidth: 1.5, tickformat: "~g", nticks: 6, title: title("points beyond chance") });
-    layout["yaxis" + suffix(j)] = ofRuns(panel, rows, "x" + suffix(j));
+    layout["yaxis" + suffix(j)] = ofRuns(data.runs, panel, rows, "x" + suffix(j));
     layout.annotations.push(heading(mask.title, middle(panel.x), panel.y[1]));
   });
   const drawn = parts.filter((_, k) => k < parts.length - 1 || all.some((run) => run.parts[k] !== null)); // of what is not told apart only where there is such
@@ -50,7 +50,7 @@ figures["figure-overlaps"] = () => {
       marker: { color: GROUND, line: { color: colours, width: 1 }, pattern: { shape: "/", bgcolor: GROUND, fgcolor: colours, size: 5, solidity: 0.25 } } });
     traces.push({ ...on, customdata, x: shown.map((run) => run.value), marker: { color: colours }, error_x: error, hovertemplate: hover("measured") });
     layout["xaxis" + suffix(j)] = axis({ domain: panel.x, anchor: "y" + suffix(j), range: [0, 1.04], tickformat: ".0%", tickvals: [0, 0.5, 1] });
-    layout["yaxis" + suffix(j)] = ofRuns(panel, rows, "x" + suffix(j));
+    layout["yaxis" + suffix(j)] = ofRuns(data.runs, panel, rows, "x" + suffix(j));
     layout.annotations.push(heading(mask.title, middle(panel.x), panel.y[1]));
   });
   draw("figure-overlaps", traces, { ...layout, height: height + 74 });

@@ -1,9 +1,9 @@
 // Figures of the claims about the theory, C7 to C10.
 
 figures["figure-agreement"] = () => {
-  const panels = data.theory.agreement, traces = [], layout = { annotations: [] };
-  panels.forEach((panel, j) => {
-    const domain = column(j, panels.length, 0.08), on = { type: "scatter", mode: "markers", xaxis: "x" + suffix(j), yaxis: "y" + suffix(j) };
+  const found = data.theory.agreement, traces = [], layout = { annotations: [] }, { at, height } = panels(found.length, 286, 0.08);
+  found.forEach((panel, j) => {
+    const domain = at(j).x, on = { type: "scatter", mode: "markers", xaxis: "x" + suffix(j), yaxis: "y" + suffix(j) };
     const both = (layer) => panel.points.filter((point) => point.layer === layer).length > 1;
     const place = (point) => point.layer + (both(point.layer) ? (point.touched ? -0.16 : 0.16) : 0);
     const dots = (points, key, what, marker) => traces.push({ ...on, x: points.map(place), y: points.map((point) => point[key]), marker,
@@ -14,10 +14,10 @@ figures["figure-agreement"] = () => {
     dots(panel.points.filter((point) => point.touched), "measured", "as trained", { size: 8, color: "#c24d52" });
     dots(panel.points.filter((point) => !point.touched), "measured", "as trained", { size: 8, color: INK });
     layout["xaxis" + suffix(j)] = axis({ domain, anchor: "y" + suffix(j), dtick: 1, zeroline: false, title: title("layer") });
-    layout["yaxis" + suffix(j)] = axis({ anchor: "x" + suffix(j), zeroline: false, title: j ? undefined : title("Jaccard index"), ...(j ? { matches: "y" } : {}) });
-    layout.annotations.push(heading(label(panel.title), middle(domain)));
+    layout["yaxis" + suffix(j)] = axis({ domain: at(j).y, anchor: "x" + suffix(j), zeroline: false, title: at(j).first ? title("Jaccard index") : undefined, ...(j ? { matches: "y" } : {}) });
+    layout.annotations.push(heading(label(panel.title), middle(domain), at(j).y[1]));
   });
-  draw("figure-agreement", traces, { ...layout, height: 360 });
+  draw("figure-agreement", traces, { ...layout, height: height + 74 });
 };
 
 figures["figure-precision"] = () => {
@@ -25,7 +25,7 @@ figures["figure-precision"] = () => {
   const select = fill("precision-run", runs.map((run, i) => [i, run.run]), show);
   legend("precision-legend", runs[0].formats.map((format, i) => ["", format.title, colours[i]]));
   function show() {
-    const run = runs[select.value], traces = [], left = column(0, 2, 0.1), right = column(1, 2, 0.1), points = (values) => values.map((value) => (value === null ? null : 100 * value));
+    const run = runs[select.value], traces = [], { at, height } = panels(2, 286, 0.1), [left, right] = [at(0), at(1)], points = (values) => values.map((value) => (value === null ? null : 100 * value));
     run.formats.forEach((format, i) => {
       const line = (y, on, more, what, form) => traces.push({ type: "scatter", mode: "lines+markers", x: format.step, y, ...on, marker: { size: 5 }, line: { color: colours[i], width: 2, ...more }, name: format.title, hovertemplate: `%{fullData.name}<br>%{x} times the step, ${what} %{y:${form}}<extra></extra>` });
       line(format.unchanged, { xaxis: "x", yaxis: "y" }, {}, "unchanged", ".2%");
@@ -35,9 +35,9 @@ figures["figure-precision"] = () => {
     });
     const steps = run.formats[0].step, text = steps.map((step) => (step < 1 ? "1/" + 1 / step : String(step))), x = { type: "log", tickvals: steps, ticktext: text, title: title("times the step"), zeroline: false };
     draw("figure-precision", traces, {
-      height: 360, annotations: [heading("unchanged", middle(left)), heading("on principal weights, points", middle(right))],
-      xaxis: axis({ ...x, domain: left }), xaxis2: axis({ ...x, domain: right, anchor: "y2" }),
-      yaxis: axis({ tickformat: ".0%", range: [-0.03, 1.03] }), yaxis2: axis({ anchor: "x2", zerolinewidth: 1.5 }),
+      height: height + 74, annotations: [heading("unchanged", middle(left.x), left.y[1]), heading("on principal weights, points", middle(right.x), right.y[1])],
+      xaxis: axis({ ...x, domain: left.x, anchor: "y" }), xaxis2: axis({ ...x, domain: right.x, anchor: "y2" }),
+      yaxis: axis({ domain: left.y, tickformat: ".0%", range: [-0.03, 1.03] }), yaxis2: axis({ domain: right.y, anchor: "x2", zerolinewidth: 1.5 }),
     });
     stepsIn(data.theory.steps[select.value]);
   }
@@ -57,7 +57,7 @@ function stepsIn(run) {
 }
 
 figures["figure-kl"] = () => {
-  const traces = [], panel = (j) => column(j, 3, 0.08);
+  const traces = [], { at, height } = panels(3, 266, 0.08);
   data.theory.kl.forEach((run) => {
     const line = (y, on, what) => traces.push({ type: "scatter", ...markedBy(symbolOf(run.run)), x: run.step, y, ...on, line: { color: colourOf(run.run), width: 2 }, name: label(run.run), hovertemplate: `%{fullData.name}<br>step %{x}, ${what} %{y:.3~g}<extra></extra>` });
     line(run.kl_step, { xaxis: "x", yaxis: "y" }, "KL of the step");
@@ -65,24 +65,26 @@ figures["figure-kl"] = () => {
     line(run.kl_cumulative.map((value, i) => (run.length[i] ? value / run.length[i] ** 2 : null)), { xaxis: "x3", yaxis: "y3" }, "KL over squared length");
   });
   draw("figure-kl", traces, {
-    height: 340, annotations: [heading("of each step, nats", middle(panel(0))), heading("from the base, nats", middle(panel(1))), heading("over squared length", middle(panel(2)))],
-    xaxis: axis({ domain: panel(0), title: title("step") }), xaxis2: axis({ domain: panel(1), anchor: "y2", title: title("step") }), xaxis3: axis({ domain: panel(2), anchor: "y3", title: title("step") }),
-    yaxis: axis({ type: "log", tickformat: "~g", dtick: 1 }), yaxis2: axis({ anchor: "x2", type: "log", tickformat: "~g", dtick: 1 }), yaxis3: axis({ anchor: "x3", type: "log", tickformat: "~g", dtick: 1 }),
+    height: height + 74, annotations: ["of each step, nats", "from the base, nats", "over squared length"].map((what, j) => heading(what, middle(at(j).x), at(j).y[1])),
+    ...Object.fromEntries(numbered(3).flatMap((j) => [
+      ["xaxis" + suffix(j), axis({ domain: at(j).x, anchor: "y" + suffix(j), title: title("step") })],
+      ["yaxis" + suffix(j), axis({ domain: at(j).y, anchor: "x" + suffix(j), type: "log", tickformat: "~g", dtick: 1 })],
+    ])),
   });
 };
 
 figures["figure-bounds"] = () => {
-  const found = data.theory.bounds, traces = [], layout = { annotations: [] }, rows = numbered(found.runs.length);
+  const found = data.theory.bounds, traces = [], layout = { annotations: [] }, rows = numbered(found.runs.length), { at, height } = panels(found.bounds.length, 16 + 54 * rows.length, 0.04);
   found.bounds.forEach((bound, j) => {
-    const domain = column(j, found.bounds.length, 0.04), on = { xaxis: "x" + suffix(j), type: "scatter", mode: "markers" };
+    const panel = at(j), on = { xaxis: "x" + suffix(j), yaxis: "y" + suffix(j), type: "scatter", mode: "markers" };
     bound.runs.forEach((values, i) => {
       const colour = colourOf(found.runs[i]), mean = values.reduce((sum, value) => sum + value, 0) / values.length;
       traces.push({ ...on, x: values, y: values.map((_, k) => i + 0.5 * (((k * 0.618) % 1) - 0.5)), marker: { size: 5, color: colour, opacity: 0.5 }, name: label(found.runs[i]), hovertemplate: "%{fullData.name}<br>%{x:.3f}<extra></extra>" });
       if (values.length) traces.push({ ...on, x: [mean], y: [i], marker: { symbol: "line-ns", size: 22, line: { color: INK, width: 2.5 } }, name: label(found.runs[i]), hovertemplate: "%{fullData.name}<br>mean %{x:.3f}<extra></extra>" });
     });
-    layout["xaxis" + suffix(j)] = axis({ domain, range: [-0.03, 1.05], tickvals: [0, 0.5, 1], zeroline: false });
-    layout.annotations.push(heading(bound.title, middle(domain)));
+    layout["xaxis" + suffix(j)] = axis({ domain: panel.x, anchor: "y" + suffix(j), range: [-0.03, 1.05], tickvals: [0, 0.5, 1], zeroline: false });
+    layout["yaxis" + suffix(j)] = ofRuns(found.runs, panel, rows, "x" + suffix(j));
+    layout.annotations.push(heading(bound.title, middle(panel.x), panel.y[1]));
   });
-  layout.yaxis = axis({ tickvals: rows, ticktext: found.runs.map((name) => label(name)), range: [rows.length - 0.5, -0.5], zeroline: false });
-  draw("figure-bounds", traces, { ...layout, height: 90 + 54 * rows.length });
+  draw("figure-bounds", traces, { ...layout, height: height + 74 });
 };
