@@ -70,24 +70,24 @@ def test_stages_without_each_pass_untouched() -> None:
 
 @pytest.mark.parametrize("each", [{}, [], "seed", {"seed": 1}, {"seed": []}, {"seed": [1], "rank": None}, {1: [2]}])
 def test_each_that_is_no_mapping_to_lists_is_refused(each: Any) -> None:
-    with pytest.raises(StudyError, match="stage 'a_': each maps settings to lists"):
+    with pytest.raises(StudyError, match="stage 'a_': 'each' must map settings to lists"):
         expand({"a_": {"each": each}})
 
 
 def test_two_stages_of_one_name_are_refused() -> None:
-    with pytest.raises(StudyError, match="two stages are named 'run_s1': name every setting"):
+    with pytest.raises(StudyError, match="two stages expand to the name 'run_s1': use every key"):
         expand({"run_s{seed}": {"each": {"seed": [1], "rank": [4, 16]}}})
-    with pytest.raises(StudyError, match="two stages are named 'run_s1'"):
+    with pytest.raises(StudyError, match="two stages expand to the name 'run_s1'"):
         expand({"run_s1": {}, "run_s{seed}": {"each": {"seed": [1]}}})
 
 
 def test_a_pattern_that_names_no_stage_is_refused() -> None:
-    with pytest.raises(StudyError, match=r"no stage is named like 'lora_\*': stages are a"):
+    with pytest.raises(StudyError, match=r"no stage matches 'lora_\*': stages are a"):
         expand({"a": {}, "b": {"runs": ["lora_*"]}})
 
 
 def test_a_setting_inside_a_value_cannot_be_set_for_each() -> None:
-    with pytest.raises(StudyError, match=r"adapter\.rank cannot be set for each, adapter is a value"):
+    with pytest.raises(StudyError, match=r"'each' cannot set adapter\.rank, since adapter is a value"):
         expand({"r{rank}": {"adapter": "lora", "each": {"adapter.rank": [4]}}})
 
 

@@ -162,7 +162,7 @@ def test_outcomes_need_a_comparison_of_their_runs(finished: Path, profile: Path)
 
 @pytest.mark.parametrize(
     ("setting", "says"),
-    [("start", "starts from the study's base, not from 'full_s1'"), ("learning_rate", "finds its learning")],
+    [("start", "starts from the study's base, not from 'full_s1'"), ("learning_rate", "computes its own learning")],
 )
 def test_a_matched_stage_is_not_told_where_to_start_or_how_fast(profile: Path, setting: str, says: str) -> None:
     content = yaml.safe_load(profile.read_text())

@@ -156,7 +156,7 @@ def test_a_killed_training_process_is_named_and_the_study_goes_on_after_it(
         ("stages.grpo_1.tasks=[algebra]", "algebra"),
         ("stages.comparison.runs=[nobody]", "nobody"),
         ("stages.claims.claims=[C99]", "C99"),
-        ("stages.comparison.runs=[report]", "circle"),
+        ("stages.comparison.runs=[report]", "cycle"),
         ("stages.grpo_1.kind=dance", "dance"),
         ("nonsense", "KEY=VALUE"),
         ("name.of.what=1", "a part of it is a value"),

@@ -158,8 +158,8 @@ def test_a_scorer_without_reference_answers_can_judge_but_not_teach() -> None:
         ("openai/gsm8k", "rg:NAME of reasoning-gym; or hf:DATASET"),
         ("add@9", "add@1, add@2 or add@3"),
         ("rg:chain_sums", "did you mean chain_sum"),
-        ("rg:composite", "by its defaults"),
-        ("hf:?prompt=a", "not understood"),
+        ("rg:composite", "with its defaults"),
+        ("hf:?prompt=a", "is invalid"),
         ("hf:some/data?colour=red", "no option 'colour'"),
         ("hf:/nowhere/at/all.json", "is not there"),
     ],
@@ -195,7 +195,7 @@ def test_a_reader_of_the_library_is_no_data_set_and_reads_nothing(
     (tmp_path / "data.pkl").write_bytes(pickle.dumps(tmp_path))
     monkeypatch.setattr(pickle, "load", lambda *_: pytest.fail("a pickle was read"))
     for name in sorted({"pandas", "csv", *packaged._PACKAGED_DATASETS_MODULES}):
-        with pytest.raises(TaskError, match=f"'{name}' is a reader of the datasets library, no data set"):
+        with pytest.raises(TaskError, match=f"'{name}' is a loader of the datasets library, not a data set"):
             open_task(f"hf:{name}?prompt=a&answer=b").problem(0)
 
 

@@ -66,7 +66,7 @@ def study(
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of training runs at once. Default: one per core, at most 4."),
+        typer.Option(min=1, help="Number of training runs at once. Default: one per core, at most 4; one on a GPU."),
     ] = None,
     overwrite: Overwrite = False,
     listed: Annotated[

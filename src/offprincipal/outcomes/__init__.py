@@ -1,4 +1,4 @@
-"""What fine-tuning runs came to: rows of `outcomes.parquet` and `kl_curves.parquet` in, groups of runs and figures out.
+"""Outcomes of fine-tuning runs: rows of `outcomes.parquet` and `kl_curves.parquet` in, groups of runs and figures out.
 
 Knows nothing of folders, claims or pages; claims are judged and figures drawn from the same groups.
 """

@@ -35,7 +35,7 @@ class TriedRate:
 
 
 def highest_stable(tried: Sequence[TriedRate]) -> TriedRate | None:
-    """The run of the highest rate below which, and at which, none collapsed; None where the lowest did.
+    """The run of the highest rate below which, and at which, none collapsed; None if the lowest did.
 
     >>> tried = [TriedRate("a", 1e-3, 0.5, 0.6), TriedRate("b", 3e-3, 0.5, 0.2), TriedRate("c", 1e-2, 0.5, 0.5)]
     >>> highest_stable(tried).run
@@ -89,7 +89,7 @@ def tried_rate(row: Row) -> TriedRate:
 
 
 def stable_run(sweep: Sequence[Row]) -> Row | None:
-    """The run at the highest stable rate; None where the lowest collapsed."""
+    """The run at the highest stable rate; None if the lowest collapsed."""
     found = highest_stable([tried_rate(row) for row in sweep])
     return None if found is None else next(row for row in sweep if row["run"] == found.run)
 

@@ -1,4 +1,4 @@
-"""All that knows the paper: its claims and their rules, the negative controls, and the profiles of its studies."""
+"""Everything about the paper: its claims and their rules, the negative controls, and the profiles of its studies."""
 
 from offprincipal.paper.profile import Profile, load_profile, profile_names
 

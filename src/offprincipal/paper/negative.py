@@ -1,4 +1,4 @@
-"""Negative controls: what the rules say of updates that know nothing of the weights.
+"""Negative controls: what the rules say about random updates that are independent of the weights.
 
 Every run is replaced by a blind update as long as its own, stored as it was, and measured; then every claim is judged
 again by the same rule. What is decided there is decided about nothing.
@@ -30,7 +30,7 @@ from offprincipal.paper.claims.registry import CLAIMS
 Counts = dict[str, int]
 Progress = Callable[[int, int], None]
 _SIDES = ("as_published", "controlled")
-_SAMPLED = 1 << 22  # entries, of a tensor that is no linear matrix, that stand for all of it
+_SAMPLED = 1 << 22  # entries, of a tensor that is not a linear matrix, that stand for all of it
 _LOCATION = tuple(metric for metric in METRICS if metric.group in ("changes", "location"))
 
 
@@ -154,7 +154,7 @@ def _measured(pair: MatrixPair) -> Row:
 def _tensor(
     work: Work, part: Part, real: Mapping[tuple[str, str], Row], draws: int
 ) -> list[tuple[list[Row], list[Row]]]:
-    """Of a tensor that is no linear matrix what changed is all that claims read; of a large one some rows will do."""
+    """For tensors other than linear matrices claims need only the changed entries; for a large one, some rows."""
     base = work.read(work.base_checkpoint, part).reshape(len(part.matrix_shape) and part.matrix_shape[0], -1)
     most = max(1, _SAMPLED // max(base.shape[1], 1))
     rng = np.random.default_rng(zlib.crc32(part.name.encode()))
@@ -180,7 +180,7 @@ def _once(block: Block) -> Callable[[], list[Block]]:
 def _stored(
     work: Work, run: str, part: Part, weight: np.ndarray[Any, Any], update: np.ndarray[Any, Any], draw: int
 ) -> tuple[Array, Array | None]:
-    """A blind update of a run: as the run is stored, and its masters where it kept them."""
+    """A blind update of a run: stored as the run is, with masters if the run kept them."""
     rng = np.random.default_rng([draw, zlib.crc32(part.name.encode()), zlib.crc32(run.encode())])
     masters = (weight + blind_update(BLIND[draw % len(BLIND)], update, rng)).astype(np.float32)
     checkpoint = work.runs[run]

@@ -58,7 +58,7 @@ def load_profile(name_or_path: str, overrides: Iterable[str] = ()) -> Profile:
         overrides: dotted keys into the profile: `training.steps=200`, `base=Qwen/Qwen3-0.6B`, `stages.grpo_a.seed=7`.
 
     Raises:
-        StudyError: no such profile, it is no YAML, or a key or value does not fit.
+        StudyError: no such profile, it is not valid YAML, or a key or value does not fit.
 
     >>> load_profile("quick", ["training.steps=8"]).training["steps"]
     8
@@ -72,7 +72,7 @@ def load_profile(name_or_path: str, overrides: Iterable[str] = ()) -> Profile:
         return Profile.model_validate(content)
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'profile'}: {e['msg']}" for e in error.errors())
-        raise StudyError(f"profile '{name_or_path}' is not usable: {faults}") from error
+        raise StudyError(f"profile '{name_or_path}' is invalid: {faults}") from error
 
 
 def _read(name_or_path: str) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _read(name_or_path: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise StudyError(f"profile '{name_or_path}' is no YAML: {error}") from error
+        raise StudyError(f"profile '{name_or_path}' is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise StudyError(f"profile '{name_or_path}' holds no mapping: see the shipped profile 'quick' for the form")
+        raise StudyError(f"profile '{name_or_path}' is not a mapping: see the shipped profile 'quick' for an example")
     return content

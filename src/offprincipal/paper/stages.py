@@ -67,18 +67,18 @@ class ClaimsStage(StageKind):
     def check(self, base: str, training: Mapping[str, Any]) -> None:
         unknown = [claim for claim in self.claims if claim not in CLAIMS]
         if unknown:
-            raise StudyError(f"no rule judges claim {unknown[0]}: choose of {', '.join(CLAIMS)}")
+            raise StudyError(f"there is no rule for claim {unknown[0]}: choose one of {', '.join(CLAIMS)}")
         odd = [source for source in self.sources if source not in SOURCES]
         if odd:
-            raise StudyError(f"claims have no source '{odd[0]}': choose of {', '.join(SOURCES)}")
+            raise StudyError(f"there is no source '{odd[0]}' for claims: choose one of {', '.join(SOURCES)}")
         for claim in self.claims:
             if CLAIMS[claim].against_sft and not self.sft:
-                raise StudyError(f"claim {claim} compares RLVR with SFT: name the runs in 'sft'")
+                raise StudyError(f"claim {claim} compares RLVR with SFT: list the runs in 'sft'")
             if CLAIMS[claim].beyond and not self.beyond:
-                raise StudyError(f"claim {claim} is about other ways to learn: name the runs in 'beyond'")
+                raise StudyError(f"claim {claim} is about other recipes: list the runs in 'beyond'")
             for need in CLAIMS[claim].needs:
                 if not self.sources.get(need):
-                    raise StudyError(f"claim {claim} needs the source '{need}': name the stages that make it")
+                    raise StudyError(f"claim {claim} needs the source '{need}': list the stages that produce it")
 
     def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
         sources = {source: [space.folder(stage) for stage in stages] for source, stages in self.sources.items()}
@@ -110,7 +110,7 @@ class ClaimsStage(StageKind):
     def _add_negative_controls(
         self, claims: list[dict[str, Any]], evidence: Evidence, space: Workspace, progress: ShowProgress
     ) -> None:
-        """Beside each verdict, what its rule says of updates that know nothing."""
+        """For each verdict, how often its rule decides something for blind updates."""
         runs = {run: str(space.folder(run)) for run in evidence.matrices if run in self.trained}
         alpha = read_json(space.folder(self.comparison) / "summary.json")["arguments"]["alpha"]
         base, threads = str(base_folder(space.base)), os.cpu_count() or 1
@@ -162,7 +162,7 @@ class ReportStage(StageKind):
 
 
 def _run_entry(name: str, folder: Path) -> dict[str, Any]:
-    """What `study.json` says of a training run, from its `run.json`."""
+    """The entry of a training run in `study.json`, from its `run.json`."""
     record = read_json(folder / RECORD)
     settings = record["settings"]
     kept = ("recipe", "tasks", "seed", "steps", "batch", "learning_rate")

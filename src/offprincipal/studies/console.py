@@ -1,4 +1,4 @@
-"""Run a study on a terminal: what it will do and how long that takes, one line of progress a stage, the result."""
+"""Run a study on a terminal: its stages and estimated time, one line of progress per stage, and the result."""
 
 import os
 import time
@@ -23,13 +23,13 @@ from offprincipal.training.progress import describe
 
 _MOST_JOBS = 4
 STUDY = "study.json"
-_PRINT_EVERY = 30.0  # seconds between lines where there is no terminal
+_PRINT_EVERY = 30.0  # seconds between lines if there is no terminal
 
 
 def run_on_console(
     profile: StageGraph, out: Path, jobs: int | None, overwrite: bool, console: Console
 ) -> dict[str, Any]:
-    """Run what is left of a study and return `study.json`; nothing where no stage writes one.
+    """Run the remaining stages of a study and return `study.json`, or an empty dict if no stage writes it.
 
     Raises:
         OffPrincipalError: the profile cannot run, or a stage failed.
@@ -45,7 +45,7 @@ def run_on_console(
 
 
 def default_jobs() -> int:
-    """Training runs at once: one a core on a CPU, at most four; one where there is a GPU."""
+    """Number of training runs at once: one per core, at most four; one if there is a GPU."""
     return 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, _MOST_JOBS)
 
 
@@ -63,10 +63,10 @@ def _forecast(profile: StageGraph, left: list[str], jobs: int) -> str:
 
 
 def estimate_minutes(profile: StageGraph, left: list[str], jobs: int) -> float | None:
-    """How long the stages will take, from what they took when they were timed and from this machine's speed.
+    """Estimated time of the stages, from reference timings and this machine's speed.
 
     Returns:
-        Minutes; None where the base is not the embedded one, which alone has been timed.
+        Minutes; None unless the base is the embedded one, for which timings exist.
     """
     stages = [profile.stages[name] for name in left]
     if profile.base != EMBEDDED or torch.cuda.is_available():
@@ -118,7 +118,7 @@ def stage_progress(profile: StageGraph, console: Console) -> Iterator[ShowStage]
 
 @contextmanager
 def _bars(profile: StageGraph, console: Console) -> Iterator[ShowStage]:
-    """A row a stage; where these are more than the screen has lines, a row for all, and one for each that runs now."""
+    """One row per stage; if the screen has too few lines, one row for all and one for each that is running."""
     columns = (
         TextColumn("{task.description:<14}"),
         BarColumn(),

@@ -42,7 +42,7 @@ def expand(stages: Mapping[str, Any]) -> dict[str, Any]:
     for name, stage in stages.items():
         for own, made in _copies(name, stage):
             if own in found:
-                raise StudyError(f"two stages are named '{own}': name every setting of 'each' in the stage's name")
+                raise StudyError(f"two stages expand to the name '{own}': use every key of 'each' in the stage's name")
             found[own] = made
     return {name: _with_names(stage, [other for other in found if other != name]) for name, stage in found.items()}
 
@@ -53,7 +53,7 @@ def _copies(name: str, stage: Any) -> list[tuple[str, Any]]:
     each = stage[EACH]
     lists = isinstance(each, dict) and each and all(isinstance(v, list) and v for v in each.values())
     if not (lists and all(isinstance(key, str) for key in each)):
-        raise StudyError(f"stage '{name}': each maps settings to lists of values, as in each: {{seed: [1, 2]}}")
+        raise StudyError(f"stage '{name}': 'each' must map settings to lists of values, e.g. each: {{seed: [1, 2]}}")
     copies = []
     for values in itertools.product(*each.values()):
         made = copy.deepcopy({key: value for key, value in stage.items() if key != EACH})
@@ -70,7 +70,7 @@ def _set(stage: dict[str, Any], path: Sequence[str], value: Any, name: str) -> N
     for part in path[:-1]:
         place = place.setdefault(part, {})
         if not isinstance(place, dict):
-            raise StudyError(f"stage '{name}': {'.'.join(path)} cannot be set for each, {part} is a value")
+            raise StudyError(f"stage '{name}': 'each' cannot set {'.'.join(path)}, since {part} is a value")
     place[path[-1]] = value
 
 
@@ -107,6 +107,6 @@ def _named(patterns: Any, names: Sequence[str]) -> Any:
     for pattern in patterns:
         matching = [name for name in names if fnmatchcase(name, pattern)] if "*" in pattern else [pattern]
         if not matching:
-            raise StudyError(f"no stage is named like '{pattern}': stages are {', '.join(names)}")
+            raise StudyError(f"no stage matches '{pattern}': stages are {', '.join(names)}")
         found |= dict.fromkeys(matching)
     return list(found)

@@ -57,7 +57,7 @@ class InterveneStage(StageKind):
 
     def check(self, base: str, training: Any) -> None:
         if not (self.rotate or self.permute or self.residual):
-            raise StudyError("an intervention that does nothing: name layers to rotate or permute, or residual")
+            raise StudyError("the intervention does nothing: give layers to rotate or permute, or set residual")
 
     def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
         from offprincipal.interventions import intervene
@@ -134,7 +134,7 @@ class GaussianStage(StageKind):
 
 
 class PrecisionStage(StageKind):
-    """Gate III of training stages: what storing hides of each update, and where it lets it land, format by format."""
+    """Gate III of training stages: which part of each update storing hides, and where the rest is, format by format."""
 
     kind: Literal["precision"]
     runs: tuple[str, ...] = Field(min_length=1)
@@ -153,7 +153,7 @@ class PrecisionStage(StageKind):
             masters = masters_of(open_checkpoint(space.folder(run), base))
             if masters is None:
                 raise StudyError(
-                    f"stage '{run}' left no float32 masters, which precision is measured from: train again"
+                    f"stage '{run}' kept no float32 masters, from which precision is measured: train again"
                 )
             found = measure_precision(base, masters, settings)
             rows.extend({"run": run} | row for row in found.sweep)
@@ -197,7 +197,7 @@ class GatesStage(StageKind):
 
 
 def agreement_rows(as_trained: Sequence[Checkpoint], undone: Sequence[Checkpoint]) -> list[Row]:
-    """How far two runs changed the same locations, each against its own base, a row a matrix and view.
+    """How far two runs changed the same locations, each compared with its own base; one row per matrix and view.
 
     Args:
         as_trained, undone: base, run from it, other base, run from that.
@@ -243,7 +243,7 @@ def gaussian_like(base: Checkpoint, tuned: Checkpoint, seed: int) -> dict[str, T
     """The base's tensors in float32, each after a Gaussian update as long as the tuned one's.
 
     Args:
-        tuned: float32 masters where there are any, so that the length is that before storing.
+        tuned: float32 masters if there are any, so that the length is that before storing.
     """
     generator = torch.Generator().manual_seed(seed)
     found = {}

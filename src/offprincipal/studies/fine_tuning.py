@@ -1,4 +1,4 @@
-"""The stages of fine-tuning methods: train at the rate that gives another run's step, and gather what all runs came to.
+"""The stages of fine-tuning methods: train at the rate that matches another run's step, and collect all runs' outcomes.
 
 Each leaves a table behind that claims are judged from.
 """
@@ -59,11 +59,9 @@ class MatchedStage(TrainStage):
     def check(self, base: str, training: Mapping[str, Any]) -> None:
         super().check(base, training)
         if self.start is not None:
-            raise StudyError(
-                f"a matched stage starts from the study's base, not from '{self.start}': leave out 'start'"
-            )
+            raise StudyError(f"a matched stage starts from the study's base, not from '{self.start}': omit 'start'")
         if "learning_rate" in (self.model_extra or {}):
-            raise StudyError("a matched stage finds its learning rate itself: leave out 'learning_rate'")
+            raise StudyError("a matched stage computes its own learning rate: omit 'learning_rate'")
 
     def settings(self, space: Workspace) -> dict[str, Any]:
         return super().settings(space) | {"like": list(self.like), "sweep": list(self.sweep), "by": self.by}
@@ -86,8 +84,8 @@ class MatchedStage(TrainStage):
         rate = rate_for(wanted, [r.learning_rate for r in sweep], [self._size(r.run, space) for r in sweep])
         if rate is None:
             raise StudyError(
-                f"stage '{name}': its sweep gives no learning rate at which {self.by} is {wanted:.3g}, as of "
-                f"{found.run}: give the sweep rates that are further apart"
+                f"stage '{name}': its sweep has no learning rate with {self.by} of {wanted:.3g}, as in {found.run}: "
+                "give the sweep rates that are further apart"
             )
         return {"schema": 1, "like": found.run, "by": self.by, "wanted": wanted, "learning_rate": float(f"{rate:.4g}")}
 
@@ -96,7 +94,7 @@ class MatchedStage(TrainStage):
 
 
 class OutcomesStage(StageKind):
-    """What every run came to, a row each, and the divergence of those that a monitor watched, a row a step.
+    """The outcome of every run, one row each, and the divergence of monitored runs, one row per step.
 
     Args:
         comparison: a comparison of all these runs with the base, for the figures of weights.
@@ -128,8 +126,8 @@ class OutcomesStage(StageKind):
         missing = [metric for metric in _OF_WEIGHTS if metric not in found]
         if missing:
             raise StudyError(
-                f"stage '{name}': '{self.comparison}' has no {missing[0]} of '{run}': let it compare every run that "
-                "the outcomes name, with the metrics 'spectrum'"
+                f"stage '{name}': '{self.comparison}' has no {missing[0]} of '{run}': let it compare every run in the "
+                "outcomes, with the metrics 'spectrum'"
             )
         return found
 
@@ -226,5 +224,5 @@ def _measured(run: str, folder: Path) -> dict[str, Any]:
     record = read_json(folder / RECORD)
     accuracy = record["accuracy"]
     if any(accuracy[when] is None for when in ("before", "after")):
-        raise StudyError(f"stage '{run}' was not measured on held-out prompts: set its eval_prompts above 0")
+        raise StudyError(f"stage '{run}' was not evaluated on held-out prompts: set its eval_prompts above 0")
     return record

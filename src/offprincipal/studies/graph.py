@@ -35,11 +35,11 @@ class StageGraph(BaseModel):
         for name, stage in self.stages.items():
             if not name.isidentifier():
                 raise StudyError(
-                    f"stage '{name}': name it with letters, digits and underscores, since it names a folder"
+                    f"stage '{name}': use only letters, digits and underscores, since it is also the name of a folder"
                 )
             for source in stage.inputs():
                 if source not in self.stages:
-                    raise StudyError(f"stage '{name}' reads '{source}', which is no stage of profile '{self.name}'")
+                    raise StudyError(f"stage '{name}' reads '{source}', which is not a stage of profile '{self.name}'")
             stage.check(self.base, self.training)
         self.order()
         return self
@@ -53,7 +53,7 @@ class StageGraph(BaseModel):
         try:
             return list(TopologicalSorter({name: stage.inputs() for name, stage in self.stages.items()}).static_order())
         except CycleError as error:
-            raise StudyError(f"stages read each other in a circle: {' -> '.join(error.args[1])}") from error
+            raise StudyError(f"stages depend on each other in a cycle: {' -> '.join(error.args[1])}") from error
 
     def training_stages(self) -> list[str]:
         """The stages that train a model, one run each."""

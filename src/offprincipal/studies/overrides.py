@@ -21,7 +21,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     """
     key, equals, value_text = text.partition("=")
     if not equals or not key:
-        raise StudyError(f"'{text}' is no override: write KEY=VALUE, for instance steps=200")
+        raise StudyError(f"'{text}' is not a setting: write KEY=VALUE, e.g. steps=200")
     if value_text.startswith(_JINJA):
         return key, value_text
     with suppress(ValueError):
@@ -30,14 +30,14 @@ def parse_override(text: str) -> tuple[str, Any]:
     try:
         return key, yaml.safe_load(value_text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise StudyError(f"the value of '{text[:200]}' is not readable as YAML: {error}") from error
+        raise StudyError(f"the value of '{text[:200]}' is not valid YAML: {error}") from error
 
 
 def apply_override(content: dict[str, Any], text: str) -> None:
     """Enter `key=value`, the key dotted, into nested settings.
 
     Raises:
-        StudyError: the text is no override, or a part of the key is a value already.
+        StudyError: the text is not an override, or a part of the key is a value already.
 
     >>> content = {"adapter": {"method": "pissa"}}
     >>> apply_override(content, "adapter.rank=16")
@@ -50,5 +50,5 @@ def apply_override(content: dict[str, Any], text: str) -> None:
     for part in path:
         place = place.setdefault(part, {}) if isinstance(place, dict) else None
     if not isinstance(place, dict):
-        raise StudyError(f"'{text}': there is no {key}, since a part of it is a value and has no settings of its own")
+        raise StudyError(f"'{text}': there is no setting {key}, since a part of it is a value")
     place[last] = value

@@ -38,7 +38,7 @@ def run_profile(profile: StageGraph, out: Path, jobs: int, show: ShowStage, over
 
     Args:
         jobs: training stages that run at once.
-        show: told of each stage: a `StepReport` while it trains, `"started"`, `"done"` or `"kept"`.
+        show: called for each stage with a `StepReport` while it trains, or `"started"`, `"done"` or `"kept"`.
         overwrite: train again what was trained under other settings, instead of refusing.
 
     Raises:
@@ -83,7 +83,7 @@ def run_profile(profile: StageGraph, out: Path, jobs: int, show: ShowStage, over
                         future.result()
                         graph.finish(name)
                         show(name, "done")
-                if lost:  # a process that dies ends all that run beside it, and all that wait for one
+                if lost:  # a process that dies ends all running and waiting ones
                     raise _killed([name for name in (*lost, *running.values()) if name in begun], jobs)
     return space
 
@@ -133,7 +133,7 @@ class _Graph:
         """Record that the stage is done."""
         content = self._digest(name)
         if content is None:
-            raise StudyError(f"stage '{name}' left no output in {self.space.folder(name)}: run the study again")
+            raise StudyError(f"stage '{name}' wrote no output to {self.space.folder(name)}: run the study again")
         (self.space.out / RECORDS).mkdir(exist_ok=True)
         write_json(
             self._record_path(name), {"key": self._key(name), "settings": self._settings(name), "content": content}
@@ -209,7 +209,7 @@ def _training_pool(jobs: int, show: ShowStage) -> Iterator[ProcessPoolExecutor]:
 
 
 def _process_context() -> Any:
-    """How processes start: off one that has imported what training needs; each anew where a GPU would be shared so."""
+    """How processes start: forked from one that has imported what training needs; spawned on a GPU or outside Linux."""
     import torch
 
     if sys.platform != "linux" or torch.cuda.is_available():

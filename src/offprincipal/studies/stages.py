@@ -62,7 +62,7 @@ class StageKind(BaseModel, ABC):
         """Refuse, before anything runs, what could not run."""
 
     def settings(self, space: Workspace) -> dict[str, Any]:
-        """What decides the output beside the inputs' content; JSON."""
+        """Everything except the inputs' content that determines the output; JSON."""
         return self.model_dump(mode="json")
 
     @abstractmethod
@@ -71,7 +71,7 @@ class StageKind(BaseModel, ABC):
 
     @abstractmethod
     def files(self, name: str, space: Workspace) -> list[Path]:
-        """What the stage leaves behind, all of which its readers depend on."""
+        """The files that the stage writes, on all of which its readers depend."""
 
 
 class TrainStage(StageKind):
@@ -175,7 +175,7 @@ def base_folder(base: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
     except Exception as error:  # the Hub's own errors, and those of any connection
         raise StudyError(
-            f"cannot get model '{name}' from the Hub: {error}. Give its folder, or check the id"
+            f"cannot download model '{name}' from the Hub: {error}. Give its folder, or check the id"
         ) from error
 
 

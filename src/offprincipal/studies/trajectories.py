@@ -1,4 +1,4 @@
-"""The stage that follows runs over their checkpoints, as stored and in float32, and beside each some blind walks."""
+"""The stage that follows runs over their checkpoints, as stored and in float32, with blind walks for comparison."""
 
 from pathlib import Path
 from typing import Any, Literal

@@ -60,7 +60,7 @@ class HubTask:
         if missing:
             raise TaskError(
                 f"data set '{self.dataset}' has no column '{missing[0]}': it has {', '.join(self._rows.column_names)}; "
-                f"name them as hf:{self.dataset}?prompt=…&answer=…"
+                f"choose columns as in hf:{self.dataset}?prompt=…&answer=…"
             )
         if len(self._rows) == 0:
             raise TaskError(f"data set '{self.dataset}' has no rows in its split '{self.split}': choose another split")
@@ -73,7 +73,7 @@ class HubTask:
         unknown = [option for option in options if option not in _OPTIONS]
         if unknown or not dataset or bool(query) != bool(options):
             what = f"no option '{unknown[0]}'" if unknown else "no data set or option in it"
-            raise TaskError(f"task 'hf:{spec}' is not understood, {what}: write hf:DATASET?{'=…&'.join(_OPTIONS)}=…")
+            raise TaskError(f"task 'hf:{spec}' is invalid, {what}: write hf:DATASET?{'=…&'.join(_OPTIONS)}=…")
         return cls(dataset, **options)
 
     @property
@@ -139,7 +139,9 @@ def _load(dataset: str, config: str | None, split: str) -> Any:
     datasets = _need("datasets")
     _need("math_verify")
     if dataset in _BUILDERS:  # would read whatever lies in the working directory, pickles too in some versions
-        raise TaskError(f"'{dataset}' is a reader of the datasets library, no data set: give org/name, or ./{dataset}")
+        raise TaskError(
+            f"'{dataset}' is a loader of the datasets library, not a data set: give org/name or ./{dataset}"
+        )
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -159,7 +161,7 @@ def _load(dataset: str, config: str | None, split: str) -> Any:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TaskError(
             f"data set '{dataset}' (configuration {config or 'default'}, split '{split}') cannot be read: "
-            f"{reason.rstrip('.')}. Check its id or path, and that it is on this machine or there is a network"
+            f"{reason.rstrip('.')}. Check its id or path, and the network unless it is on this machine"
         ) from error
     finally:
         if shown:
@@ -174,8 +176,8 @@ def _require_few_files(folder: Path) -> None:
             seen += 1
             if seen > _MOST_FILES:
                 raise TaskError(
-                    f"folder {folder} holds more than {_MOST_FILES:,} files, and is hardly one data set: give the "
-                    "folder of the data alone, or a file of it"
+                    f"folder {folder} contains more than {_MOST_FILES:,} files, which is hardly one data set: give a "
+                    "folder with only the data, or a file"
                 )
             if entry.is_dir(follow_symlinks=False):
                 folders.append(Path(entry.path))
@@ -185,7 +187,7 @@ def _reader(path: Path) -> str:
     try:
         return _READERS[path.suffix.lower()]
     except KeyError:
-        raise TaskError(f"data file {path} is of no known kind: it must end in {', '.join(_READERS)}") from None
+        raise TaskError(f"data file {path} has an unknown ending: it must end in {', '.join(_READERS)}") from None
 
 
 def _need(module: str) -> Any:
@@ -197,7 +199,7 @@ def _need(module: str) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _parsed(text: str) -> Any:
-    """What math-verify reads in a text: an empty list where there is no mathematics."""
+    """The expressions that math-verify finds in a text; an empty list if there are none."""
     return _need("math_verify").parse(text, parsing_timeout=_timeout())
 
 

@@ -1,4 +1,4 @@
-"""Settings of how problems are put to a model, and how an answer is read from what it writes."""
+"""Settings of how a model is prompted with problems, and how its answers are read."""
 
 from typing import Any
 
@@ -23,10 +23,10 @@ PLACE = "prompt"
 
 
 class PromptSettings(BaseModel):
-    """How problems are put to a model; what is left out follows from the template, and the template from the model.
+    """How a model is prompted; omitted settings follow from the template, and the template from the model.
 
     Raises:
-        TaskError: no such template or answer, or a setting that the template does not have.
+        TaskError: the template or way to read answers is unknown, or the template does not have a setting.
 
     >>> PromptSettings(template="few_shot", shots=2).model_dump()
     {'template': 'few_shot', 'shots': 2}
@@ -37,14 +37,14 @@ class PromptSettings(BaseModel):
     template: str | None = Field(
         None,
         description=f"{', '.join(TEMPLATES)}, or a Jinja template of {{{{ {PLACE} }}}} and `shots`; not given: chat "
-        "where the tokenizer has a template, plain for character models as the embedded one, else few_shot",
+        "if the tokenizer has a template, plain for character models such as the embedded one, else few_shot",
     )
     shots: int | None = Field(
-        None, ge=1, description="solved problems before each (few_shot, Jinja); 4 where not given"
+        None, ge=1, description="number of solved problems shown before each (few_shot, Jinja); 4 if not given"
     )
     system: str | None = Field(None, description="system prompt of chat")
     chat_options: dict[str, Any] | None = Field(
-        None, description="passed on to the chat template, as {enable_thinking: false}"
+        None, description="options passed to the chat template, e.g. {enable_thinking: false}"
     )
     answer: str | None = Field(
         None,
@@ -85,9 +85,9 @@ class PromptSettings(BaseModel):
             given = getattr(self, name) is not None
             own = template is None or template in owners or (name == "shots" and template not in TEMPLATES)
             if given and not own:
-                raise TaskError(f"prompt.{name} belongs to the template {owners[0]}, not to {template}: leave it out")
+                raise TaskError(f"prompt.{name} belongs to the template {owners[0]}, not to {template}: omit it")
         if self.stop is not None and not all(self.stop):
-            raise TaskError("prompt.stop holds an empty text, which would end everything: leave it out")
+            raise TaskError("prompt.stop contains an empty text, which would end every completion: remove it")
         return self
 
     @model_serializer(mode="wrap")

@@ -1,4 +1,4 @@
-"""How a problem is put to a model, and how an answer is read from what it writes.
+"""How a model is prompted with a problem, and how its answer is read.
 
 Splits and problems stay those of the tasks, whose bare prompts decide them: a template only dresses them. Knows
 tokenizers; knows nothing of models or runs.
@@ -58,7 +58,7 @@ class Prompting:
             return problem.prompt
         text = self._chat(problem.prompt) if self.settings.template == "chat" else self._rendered(problem)
         if problem.prompt not in text:
-            raise TaskError(f"the prompt template leaves out the prompt: write {{{{ {PLACE} }}}} into it")
+            raise TaskError(f"the prompt template does not contain the prompt: add {{{{ {PLACE} }}}}")
         return text
 
     def completion(self, text: str) -> str:
@@ -84,7 +84,7 @@ class Prompting:
         return task.verify(problem, read_answer(answer, text))
 
     def cut(self, completion: str) -> str:
-        """What stands before the first stop."""
+        """The text before the first stop."""
         places = [place for stop in self.settings.stop or () if (place := completion.find(stop)) >= 0]
         return completion[: min(places)] if places else completion
 
@@ -102,8 +102,8 @@ class Prompting:
             own = [i for i, text in enumerate(texts) if stop in text and i not in special]
             if not own:
                 raise TaskError(
-                    f"no single token of the model holds the stop {stop!r}, so that nothing would end there: choose a "
-                    "shorter one, such as a line's end"
+                    f"no single token of the model contains the stop {stop!r}, so no completion would end there: "
+                    "choose a shorter one, such as a newline"
                 )
             found |= dict.fromkeys(own)
         return tuple(found)
@@ -142,7 +142,7 @@ class Prompting:
                 )
             )
         except Exception as error:  # templates raise whatever they like
-            raise TaskError(f"the chat template refuses these messages: {error}. Leave prompt.system out?") from error
+            raise TaskError(f"the chat template refuses these messages: {error}. Try without prompt.system") from error
         first = self.tokenizer.bos_token
         begins = first and self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id]
         return text.removeprefix(first) if begins else text
@@ -156,7 +156,7 @@ class Prompting:
         try:
             return str(_compiled(template).render(prompt=problem.prompt, shots=shots))
         except TemplateError as error:
-            raise TaskError(f"the prompt template fails: {error}. Mend its Jinja") from error
+            raise TaskError(f"the prompt template fails: {error}. Fix its Jinja") from error
 
 
 def prompting(settings: PromptSettings | None, tokenizer: Any, tasks: Iterable[Task]) -> Prompting:
@@ -180,13 +180,13 @@ def _require_whole_answers(task: Task, stops: Sequence[str]) -> None:
         held = [stop for stop in stops if stop in problem.answer]
         if held:
             raise TaskError(
-                f"answers of task '{task.name}' hold the stop {held[0]!r}, such as {problem.answer[:60]!r}: set "
-                "prompt.stop to something else, a blank line ('\\n\\n') say"
+                f"answers of task '{task.name}' contain the stop {held[0]!r}, e.g. {problem.answer[:60]!r}: set "
+                "prompt.stop to another text, e.g. a blank line ('\\n\\n')"
             )
 
 
 def resolved(settings: PromptSettings | None, tokenizer: Any) -> PromptSettings:
-    """Settings with everything said that follows from the tokenizer.
+    """Complete settings: those that are not given follow from the tokenizer.
 
     >>> from offprincipal.assets import embedded_base
     >>> from transformers import AutoTokenizer
@@ -210,7 +210,7 @@ def is_character_level(tokenizer: Any) -> bool:
 
 
 def read_answer(kind: str, text: str) -> str:
-    r"""The answer in a completion; empty where there is none.
+    r"""The answer in a completion; empty if there is none.
 
     >>> read_answer("number", "So 3 + 4 = 7, and 1,007 in all."), read_answer("boxed", r"\boxed{\frac{1}{2}}")
     ('1007', '\\frac{1}{2}')
@@ -270,7 +270,7 @@ def _function(where: str) -> Callable[[str, str], Any]:
     file, _, name = where.rpartition(":")
     path = Path(file)
     if not path.is_file():
-        raise TaskError(f"{file} does not exist: give FILE.py:FUNCTION, of (completion, answer)")
+        raise TaskError(f"{file} does not exist: give FILE.py:FUNCTION, a function of (completion, answer)")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(spec)
@@ -280,13 +280,13 @@ def _function(where: str) -> Callable[[str, str], Any]:
         raise TaskError(f"{file} cannot be imported: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise TaskError(f"{file} has no function '{name}': give FILE.py:FUNCTION, of (completion, answer)")
+        raise TaskError(f"{file} has no function '{name}': give FILE.py:FUNCTION, a function of (completion, answer)")
     found: Callable[[str, str], Any] = function
     return found
 
 
 def _shots_of(task: Task, count: int) -> list[dict[str, str]]:
-    """Solved training problems of a task, always the same ones, each another."""
+    """Solved training problems of a task: always the same ones, all different."""
     found: dict[str, str] = {}
     for problem in itertools.islice(problems(task, "train", _SHOTS_SEED), 100 * count):
         if problem.answer:
@@ -309,4 +309,4 @@ def _compiled(template: str) -> Any:
     try:
         return SandboxedEnvironment(keep_trailing_newline=True).from_string(template)
     except TemplateError as error:
-        raise TaskError(f"the prompt template is no Jinja: {error}") from error
+        raise TaskError(f"the prompt template is not valid Jinja: {error}") from error

@@ -44,7 +44,7 @@ class ReasoningGymTask:
         try:
             _entry(self.dataset, 0)
         except Exception as error:  # whatever a data set raises that needs a configuration or another package
-            raise TaskError(f"reasoning-gym cannot make '{self.dataset}' by its defaults: {error}") from error
+            raise TaskError(f"reasoning-gym cannot create '{self.dataset}' with its defaults: {error}") from error
 
     @property
     def name(self) -> str:
@@ -55,12 +55,12 @@ class ReasoningGymTask:
         return _make(self.dataset, 0)
 
     def problem(self, seed: int) -> Problem:
-        """The problem of a seed; its answer is empty where the data set has a scorer but no reference answer."""
+        """The problem of a seed; its answer is empty if the data set has a scorer but no reference answer."""
         entry = _entry(self.dataset, seed)
         return Problem(self.name, entry["question"], entry["answer"] or "", {"seed": seed})
 
     def verify(self, problem: Problem, completion: str) -> bool:
-        """Whether the text of the last `<answer>` tag, or the whole completion where there is none, scores 1."""
+        """Whether the text of the last `<answer>` tag, or the whole completion if there is none, scores 1."""
         tagged = _TAGGED_ANSWER.findall(completion)
         answer = (tagged[-1] if tagged else completion).strip()
         if not answer:

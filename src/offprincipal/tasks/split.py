@@ -71,7 +71,7 @@ def mixture(tasks: Sequence[Task], split: Split, size: int, seed: int = 0) -> li
     ['add', 'sort', 'add', 'sort']
     """
     if not tasks:
-        raise TaskError("no task given: name at least one")
+        raise TaskError("no task is given: give at least one")
     streams = [problems(task, split, seed) for task in tasks]
     if split == "eval":
         streams = [_distinct(stream) for stream in streams]

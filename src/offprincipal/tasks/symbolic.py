@@ -56,7 +56,7 @@ class SymbolicTask:
         """`add` or `add@2`."""
         kind, at, level = name.partition("@")
         if at and level not in {"1", "2", "3"}:
-            raise TaskError(f"task '{name}' names no level: write {kind}@1, {kind}@2 or {kind}@3")
+            raise TaskError(f"task '{name}' has an invalid level: write {kind}@1, {kind}@2 or {kind}@3")
         return cls(kind, int(level) if at else None)
 
     @property
@@ -76,10 +76,10 @@ class SymbolicTask:
 
 
 def _meant(name: str) -> str:
-    """What may be meant by a name that is no symbolic task's."""
+    """Suggestions for an unknown task name, as the end of a message."""
     every = (
-        f"choose of {', '.join(_DRAWS)}; or rg:NAME of reasoning-gym; or hf:DATASET?prompt=COLUMN&answer=COLUMN, of "
-        "the Hub, such as hf:openai/gsm8k?config=main, or a JSON, CSV or Parquet file"
+        f"choose one of {', '.join(_DRAWS)}; or rg:NAME of reasoning-gym; or hf:DATASET?prompt=COLUMN&answer=COLUMN, "
+        "with a data set of the Hub, such as hf:openai/gsm8k?config=main, or a JSON, CSV or Parquet file"
     )
     return meant(name.lower(), _DRAWS, every)
 

@@ -224,7 +224,7 @@ def _judge_against_stored(
 
 
 def _means(tables: list[dict[str, float | None]]) -> dict[str, float | None]:
-    """Run by run; None where one is undefined."""
+    """Run by run; None if one is undefined."""
     runs = tables[0]
     return {run: None if any(table[run] is None for table in tables) else mean(t[run] for t in tables) for run in runs}
 

@@ -103,14 +103,14 @@ class Evidence:
         return sum(row["numel"] for row in next(iter(self.matrices.values())))
 
     def of(self, runs: Sequence[str], metric: str) -> dict[str, float | None]:
-        """Run -> a metric, pooled over its matrices; None where it is undefined."""
+        """Run -> a metric, pooled over its matrices; None if it is undefined."""
         found = {run: pool_column(metric, self.matrices[run]).value for run in runs}
         return {run: value if math.isfinite(value) else None for run, value in found.items()}
 
     def beside(
         self, runs: Sequence[str], metric: str, null: str
     ) -> tuple[dict[str, float | None], dict[str, float | None]]:
-        """Run -> a metric and its null, pooled over the linear matrices where both are known; None where none has."""
+        """Run -> a metric and its null, pooled over the linear matrices if both are known; None if none has."""
         found: tuple[dict[str, float | None], dict[str, float | None]] = {}, {}
         for run in runs:
             known = [row for row in self.matrices[run] if row["linear"]]
@@ -120,7 +120,7 @@ class Evidence:
         return found
 
     def over_null(self, runs: Sequence[str], metrics: Sequence[str], null: str) -> dict[str, float | None]:
-        """Run -> how many times its null a run is, matrix by matrix; None where that is defined nowhere.
+        """Run -> how many times its null a run is, matrix by matrix; None if that is defined nowhere.
 
         The parameter-weighted geometric mean over matrices and metrics: a mean of sizes would be that of the one matrix
         whose principal subspace is hardly defined.

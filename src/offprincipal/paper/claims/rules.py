@@ -24,7 +24,7 @@ class Judgement:
         measure: what `effect` is.
         rule: how the verdict follows from it.
         sentence: what was found, with the figures that stand behind it.
-        units: how many runs, or pairs of runs, it rests on; None where it speaks of single ones.
+        units: how many runs, or pairs of runs, it rests on; None if it speaks of single ones.
     """
 
     verdict: Verdict
@@ -204,7 +204,7 @@ def judge_ratio(effect: Effect, *, measure: str, sentence: str = "") -> Judgemen
 def _judged(
     effect: Effect, range_: tuple[float, float, float], expected_sign: int, measure: str, rule: str, sentence: str
 ) -> Judgement:
-    """The verdict on an effect: its value where there is none, and the range in which it is too small to count."""
+    """The verdict on an effect: its value if there is none, and the range in which it is too small to count."""
     found = effect.interval()
     if found.value is None:
         return nothing(measure, "The figures that this rests on are undefined: too little changed.")
@@ -222,7 +222,7 @@ def decide(
 
     Args:
         value, low, high: the effect and its interval.
-        none: the effect's value where there is none; least, most: the range in which it is too small to count.
+        none: the effect's value if there is none; least, most: the range in which it is too small to count.
         expected_sign: +1 if the claim says above `none`, −1 if below.
 
     >>> decide(0.2, 0.1, 0.3, 0.0, -0.02, 0.02, 1), decide(0.001, -0.01, 0.01, 0.0, -0.02, 0.02, 1)
@@ -243,7 +243,7 @@ def nothing(measure: str, sentence: str = "") -> Judgement:
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """The mean of those that are known; None where none is."""
+    """The mean of those that are known; None if none is."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
@@ -263,12 +263,12 @@ def by_run(values: Mapping[str, float | None], text: str = "{:.3g}") -> str:
 
 
 def ratios(above: Mapping[str, float | None], below: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Unit by unit, one over the other; None where either is undefined or nothing."""
+    """Unit by unit, one over the other; None if either is undefined or nothing."""
     return {unit: top / bottom if (bottom := below[unit]) and top else None for unit, top in above.items()}
 
 
 def differences(one: Mapping[str, float | None], two: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Unit by unit, one less the other; None where either is undefined."""
+    """Unit by unit, one less the other; None if either is undefined."""
     pairs = {unit: (value, two[unit]) for unit, value in one.items()}
     return {unit: a - b if a is not None and b is not None else None for unit, (a, b) in pairs.items()}
 

@@ -16,7 +16,7 @@ from offprincipal.geometry.students_t import student, t_quantile
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over units with its 95 % interval, None where it is undefined, and how many units it has."""
+    """A mean over units with its 95 % interval, None if it is undefined, and how many units it has."""
 
     value: float | None
     low: float | None
