@@ -81,7 +81,7 @@ class AdapterSettings(BaseModel):
     @model_validator(mode="after")
     def _belong_to_the_method(self) -> "AdapterSettings":
         if self.method not in ADAPTER_METHODS:
-            hint = meant(self.method, ADAPTER_METHODS, f"choose of {', '.join(ADAPTER_METHODS)}")
+            hint = meant(self.method, ADAPTER_METHODS, f"choose one of {', '.join(ADAPTER_METHODS)}")
             raise TrainingError(f"there is no adapter '{self.method}': {hint}")
         own = ADAPTER_METHODS[self.method].settings
         odd = self.model_dump().keys() - {"method", *own}
