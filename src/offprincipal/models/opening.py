@@ -17,7 +17,7 @@ import torch
 
 from offprincipal.assets import EMBEDDED, embedded_base
 from offprincipal.errors import ModelError, install_command
-from offprincipal.hub import asked_once, is_cached
+from offprincipal.hub_connection import asked_once, is_cached
 from offprincipal.models.gguf import SUFFIX, folder_of
 from offprincipal.models.quiet import quiet_libraries
 from offprincipal.models.tokenizer_guard import TOKENIZER, require_tame

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from offprincipal.errors import TaskError, install_command
-from offprincipal.hub import asked_once
+from offprincipal.hub_connection import asked_once
 from offprincipal.tasks.protocol import Problem
 
 PREFIX = "hf:"
