@@ -131,7 +131,7 @@ def main() -> None:
     )
     unknown = [key for key in wanted if key not in groups]
     if unknown:
-        parser.error(f"no group {', '.join(unknown)}: choose of {', '.join(groups)}")
+        parser.error(f"no group {', '.join(unknown)}: choose one of {', '.join(groups)}")
     out = arguments.out or (None if arguments.quick else HERE / "RESULTS.md")
     arguments.work.mkdir(parents=True, exist_ok=True)
     sections = sections_of(out.read_text()) if arguments.only and out and out.exists() else {}

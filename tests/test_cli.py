@@ -114,15 +114,15 @@ def test_a_comparison_that_would_be_lost_is_not_replaced_unasked(
     for words, what in (
         ((tuned, base, "--metrics", "location"), f"a comparison with {base}"),
         ((base, base, "--metrics", "location"), f"a comparison of {tuned}, which is not among these runs"),
-        ((base, tuned, "--metrics", "changes"), "a comparison that measured location too"),
+        ((base, tuned, "--metrics", "changes"), "a comparison that also measured location"),
     ):
-        assert f"holds {what}: choose another --out, or replace it with --overwrite" in said(*words, code=2)
+        assert f"contains {what}: choose another --out, or replace it with --overwrite" in said(*words, code=2)
         assert tables_in(tmp_path) == before
     said(os.path.relpath(base), os.path.relpath(tuned), f"again={tuned}", "--metrics", "location")
     said(base, f"again={tuned}", "--metrics", "changes", "--overwrite")
     assert len(json.loads((tmp_path / "summary.json").read_text())["runs"]) == 1
     (tmp_path / "summary.json").write_text('{"mine": 1}')
-    assert "a summary.json that is not a comparison's: choose another --out" in said(base, tuned, code=2)
+    assert "a summary.json that is not from a comparison: choose another --out" in said(base, tuned, code=2)
     assert (tmp_path / "summary.json").read_text() == '{"mine": 1}'
 
 

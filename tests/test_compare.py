@@ -328,7 +328,7 @@ def test_a_base_in_another_type_than_its_run_is_warned_of(tmp_path: Path) -> Non
         name: 0.02 * gaussian(*tensor.shape, seed=i).float() for i, (name, tensor) in enumerate(base_weights().items())
     }
     result = compare(write_model(tmp_path / "base", weights), [write_model(tmp_path / "cast", stored(weights))])
-    assert "some of the update is rounding" in " ".join(result.summary["runs"]["cast"]["warnings"])
+    assert "part of the update is rounding" in " ".join(result.summary["runs"]["cast"]["warnings"])
 
 
 def test_masters_of_another_checkpoint_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -440,12 +440,12 @@ def test_a_base_that_the_run_was_not_trained_from_is_noticed(folders: dict[str, 
     (tuned / "run.json").write_text(json.dumps({"base": {"source": str(base)}}))
     assert not re.search("trained from|swapped|away", notes(base, tuned))
     assert "are the two swapped?" in notes(tuned, base)
-    assert "it was trained from 'base', as its run.json says, and is compared with another base" in notes(other, tuned)
+    assert "according to its run.json it was trained from 'base', not from this base" in notes(other, tuned)
     for record in ("[]", '{"base": 3}', '{"base": {"source": "\\u0000"}}', '{"base": {"source": "gone"}}', "{" * 9999):
         (tuned / "run.json").write_text(record)
         assert not re.search("trained from|swapped", notes(base, tuned))
     unrelated = write_model(tmp_path / "unrelated", {name: x.flip(0) for name, x in base_weights().items()})
-    assert "is the base what it was trained from?" in notes(base, unrelated)
+    assert "Was it really trained from this base?" in notes(base, unrelated)
 
 
 def test_a_measured_matrix_is_let_go_at_once(folders: dict[str, Path]) -> None:
@@ -500,7 +500,7 @@ def test_masters_that_are_elsewhere_are_given(folders: dict[str, Path], tmp_path
     )
     assert given.matrices == beside.matrices and given.matrices[0]["hidden_fraction"] is not None
     assert given.summary["runs"]["near"]["masters"] == str(elsewhere)
-    with pytest.raises(ArgumentError, match="masters are given of 'far', which is no run"):
+    with pytest.raises(ArgumentError, match="masters are given for 'far', which is not a run"):
         compare(folders["base"], {"near": bare}, masters={"far": elsewhere})
     with pytest.raises(CheckpointError, match=r"is given as masters, but stores .* in bfloat16"):
         compare(folders["base"], {"near": bare}, masters={"near": bare})
@@ -549,5 +549,5 @@ def test_a_run_is_told_what_another_run_leaves_out_of_its_figures(tmp_path: Path
     less = {name: tensor for name, tensor in stored(moved(weights, 1e-3, 2)).items() if name != lost}
     found = compare(base, {"whole": whole, "less": write_model(tmp_path / "less", less)}, metrics=("changes",)).summary
     (warning,) = [w for w in found["runs"]["whole"]["warnings"] if "left out" in w]
-    assert warning.startswith(f"1 tensors that it shares with the base are left out, {lost} among them")
+    assert warning.startswith(f"1 tensors that it shares with the base, such as {lost}, are left out")
     assert not any("shares with the base" in w for w in found["runs"]["less"]["warnings"])

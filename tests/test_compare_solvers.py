@@ -92,7 +92,7 @@ def test_every_row_says_who_solved_it_and_how_well(fast: Comparison, by_lapack: 
     for run in ("near", "far"):
         assert sum(fast.summary["runs"][run]["solvers"].values()) == len(SHAPES)
         (warning,) = fast.summary["runs"][run]["warnings"]
-        assert warning.startswith("2 matrices were approximated: their singular values are right to ")
+        assert warning.startswith("2 matrices were approximated: their singular values are correct to ")
         assert by_lapack.summary["runs"][run]["warnings"] == []
 
 
@@ -465,7 +465,7 @@ def test_shifts_within_their_error_bound_are_counted_in_the_note() -> None:
             "angle_error_deg": 0.5,
         }
 
-    said = "their singular values are right to 1.0e-03, their principal angles to 0.5°"
+    said = "their singular values are correct to 1.0e-03, their principal angles to 0.5°"
     assert _error_bounds([row(1e-2), row(2e-2)]) == [f"2 matrices were approximated: {said}"]
     (note,) = _error_bounds([row(1e-4), row(1e-2), row(None), row(9e-4)])
     assert note == f"4 matrices were approximated: {said}; of 2 of them the spectral shift is within its error bound"

@@ -50,7 +50,7 @@ def test_a_user_without_home_or_name_measures_and_is_told_what_is_not_kept(pair:
             done = run([*NOBODY, *command], **home)
             assert done.returncode == 0, done.stderr
             assert (work / str(i) / "summary.json").exists()
-            assert home or "decomposed bases are not kept" in done.stderr
+            assert home or "base decompositions are not cached" in done.stderr
 
 
 def test_loops_are_compiled_where_nothing_can_keep_them() -> None:
@@ -63,7 +63,7 @@ def test_loops_are_compiled_where_nothing_can_keep_them() -> None:
     )
     done = run([sys.executable, "-c", program], HOME="/tmp")
     assert done.returncode == 0 and done.stdout.startswith("(2, 2) 2"), done.stderr
-    assert done.stderr.count("compiled loops are not kept") == 1 and "NUMBA_CACHE_DIR" in done.stderr
+    assert done.stderr.count("compiled loops are not cached") == 1 and "NUMBA_CACHE_DIR" in done.stderr
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])

@@ -90,17 +90,17 @@ def test_a_module_stands_for_its_parts_and_experts(folders: dict[str, Path]) -> 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("unchanged", "is no expectation: write PATTERN: unchanged"),
-        ("a: ", "is no expectation"),
-        ("a: untouched", "is no condition"),
+        ("unchanged", "is not a valid expectation. Write PATTERN: unchanged"),
+        ("a: ", "is not a valid expectation"),
+        ("a: untouched", "is not a condition"),
         ("a: reward > 1", "no metric 'reward' is measured"),
-        ("model.vision.*: unchanged", r"'model\.vision\.\*' names no tensor: names are such as "),
+        ("model.vision.*: unchanged", r"'model\.vision\.\*' does not match any tensor: names are such as "),
     ],
 )
 def test_what_cannot_be_meant_is_refused(text: str, message: str, folders: dict[str, Path]) -> None:
     with pytest.raises(ArgumentError, match=message):
         held(folders, text)
-    if "names no" not in message:
+    if "does not match" not in message:
         with pytest.raises(ArgumentError, match=message):  # before anything is read
             CompareSettings(expect=(text,))
 
@@ -144,7 +144,7 @@ def test_the_command_fails_by_name(
     summary = json.loads((out / "summary.json").read_text())
     assert broken_phrases(summary) and "Contract, held against" in (out / "report.html").read_text()
     assert call(monkeypatch, *command, "--expect", "nothing.*: changed") == 2
-    assert "names no tensor" in capsys.readouterr().err
+    assert "does not match any tensor" in capsys.readouterr().err
 
 
 def test_the_report_says_what_makes_it_again(

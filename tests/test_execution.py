@@ -73,7 +73,7 @@ def test_an_error_in_a_ray_worker_is_the_users_error(sources: tuple[Path, dict[s
 
 def test_a_cluster_that_is_not_there_is_an_argument_error(sources: tuple[Path, dict[str, Path]]) -> None:
     pytest.importorskip("ray")
-    with pytest.raises(ArgumentError, match="'not-an-address' is no address of a Ray cluster"):
+    with pytest.raises(ArgumentError, match="'not-an-address' is not a valid Ray address"):
         compare(*sources, ray="not-an-address")
 
 

@@ -91,5 +91,5 @@ def test_a_folder_that_is_not_there_is_said_and_a_comparison_prints_its_table(tm
 
 
 def test_two_modules_are_told_apart_by_a_dict(opened: LanguageModel, tiny_model: Path) -> None:
-    with pytest.raises(ArgumentError, match="in Python by a dict"):
+    with pytest.raises(ArgumentError, match="in Python with a dict"):
         offprincipal.compare(tiny_model, [opened.model, opened.model])

@@ -56,7 +56,7 @@ def test_a_matrix_that_would_end_the_process_is_refused_before_anything_is_measu
     sources: tuple[Path, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("offprincipal.comparison.comparison.free_memory", lambda: 1 << 12)
-    with pytest.raises(ArgumentError, match=r"takes some .* GB are free: measure less of it"):
+    with pytest.raises(ArgumentError, match=r"needs about .* GB are free. Use --metrics changes"):
         compare(*sources, APPROXIMATE, out=tmp_path / "out", cache=False)
     assert not (tmp_path / "out" / "matrices.parquet").exists()
     compare(*sources, APPROXIMATE, out=tmp_path / "out", cache=False, memory=1 << 30)  # who knows better may say so
@@ -67,7 +67,7 @@ def test_a_budget_below_one_matrix_is_said(
 ) -> None:
     with caplog.at_level(logging.WARNING, "offprincipal"):
         compare(*sources, CompareSettings(metrics=("location",)), memory=1000, cache=False)
-    assert "measured one at a time, and may need more than that" in caplog.text
+    assert "measured one at a time, and may exceed the budget" in caplog.text
     with pytest.raises(ArgumentError, match="memory is 0 bytes"):
         compare(*sources, memory=0)
 

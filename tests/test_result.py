@@ -58,7 +58,7 @@ def test_tables_are_those_that_are_written(result: Comparison, tmp_path: Path) -
     assert list(frame["jaccard"]) == [row["jaccard"] for row in result.pairs]
     for name in ("matrices", "masks", "pairs", "curves"):
         assert result.to_polars(name).to_dicts() == result.to_arrow(name).to_pylist()
-    with pytest.raises(ArgumentError, match="no table 'matrix': choose of matrices"):
+    with pytest.raises(ArgumentError, match="no table 'matrix': choose one of matrices"):
         result.to_arrow("matrix")
 
 
@@ -90,7 +90,7 @@ def test_the_package_shows_its_verbs() -> None:
 
 def test_without_polars_it_says_what_else_there_is(result: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "polars", None)  # which is how Python marks what cannot be imported
-    with pytest.raises(ArgumentError, match=r"pip install polars, or take to_arrow\(\)"):
+    with pytest.raises(ArgumentError, match=r"pip install polars, or use to_arrow\(\)"):
         result.to_polars()
 
 
@@ -108,7 +108,7 @@ def test_settings_may_be_given_by_name(result: Comparison, tmp_path: Path) -> No
     whole = compare(base, {"same": base}, CompareSettings(("location",), MatrixSettings(alpha=0.3)), cache=False)
     assert named.matrices == whole.matrices and named.summary == whole.summary
     for options, says in (
-        ({"alhpa": 0.3}, "no setting 'alhpa' of a comparison: did you mean alpha"),
+        ({"alhpa": 0.3}, "a comparison has no setting 'alhpa': did you mean alpha"),
         ({"alpha": 0.3, "settings": CompareSettings()}, "both settings and alpha"),
         ({"alpha": 3}, "alpha is 3"),
     ):

@@ -136,16 +136,14 @@ def test_a_run_that_cannot_be_measured_is_named_and_leaving_it_out_costs_no_othe
     last = "model.layers.1.mlp.down_proj.weight"
     broken = runs | {"bad": with_nan(tmp_path / "bad", last)}
     out, seen, again = tmp_path / "out", list[str](), list[str]()
-    with pytest.raises(
-        CheckpointError, match=rf"{last} of bad \(.*\): 1 of .* the first at \[3, 5\].* or leave bad out"
-    ):
+    with pytest.raises(CheckpointError, match=rf"{last} of bad \(.*\): 1 of .* the first at \[3, 5\].* or omit bad"):
         compare(base, broken, out=out, threads=1, progress=lambda done, total, tensor: seen.append(tensor))
     assert seen
     compare(base, of(runs, left), out=out, threads=1, progress=lambda done, total, tensor: again.append(tensor))
     compare(base, of(runs, left), out=tmp_path / "whole", cache=False)
     assert not set(seen) & set(again)
     assert tables_in(out) == tables_in(tmp_path / "whole")
-    assert any("goes on with what was measured together with" in message for message in caplog.messages)
+    assert any("continuing with the measurements made together with" in message for message in caplog.messages)
 
 
 def test_tensors_of_more_rows_are_measured_again_without_the_run_that_had_fewer(

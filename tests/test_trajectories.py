@@ -142,7 +142,7 @@ def test_a_run_of_ours_is_followed_by_its_deltas(run: tuple[Path, Path, list[Wei
 def test_seeds_are_no_steps() -> None:
     notes: list[str] = []
     assert steps_of(["sft-s0", "sft-s1"], notes=notes) == [("sft-s0", 1.0), ("sft-s1", 2.0)]
-    assert "no name tells a step" in notes[0]
+    assert "no name has a step" in notes[0]
     assert steps_of(["run/steps_20", "run/epochs-3"]) == [("run/steps_20", 20.0), ("run/epochs-3", 3.0)]
 
 
@@ -151,7 +151,7 @@ def test_another_prediction_is_not_replaced_unasked(run: tuple[Path, Path, list[
     out = tmp_path / "out"
     trajectory(base, root, out=out, predict=200)
     before = (out / "predicted-200" / "model.safetensors").read_bytes()
-    with pytest.raises(FileError, match="predicted-200 holds a model that was predicted by linear"):
+    with pytest.raises(FileError, match="predicted-200 contains a model that was predicted by linear"):
         trajectory(base, root, out=out, predict=200, predict_by="rank1")
     trajectory(base, root, out=out, predict=200)
     assert (out / "predicted-200" / "model.safetensors").read_bytes() == before
@@ -177,16 +177,16 @@ def test_steps_are_told_from_names() -> None:
     assert told(["iter_0000100", "run/epoch-2"]) == [100.0, 2.0]
     notes: list[str] = []
     assert steps_of(["first", "second"], notes=notes) == [("first", 1.0), ("second", 2.0)]
-    assert "no name tells a step" in notes[0]
+    assert "no name has a step" in notes[0]
     assert steps_of(["run/checkpoint-0", "run/checkpoint-9"], notes=notes) == [("run/checkpoint-9", 9.0)]
-    assert "run/checkpoint-0 is step 0, what the run started from" in notes[1]
+    assert "run/checkpoint-0 is step 0, the model that the run started from" in notes[1]
     assert [label_of(step) for step in (5.0, 1e6, 0.5, 123456.5)] == ["5", "1000000", "0.5", "123456.5"]
     assert told(["Qwen2.5-7B", "Llama-3"], [3, 4]) == [3.0, 4.0]
     for names, steps, says in (
         (["checkpoint-5", "other/checkpoint-5"], None, "are both at step 5"),
         (["a", "b"], [1], "1 steps are given for 2"),
-        (["checkpoint-7", "final"], None, "final tells no step in its name, and checkpoint-7 does"),
-        (["checkpoint-0"], None, "no checkpoint is left beside step 0"),
+        (["checkpoint-7", "final"], None, "cannot infer a step from 'final', though 'checkpoint-7' has one"),
+        (["checkpoint-0"], None, "there is no checkpoint other than step 0"),
         (["a"], [0], "is not above 0"),
         (["a"], [float("nan")], "is not above 0"),
     ):
@@ -210,7 +210,7 @@ def test_a_broken_or_foreign_checkpoint_is_named_and_may_be_left_out(
         trajectory(base, [root / "checkpoint-5", other])
     with pytest.raises(ArgumentError, match="no checkpoint is left"):
         trajectory(base, [root / "checkpoint-40"], skip_broken=True)
-    with pytest.raises(ArgumentError, match="no checkpoint given"):
+    with pytest.raises(ArgumentError, match="no checkpoint is given"):
         trajectory(base, [])
 
 
@@ -311,10 +311,10 @@ def test_what_cannot_be_predicted_is_refused_before_anything_is_written(
     base, root, _ = run
     out = tmp_path / "out"
     for wrong, said in (
-        ({"predict": -1.0}, "no step"),
-        ({"predict": float("nan")}, "no step"),
+        ({"predict": -1.0}, "is not a step"),
+        ({"predict": float("nan")}, "is not a step"),
         ({"predict": 200.0, "predict_by": "magic"}, "no prediction by"),
-        ({"predict": 200.0, "out": None}, "name one"),
+        ({"predict": 200.0, "out": None}, "give one"),
     ):
         with pytest.raises(ArgumentError, match=said):
             trajectory(base, root, **({"out": out} | wrong))  # type: ignore[arg-type]
@@ -454,5 +454,5 @@ def test_masters_beside_the_checkpoints_show_the_way_that_storing_hides(tmp_path
     (tmp_path / "run" / "step_7" / "masters" / "model.safetensors").unlink()
     (tmp_path / "run" / "step_7" / "masters" / "config.json").unlink(missing_ok=True)
     (tmp_path / "run" / "step_7" / "masters").rmdir()
-    with pytest.raises(CheckpointError, match="step_7 has no float32 weights beside it"):
+    with pytest.raises(CheckpointError, match="step_7 has no float32 masters"):
         trajectory(base, tmp_path / "run", masters=True)

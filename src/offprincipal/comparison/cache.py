@@ -1,4 +1,4 @@
-"""The cache of decomposed bases: named tensors under a key, in a folder that has a limit.
+"""The cache of base decompositions: named tensors under a key, in a folder of limited size.
 
 A file an entry, written whole and renamed, so that processes may share the folder. The least recently used go when it
 is full. Knows nothing of what the tensors are.
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 DEFAULT_LIMIT = 20 * 1024**3
 _SUFFIX = ".safetensors"
 _CHECKSUM = "crc32"
-_ABANDONED = 3600.0  # seconds after which what was being written is written by nobody
+_ABANDONED = 3600.0  # seconds after which a temporary file is assumed to be left by a killed process
 
 T = TypeVar("T")
-Kept = tuple[dict[str, "Tensor"], dict[str, str]]  # tensors by name, and words about them
+Kept = tuple[dict[str, "Tensor"], dict[str, str]]  # tensors by name, and their metadata
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class BaseCache:
     """Decompositions of base matrices in a folder.
 
     Args:
-        folder: made when first written to.
-        limit: bytes that it may hold; `$OFFPRINCIPAL_CACHE_LIMIT_GB` or 20 GiB by default.
+        folder: created when first written to.
+        limit: maximum size in bytes; `$OFFPRINCIPAL_CACHE_LIMIT_GB` or 20 GiB by default.
     """
 
     def __init__(self, folder: Path, limit: int | None = None) -> None:
@@ -52,11 +52,12 @@ class BaseCache:
         self.limit = limit if limit is not None else _limit()
 
     def get(self, key: str, compute: Callable[[], T], keep: Callable[[T], Kept], restore: Callable[[Kept], T]) -> T:
-        """What is kept under a key, computed where it is not; a cache that cannot be written is no error.
+        """The entry of a key, computed if it is missing; a cache that cannot be written is not an error.
 
         Args:
-            key: a file's name without its ending.
-            keep: to what can be kept; restore: from that, with a KeyError or ValueError where it is something else.
+            key: name of the entry's file, without its ending.
+            keep: converts to what is stored.
+            restore: converts back, and raises KeyError or ValueError if that is invalid.
         """
         from safetensors import SafetensorError
 
@@ -72,14 +73,17 @@ class BaseCache:
         return found
 
     def info(self) -> CacheInfo:
-        """How full it is."""
+        """The number and size of its entries."""
         files = self._files()
         return CacheInfo(self.folder, len(files), sum(size for _, size, _ in files), self.limit)
 
     def clear(self) -> CacheInfo:
-        """Remove all that it holds, and say how much that was."""
+        """Remove all entries, and return their number and size."""
         before = self.info()
-        for path in (*self.folder.glob(f"*{_SUFFIX}"), *self.folder.glob(f".*{_SUFFIX}.*")):  # and what a kill left
+        for path in (
+            *self.folder.glob(f"*{_SUFFIX}"),
+            *self.folder.glob(f".*{_SUFFIX}.*"),
+        ):  # and temporary files of killed processes
             path.unlink(missing_ok=True)
         return before
 
@@ -93,7 +97,7 @@ class BaseCache:
         return sorted(found)
 
     def _shrink(self, newest: Path) -> None:
-        """Down to the limit, but for the newest, which times cannot tell: they are as coarse as the kernel's tick."""
+        """Evict until within the limit, never the newest entry, which timestamps are too coarse to identify."""
         for left in self.folder.glob(f".*{_SUFFIX}.*"):  # by a process that was killed
             with contextlib.suppress(OSError):
                 if time.time() - left.stat().st_mtime > _ABANDONED:
@@ -124,7 +128,7 @@ def _write(path: Path, kept: Kept) -> None:
 
 
 def _read(path: Path) -> Kept | None:
-    """What is kept, marked as used; None where there is nothing that is whole and of this user's own making."""
+    """The content of an entry, marked as used; None unless it is intact and owned by this user."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -142,13 +146,13 @@ def _read(path: Path) -> Kept | None:
 
 
 def _is_own(path: Path) -> bool:
-    """Whether a file is no link, and this user's: what others wrote could say anything."""
+    """Whether the file is a regular file owned by this user; others' files are not trusted."""
     about = path.lstat()
     return stat.S_ISREG(about.st_mode) and (not hasattr(os, "getuid") or about.st_uid == os.getuid())
 
 
 def _checksum(tensors: dict[str, "Tensor"], told: dict[str, str]) -> str:
-    """Of all entries and of what is told of them, so that a damaged file is computed anew."""
+    """A checksum of all tensors and their metadata, so that a damaged file is computed again."""
     found = zlib.crc32(repr(sorted(told.items())).encode())
     for name in sorted(tensors):
         about = f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}"

@@ -1,4 +1,4 @@
-"""Compare a base with checkpoints tuned from it: plan the tensors, have them measured, pool, write the tables."""
+"""Compare a base with checkpoints tuned from it: plan the tensors, measure them, pool, write the tables."""
 
 import logging
 import os
@@ -39,8 +39,8 @@ Progress = Callable[[int, int, str], None]
 
 LOG = logging.getLogger("offprincipal")
 _NOT_COARSER = {"bfloat16", "float32", "float64"}  # than bfloat16
-_RULERS_ERROR = 0.01  # of a mask's share: what the rounding null without masters is known to, of smooth steps
-_HOPELESS = 2  # times what is free that a matrix has to be said to need, which is said generously, to be refused
+_RULERS_ERROR = 0.01  # of a mask's share: error of the rounding null without masters, for smooth steps
+_HOPELESS = 2  # a matrix is refused if its estimated need, which is generous, exceeds the free memory by this factor
 
 
 def compare(
@@ -57,27 +57,28 @@ def compare(
     progress: Progress | None = None,
     **options: Any,
 ) -> Comparison:
-    """Measure what training did to the weights, every figure beside its null.
+    """Measure what training did to the weights, and compare every figure with its null.
 
     Args:
         base: the base model: a folder, a Hugging Face id, or a `torch.nn.Module`, such as `trainer.model`.
-        tuned: the models trained from it, of the same kinds, by the name of the run, or named after their folders.
+        tuned: the models trained from it, of the same kinds: run name -> model, or a list named after their folders.
         settings: metrics and their parameters.
-        out: folder for the tables. A comparison that was killed goes on from the journal there, and runs that were
+        out: folder for the tables. An interrupted comparison continues from the journal there, and runs that were
             measured there before are not measured again; without it, nothing is written.
-        threads: matrices measured at once, each on one core; all cores by default. The numbers do not depend on it.
-        memory: bytes that the matrices in flight may take together, .6 of what is free by default: the largest come
-            first, and fewer at once where they do not fit. The numbers do not depend on it either.
-        ray: address of a Ray cluster to measure on, or `local` for one on this machine, in place of threads.
-        cache: where decompositions of bases are kept: a folder, True for the user's cache folder, False for none, and
-            to measure all again whatever is in `out`.
-        masters: run -> its float32 weights before they were stored, where they are not beside it.
+        threads: number of matrices measured in parallel, each on one core; all cores by default. It does not change
+            the numbers.
+        memory: budget in bytes for the matrices being measured, 60 % of free memory by default: the largest come first,
+            and fewer at once if they do not fit. It does not change the numbers.
+        ray: address of a Ray cluster to measure on, or `local` for one on this machine, instead of threads.
+        cache: cache of base decompositions: a folder, True for the user's cache folder, or False for none, which also
+            measures everything again whatever is in `out`.
+        masters: run name -> its float32 master weights, if they are not in the run's folder.
         progress: called with entries done, entries in all, and the tensor's name.
-        options: in place of `settings`, any of them, or of its `matrix`, by name: `alpha=0.3`.
+        options: instead of `settings`, any field of it or of its `matrix`: `alpha=0.3`.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or the tensors do not match.
-        ArgumentError: a setting is out of range, or two runs have one name.
+        ArgumentError: a setting is out of range, or two runs have the same name.
         FileError: the tables cannot be written, or another process is writing there.
 
     >>> from offprincipal.assets import embedded_base
@@ -85,7 +86,7 @@ def compare(
     1.0
     """
     if settings is not None and options:
-        raise ArgumentError(f"both settings and {next(iter(options))} are given: give one of the two")
+        raise ArgumentError(f"both settings and {next(iter(options))} are given: give only one of them")
     if threads is not None and threads < 1:
         raise ArgumentError(f"threads is {threads}: give at least 1")
     several: Any = [tuned] if isinstance(tuned, str | Path) or hasattr(tuned, "state_dict") else tuned
@@ -93,10 +94,10 @@ def compare(
     runs = name_runs(several)
     given = {name: str(source) for name, source in (masters or {}).items()}
     if unknown := sorted(given.keys() - runs.keys()):
-        raise ArgumentError(f"masters are given of '{unknown[0]}', which is no run: runs are {', '.join(runs)}")
+        raise ArgumentError(f"masters are given for '{unknown[0]}', which is not a run: runs are {', '.join(runs)}")
     work = Work(_source(base), runs, settings or CompareSettings.of(**options), kept, given)
     if ray is not None and work.in_memory:
-        raise ArgumentError("workers of Ray cannot see a model in memory: save it, and give its folder")
+        raise ArgumentError("Ray workers cannot see a model in memory: save it, and give its folder")
     if work.settings.matrix.device != "cpu" and ray is None:
         from offprincipal.measures.spectral import chosen_device
 
@@ -133,7 +134,7 @@ def compare(
                 journal.require_own()
                 result.write(folder)
                 keep_measured(folder, keys, measured)
-                journal.require_own()  # else tables of two comparisons may lie there
+                journal.require_own()  # otherwise tables of two comparisons could be mixed
         if journal:
             journal.discard()
     return result
@@ -160,14 +161,14 @@ def _budget(work: Work, memory: int | None) -> int:
     largest = work.bytes_needed(widest)
     if largest > _HOPELESS * max(free, budget):
         raise ArgumentError(
-            f"{widest.name} of {widest.numel:,} entries takes some {largest / 1e9:.0f} GB, and "
-            f"{max(free, budget) / 1e9:.0f} GB are free: measure less of it, as with --metrics changes, leave "
-            "--include-embeddings out, or take a larger machine"
+            f"{widest.name} with {widest.numel:,} entries needs about {largest / 1e9:.0f} GB but only "
+            f"{max(free, budget) / 1e9:.0f} GB are free. Use --metrics changes, drop --include-embeddings, or use a "
+            "larger machine"
         )
     if largest > budget:
         LOG.warning(
-            "the largest matrix takes some %.1f GB, more than the %.1f GB that may be used: the largest are measured "
-            "one at a time, and may need more than that",
+            "the largest matrix needs about %.1f GB, more than the budget of %.1f GB: the largest are measured one at "
+            "a time, and may exceed the budget",
             largest / 1e9,
             budget / 1e9,
         )
@@ -178,7 +179,7 @@ def _users_cache() -> Path | None:
     try:
         return cache_folder()
     except FileError as error:
-        LOG.warning("decomposed bases are not kept: %s", error)
+        LOG.warning("base decompositions are not cached: %s", error)
         return None
 
 
@@ -198,10 +199,12 @@ def name_runs(tuned: "Mapping[str, Source] | Sequence[Source]") -> dict[str, Any
     named = [(name.encode("utf-8", "replace").decode(), source) for name, source in named]  # a folder's may be no text
     names = [name for name, _ in named]
     if not names:
-        raise ArgumentError("no tuned checkpoint given: name at least one")
+        raise ArgumentError("no tuned checkpoint is given: give at least one")
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise ArgumentError(f"two runs are named '{repeated[0]}': tell them apart with NAME=PATH, in Python by a dict")
+        raise ArgumentError(
+            f"two runs are named '{repeated[0]}': distinguish them with NAME=PATH, in Python with a dict"
+        )
     return dict(named)
 
 
@@ -260,7 +263,7 @@ def _summary(work: Work, measured: list[TensorRows], matrices: list[Row], pairs:
 
 
 def _error_bounds(rows: list[Row]) -> list[str]:
-    """What is known of the matrices that were approximated."""
+    """A note on the accuracy of the matrices that were approximated."""
     rows = [row for row in rows if row["solver"] in ("warm", "randomized")]
     errors = [error for row in rows if (error := row.get("singular_value_error_relative")) is not None]
     if not errors:
@@ -269,23 +272,23 @@ def _error_bounds(rows: list[Row]) -> list[str]:
     known = f", their principal angles to {max(angles):.2g}°" if angles else ""
     within = sum(0 < (row.get("spectral_shift") or 0) <= (row["singular_value_error_relative"] or 0) for row in rows)
     known += f"; of {within} of them the spectral shift is within its error bound" if within else ""
-    return [f"{len(errors)} matrices were approximated: their singular values are right to {max(errors):.1e}{known}"]
+    return [f"{len(errors)} matrices were approximated: their singular values are correct to {max(errors):.1e}{known}"]
 
 
 def _ruler_warnings(rows: list[Row], masters: bool) -> list[str]:
-    """That the rounding null is an estimate, where what is read from it is no less than its error may be."""
+    """A note that the rounding null is an estimate, if the magnitude step is at least as large as its error."""
     steps = [abs(rungs["spacing"] - rungs["rounding"]) for rungs in anatomy(rows).values()]
     if masters or not steps or max(steps) < _RULERS_ERROR:
         return []
     return [
-        "without float32 masters the rounding null is estimated from small weights: of steps of one size it may be off "
-        "by points, which then count as magnitude; --masters gives them where a trainer kept them"
+        "without float32 masters the rounding null is estimated from small weights. For updates of a single size it "
+        "can be off by several points, which would be attributed to magnitude; pass --masters if the trainer kept them"
     ]
 
 
 _FALLBACKS = {
-    "tolerance": "missed the tolerance: they were solved whole",
-    "memory": "did not fit on the device: they were measured on the CPU",
+    "tolerance": "missed the tolerance and were solved exactly",
+    "memory": "did not fit on the device and were measured on the CPU",
 }
 
 
@@ -295,7 +298,7 @@ def _fallback_warnings(work: Work, run: str, measured: list[TensorRows]) -> list
         pairs = zip(work.parts, measured, strict=True)
         names = [part.name for part, rows in pairs if rows.fallbacks.get(run) == reason]
         if names:
-            warnings.append(f"{len(names)} matrices {words}, {names[0]} among them")
+            warnings.append(f"{len(names)} matrices {words}, such as {names[0]}")
     return warnings
 
 
@@ -304,17 +307,17 @@ def _left_out_warnings(work: Work, run: str) -> list[str]:
     if not left_out:
         return []
     return [
-        f"{len(left_out)} tensors that it shares with the base are left out, {left_out[0]} among them, because another "
-        "run lacks them: its figures are of the others, and those of a comparison of it alone are not the same"
+        f"{len(left_out)} tensors that it shares with the base, such as {left_out[0]}, are left out because another "
+        "run lacks them: its figures exclude them, and would differ if it were compared alone"
     ]
 
 
 def _unmeasured_warnings(unmeasured: list[str], differing: list[str]) -> list[str]:
     if not unmeasured:
         return []
-    said = f"{len(unmeasured)} tensors hold no floating-point numbers and are not measured"
-    differ = f"; {len(differing)} of them differ from the base's, {differing[0]} among them" if differing else ""
-    return [f"{said}{differ or ', bit for bit those of the base'}"]
+    said = f"{len(unmeasured)} tensors have no floating-point numbers and are not measured"
+    differ = f"; {len(differing)} of them differ from the base's, such as {differing[0]}" if differing else ""
+    return [f"{said}{differ or '; they are identical to those of the base'}"]
 
 
 def _warnings(work: Work, name: str, rows: list[Row], whole: bool) -> list[str]:
@@ -328,7 +331,7 @@ def _warnings(work: Work, name: str, rows: list[Row], whole: bool) -> list[str]:
     types = [", ".join(sorted({c.tensors[name].dtype for name in compared & c.tensors.keys()})) for c in (base, run)]
     if types[0] != types[1]:
         finer = types[0] == "bfloat16" and {run.tensors[name].dtype for name in theirs} <= _NOT_COARSER
-        update = "norms and spectra are of the update before storing" if finer else "some of the update is rounding"
+        update = "norms and spectra are of the update before storing" if finer else "part of the update is rounding"
         warnings.append(
             f"the base is stored as {types[0]}, the run as {types[1]}: {update}, and what changed is decided after "
             "rounding both sides to bfloat16"
@@ -336,14 +339,14 @@ def _warnings(work: Work, name: str, rows: list[Row], whole: bool) -> list[str]:
     elif types[0] != "bfloat16":
         warnings.append(
             f"both sides are stored as {types[0]}: what changed is decided after rounding them to bfloat16, and nulls "
-            "of rounding are undefined in matrices that are no bfloat16 numbers"
+            "of rounding are undefined in matrices that are not on the bfloat16 grid"
         )
     others = [row["tensor"] for row in rows if row["linear"] and row["role"] == "other"]
     if others:
-        warnings.append(f"{len(others)} matrices of unknown role count as linear ones, {others[0]} among them")
+        warnings.append(f"{len(others)} matrices of unknown role, such as {others[0]}, are treated as linear layers")
     wide = sum(part.numel for part in work.parts if len(part.matrix_shape) > 2)
     if wide:
         warnings.append(
-            f"{wide:,} parameters sit in tensors of more than two dimensions: only their location is measured"
+            f"{wide:,} parameters are in tensors of more than two dimensions: only their location is measured"
         )
     return warnings

@@ -1,6 +1,6 @@
-"""A contract: what training may have done to which tensors, such as `model.visual.*: unchanged`, held against each run.
+"""A contract: what training may have done to which tensors, such as `model.visual.*: unchanged`, checked for each run.
 
-A tensor that was not compared keeps no promise: one that a single side has breaks whatever is expected of it.
+A tensor that exists on only one side violates every expectation.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,12 +23,12 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Expectation:
-    """What is expected of the tensors that a pattern names.
+    """An expectation of the tensors that match a pattern.
 
     Args:
-        pattern: a shell-style pattern of names; the name of a module stands for all that is in it.
+        pattern: a shell-style pattern of names; the name of a module stands for all its tensors.
         expected: `unchanged`, `changed`, or a condition on a column of `matrices.parquet`.
-        threshold: that condition; None for the two words.
+        threshold: that condition; None for `unchanged` and `changed`.
     """
 
     pattern: str
@@ -39,7 +39,7 @@ class Expectation:
         return f"{self.pattern}: {self.expected}"
 
     def matches(self, name: str) -> bool:
-        """Whether it is about a tensor, or a part of one.
+        """Whether the pattern matches a tensor, or a part of one.
 
         >>> Expectation("lm_head", "unchanged").matches("lm_head.weight")
         True
@@ -73,7 +73,7 @@ class Expectation:
         return entry | {"tensors": matched, "broken": broken}
 
     def _wrong(self, row: Row) -> str | None:
-        """What was found of a tensor, where that is not as expected."""
+        """What happened to a tensor, if it violates the expectation; otherwise None."""
         if self.threshold is not None:
             value = row.get(self.threshold.metric)
             if self.threshold.held_by_value(value):
@@ -93,7 +93,7 @@ def parse_expectations(texts: Iterable[str], groups: tuple[Group, ...]) -> list[
         groups: the metric groups that are measured.
 
     Raises:
-        ArgumentError: a text is none, or names no metric of these groups.
+        ArgumentError: a text is not an expectation, or its metric is not in these groups.
 
     >>> [str(each) for each in parse_expectations(["model.visual.*: unchanged"], ("changes",))]
     ['model.visual.*: unchanged']
@@ -104,7 +104,8 @@ def parse_expectations(texts: Iterable[str], groups: tuple[Group, ...]) -> list[
         pattern, _, expected = (part.strip() for part in str(text).rpartition(":"))
         if not pattern or not expected:
             raise ArgumentError(
-                f"'{text}' is no expectation: write PATTERN: unchanged, PATTERN: changed, or PATTERN: METRIC > NUMBER"
+                f"'{text}' is not a valid expectation. Write PATTERN: unchanged, PATTERN: changed, or PATTERN: METRIC "
+                "> NUMBER"
             )
         threshold = None if expected in ("unchanged", "changed") else parse_threshold(expected, columns)
         found.append(Expectation(pattern, expected if threshold is None else str(threshold), threshold))
@@ -112,10 +113,10 @@ def parse_expectations(texts: Iterable[str], groups: tuple[Group, ...]) -> list[
 
 
 def read_contract(path: Path) -> list[str]:
-    """The expectations in a YAML file: a mapping of pattern to what is expected, or a list of texts.
+    """The expectations in a YAML file: a mapping of pattern to expectation, or a list of texts.
 
     Raises:
-        FileError: it cannot be read, or holds neither.
+        FileError: it cannot be read, or contains neither.
     """
     try:
         if path.stat().st_size > _MOST_BYTES:
@@ -127,23 +128,23 @@ def read_contract(path: Path) -> list[str]:
         return [f"{pattern}: {expected}" for pattern, expected in content.items()]
     if isinstance(content, list) and content and all(isinstance(text, str) for text in content):
         return content
-    raise FileError(f"{path} is no contract: write a line such as `model.visual.*: unchanged` for each pattern")
+    raise FileError(f"{path} is not a contract: write a line such as `model.visual.*: unchanged` for each pattern")
 
 
 def require_matches(expectations: Sequence[Expectation], names: Sequence[str]) -> None:
-    """Check that every pattern names a tensor.
+    """Check that every pattern matches a tensor.
 
     Raises:
-        ArgumentError: one names none.
+        ArgumentError: a pattern matches none.
     """
     for expectation in expectations:
         if not any(map(expectation.matches, names)):
             shown = ", ".join(names[:_SHOWN])
-            raise ArgumentError(f"'{expectation.pattern}' names no tensor: names are such as {shown}")
+            raise ArgumentError(f"'{expectation.pattern}' does not match any tensor: names are such as {shown}")
 
 
 def broken_phrases(summary: Mapping[str, Any]) -> list[str]:
-    """One phrase for each expectation that did not hold, with the tensors that broke it."""
+    """One phrase for each violated expectation, with the tensors that violate it."""
     found = []
     for run, entry in summary["runs"].items():
         for each in entry.get("contract", ()):

@@ -33,11 +33,11 @@ T = TypeVar("T")
 def run_in_threads(
     work: Work, measure: Callable[[Any, Part], T], parts: Sequence[Part], threads: int, budget: int
 ) -> Iterator[tuple[Part, T]]:
-    """Parts with what is measured of them, as they are done, the largest first; the first error ends it.
+    """Yield parts with their measurements as they finish, starting with the largest; the first error ends it.
 
     Args:
-        measure: of the work and a part.
-        budget: bytes that the matrices in flight may take together; one that needs more is measured alone.
+        measure: called with the work and a part.
+        budget: bytes for the matrices being measured; one that needs more is measured alone.
     """
     needs = {part.name: work.bytes_needed(part) for part in parts}
     with one_core_each(needs_torch(work.settings.metrics)):
@@ -47,10 +47,10 @@ def run_in_threads(
 def in_threads(
     measure: Callable[[Part], T], parts: Sequence[Part], threads: int, needs: Mapping[str, int], budget: int
 ) -> Iterator[tuple[Part, T]]:
-    """Parts with what is measured of them, as they are done, those that need most first; the first error ends it.
+    """Yield parts with their measurements as they finish, starting with the largest need; the first error ends it.
 
     Args:
-        needs: of each part, by name; budget: what those in flight may need together, but for one alone.
+        needs: part name -> bytes; budget: bytes for those being measured; one that needs more is measured alone.
     """
     waiting = sorted(parts, key=lambda part: -needs[part.name])
     in_flight: dict[Future[T], Part] = {}
@@ -73,7 +73,7 @@ def in_threads(
 
 
 def _next(waiting: list[Part], needs: Mapping[str, int], left: int, alone: bool) -> Part | None:
-    """The largest that fits into what is left, taken from those that wait; whichever it is where nothing else runs."""
+    """Remove and return the largest waiting part that fits into what is left, or the largest if nothing else runs."""
     for place, part in enumerate(waiting):
         if alone or needs[part.name] <= left:
             return waiting.pop(place)
@@ -81,7 +81,7 @@ def _next(waiting: list[Part], needs: Mapping[str, int], left: int, alone: bool)
 
 
 def in_order(parts: Sequence[Part], found: Iterable[tuple[Part, T]]) -> Iterator[tuple[Part, T]]:
-    """What comes in any order, in that of the parts: what is early is held back, so that sums do not depend on it."""
+    """Reorder measurements to the order of the parts, so that sums do not depend on the order in which they finish."""
     early: dict[str, T] = {}
     left = deque(parts)
     for part, measured in found:
@@ -93,11 +93,11 @@ def in_order(parts: Sequence[Part], found: Iterable[tuple[Part, T]]) -> Iterator
 def run_on_ray(
     work: Work, measure: Callable[[Any, Part], T], parts: Sequence[Part], address: str
 ) -> Iterator[tuple[Part, T]]:
-    """Parts with what is measured of them, as workers of a Ray cluster are done with them; Ray retries lost workers.
+    """Yield parts with their measurements as workers of a Ray cluster finish them; Ray retries lost workers.
 
     Args:
-        measure: of a work like this one, opened on the worker, and a part; a function that can be imported there.
-        address: of a running cluster, or `local` for one on this machine. Its workers must see the same files.
+        measure: called with a work like this one, opened on the worker, and a part; it must be importable there.
+        address: address of a running cluster, or `local` for one on this machine. Its workers must see the same files.
 
     Raises:
         ArgumentError: Ray is not installed, or there is no such cluster.
@@ -109,13 +109,13 @@ def run_on_ray(
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             ray.init(
-                address,  # of `local`, a new one here, whatever RAY_ADDRESS says
+                address,  # `local` starts a new cluster here, whatever RAY_ADDRESS says
                 include_dashboard=False if address == "local" else None,
                 log_to_driver=False,
                 logging_level="error",
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ArgumentError(f"no Ray cluster at '{address}': {error}. Start one, or say --ray local") from error
+            raise ArgumentError(f"no Ray cluster at '{address}': {error}. Start one, or use --ray local") from error
     try:
         remote = ray.remote(max_retries=3)(_measure_on_worker)
         made_of = (work.base, dict(work.tuned), work.settings, work.cache, dict(work.given_masters))
@@ -131,21 +131,21 @@ def run_on_ray(
 
 
 def _require_answer(address: str) -> None:
-    """Check that somebody listens at an address: Ray itself tries for minutes.
+    """Check that an address accepts connections: Ray itself tries for minutes.
 
     Raises:
-        ArgumentError: nobody does within ten seconds, or it is no address.
+        ArgumentError: it does not within ten seconds, or it is not a valid address.
     """
     if address in ("local", "auto"):
         return
     found = _ADDRESS.fullmatch(address)
     if found is None:
-        raise ArgumentError(f"'{address}' is no address of a Ray cluster: give [ray://]HOST:PORT, auto or local")
+        raise ArgumentError(f"'{address}' is not a valid Ray address. Give [ray://]HOST:PORT, auto or local")
     try:
         socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=_ANSWERS).close()
     except OSError as error:
         reason = error.strerror or error
-        raise ArgumentError(f"no Ray cluster at '{address}': {reason}. Start one, or say --ray local") from error
+        raise ArgumentError(f"no Ray cluster at '{address}': {reason}. Start one, or use --ray local") from error
 
 
 def _measure_on_worker(shared: tuple[Any, ...], part: Part) -> Any:
@@ -164,7 +164,7 @@ def _opened(
     cache: Path | None,
     masters: tuple[tuple[str, str], ...],
 ) -> Work:
-    """Checkpoints are opened once a worker."""
+    """The work, opened once per worker."""
     return kind(base, dict(tuned), settings, cache, dict(masters))
 
 
@@ -172,12 +172,12 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise ArgumentError(f"Ray is not installed: {install_command('ray')}, or leave --ray out") from error
+        raise ArgumentError(f"Ray is not installed: {install_command('ray')}, or omit --ray") from error
     return ray
 
 
 def _result(ray: Any, reference: Any) -> Any:
-    """What was measured, or the error of ours that the worker met."""
+    """The measurement, or the `OffPrincipalError` that the worker raised."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:

@@ -1,8 +1,8 @@
-"""A journal: what was measured of every tensor that is done, so that what is killed goes on where it was.
+"""A journal of the measurements of finished tensors, so that an interrupted comparison continues.
 
-One line of JSON a tensor behind its digest, numbers as they are (JSON keeps every digit of a float64), arrays in
-base64. A line that a kill cut short or that was damaged is dropped with all that follow, and their tensors are measured
-again. The first line says what is being compared: other settings or other files start anew.
+It has one line of JSON per tensor, after its digest, with exact numbers (JSON keeps every digit of a float64) and
+arrays in base64. A truncated or damaged line is dropped with all that follow, and their tensors are measured again. The
+first line identifies the comparison: other settings or other files start anew.
 """
 
 import base64
@@ -34,7 +34,7 @@ _DIGITS = 16  # of a line's digest, in hexadecimal
 
 @contextmanager
 def held(out: str | Path | None) -> Iterator[Path | None]:
-    """An output folder, made where it is not there, and held against other processes; None without one."""
+    """An output folder, created if it does not exist, and locked against other processes; None without one."""
     if out is None:
         yield None
         return
@@ -55,7 +55,7 @@ def resumable(
     known: Collection[str] = (),
     about: Mapping[str, Any] | None = None,
 ) -> Iterator["Journal | None"]:
-    """The journal in a folder that is held, once it gave back all it knows; none without a folder.
+    """The journal in a locked folder, after restoring its finished tensors; None without a folder.
 
     Args:
         files: what is read, as it was when it was opened; restore, name: as `Journal` takes them.
@@ -78,10 +78,12 @@ def gather(
     journal: "Journal | None",
     progress: Callable[[int, int, str], None] | None,
 ) -> None:
-    """Have measured what is not known yet, if anything, and keep each tensor as it is done.
+    """Measure the parts that are not known yet, and keep each as it finishes.
 
     Args:
-        known: names of what was measured before; measure: of some parts, in any order; keep: takes each by its name.
+        known: names of parts measured before.
+        measure: measures some parts, in any order.
+        keep: called with each part's name and measurement.
         progress: called with entries done, entries in all, and the tensor's name.
     """
     waiting = [part for part in parts if part.name not in known]
@@ -97,18 +99,18 @@ def gather(
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide numbers."""
+    """Versions of the packages that determine numbers."""
     return {package: version(package) for package in ("offprincipal", "numpy", "torch", "safetensors")}
 
 
 class Journal:
-    """What was measured by the name of its tensor, kept in a folder until all is.
+    """Measurements by tensor name, kept in a folder until all are done.
 
     Args:
-        folder: where it is; name: of the file there.
-        key: what is measured, as text.
-        restore: given each tensor's name and the attributes that `add` kept of what was measured.
-        about: more of what is measured, in the first line.
+        folder: its folder; name: its file name.
+        key: identifies the comparison.
+        restore: called with each tensor's name and the attributes of its measurement that `add` wrote.
+        about: further entries of the first line.
     """
 
     def __init__(
@@ -125,7 +127,7 @@ class Journal:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Have restored what is already done; while open, `add` keeps more.
+        """Open the journal and restore finished tensors; while open, `add` appends.
 
         Raises:
             FileError: it cannot be written, or is a link, a pipe or a folder.
@@ -147,7 +149,7 @@ class Journal:
                 file.close()
 
     def add(self, name: str, rows: object) -> None:
-        """Keep what was measured of one tensor; it outlives this process.
+        """Append the measurement of one tensor, which survives this process.
 
         Raises:
             FileError: another process has taken the journal for itself.
@@ -158,10 +160,10 @@ class Journal:
             file.flush()
 
     def require_own(self) -> IO[bytes]:
-        """The open file, where no other process has taken the journal for itself, on whatever machine it runs.
+        """The open file, unless another process, on any machine, has taken over the journal.
 
         Raises:
-            FileError: one has.
+            FileError: another process has.
         """
         if self._file is None:
             raise ValueError("the journal is not open")
@@ -176,7 +178,7 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
     def _is_ours(self, file: IO[bytes]) -> bool:
-        """Whether the journal is still the file that was opened, of the comparison that it was opened for."""
+        """Whether the journal is still the file that was opened, with the same key."""
         try:
             with self.path.open("rb") as now:
                 same = os.path.sameopenfile(now.fileno(), file.fileno())
@@ -194,7 +196,7 @@ class Journal:
             ) from error
 
     def _read(self, file: IO[bytes]) -> int:
-        """The length of the lines that are whole, each of which is restored; nothing where the key is another."""
+        """Restore all intact lines, and return their length; 0 if the key is another."""
         length, done = 0, 0
         file.seek(0)
         for number, line in enumerate(file):
@@ -217,11 +219,11 @@ def rewrite(
     head: Callable[[dict[str, Any]], dict[str, Any] | None],
     line: Callable[[dict[str, Any]], dict[str, Any] | None],
 ) -> None:
-    """Make a journal that of another comparison, for who holds its folder; whole or not at all.
+    """Turn a journal into that of another comparison, whole or not at all; call only while holding the folder's lock.
 
     Args:
-        head: what its first line becomes, None to leave all as it is.
-        line: what each further line becomes, None to leave it out.
+        head: returns the new first line, or None to leave the journal as it is.
+        line: returns each further line, or None to drop it.
     """
     if not path.exists():
         return
@@ -244,25 +246,25 @@ def rewrite(
 
 
 def journal_key(work: Work, opened: Identities, known: Collection[str]) -> str:
-    """What is compared and how: settings, versions, configurations, and every file's path, size and time."""
+    """A hash of everything that is compared: settings, versions, configurations, every file's path, size and time."""
     files = [[str(path.resolve()), *identity[:2]] for path, identity in opened.items()]
     configs = [dict(checkpoint.config) for checkpoint in (work.base_checkpoint, *work.runs.values())]
     about = [asdict(work.settings), list(work.tuned), list(known), files, configs, versions()]
-    about += [secrets.token_hex()] if work.in_memory else []  # of which nothing tells whether it is the same again
+    about += [secrets.token_hex()] if work.in_memory else []  # a model in memory cannot be recognised later
     return hashlib.sha256(json.dumps(about, default=str, sort_keys=True).encode()).hexdigest()
 
 
 def _own_file(path: Path) -> IO[bytes]:
-    """The file, made where there is none; never what a link leads to, and no pipe or device.
+    """The file, created if it does not exist; never a link, pipe or device.
 
     Raises:
-        OSError: it is one, or cannot be opened.
+        OSError: it is one of these, or cannot be opened.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     handle = os.open(path, flags, 0o666)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise OSError(None, "it is no file")
+        raise OSError(None, "it is not a regular file")
     return os.fdopen(handle, "a+b")
 
 
@@ -272,7 +274,7 @@ def _line(content: dict[str, Any]) -> bytes:
 
 
 def _content(line: bytes) -> dict[str, Any] | None:
-    """What a line holds; None where it is cut short or not as it was written."""
+    """The content of a line; None if it is truncated or damaged."""
     digest, _, text = line.partition(b" ")
     if digest != _digest(text):
         return None

@@ -24,7 +24,7 @@ class Measured:
     """A figure pooled over a run's matrices.
 
     Args:
-        value: None where it is undefined; low, high: its 95 % interval, a bootstrap over matrices.
+        value: None if it is undefined; low, high: its 95 % interval, a bootstrap over matrices.
         nulls: what it would be of updates that know less, over the same matrices: name of the null -> value.
     """
 
@@ -91,7 +91,7 @@ class Comparison:
             ArgumentError: there is no such table.
         """
         if table not in TABLES:
-            raise ArgumentError(f"a comparison has no table '{table}': choose of {', '.join(TABLES)}")
+            raise ArgumentError(f"a comparison has no table '{table}': choose one of {', '.join(TABLES)}")
         return arrow_table(table, getattr(self, table))
 
     def to_pandas(self, table: str = "matrices") -> Any:
@@ -145,7 +145,7 @@ class NoSuchRun(ArgumentError, KeyError):
 
 
 class Runs(Mapping[str, Run]):
-    """Runs by name; one that is not there is told by the names of those that are."""
+    """Runs by name; the error for an unknown name lists the known ones."""
 
     def __init__(self, contents: Mapping[str, Mapping[str, Any]]) -> None:
         self._contents = contents
@@ -169,10 +169,10 @@ class Runs(Mapping[str, Run]):
 
 
 def read_comparison(folder: str | Path) -> Comparison:
-    """The comparison that a folder holds, as `compare` wrote it: the tables and the pooled figures.
+    """Read the comparison that `compare` wrote to a folder: the tables and the pooled figures.
 
     Raises:
-        FileError: the folder holds none, or a table is damaged.
+        FileError: the folder has none, or a table is damaged.
 
     >>> import tempfile
     >>> from offprincipal.assets import embedded_base
@@ -191,4 +191,4 @@ def _require(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ArgumentError(f"{package} is not installed: pip install {package}, or take to_arrow()") from error
+        raise ArgumentError(f"{package} is not installed: pip install {package}, or use to_arrow()") from error

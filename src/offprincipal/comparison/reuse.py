@@ -1,9 +1,9 @@
-"""What an earlier comparison in the output folder measured of runs that are compared again, so that only new ones are.
+"""Reuse of an earlier comparison in the output folder, so that only new runs are measured.
 
-Beside its tables a comparison leaves `measured.json`: for each run a digest of all that its rows depend on (settings,
-versions, configurations, the path, size and time of every file), and digests of the tables. Rows of a run are taken
-from them where its digest is the same and the tables are as they were written. Rows of two runs together are measured
-again, but for those of two runs that were compared before.
+In addition to its tables a comparison writes `measured.json`: for each run a digest of everything its rows depend on
+(settings, versions, configurations, the path, size and time of every file), and digests of the tables. A run's rows are
+reused if its digest is the same and the tables are unchanged. Rows of a pair of runs are measured again, unless both
+were compared before.
 """
 
 import hashlib
@@ -31,11 +31,11 @@ LOG = logging.getLogger("offprincipal")
 
 @dataclass(frozen=True)
 class Before:
-    """What is known of earlier measurements.
+    """Earlier measurements that are reused.
 
     Args:
-        runs: whose own rows are known, of every part; all: whether nothing is left to measure.
-        rows: by the name of the part.
+        runs: runs whose own rows are known, for every part; all: whether nothing is left to measure.
+        rows: part name -> its known rows.
     """
 
     runs: tuple[str, ...] = ()
@@ -43,7 +43,7 @@ class Before:
     rows: Mapping[str, TensorRows] = field(default_factory=dict)
 
     def merged(self, name: str, measured: TensorRows, order: Sequence[str]) -> TensorRows:
-        """The rows of a part, known and measured, as they are when its runs are measured together.
+        """The known and measured rows of a part, in the order in which they would be measured together.
 
         Args:
             order: the runs as they are compared.
@@ -67,7 +67,7 @@ class Before:
 
 
 def measured_before(work: Work, out: Path, keys: Mapping[str, str]) -> Before:
-    """What the comparison in a folder, if there is one, measured of these runs; for who holds the folder.
+    """The reusable rows of an earlier comparison in a folder; call only while holding the folder's lock.
 
     Args:
         keys: as `run_keys` gives them.
@@ -77,14 +77,14 @@ def measured_before(work: Work, out: Path, keys: Mapping[str, str]) -> Before:
     try:
         return _found(work, out, read_json(out / NAME), keys)
     except (FileError, OSError, LookupError, TypeError, AttributeError, ValueError):
-        LOG.warning("%s was damaged: all is measured again", out / NAME)
+        LOG.warning("%s was damaged: everything is measured again", out / NAME)
         return Before()
 
 
 def adopt_journal(work: Work, out: Path, key: str, runs: Mapping[str, str]) -> None:
-    """Go on with the journal of a comparison of more runs, without what it has of the others; for who holds the folder.
+    """Continue the journal of a comparison of more runs, dropping the others.
 
-    A run that cannot be measured, and is left out, so costs no other.
+    Call only while holding the folder's lock. Leaving out a run thus keeps the measurements of the others.
 
     Args:
         key: of this comparison's journal; runs: as `run_keys` gives them.
@@ -96,7 +96,7 @@ def adopt_journal(work: Work, out: Path, key: str, runs: Mapping[str, str]) -> N
             return None
         if [name for name in theirs if name in runs] != list(runs) or any(theirs[run] != runs[run] for run in runs):
             return None
-        LOG.warning("goes on with what was measured together with %s", ", ".join(theirs.keys() - runs.keys()))
+        LOG.warning("continuing with the measurements made together with %s", ", ".join(theirs.keys() - runs.keys()))
         return {"key": key, **journal_about(runs)}
 
     parts = {part.name: part.keys for part in work.parts}  # which may have more rows now
@@ -114,16 +114,16 @@ def adopt_journal(work: Work, out: Path, key: str, runs: Mapping[str, str]) -> N
     try:
         rewrite(out / JOURNAL, head, line)
     except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
-        LOG.warning("%s is not gone on with: %s", out / JOURNAL, error)
+        LOG.warning("%s cannot be continued: %s", out / JOURNAL, error)
 
 
 def journal_about(runs: Mapping[str, str], known: Collection[str] = ()) -> dict[str, Any]:
-    """What a journal's first line says for `adopt_journal`."""
+    """The entries of a journal's first line that `adopt_journal` reads."""
     return {"runs": dict(runs), "known": list(known)}
 
 
 def keep_measured(out: Path, keys: Mapping[str, str], measured: Mapping[str, TensorRows]) -> None:
-    """Leave what the next comparison in the folder needs to take these tables for its own; for who just wrote them.
+    """Write the file that lets the next comparison in the folder reuse these tables; call after writing them.
 
     Args:
         keys: as `run_keys` gives them; measured: of each part, by name.
@@ -141,7 +141,7 @@ def _found(work: Work, out: Path, about: Mapping[str, Any], keys: Mapping[str, s
     if not known or known != [run for run in work.runs if run in known]:  # else pairs would be named the other way
         return Before()
     if about["tables"] != _digests(out):
-        LOG.warning("the tables in %s are not as they were written: all is measured again", out)
+        LOG.warning("the tables in %s were modified: everything is measured again", out)
         return Before()
     everything = known == list(then) == list(work.runs)
     rows = {part.name: TensorRows(fallbacks=dict(about["fallbacks"].get(part.name, {}))) for part in work.parts}
@@ -162,7 +162,7 @@ def _found(work: Work, out: Path, about: Mapping[str, Any], keys: Mapping[str, s
 
 
 def _is_of(row: Row, known: Sequence[str], everything: bool) -> bool:
-    """Whether a row is of runs that are known, or of the base; what is of all runs is, where all are."""
+    """Whether a row is of runs that are known, or of the base; what is of all runs is, if all are."""
     if "run_a" in row:
         return row["run_a"] in known and row["run_b"] in known
     return row["run"] in known or (row["run"] is None and (everything or row["curve"] == BASE_CURVE))

@@ -90,7 +90,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """`summary.json` of a comparison.
 
     Raises:
-        FileError: the folder holds none.
+        FileError: the folder has none.
     """
     return read_json(folder / "summary.json")
 
@@ -104,7 +104,7 @@ def require_nothing_lost(folder: Path, base: str, runs: Mapping[str, Any], group
     Raises:
         FileError: the folder holds such a comparison.
     """
-    what = "a summary.json that is not a comparison's" if _is_foreign(folder) else ""
+    what = "a summary.json that is not from a comparison" if _is_foreign(folder) else ""
     with suppress(FileError, LookupError, TypeError, AttributeError):
         summary = read_summary(folder)
         now = [str(source) for source in runs.values()]
@@ -115,9 +115,9 @@ def require_nothing_lost(folder: Path, base: str, runs: Mapping[str, Any], group
         elif other:
             what = f"a comparison of {other[0]}, which is not among these runs"
         elif more:
-            what = f"a comparison that measured {', '.join(more)} too"
+            what = f"a comparison that also measured {', '.join(more)}"
     if what:
-        raise FileError(f"{folder} holds {what}: choose another --out, or replace it with --overwrite")
+        raise FileError(f"{folder} contains {what}: choose another --out, or replace it with --overwrite")
 
 
 def require_none_replaced(
@@ -171,7 +171,7 @@ def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
 
 
 def _column(values: list[Any], kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
-    """One column; None where a value is undefined; in several chunks where 32-bit offsets do not reach."""
+    """One column; None if a value is undefined; in several chunks where 32-bit offsets do not reach."""
     there = np.array([value is not None for value in values], np.bool_)
     validity = None if there.all() else pa.py_buffer(np.packbits(there, bitorder="little"))
     known = [value for value in values if value is not None]
@@ -198,7 +198,7 @@ def _chunks(column: pa.Array | pa.ChunkedArray) -> list[pa.Array]:
 
 
 def _spread(known: list[Any], there: NDArray[np.bool_], dtype: type) -> NDArray[Any]:
-    """Known values at their places, with zeros between; bits where they are truths."""
+    """Known values at their places, with zeros between; bits if they are truths."""
     values: NDArray[Any] = np.zeros(len(there), dtype)
     values[there] = known
     return np.packbits(values, bitorder="little") if dtype is np.bool_ else values

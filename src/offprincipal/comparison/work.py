@@ -31,22 +31,28 @@ from offprincipal.measures.changes import Block
 from offprincipal.measures.columns import GROUPS, Group, decomposes_base
 from offprincipal.measures.settings import MatrixSettings
 
-_LINE = 1 << 12  # entries of a tensor that is no matrix, laid out as lines of so many
+_LINE = 1 << 12  # entries per row when a tensor that is not a matrix is laid out in rows
 _BLOCK = 1 << 20  # entries of it that are read at once
 
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """What decides the numbers of a comparison, beside the checkpoints.
+    """Settings of a comparison.
 
     Args:
-        metrics: groups to measure, or a text of them, "location,update", beside `changes`, which are always counted.
-            `location` decomposes nothing by itself, so it leaves out the principal and safe masks where no group
-            decomposes the base; `update` is of the update alone.
-        matrix: what decides the numbers of one matrix.
+        metrics: metric groups to measure, as a tuple or a text such as "location,update"; `changes` is always included.
+            `location` decomposes nothing itself, so it has no principal and safe masks unless another group decomposes
+            the base; `update` decomposes only the update.
+        matrix: settings of the measurement of one matrix.
         include_embeddings: measure and pool embeddings and heads as linear matrices too.
-        strict: a tensor that the base or a run alone has is an error.
-        expect: what training may have done to which tensors; `comparison.contract` says how it is written.
+        strict: treat a tensor that exists on only one side as an error.
+        expect: expectations of what training did to which tensors, in the form of `comparison.contract`.
+
+    Raises:
+        ArgumentError: a metric group or an expectation is invalid.
+
+    >>> CompareSettings("location").metrics
+    ('changes', 'location')
     """
 
     metrics: tuple[Group, ...] = GROUPS
@@ -59,16 +65,16 @@ class CompareSettings:
         named = [one.strip() for one in self.metrics.split(",")] if isinstance(self.metrics, str) else [*self.metrics]
         every = ", ".join(GROUPS)
         if not named:
-            raise ArgumentError(f"no metric group is given: choose of {every}")
+            raise ArgumentError(f"no metric group is given: choose one of {every}")
         for group in named:
             if group not in GROUPS:
-                raise ArgumentError(f"no metric group '{group}': {meant(group, GROUPS, f'choose of {every}')}")
+                raise ArgumentError(f"no metric group '{group}': {meant(group, GROUPS, f'choose one of {every}')}")
         object.__setattr__(self, "metrics", tuple(group for group in GROUPS if group in ("changes", *named)))
-        parse_expectations(self.expect, self.metrics)  # refuses what is none
+        parse_expectations(self.expect, self.metrics)  # refuses invalid ones
 
     @classmethod
     def of(cls, **options: Any) -> "CompareSettings":
-        """Settings by their names, those of `MatrixSettings` among them.
+        """Settings from keyword arguments, including those of `MatrixSettings`.
 
         Raises:
             ArgumentError: there is no such setting, or its value is out of range.
@@ -79,27 +85,27 @@ class CompareSettings:
         own, of_matrix = ({one.name for one in fields(kind)} - {"matrix"} for kind in (cls, MatrixSettings))
         if unknown := sorted(options.keys() - own - of_matrix):
             hint = meant(unknown[0], own | of_matrix, f"there are {', '.join(sorted(own | of_matrix))}")
-            raise ArgumentError(f"no setting '{unknown[0]}' of a comparison: {hint}")
+            raise ArgumentError(f"a comparison has no setting '{unknown[0]}': {hint}")
         matrix = MatrixSettings(**{name: value for name, value in options.items() if name in of_matrix})
         return cls(matrix=matrix, **{name: value for name, value in options.items() if name in own})
 
     @property
     def contract(self) -> list[Expectation]:
-        """What is expected, parsed."""
+        """The parsed expectations."""
         return parse_expectations(self.expect, self.metrics)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be compared, and how.
+    """The checkpoints to compare, and how to compare them.
 
     Args:
-        base: source of the base; tuned: run -> source; as `open_checkpoint` takes them.
-        cache: where decompositions of bases are kept; None keeps none.
-        given_masters: run -> source of its float32 masters, where they are not beside it.
+        base: source of the base; tuned: run name -> source; as for `open_checkpoint`.
+        cache: folder of the cache of base decompositions; None for no cache.
+        given_masters: run name -> source of its float32 masters, if they are not in the run's folder.
 
     Raises:
-        CheckpointError: on first use, where a checkpoint cannot be read or the tensors do not match.
+        CheckpointError: on first use, if a checkpoint cannot be read or the tensors do not match.
     """
 
     base: Any
@@ -118,7 +124,7 @@ class Work:
 
     @cached_property
     def masters(self) -> dict[str, Checkpoint]:
-        """Run -> float32 masters, where they were given or kept."""
+        """Run name -> float32 masters, if they were given or kept."""
         found = {}
         for name, run in self.runs.items():
             source = self.given_masters.get(name)
@@ -140,7 +146,7 @@ class Work:
 
     @cached_property
     def notes(self) -> dict[str, list[str]]:
-        """Run -> what a reader should know of how it was read and paired."""
+        """Run name -> warnings about how it was read and paired."""
         own = self.base_checkpoint.notes
         notes = {name: [*own, *run.notes, *self._pairings[name].notes] for name, run in self.runs.items()}
         return {name: list(dict.fromkeys(said)) for name, said in notes.items()}
@@ -156,12 +162,12 @@ class Work:
         ]
         if not parts:
             raise CheckpointError(
-                f"{self.base_checkpoint.source} holds no floating-point tensor: there is nothing to compare"
+                f"{self.base_checkpoint.source} has no floating-point tensors: there is nothing to compare"
             )
         for name in (part.name for part in parts):
             if name.encode("utf-8", "replace").decode() != name:
                 source = self.base_checkpoint.source
-                raise CheckpointError(f"{source} names a tensor {name[:80]!r}, which is no text. Do not trust it")
+                raise CheckpointError(f"{source} names a tensor {name[:80]!r}, which is not text. Do not trust it")
         packed = [name for run in self.runs for name in self.packed(run)] if self.settings.expect else []
         alone = [*self.only_in_base, *(name for run in self.runs for name in self.only_in_run(run))]
         require_matches(self.settings.contract, [*(part.name for part in parts), *packed, *alone])
@@ -190,18 +196,18 @@ class Work:
             raise self.not_finite(part, error) from error
 
     def called(self, run: str) -> str:
-        """A run as a message has it."""
+        """The name of a run in messages."""
         return run
 
     def not_finite(self, part: Part, error: NonFiniteTensor) -> CheckpointError:
         """In which checkpoint a part cannot be measured, and where in it; of masters alone, as `error` says."""
-        advice = "Look at how it was trained or converted"
+        advice = "Check how it was trained or converted"
         runs = {self.called(run): checkpoint for run, checkpoint in self.runs.items()}
         for who, checkpoint in {"the base": self.base_checkpoint, **runs}.items():
             try:
                 require_storable(self.read(checkpoint, part))
             except NonFiniteTensor as found:
-                alone = "" if who == "the base" else f", or leave {who} out"
+                alone = "" if who == "the base" else f", or omit {who}"
                 return CheckpointError(f"{part.name} of {who} ({checkpoint.source}): {found}. {advice}{alone}")
         return CheckpointError(f"{part.name}: {error}. {advice}")
 
@@ -224,7 +230,7 @@ class Work:
             return replace(found, fallbacks=dict.fromkeys(self.runs.keys() - set(known), "memory"))
 
     def bytes_needed(self, part: Part) -> int:
-        """What measuring one tensor takes at most, beside what every comparison takes.
+        """Upper bound on the memory for measuring one tensor, in addition to that of every comparison.
 
         Measured on matrices of 1 to 45 million entries (`benchmarks/RESULTS.md`, e), and rounded up. It decides how
         many are measured at once, never how.
@@ -246,7 +252,7 @@ class Work:
     def kept(
         self, run: str, rows: Sequence[Mapping[str, Any]], packed: Sequence[str], differing: Sequence[str]
     ) -> list[dict[str, Any]]:
-        """The contract, held against a run.
+        """The contract, checked for a run.
 
         Args:
             rows: of `matrices.parquet`, that run's; packed, differing: as `unmeasured` gives them.
@@ -261,16 +267,15 @@ class Work:
         return [expectation.judge(rows, alone, same) for expectation in self.settings.contract]
 
     def unmeasured(self, run: str) -> tuple[list[str], list[str]]:
-        """Tensors that hold no floating-point numbers, which nothing measures: all, and those whose bits differ.
+        """Tensors without floating-point numbers, which are not measured: all of them, and those whose bits differ.
 
-        Packed weights are among them, so that a checkpoint of which all that was measured is the base's may still be
-        another.
+        They include packed weights, so a checkpoint whose measured tensors equal the base's may still differ.
         """
         base, tuned, names = self.base_checkpoint, self.runs[run], self.packed(run)
         return names, [name for name in names if not self._same_bits(base, tuned, name)]
 
     def packed(self, run: str) -> list[str]:
-        """Tensors of both sides that hold no floating-point numbers."""
+        """Tensors of both sides without floating-point numbers."""
         theirs = self.runs[run].tensors
         return [name for name, info in self.base_checkpoint.tensors.items() if not info.floating and name in theirs]
 
@@ -278,7 +283,7 @@ class Work:
     def _same_bits(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:
         try:
             return same_bits(base.tensors[name], tuned.tensors[name], base.read, tuned.read)
-        except CheckpointError:  # of a type that nothing reads: what is not known to be the same is not
+        except CheckpointError:  # an unsupported type: tensors not known to be equal count as different
             return False
 
     def _blocks(self, part: Part, run: str) -> Iterator[Block]:
@@ -306,16 +311,16 @@ class Work:
 
     @property
     def only_in_base(self) -> list[str]:
-        """Tensors of the base that some run has not, so that they are compared in none."""
+        """Tensors of the base that some run lacks, so that they are not compared in any."""
         alone = {name for pairing in self._pairings.values() for name in pairing.only_in_base}
         return [name for name in self.base_checkpoint.tensors if name in alone]
 
     def only_in_run(self, run: str) -> list[str]:
-        """Tensors of a run that the base has not."""
+        """Tensors of a run that the base lacks."""
         return list(self._pairings[run].only_in_tuned)
 
     def left_out(self, run: str) -> list[str]:
-        """Floating-point tensors that a run shares with the base, and another run lacks, so that none is compared."""
+        """Floating-point tensors that a run shares with the base but another run lacks, which are not compared."""
         return [name for name, info in self._pairings[run].tensors.items() if info.floating and name not in self.common]
 
     @cached_property
@@ -336,7 +341,7 @@ class Work:
         return {head: name for pairing in self._pairings.values() for head, name in pairing.tied.items()}
 
     def stored_as(self, checkpoint: Checkpoint, name: str) -> str:
-        """The tensor of a checkpoint that is read as one of that name."""
+        """The name of the tensor that a checkpoint stores for a name; its embedding for a tied head."""
         return name if name in checkpoint.tensors else self._tied[name]
 
 

@@ -183,7 +183,9 @@ def measure_gates(
     for run, source in (("the base", base), *tuned.items()):
         if not isinstance(source, str | Path):
             kind = type(source).__name__
-            raise ArgumentError(f"{run} is a {kind}: the gates open models themselves, so save it, and give its folder")
+            raise ArgumentError(
+                f"{run} is a {kind}, but the gates open models themselves: save it, and give its folder"
+            )
     names = [] if task is None else task_names(task)
     asked = None if prompts is None else read_prompts(prompts) if isinstance(prompts, str | Path) else [*prompts]
     language_model = open_for_derivatives(base, settings, tokenizer=sequences is None)

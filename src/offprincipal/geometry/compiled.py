@@ -11,13 +11,13 @@ _told = False
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a function at first use, without the interpreter's lock, and keep what was compiled.
+    """Compile a function at first use, to run without the interpreter's lock, and cache the result.
 
-    Where neither the package's folder nor the user's can be written, as in a container without a home, it is compiled
-    anew in every process, and a warning says so.
+    If neither the package's folder nor the user's can be written, as in a container without a home, it is compiled
+    again in every process, with a warning.
 
     Args:
-        options: of `numba.njit`.
+        options: options of `numba.njit`.
 
     >>> @compiled()
     ... def double(x):
@@ -34,8 +34,8 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
             if not _told:
                 _told = True
                 _LOG.warning(
-                    "compiled loops are not kept, which costs some seconds in every process: neither the package's "
-                    "folder nor a home can be written. Set NUMBA_CACHE_DIR to a folder of your own"
+                    "compiled loops are not cached, which costs some seconds in every process: neither the package's "
+                    "folder nor a home can be written. Set NUMBA_CACHE_DIR to a writable folder"
                 )
             return njit(nogil=True, **options)(function)
 

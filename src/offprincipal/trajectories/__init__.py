@@ -1,4 +1,4 @@
-"""Many checkpoints of one run, and the random walk that would explain them."""
+"""Many checkpoints of one run, compared with a random walk."""
 
 from offprincipal.trajectories.trajectory import Trajectory, trajectory
 

@@ -21,7 +21,7 @@ Read = Callable[[int, int], Array]  # entries from one to another, flat
 
 @dataclass(frozen=True)
 class Moved:
-    """What one tensor did over T checkpoints.
+    """How one tensor moved over T checkpoints.
 
     Args:
         gram: (T, T), ⟨D_s, D_t⟩ of the displacements from the base; stored_gram, line_gram: those of the stored walk
@@ -30,7 +30,7 @@ class Moved:
         changed: (T,), entries that differ from the base once both are stored in bfloat16; since_last: from the
             checkpoint before; reverted: that differed before, and are the base's again.
         overlaps: (3, 2, T), as `subspace_overlaps` gives them, times the entries of the matrices where they are known,
-            which `overlapping` (3, 2, T) counts; zeros where none was asked for. angle_error: the largest, degrees.
+            which `overlapping` (3, 2, T) counts; zeros if none was asked for. angle_error: the largest, degrees.
     """
 
     gram: Floats
@@ -50,7 +50,7 @@ class Moved:
         return Moved(**(summed | {"angle_error": max(self.angle_error, other.angle_error)}))
 
     def with_overlaps(self, found: Floats, angle_error: float) -> "Moved":
-        """The same with overlaps of its leading subspaces, (3, 2, T), NaN where they are not defined."""
+        """The same with overlaps of its leading subspaces, (3, 2, T), NaN if they are not defined."""
         known = np.isfinite(found)
         weighted = np.where(known, found, 0.0) * self.entries
         return replace(self, overlaps=weighted, overlapping=known * float(self.entries), angle_error=angle_error)
@@ -124,7 +124,7 @@ def measure(
 
 
 def walk_blindly(name: str, base: Read, checkpoints: Sequence[Read], start: int, stop: int, draws: int) -> Floats:
-    """Inner products of walks whose steps are those of a tensor, each dealt out blindly, stored as the checkpoints are.
+    """Inner products of walks with the steps of a tensor, each shuffled over entries, stored as the checkpoints are.
 
     Args:
         name: chooses the sample that walks are drawn on, and their randomness.

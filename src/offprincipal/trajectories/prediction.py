@@ -1,4 +1,4 @@
-"""Predict a checkpoint at another step from those of a run, say how far off such predictions were, and write it."""
+"""Predict a run's checkpoint at another step, measure the error of such predictions, and write the model."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,10 +21,10 @@ _BLOCK = 1 << 22  # entries of one checkpoint that are held at once
 
 
 def predictions_of(gram: NDArray[np.float64], steps: Sequence[float]) -> list[dict[str, Any]] | None:
-    """How far predictions of the last checkpoints miss them, beside the walk; None of too few.
+    """Errors of predicting the last checkpoints, with those of a random walk; None if there are too few.
 
     Returns:
-        One a checkpoint that was held out: `step`, and `linear`, `rank1`, `last`, each with `value` and
+        One dict per held-out checkpoint: `step`, and `linear`, `rank1`, `last`, each with `value` and
         `random_walk_null`, relative to the checkpoint's distance from the base.
     """
     if len(steps) < extrapolation.LEAST:
@@ -44,17 +44,19 @@ def predictions_of(gram: NDArray[np.float64], steps: Sequence[float]) -> list[di
 
 
 def require_predictable(work: Work, steps: Sequence[float], at: float) -> None:
-    """Refuse what cannot be predicted, before anything is read.
+    """Check that a prediction is possible, before anything is read.
 
     Raises:
-        ArgumentError: there are too few checkpoints, the step is none, or the base is quantised.
+        ArgumentError: there are too few checkpoints, the step is invalid, or the base is quantised.
     """
     if len(steps) < 2:
-        raise ArgumentError("a prediction needs two checkpoints or more: name them, or leave --predict out")
+        raise ArgumentError("a prediction needs at least two checkpoints: give more, or omit --predict")
     if not 0 < at < float("inf"):
-        raise ArgumentError(f"--predict {at:g} is no step: give a number above 0")
+        raise ArgumentError(f"--predict {at:g} is not a step: give a number above 0")
     if "quantization_config" in work.base_checkpoint.config:
-        raise ArgumentError(f"{work.base_checkpoint.source} is quantised: give --predict the base before that")
+        raise ArgumentError(
+            f"--predict cannot write {work.base_checkpoint.source}, which is quantised: give the base unquantised"
+        )
 
 
 def write_prediction(
@@ -66,7 +68,7 @@ def write_prediction(
     out: Path,
     progress: Progress | None = None,
 ) -> None:
-    """Write the model that a run would be at a step, in the base's stored types; what no run moved is the base's.
+    """Write the model extrapolated to a step, in the base's stored types; tensors that did not move are the base's.
 
     Args:
         gram: of the whole model's displacements.

@@ -156,7 +156,7 @@ def scalars_of(G: NDArray[np.float64], steps: Sequence[float], of_line: float | 
 
 
 def _overlaps(moved: Moved, rank: int) -> Row:
-    """Means over linear matrices, weighted by their entries; None where they are defined in none."""
+    """Means over linear matrices, weighted by their entries; None if they are defined in none."""
     known = moved.overlapping > 0
     means = np.divide(moved.overlaps, moved.overlapping, out=np.full(known.shape, np.nan), where=known)
     return {

@@ -1,4 +1,4 @@
-"""Which checkpoints a trajectory is of, and at which steps: a run's root, branches on the Hub, or as they are named."""
+"""The checkpoints of a trajectory and their steps: from a run's root, branches on the Hub, or given one by one."""
 
 import re
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ _ENDING = re.compile(r"\.(?:delta|safetensors|gguf|bin|pt|pth|ckpt)$")
 
 
 def expanded(checkpoints: str | Path | Sequence[str | Path], notes: list[str] | None = None) -> list[str]:
-    """The checkpoints that are named; those inside of a run's root, in the order of their steps.
+    """The given checkpoints; for a run's root, those inside it in the order of their steps.
 
     Args:
-        notes: takes what is said of models in a run's root that are not followed.
+        notes: receives a note about models in a run's root that are skipped.
 
     Raises:
         ArgumentError: there is none.
@@ -33,21 +33,21 @@ def expanded(checkpoints: str | Path | Sequence[str | Path], notes: list[str] | 
         if len(inside) > 1 or (inside and inside == held):
             left = sorted(path.name for path in held if path not in inside and _holds_weights(path))
             if left and notes is not None:
-                notes.append(f"not followed, since their names tell no step: {', '.join(left)} (--steps says them)")
+                notes.append(f"skipped, since their names have no step: {', '.join(left)} (list them with --steps)")
             return [str(path) for path in sorted(inside, key=lambda path: _step_in(path.name) or 0)]
     if not given:
-        raise ArgumentError("no checkpoint given: name at least one, or the run's folder")
+        raise ArgumentError("no checkpoint is given: give at least one, or the run's folder")
     return [one for source in given for one in _revisions(str(source))]
 
 
 def _where_its_way_is(run: Path) -> Path:
-    """The folder of a run that `train` wrote in which its deltas lie; any other folder is its own."""
+    """The folder of deltas in a run that `train` wrote; any other folder itself."""
     deltas = run / DELTAS
     return deltas if (run / RECORD).is_file() and deltas.is_dir() and any(deltas.glob(f"*{SUFFIX}")) else run
 
 
 def _revisions(source: str) -> list[str]:
-    """The revisions on the Hub that `org/name@step_*` names; what is no such pattern names itself."""
+    """The revisions on the Hub that match `org/name@step_*`; a source that is not such a pattern stands for itself."""
     pattern = any(sign in source.partition("@")[2] for sign in "*?[")
     return hub.revisions(source) if pattern and not Path(source).exists() else [source]
 
@@ -59,16 +59,16 @@ def _holds_weights(path: Path) -> bool:
 def steps_of(
     sources: Sequence[str], steps: Sequence[float] | None = None, notes: list[str] | None = None
 ) -> list[tuple[str, float]]:
-    """Checkpoints with their steps: as given, as their names tell, or their places where no name tells.
+    """Checkpoints with their steps: as given, parsed from their names, or numbered if no name has a step.
 
-    What is called step 0 is what the run started from, and is left out.
+    Step 0 is the model that the run started from, and is left out.
 
     Args:
-        notes: takes what is said of that, and of names that tell nothing.
+        notes: receives notes about a skipped step 0, and about names without steps.
 
     Raises:
-        ArgumentError: there are not as many steps, one is not above 0, two are the same, or some names tell and others
-            do not.
+        ArgumentError: the number of steps differs from that of checkpoints, a step is not above 0, two are the same, or
+            only some names have a step.
 
     >>> steps_of(["run/checkpoint-20", "run/checkpoint-0", "run/checkpoint-5"])
     [('run/checkpoint-20', 20.0), ('run/checkpoint-5', 5.0)]
@@ -82,36 +82,36 @@ def steps_of(
         if known and len(known) < len(told):
             silent = next(source for source in told if source not in known)
             raise ArgumentError(
-                f"{silent} tells no step in its name, and {next(iter(known))} does: give --steps, one for each, or "
-                "leave it out"
+                f"cannot infer a step from '{silent}', though '{next(iter(known))}' has one. Pass --steps for all "
+                "checkpoints, or omit it"
             )
         if not known:
             said.append(
-                f"no name tells a step: the {len(sources)} checkpoints are steps 1 to {len(sources)} as they were "
-                "given; --steps says others"
+                f"no name has a step: the {len(sources)} checkpoints are numbered 1 to {len(sources)} in the order "
+                "given; pass --steps to set them"
             )
         if begun := [source for source, step in known.items() if step == 0]:
-            said.append(f"{begun[0]} is step 0, what the run started from, and is left out")
+            said.append(f"{begun[0]} is step 0, the model that the run started from, and is left out")
         sources = [source for source in sources if told[source] != 0]
         steps = [known[source] for source in sources] if known else [float(i) for i in range(1, len(sources) + 1)]
     if not sources:
-        raise ArgumentError("no checkpoint is left beside step 0: name at least one")
+        raise ArgumentError("there is no checkpoint other than step 0: give at least one")
     if len(steps) != len(sources):
         raise ArgumentError(f"{len(steps)} steps are given for {len(sources)} checkpoints: give one for each")
     seen: dict[float, str] = {}
     for step, source in zip(steps, sources, strict=True):
         if not 0 < step < float("inf"):
-            raise ArgumentError(f"step {step} of {source} is not above 0: the base is at 0, and is given first")
+            raise ArgumentError(f"step {step} of {source} is not above 0: step 0 is the base, which is given first")
         if step in seen:
             raise ArgumentError(
-                f"{seen[step]} and {source} are both at step {label_of(step)}: leave one out, or give --steps"
+                f"{seen[step]} and {source} are both at step {label_of(step)}: omit one, or pass --steps"
             )
         seen[step] = source
     return [(source, float(step)) for source, step in zip(sources, steps, strict=True)]
 
 
 def _step_in(source: str) -> float | None:
-    """The number that a name ends with, of the last part that has one: `run/global_step_20/actor` is at 20."""
+    """The number at the end of the last part of a path that has one: `run/global_step_20/actor` is at 20."""
     for name in reversed(re.split(r"[/\\]", source.rstrip("/\\"))):
         found = _STEP.search(_ENDING.sub("", name))
         if found:

@@ -39,10 +39,10 @@ JOURNAL = "trajectory.journal.jsonl"
 
 @dataclass(frozen=True, repr=False)
 class Trajectory:
-    """What many checkpoints of one run did.
+    """The measurements of many checkpoints of one run.
 
     Args:
-        content: what `trajectory.json` holds; rows: of `trajectory.parquet`, one a tensor and step.
+        content: the content of `trajectory.json`; rows: of `trajectory.parquet`, one per tensor and step.
     """
 
     content: dict[str, Any]
@@ -94,31 +94,32 @@ def trajectory(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Trajectory:
-    """How weights moved over the checkpoints of a run, every figure beside the random walk of its steps.
+    """Measure how weights moved over the checkpoints of a run, compared with a random walk of the same steps.
 
     Args:
-        base: what the run started from: whatever `compare` opens.
-        checkpoints: in any order, whatever `compare` opens; the run's root, whose `checkpoint-*` and the like are
-            taken; or branches on the Hub by a pattern, `org/name@step_*`.
-        steps: of the checkpoints, in their order; by default told from their names, or 1, 2, … where these do not tell.
-        out: folder for `trajectory.json` and `trajectory.parquet`; nothing is written without it. What was killed goes
-            on from the journal there.
-        subspace_rank: measure too how much of the leading singular subspaces of that rank each displacement has in
-            common with the last, which reads all linear matrices again and takes some minutes a hundred million
-            weights.
-        threads: tensors measured at once; all cores by default. The numbers do not depend on it.
-        ray: address of a Ray cluster to measure on, or `local` for one on this machine, in place of threads.
-        device: where inner products are summed and subspaces found: `cuda`, or `auto` for that where there is one.
-        masters: follow the float32 weights that trainers keep beside checkpoints, in which storing hides no step.
-        skip_broken: go on without checkpoints that cannot be opened, and say so.
-        predict: a step; the model that the run would be there is written to `predicted-STEP` in `out`.
+        base: the model that the run started from: any checkpoint that `compare` opens.
+        checkpoints: any checkpoints that `compare` opens, in any order; the run's root, with `checkpoint-*` or similar
+            folders; or a pattern of branches on the Hub, `org/name@step_*`.
+        steps: training steps of the checkpoints, in the order given; by default parsed from their names, or 1, 2, … if
+            these have none.
+        out: folder for `trajectory.json` and `trajectory.parquet`; nothing is written without it. If interrupted, the
+            same call continues from the journal there.
+        subspace_rank: also measure the overlap of each displacement's leading singular subspaces of this rank with the
+            last one's, which reads all linear matrices again and takes some minutes per hundred million weights.
+        threads: number of tensors measured in parallel; all cores by default. It does not change the numbers.
+        ray: address of a Ray cluster to measure on, or `local` for one on this machine, instead of threads.
+        device: device that computes inner products and subspaces: `cpu`, `cuda`, or `auto` for CUDA if available.
+        masters: follow the float32 weights that trainers keep with checkpoints, in which storing hides no step.
+        skip_broken: skip checkpoints that cannot be opened, with a warning.
+        predict: a step; the model extrapolated to it is written to `predicted-STEP` in `out`.
         predict_by: `linear`, each weight along its own line; `rank1`, all of them along one direction.
         overwrite: replace a model that was predicted there in another way.
         progress: called with entries done, entries in all, and the tensor's name.
 
     Raises:
-        CheckpointError: a checkpoint cannot be read, or is no pair with the base.
-        ArgumentError: there is none, steps are repeated or not as many as checkpoints, or nothing can be predicted.
+        CheckpointError: a checkpoint cannot be read, or does not match the base.
+        ArgumentError: there is no checkpoint, steps are repeated or differ in number from the checkpoints, or nothing
+            can be predicted.
         FileError: the files cannot be written, or checkpoints changed meanwhile.
 
     >>> from offprincipal.assets import embedded_base
@@ -194,11 +195,11 @@ def followed(
     skip_broken: bool = False,
     notes: list[str] | None = None,
 ) -> Followed:
-    """The work of a trajectory, nothing of it measured yet.
+    """The work of a trajectory, before anything is measured.
 
     Args:
-        matrix: which says where subspaces are found; the rest as `trajectory` takes it.
-        notes: takes what is said of checkpoints that are left out, and of names that tell no step.
+        matrix: sets the device; the other arguments are those of `trajectory`.
+        notes: receives notes about checkpoints that are left out, and about names without steps.
 
     Raises:
         CheckpointError, ArgumentError: as `trajectory`.
@@ -209,16 +210,16 @@ def followed(
     if skip_broken:
         labels = dict(_opening(labels, open_checkpoint(base), said))
     if not labels:
-        raise ArgumentError("no checkpoint is left: name at least one that can be opened")
+        raise ArgumentError("no checkpoint is left: give at least one that can be opened")
     settings = TrajectorySettings(("changes",), matrix, subspace_rank=subspace_rank, masters=masters)
     return Followed(str(base), labels, settings)
 
 
 def _require_prediction(work: Followed, steps: Sequence[float], at: float, by: str, out: str | Path | None) -> None:
     if by not in METHODS:
-        raise ArgumentError(f"no prediction by '{by}': choose of {', '.join(METHODS)}")
+        raise ArgumentError(f"no prediction by '{by}': choose one of {', '.join(METHODS)}")
     if out is None:
-        raise ArgumentError("a predicted model is written into the folder `out`: name one")
+        raise ArgumentError("a predicted model is written to the folder `out`: give one")
     require_predictable(work, steps, at)
 
 
@@ -228,7 +229,7 @@ def _model_at(step: float) -> str:
 
 
 def _require_no_other_prediction(out: Path, at: float, by: str) -> None:
-    """Raises FileError where a model is there that was not predicted in this way."""
+    """Raises FileError if the folder has a model that was predicted in another way."""
     if not (out / _model_at(at)).exists():
         return
     made: Any = None
@@ -237,8 +238,8 @@ def _require_no_other_prediction(out: Path, at: float, by: str) -> None:
     if not isinstance(made, dict) or (made.get("step"), made.get("by")) != (at, by):
         how = f"by {made['by']}" if isinstance(made, dict) and made.get("step") == at else "in another way"
         raise FileError(
-            f"{out / _model_at(at)} holds a model that was predicted {how}: choose another --out, or replace it with "
-            "--overwrite"
+            f"{out / _model_at(at)} contains a model that was predicted {how}: choose another --out, or replace it "
+            "with --overwrite"
         )
 
 

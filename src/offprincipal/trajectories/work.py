@@ -12,16 +12,16 @@ from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
 from offprincipal.trajectories.measure import Floats, Moved, Read, in_float64, measure, seed_of, walk_blindly
 
-_OF_MATRIX, _IN_BLOCKS = 40, 1 << 26  # bytes an entry where subspaces are found, and where none are
+_OF_MATRIX, _IN_BLOCKS = 40, 1 << 26  # bytes per entry if subspaces are computed; bytes if not
 
 
 @dataclass(frozen=True)
 class TrajectorySettings(CompareSettings):
-    """What decides the numbers of a trajectory, beside the checkpoints and their steps.
+    """Settings of a trajectory.
 
     Args:
-        subspace_rank: of the leading subspaces whose overlaps are measured; None: none.
-        masters: follow the float32 weights beside the checkpoints.
+        subspace_rank: rank of the leading subspaces whose overlaps are measured; None for none.
+        masters: follow the float32 weights that are kept with the checkpoints.
 
     Raises:
         ArgumentError: the rank is not at least 1.
@@ -56,8 +56,8 @@ class Followed(Work):
             kept = checkpoint.masters()
             if kept is None:
                 floats = {info.dtype for info in checkpoint.tensors.values() if info.floating}
-                hint = "it is float32 itself: leave --masters out" if floats == {"float32"} else "leave --masters out"
-                raise CheckpointError(f"{checkpoint.source} has no float32 weights beside it; {hint}, or keep them")
+                hint = "it is float32 itself: omit --masters" if floats == {"float32"} else "omit --masters"
+                raise CheckpointError(f"{checkpoint.source} has no float32 masters; {hint}, or keep them in training")
             found[step] = kept
         return found
 
@@ -65,14 +65,14 @@ class Followed(Work):
         return f"step {run}"
 
     def bytes_needed(self, part: Part) -> int:
-        """What measuring one tensor takes at most."""
+        """Upper bound on the memory for measuring one tensor."""
         return max(part.numel * _OF_MATRIX * self._has_subspaces(part), _IN_BLOCKS)
 
     def follow(self, part: Part) -> Moved:
-        """What a part did over the checkpoints.
+        """How a part moved over the checkpoints.
 
         Raises:
-            CheckpointError: it cannot be read, or holds NaN or infinity.
+            CheckpointError: it cannot be read, or contains NaN or infinity.
         """
         base, *checkpoints = self._reads(part)
         try:
@@ -82,7 +82,7 @@ class Followed(Work):
         return moved.with_overlaps(*self._overlaps(part, moved)) if self._has_subspaces(part) else moved
 
     def walk_blindly(self, part: Part, draws: int) -> Floats:
-        """Inner products, (draws, T, T), of walks whose steps are a part's own, dealt out blindly and stored alike."""
+        """Inner products, (draws, T, T), of walks with a part's own steps, shuffled over entries and stored alike."""
         base, *checkpoints = self._reads(part)
         return walk_blindly(part.name, base, checkpoints, *_span(part), draws)
 
