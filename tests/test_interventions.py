@@ -550,7 +550,7 @@ def test_the_command_intervenes_and_undoes_after_training(
         (["intervene", "{base}", "--rotate", "two", "--out", "{out}"], "does not name layers"),
         (["intervene", "{base}", "--out", "{out}"], "nothing to do"),
         (["intervene", "{base}", "--undo", "{base}", "--out", "{out}"], "a command of its own"),
-        (["undo", "{base}", "{base}", "--out", "{out}"], "cannot read the record"),
+        (["undo", "{base}", "{base}", "--out", "{out}"], "no record"),
         (["intervene", "{base}/nowhere", "--rotate", "0", "--out", "{out}"], "nowhere"),
     ],
 )

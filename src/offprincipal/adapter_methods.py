@@ -1,4 +1,4 @@
-"""The ways to train less than all weights, one record each. Light, so that the command line lists them at once."""
+"""The adapter methods, one record each. Imports little, so that the command line lists them at once."""
 
 import importlib
 from collections.abc import Callable
@@ -11,15 +11,15 @@ _MASK = ("mask", "density", "rank_fraction", "target_modules", "mask_run")
 
 @dataclass(frozen=True)
 class AdapterMethod:
-    """All that a method is, but for its code.
+    """Everything about a method except its code.
 
     Args:
-        label: its name as papers and tables write it.
-        what: it is, in a phrase.
-        trains: low-rank factors beside the weights, the entries of a mask, or the singular frames of the weights.
-        settings: those of `AdapterSettings` that it takes.
-        build: its function or class, in a module of `adapters`; of low-rank factors, the one that places them at the
-            start, none where PEFT's own start is taken.
+        label: its name in papers and tables.
+        what: a description, as a phrase.
+        trains: low-rank factors added to the weights, the entries of a mask, or the singular frames of the weights.
+        settings: the fields of `AdapterSettings` that it uses.
+        build: its function or class, in a module of `adapters`; for low-rank factors, the one that initialises them,
+            or empty for PEFT's own initialisation.
         from_the_base: its factors start at a part of the base, which is subtracted from the update: the plain adapter
             that is saved has twice the rank.
     """
@@ -32,7 +32,7 @@ class AdapterMethod:
     from_the_base: bool = False
 
     def code(self) -> Callable[..., Any]:
-        """What `build` names.
+        """The function or class that `build` names.
 
         >>> ADAPTER_METHODS["isospectral"].code().__name__
         'IsospectralAdamW'

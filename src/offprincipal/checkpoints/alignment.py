@@ -1,8 +1,8 @@
-"""A checkpoint under another's names and layout, so that one matrix is told from the next by what it is.
+"""Give a checkpoint another's names and layout, so that tensors are matched by their function.
 
-Trainers put prefixes in front of names, libraries rename modules between versions, and what one file holds tensor by
-tensor another holds fused or stacked. `aligned` gives a checkpoint the names and the layout of a base, as far as the
-two tables of names below tell; what they do not tell keeps its name. Names that agree already are never touched.
+Trainers add prefixes to names, libraries rename modules between versions, and tensors that are separate in one file are
+fused or stacked in another. `aligned` gives a checkpoint the names and the layout of a base, as far as the two tables
+of names below cover them; other tensors keep their names. Names that agree already are never changed.
 """
 
 import re

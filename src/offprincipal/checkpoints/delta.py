@@ -1,7 +1,7 @@
-"""A delta file: one checkpoint as what changed from another, safe to open, and itself a checkpoint on its base.
+"""A delta file: the changes from one checkpoint to another, safe to open, and itself a checkpoint on its base.
 
-It is a safetensors file. Its metadata hold an index: for each tensor its shape, type, how it is told, and hashes of
-what it starts from and should come to. Its tensors are bytes of `checkpoints.delta_codec`.
+It is a safetensors file. Its metadata contain an index: for each tensor its shape, type, encoding, and hashes of its
+base and its result. Its tensors are bytes of `checkpoints.delta_codec`.
 """
 
 import hashlib

@@ -1,9 +1,9 @@
-"""What changed between two tensors of one shape and type, in few bits and without loss. Arrays in, bytes out.
+"""The changes between two tensors of the same shape and type, losslessly in few bits. Arrays in, bytes out.
 
-Which entries changed is coded class by class, a class being the weights of one exponent: what a short step can move at
-all depends on it, and the base has it, so it costs nothing. Within a class the gaps between changed entries are coded
-by Golomb and Rice's code with the parameter that suits it best, or those between unchanged ones where they are fewer.
-By how much an entry changed is the difference of its bits: its sign, and its size less one, which Zstandard compresses.
+The indices of changed entries are coded per class of weights with the same exponent: whether a short step can change a
+weight depends on it, and it is known from the base, so it costs nothing. Within a class the gaps between changed
+entries, or between unchanged ones if those are fewer, are coded by a Golomb–Rice code with the best parameter. The
+change of an entry is the difference of its bits: its sign, and its size minus one, which Zstandard compresses.
 """
 
 import math

@@ -71,7 +71,7 @@ def is_megatron(stored: Mapping[str, StoredTensor]) -> bool:
 
 
 def weights_in(stored: Mapping[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
-    """The model's tensors, one a layer and expert, as Hugging Face names them.
+    """The model's tensors, one per layer and expert, under Hugging Face's names.
 
     Raises:
         CheckpointError: layers are stacked in another way than Megatron writes them.
@@ -92,7 +92,7 @@ def masters_in(stored: Mapping[str, StoredTensor], folder: Path) -> dict[str, St
 
 
 def config_in(folder: Path) -> dict[str, Any]:
-    """What Megatron's arguments, which lie beside the shards, say of the model; empty if they do not say it."""
+    """The model's sizes from Megatron's arguments, which are stored with the shards; empty if they are missing."""
     path = folder / COMMON
     try:
         content = read_objects(path) if is_file(path) else None

@@ -1,8 +1,8 @@
-"""What a pickle would build, told from its opcodes before any of it is built: tuples that nest too deep or too often.
+"""Check a pickle's opcodes before anything is built: tuples that nest too deep or too often, and huge memos.
 
-A tuple is hashed, compared and printed by recursion, through every path to what it shares, so that a hundred bytes of
-`t = (t, t)` take for ever, and a hundred thousand nested ones end the process. An index of the memo is allocated for,
-so that five bytes can ask for gigabytes. Restricting names does not help against either.
+A tuple is hashed, compared and printed recursively, along every path to what it shares, so a hundred bytes of
+`t = (t, t)` take forever, and a hundred thousand nested ones end the process. The memo is allocated up to an index, so
+five bytes can request gigabytes. Restricting names does not help against either.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ DEEPEST = 100
 MOST_NODES = 1_000_000
 _WRONG = {1: "tuples nest too deep", 2: "tuples hold each other too often", 3: "its memo is larger than itself"}
 
-# How an opcode's argument is told: by so many bytes, by a length in so many bytes before it, by so many lines.
+# Size of an opcode's argument: a fixed number of bytes, a length in a number of bytes before it, or a number of lines.
 _FIXED = {b"J": 4, b"K": 1, b"M": 2, b"G": 8, b"q": 1, b"r": 4, b"h": 1, b"j": 4, b"\x80": 1, b"\x95": 8}
 _FIXED |= {b"\x82": 1, b"\x83": 2, b"\x84": 4}
 _COUNTED = {b"\x8a": 1, b"\x8b": 4, b"X": 4, b"\x8c": 1, b"\x8d": 8, b"T": 4, b"U": 1, b"B": 4, b"C": 1}

@@ -1,8 +1,8 @@
 """Gate II: curvature per unit norm of directions, with intervals, and paired tests between directions.
 
-A direction that is fixed, as the update's parts are, has batches for its units. Of random directions the *draws* are:
-what another batch says of one draw does not tell what another draw would have given. Fewer than `LEAST_DRAWS` are
-shown, and neither given an interval nor tested. Sums over batches in, entries of `gates.json` out. Knows no model.
+The units of a fixed direction, such as the update's parts, are batches. Those of random directions are *draws*: another
+batch of one draw says nothing about another draw. Fewer than `LEAST_DRAWS` draws have no interval and no test. Sums
+over batches in, entries of `gates.json` out. Knows no model.
 """
 
 import math

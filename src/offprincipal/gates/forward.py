@@ -1,7 +1,7 @@
-"""Sums over sequences of what the forward passes give: divergences along an update, Fisher forms of many directions.
+"""Sums over sequences from forward passes: divergences along an update, and Fisher forms of many directions.
 
-Everything is streamed: no more logits are held than of one batch of sequences and a few directions. Knows nothing of
-where sequences or directions come from.
+Everything is streamed: only the logits of one batch of sequences and a few directions are held at once. Knows nothing
+of where sequences or directions come from.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,8 +60,8 @@ def fisher_sums(
     """Σ_t Var_{y∼π}[(J_D z)_y] over each sequence, for each direction D, at the model's own weights.
 
     Args:
-        directions: each makes parameter name -> tensor; a few are held at once.
-        done: told how many directions were measured.
+        directions: each returns parameter name -> tensor; a few are held at once.
+        done: called with the number of directions measured.
 
     Returns:
         (directions, sequences), and ‖D‖_F² of each direction (directions,).

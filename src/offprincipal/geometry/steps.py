@@ -1,7 +1,7 @@
 """Which stored weights a step of a given length changes: closed forms from the spacing of weights.
 
-A stored weight changes when its step passes half the way to a neighbour, and at just half when its mantissa is odd, as
-ties to even have it; below a power of two the neighbour is half as far. So weights are counted by exponent, by whether
+A stored weight changes when its step exceeds half the distance to a neighbour, or equals it if the mantissa is odd,
+since ties round to even; below a power of two the neighbour is half as far. So weights are counted by exponent, whether
 they are powers of two, and by the mantissa's last bit, and everything follows from the counts. Steps are of either sign
 with equal chance. Knows nothing of files, models or layers.
 """

@@ -1,7 +1,7 @@
 """Trajectories: figures from the inner products of displacements, compared with a random walk of the same steps.
 
 Everything follows from the Gram matrix G[s, t] = ⟨D_s, D_t⟩ of the displacements D_t = W_t − W_0, t = 1…T, which is a
-sum over entries. The walk that knows nothing takes independent steps of the measured lengths:
+sum over entries. The random walk takes independent steps of the measured lengths:
 G[s, t] = Σ_{u ≤ min(s, t)} ‖d_u‖², in closed form. Knows nothing of files, models or layers.
 """
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from offprincipal.assets import EMBEDDED
 from offprincipal.checkpoints import Checkpoint, open_checkpoint, place_of
-from offprincipal.checkpoints.adapter import is_adapter
-from offprincipal.checkpoints.hostile import is_file
 from offprincipal.errors import InterventionError
 from offprincipal.interventions.architectures import HEAD, Architecture, architecture_of, require_kind
 from offprincipal.interventions.plan import Weights
@@ -56,12 +54,10 @@ def open_model(source: str | Path) -> OpenedModel:
     """Open a model.
 
     Raises:
-        InterventionError: it is an adapter, its architecture is not supported, it lacks tensors or has others, or it
-            contains NaN or infinity.
-        ModelError, CheckpointError: it cannot be opened.
+        InterventionError: its architecture is not supported, it lacks tensors or has others, or it contains NaN or
+            infinity.
+        ModelError, CheckpointError: it cannot be opened, or is an adapter.
     """
-    if is_adapter(Path(source)) and not is_file(Path(source) / "config.json"):
-        raise InterventionError(f"{source} is an adapter: merge it into its base first, and give the merged model")
     name = model_name(source)
     checkpoint = open_checkpoint(name)
     kind = require_kind(checkpoint.config, str(source))

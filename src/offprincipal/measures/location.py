@@ -1,4 +1,4 @@
-"""Location: which entries of a matrix changed, by mask and by line, beside the ladder of nulls.
+"""Location: which entries of a matrix changed, by mask, row and column, compared with the ladder of nulls.
 
 Every mask of every density divides a matrix along one set of *cells*: which of the nested principal masks an entry is
 in, and which of the nested low-magnitude ones. Entries by cell and class, and changes by cell, then give all overlaps.
@@ -56,7 +56,7 @@ class MaskCells:
         cells: (n, m), the cell of each entry.
         members: (L, q), the cells that make up each mask.
         classes: (L, 512), entries of each cell by spacing class.
-        names: (density's place, mask), one a mask.
+        names: (index of the density, mask), one per mask.
     """
 
     cells: NDArray[np.uint8]

@@ -1,6 +1,6 @@
-"""One matrix before and after: everything that metrics share, computed once and only when asked for.
+"""One matrix before and after: everything that metrics share, computed once and only on demand.
 
-What counts of stored bits give needs no torch; what needs a decomposition is in `measures.spectral`, and is reached
+Figures from counts of stored bits need no torch; those that need a decomposition are in `measures.spectral`, reached
 through `.spectral`, which takes arrays and refers back to nothing. Knows nothing of files or tables.
 """
 

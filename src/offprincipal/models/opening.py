@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from offprincipal.assets import EMBEDDED, embedded_base
+from offprincipal.checkpoints.adapter import is_adapter
 from offprincipal.errors import ModelError, install_command
 from offprincipal.hub_connection import asked_once, is_cached
 from offprincipal.models.gguf import SUFFIX, folder_of
@@ -231,7 +232,7 @@ def model_name(source: str | Path) -> str:
     """The folder or Hugging Face id that a source stands for; of a GGUF file, the folder that it is dequantised into.
 
     Raises:
-        ModelError: it is not a name, looks like a folder and is none, or is a folder that holds no model.
+        ModelError: it is not a name, or a folder that does not exist, is an adapter or does not contain a model.
     """
     if not isinstance(source, str | PathLike):
         raise ModelError(
@@ -245,6 +246,8 @@ def model_name(source: str | Path) -> str:
         return str(folder_of(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if is_adapter(path):
+                raise ModelError(f"{path} is an adapter: merge it into its base first, and give the merged model")
             raise ModelError(f"folder {path} does not contain a model: it has no config.json")
         return str(path)
     looks_like_path = isinstance(source, Path) or path.is_absolute() or str(source).startswith((".", "~"))

@@ -29,14 +29,14 @@ def _set_aside(space: Workspace) -> None:
 
 
 class ClaimsStage(StageKind):
-    """Judge the paper's claims from a comparison's tables, and what else they need; writes the study's `study.json`.
+    """Judge the paper's claims from a comparison's tables and other sources; writes the study's `study.json`.
 
     Args:
         sft: SFT runs, by kind; a list is one kind.
-        sources: of what the theory's claims need, of `SOURCES`, the stages that made it.
-        gaussian: run -> the stage of the Gaussian update that stands beside it.
-        beyond: runs that learn from preferences or a teacher, of which C13 speaks, by kind; a list is one kind.
-        negative_control: blind updates of every run that the rules are tried on; 0: none.
+        sources: further sources of the theory's claims, from `SOURCES` -> the stages that produced them.
+        gaussian: run -> the stage of its Gaussian update.
+        beyond: runs that learn from preferences or a teacher, for C13, by kind; a list is one kind.
+        negative_control: number of blind updates of every run to which the rules are applied; 0 for none.
     """
 
     kind: Literal["claims"]

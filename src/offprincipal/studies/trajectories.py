@@ -24,12 +24,12 @@ TABLE = "trajectories.parquet"
 class TrajectoryStage(StageKind):
     """How training stages moved over the checkpoints that `keep_deltas` and `keep_masters` kept.
 
-    Its folder holds RUN_stored and RUN_float32, as `offprincipal trajectory` writes them, and a table with a row for
-    each of those and for each blind walk beside it: the same steps, dealt out to entries of which they know nothing.
+    Its folder has RUN_stored and RUN_float32, as `offprincipal trajectory` writes them, and a table with one row for
+    each of those and for each of its blind walks: the same steps, shuffled over the entries.
 
     Args:
-        subspace_rank: of the subspaces whose overlaps are measured; None: none.
-        negative_control: blind walks beside each run.
+        subspace_rank: rank of the subspaces whose overlaps are measured; None for none.
+        negative_control: number of blind walks per run.
     """
 
     kind: Literal["trajectory"]

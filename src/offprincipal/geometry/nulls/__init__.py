@@ -1,9 +1,9 @@
 """Nulls: the figures of an update that ignores the weights, rung by rung, each accounting for more than the last.
 
-*Chance* knows how many entries changed. *Rounding* knows the steps, dealt out blindly and stored. *Spacing* knows how
-many entries of each spacing class changed. *Margins* also how many of each row and each column. What is measured beyond
-the last is left to the entries themselves. Beside the ladder stand the *scaled rounding null*, whose steps know how far
-each row and column moves, the *isotropic null*, a Gaussian update of equal norm, and the *stored null*, such an update
+*Chance* accounts for the number of changed entries. *Rounding* uses the steps, shuffled over the weights and stored.
+*Spacing* accounts for the number of changed entries of each spacing class, *margins* also for that of each row and
+column. The rest is left to the entries themselves. Not on the ladder are the *scaled rounding null*, whose steps depend
+on rows and columns, the *isotropic null*, a Gaussian update of equal norm, and the *stored null*, such an update
 rounded as the tuned weights were; the drawn ones are in `offprincipal.geometry.gaussian`.
 """
 

@@ -2,10 +2,10 @@
 
 A weight on the bfloat16 grid changes when its step passes half its spacing; below a power of two, a quarter. If steps
 are independent of weights, the chance q_e that one changes a weight of spacing class e follows from the distribution of
-*all* steps. Where steps are known, from float32 masters, q_e is their empirical tail. Where only stored weights are,
-*small weights are the ruler*: a weight d binades below shows its step in units of 2^-d of the large one's spacing, so
-those at least three binades below tell how often a step would change a weight of class e, without a look at class e.
-Knows nothing of files, models or layers.
+*all* steps. If steps are known, from float32 masters, q_e is their empirical tail. If only stored weights are known,
+*small weights serve as the ruler*: a weight d binades below shows its step in units of 2^-d of the large one's spacing,
+so those at least three binades below show how often a step would change a weight of class e, without looking at class
+e. Knows nothing of files, models or layers.
 """
 
 from dataclasses import dataclass

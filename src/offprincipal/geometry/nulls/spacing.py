@@ -1,4 +1,4 @@
-"""The spacing null: as many entries of each spacing class changed as did; which ones is chance.
+"""The spacing null: the number of changed entries of each spacing class is as measured; which ones is random.
 
 Whether storing hides a step depends on the spacing of bfloat16 at the weight, so entries of one spacing are one class.
 Exact and in closed form: within a class, the changed entries are drawn without replacement. For a mask of small weights

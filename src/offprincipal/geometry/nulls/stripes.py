@@ -1,4 +1,4 @@
-"""Stripes: how unevenly the changes fall on rows and columns, beside what the spacing null leaves to chance.
+"""Stripes: how unevenly changes are distributed over rows and columns, compared with the spacing null.
 
 Knows nothing of files, models or layers.
 """

@@ -41,12 +41,12 @@ class Evidence:
     Args:
         sft: SFT runs by their kind; kinds are not mixed, since a teacher's traces and own answers are different data.
         matches: kind of SFT -> another run -> the SFT run that shares its seed and tasks.
-        sources: what the theory's claims read beside the comparison: of `SOURCES`, each to the folders that hold it.
-        gaussian: run -> the Gaussian update of equal length that stands beside it in the source `bounds`.
+        sources: further sources of the theory's claims: from `SOURCES` -> the folders that contain them.
+        gaussian: run -> its Gaussian update of equal length in the source `bounds`.
         beyond: runs that learn from preferences or a teacher, by their kind.
-        contrast: the kind of SFT that RLVR is held against; kind: that of `beyond` which stands in RLVR's place, as
-            `rl`; set by `contrasts`.
-        draw: which of the blind walks stands in each run's place in the source `trajectories`; None: the run itself.
+        contrast: the kind of SFT that RLVR is compared with; kind: the kind of `beyond` that replaces RLVR, as `rl`;
+            set by `contrasts`.
+        draw: index of the blind walk that replaces each run in the source `trajectories`; None for the run itself.
     """
 
     matrices: Mapping[str, list[Row]]
