@@ -146,7 +146,7 @@ def test_what_is_no_plan_is_refused(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", {"a": np.array([1.0, 7e4, np.inf], np.float32)})
     for arguments, says in (
         ((0.0,), "learning rate is 0"),
-        ((1e-6, "int8"), "no storage 'int8'"),
+        ((1e-6, "int8"), "no storage type 'int8'"),
         ((1e-6, "bfloat16", 0), "steps is 0"),
     ):
         with pytest.raises(ArgumentError, match=says):

@@ -312,7 +312,7 @@ def foreign(taught_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         ("dpo", {"beta": 0}, "beta: .*greater than 0"),
         ("kto", {"micro_batch": 1}, "micro_batch that allows 2"),
         ("rloo", {"batch": 12}, "not divisible by rollouts_per_prompt"),
-        ("distill", {"teacher": "/nowhere/at/all"}, "not there"),
+        ("distill", {"teacher": "/nowhere/at/all"}, "does not exist"),
         ("distill", {"teacher": "embedded", "max_new_tokens": 250}, "exceeds the model's context"),
         ("dpo", {"max_new_tokens": 250}, "exceeds the model's context"),
     ],

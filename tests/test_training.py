@@ -353,7 +353,7 @@ def test_progress_is_a_line_a_tenth_where_there_is_no_terminal(capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"model": "/nowhere/at/all"}, ModelError, "not there"),
+        ({"model": "/nowhere/at/all"}, ModelError, "does not exist"),
         ({"tasks": ("adds",)}, TaskError, "no task 'adds': did you mean add"),
         ({"recipe": "sft"}, TrainingError, "no recipe 'sft': did you mean sft_own or sft_teacher"),
         ({"recipe": "grop"}, TrainingError, "did you mean grpo"),
@@ -433,7 +433,9 @@ def test_a_run_is_given_by_keywords_or_a_dictionary_too(tiny_model: Path, tmp_pa
 def test_evaluating_takes_tasks_as_one_text_and_names_what_is_not_a_model(tiny_model: Path) -> None:
     opened = open_language_model(tiny_model, "cpu")
     assert list(evaluate(opened, "count, add@1", prompts=4, samples=1, max_new_tokens=2)["tasks"]) == ["count", "add@1"]
-    with pytest.raises(ModelError, match=r"Qwen3ForCausalLM is not the name of a model.*LanguageModel\(model, tok"):
+    with pytest.raises(
+        ModelError, match=r"the model is a Qwen3ForCausalLM: .*open_language_model opens"
+    ):
         evaluate(opened.model, ["add"])
 
 

@@ -155,8 +155,8 @@ def base_hash(model: torch.nn.Module, names: Iterable[str]) -> str:
 
 
 def require_loaded(name: str, weight: Tensor) -> None:
-    """Raises AdapterError where a tensor is on the meta device, and so has no values."""
-    if weight.is_meta:
+    """Raises AdapterError if a tensor is on the meta device and so has no values; a subclass may hold them itself."""
+    if weight.is_meta and type(weight.data) is Tensor:
         raise AdapterError(f"the weights of {name} are not loaded (meta device): open the model with its weights")
 
 

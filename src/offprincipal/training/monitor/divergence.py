@@ -5,7 +5,7 @@ Knows language models and token ids; knows nothing of weights, steps or files.
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,7 +188,8 @@ def in_precision_of_weights(model: Any) -> Iterator[None]:
             module.forward = module._original_forward
         for config, _ in flash:
             config._attn_implementation = "sdpa"
-        with torch.autocast(weight.device.type, enabled=False):
+        known = torch.amp.is_autocast_available(weight.device.type)
+        with torch.autocast(weight.device.type, enabled=False) if known else nullcontext():
             yield
     finally:
         for module, forward in wrapped:
