@@ -433,9 +433,7 @@ def test_a_run_is_given_by_keywords_or_a_dictionary_too(tiny_model: Path, tmp_pa
 def test_evaluating_takes_tasks_as_one_text_and_names_what_is_not_a_model(tiny_model: Path) -> None:
     opened = open_language_model(tiny_model, "cpu")
     assert list(evaluate(opened, "count, add@1", prompts=4, samples=1, max_new_tokens=2)["tasks"]) == ["count", "add@1"]
-    with pytest.raises(
-        ModelError, match=r"the model is a Qwen3ForCausalLM: .*open_language_model opens"
-    ):
+    with pytest.raises(ModelError, match=r"the model is a Qwen3ForCausalLM: .*open_language_model opens"):
         evaluate(opened.model, ["add"])
 
 
