@@ -94,7 +94,7 @@ def blind_study(weights: str, kind: str, seed: int) -> Evidence:
     lengths = {run: step * np.exp(SPREAD * rng.standard_normal()) for run, step in STEPS.items()}
     matrices: dict[str, list[Row]] = {run: [] for run in STEPS}
     pairs: list[Row] = []
-    settings = MatrixSettings(alphas=(0.5,), null_draws=4, seed=seed)
+    settings = MatrixSettings(sweep_densities=(0.5,), null_draws=4, seed=seed)
     for i in range(MATRICES):
         base = synthetic.example_weights(weights, SHAPE, rng)
         steps = {run: synthetic.example_update(kind, base, length, rng) for run, length in lengths.items()}

@@ -69,7 +69,7 @@ def attack(rng: np.random.Generator, small: bool) -> dict[str, float]:
     part = Part(NAME, NAME, Place("q", 0), 0, shape)
     arrays = (x.astype(ml_dtypes.bfloat16) for x in (W, tuned))
     base, after = arrays
-    settings = MatrixSettings(alphas=(0.5,), null_draws=8)
+    settings = MatrixSettings(sweep_densities=(0.5,), null_draws=8)
     rows = measure_matrix(part, base, {"r": after}, {"r": masters.astype(np.float32)}, GROUPS, settings)
     (row,) = rows.matrices
     changed = tuned != W

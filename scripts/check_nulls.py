@@ -56,7 +56,7 @@ def scores(
     W: NDArray[np.float32], kind: str, step: float, rng: np.random.Generator, draw: int
 ) -> dict[str, tuple[float | None, float | None]]:
     """z against the margin null and against the spacing null, of masks and of another run."""
-    base = BaseMatrix(str(draw), W, MatrixSettings(alpha=ALPHA, alphas=(ALPHA,)))
+    base = BaseMatrix(str(draw), W, MatrixSettings(density=ALPHA, sweep_densities=(ALPHA,)))
     one, two = (MatrixPair(base, synthetic.stored(W, synthetic.example_update(kind, W, step, rng))) for _ in range(2))
     found: dict[str, tuple[float | None, float | None]] = {"unchanged": (1 - one.changed_count / one.numel, None)}
     overlaps = one.overlaps[ALPHA]

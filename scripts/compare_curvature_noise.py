@@ -90,7 +90,7 @@ class Study:
         self.tokens = np.bincount(self.batch_of, weights=self.sequences.tokens)
         self.total = sum(self.sequences.tokens)
         self.update = Tuned(self.language_model, checkpoint, tuned, settings.weights).update().tensors
-        matrices, _ = linear_matrices(self.model, checkpoint, settings.rank_fraction, settings.alpha, settings.seed)
+        matrices, _ = linear_matrices(self.model, checkpoint, settings.rank_fraction, settings.density, settings.seed)
         self.cells = dict(list(cells(matrices).items())[:most])
         self.parameters = {name: p.detach() for name, p in self.model.named_parameters()}
 

@@ -167,7 +167,7 @@ def test_a_pipeline_can_fail_on_a_condition(
     [
         (["compare", "{base}", "{base}/nowhere"], "does not exist"),
         (["compare", "{base}", "{tuned}", "--metrics", "magic"], "no metric group"),
-        (["compare", "{base}", "{tuned}", "--alpha", "2"], "alpha"),
+        (["compare", "{base}", "{tuned}", "--density", "2"], "density"),
         (["compare", "{base}", "{tuned}", "--fail-if", "nonsense > 1"], "no metric 'nonsense'"),
         (["compare", "{base}", "{tuned}", "{tuned}"], "two runs"),
         (["compare", "{base}", "{tuned}", "--out", "{base}/config.json"], "output folder"),

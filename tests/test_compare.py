@@ -370,8 +370,8 @@ def test_float32_checkpoints_are_compared_in_their_own_precision_too(tmp_path: P
 def test_two_runs_of_one_name_and_bad_settings_are_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(ArgumentError, match="two runs are named 'near'"):
         compare(folders["base"], [folders["near"], folders["near"]])
-    with pytest.raises(ArgumentError, match="alpha is 0"):
-        CompareSettings(matrix=MatrixSettings(alpha=0))
+    with pytest.raises(ArgumentError, match="density is 0"):
+        CompareSettings(matrix=MatrixSettings(density=0))
     with pytest.raises(ArgumentError, match="no metric group"):
         CompareSettings(metrics=("geometry",))  # type: ignore[arg-type]
 

@@ -428,7 +428,7 @@ def test_a_base_is_known_by_its_bytes_and_by_what_decides_its_decomposition(tmp_
             base_in(tmp_path, 0, replace(APPROXIMATE, **change))
             for change in (
                 {"rank_fraction": 0.2},
-                {"alpha": 0.4},
+                {"density": 0.4},
                 {"tolerance": 1e-4},
                 {"solver": "randomized"},
                 {"solver": "exact"},

@@ -150,7 +150,7 @@ def test_the_command_fails_by_name(
 def test_the_report_says_what_makes_it_again(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = ["--metrics", "location,spectrum", "--alpha", "0.3", "--include-embeddings", "--seed", "7"]
+    asked = ["--metrics", "location,spectrum", "--density", "0.3", "--include-embeddings", "--seed", "7"]
     asked += ["--expect", "model.norm: unchanged", "--expect", "model.layers.1.*: unchanged_fraction > 0.9"]
     out = tmp_path / "first"
     assert call(monkeypatch, "compare", str(folders["base"]), str(folders["run"]), "--out", str(out), *asked) == 0

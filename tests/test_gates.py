@@ -700,7 +700,7 @@ def test_what_to_measure_on_is_said_once(tiny_model: Path, tuned: Path, given_se
     for odd, match in (
         ({"batches": 0}, "batches is 0"),
         ({"batches": "2"}, "batches is '2': give a whole number"),
-        ({"alpha": "0.5"}, "alpha is '0.5'"),
+        ({"density": "0.5"}, "density is '0.5'"),
         ({"draw": 1}, "there is no option 'draw': did you mean draws"),
     ):
         with pytest.raises(ArgumentError, match=match):

@@ -110,14 +110,14 @@ def test_two_hosts_whose_locks_do_not_see_each_other_never_mix(given: Path, tmp_
     """Each ends with its own tables, or is told of the other; the folder holds those of one."""
     chance, expected = random.Random(PAIRS), {}
     for alpha in ("0.3", "0.5"):
-        run([*COMMANDS["compare"](given, given, tmp_path / alpha), "--alpha", alpha])
+        run([*COMMANDS["compare"](given, given, tmp_path / alpha), "--density", alpha])
         expected[alpha] = tables_in(tmp_path / alpha / "c")
     ended = 0
     for pair in range(PAIRS):
         out = tmp_path / f"pair{pair}"
         both = []
         for alpha in ("0.3", "0.5"):
-            both.append(start([*COMMANDS["compare"](given, given, out), "--alpha", alpha], UNSEEN))
+            both.append(start([*COMMANDS["compare"](given, given, out), "--density", alpha], UNSEEN))
             time.sleep(chance.choice([0.0, 0.0, 0.2, 0.5]))
         told = [(process.communicate()[1].decode(), process.returncode) for process in both]
         assert all(code in (0, 2) for _, code in told), told

@@ -73,6 +73,6 @@ def test_another_architecture_and_unusable_settings_are_refused(tmp_path: Path) 
     other = write_model(tmp_path / "other", {NAMES[0]: torch.zeros(3, 4)})
     with pytest.raises(CheckpointError):
         precision_gate(base, other)
-    for wrong in ({"formats": ("fp4",)}, {"step_lengths": (0.0,)}, {"alpha": 0.0}, {"formats": ()}):
+    for wrong in ({"formats": ("fp4",)}, {"step_lengths": (0.0,)}, {"density": 0.0}, {"formats": ()}):
         with pytest.raises(ArgumentError):
             PrecisionSettings(**wrong)

@@ -104,13 +104,14 @@ def test_a_notebook_shows_a_page_and_no_name_in_it_is_markup(result: Comparison)
 
 def test_settings_may_be_given_by_name(result: Comparison, tmp_path: Path) -> None:
     base = result.summary["base"]
-    named = compare(base, {"same": base}, metrics=("location",), alpha=0.3, cache=False)
-    whole = compare(base, {"same": base}, CompareSettings(("location",), MatrixSettings(alpha=0.3)), cache=False)
+    named = compare(base, {"same": base}, metrics=("location",), density=0.3, cache=False)
+    whole = compare(base, {"same": base}, CompareSettings(("location",), MatrixSettings(density=0.3)), cache=False)
     assert named.matrices == whole.matrices and named.summary == whole.summary
     for options, says in (
-        ({"alhpa": 0.3}, "a comparison has no setting 'alhpa': did you mean alpha"),
-        ({"alpha": 0.3, "settings": CompareSettings()}, "both settings and alpha"),
-        ({"alpha": 3}, "alpha is 3"),
+        ({"densty": 0.3}, "a comparison has no setting 'densty': did you mean density"),
+        ({"density": 0.3, "settings": CompareSettings()}, "both settings and density"),
+        ({"alpha": 0.3}, "no setting 'alpha': it is called density"),
+        ({"density": 3}, "density is 3"),
     ):
         with pytest.raises(ArgumentError, match=says):
             compare(base, {"same": base}, **options)

@@ -101,10 +101,10 @@ def test_other_settings_weights_or_masters_are_measured_anew(
     (runs["a"] / "masters" / "model.safetensors").unlink()
     (runs["a"] / "masters").rmdir()
     assert compare(base, runs, out=out).measured_before == ("b", "c")
-    assert compare(base, runs, out=out, alpha=0.4).measured_before == ()
-    assert compare(base, runs, out=out, alpha=0.4, expect=("*: changed",)).measured_before == ("a", "b", "c")
+    assert compare(base, runs, out=out, density=0.4).measured_before == ()
+    assert compare(base, runs, out=out, density=0.4, expect=("*: changed",)).measured_before == ("a", "b", "c")
     (base / "config.json").write_text('{"model_type": "qwen3", "tie_word_embeddings": true, "hidden_size": 24}')
-    assert compare(base, runs, out=out, alpha=0.4).measured_before == ()
+    assert compare(base, runs, out=out, density=0.4).measured_before == ()
 
 
 def test_a_tensor_that_the_new_run_has_not_is_left_out_and_one_that_comes_back_is_measured(

@@ -147,7 +147,7 @@ def _blind_signs(seed: int, size: float) -> tuple[NDArray[Any], NDArray[Any]]:
 def _rows_of(base: NDArray[Any], masters: NDArray[Any], keep: bool = True) -> dict[str, Any]:
     part = Part("q", "q", Place("q", 0), 0, base.shape)
     tuned = {"r": masters.astype(base.dtype)}
-    settings = MatrixSettings(alphas=(0.5,), mask_tests=False)
+    settings = MatrixSettings(sweep_densities=(0.5,), mask_tests=False)
     return measure_matrix(
         part, base, tuned, {"r": masters} if keep else {}, ("spectrum", "subspace"), settings
     ).matrices[0]

@@ -85,7 +85,7 @@ def test_a_finished_study_does_nothing_again(finished: Path, tiny_model: Path) -
 
 
 def test_a_later_stage_is_redone_alone_when_its_settings_change(finished: Path, tiny_model: Path) -> None:
-    said = run(tiny_model, finished, "stages.comparison.alpha=0.3")
+    said = run(tiny_model, finished, "stages.comparison.density=0.3")
     assert all(said[stage] == ["kept"] for stage in STAGES[:4])
     assert said["comparison"] == ["started", "done"]
     assert run(tiny_model, finished)["comparison"] == ["started", "done"]

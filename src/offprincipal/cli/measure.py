@@ -83,7 +83,7 @@ def compare(
         float,
         typer.Option(help="Rank of the principal subspace, as a fraction of min(rows, columns).", rich_help_panel=WHAT),
     ] = RANK_FRACTION,
-    alpha: Annotated[
+    density: Annotated[
         float, typer.Option(help="Fraction of each matrix's entries in a mask.", rich_help_panel=WHAT)
     ] = DENSITY,
     null_draws: Annotated[
@@ -222,7 +222,7 @@ def compare(
 
     groups: Any = GROUPS if metrics is None else metrics
     chosen: Any = {"solver": solver, "tolerance": tolerance, "device": device}
-    matrix = MatrixSettings(rank_fraction, alpha, null_draws=null_draws, seed=seed, **chosen)
+    matrix = MatrixSettings(rank_fraction, density, null_draws=null_draws, seed=seed, **chosen)
     expected = [*(expect or []), *(read_contract(contract) if contract else [])]
     settings = CompareSettings(groups, matrix, include_embeddings, strict, tuple(expected))
     conditions = [parse_condition(text, settings.metrics) for text in fail_if or []]
@@ -481,7 +481,7 @@ def gates(
             help="Rank of the principal subspace, as a fraction of min(rows, columns).", rich_help_panel=EXPERT
         ),
     ] = RANK_FRACTION,
-    alpha: Annotated[
+    density: Annotated[
         float, typer.Option(help="Fraction of each matrix's entries that count as principal.", rich_help_panel=EXPERT)
     ] = DENSITY,
     dtype: Annotated[
@@ -531,7 +531,7 @@ def gates(
     options: Any = {"batches": batches, "prompts_per_batch": prompts_per_batch, "max_new_tokens": max_new_tokens}
     options |= {"draws": draws, "layer_draws": layer_draws, "per_layer": per_layer, "rank_fraction": rank_fraction}
     options |= {
-        "alpha": alpha,
+        "density": density,
         "precision": precision,
         "weights": weights,
         "dtype": dtype,

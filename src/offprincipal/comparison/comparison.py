@@ -28,6 +28,7 @@ from offprincipal.comparison.work import CompareSettings, Work
 from offprincipal.errors import ArgumentError, FileError
 from offprincipal.files import cache_folder, identities, require_unchanged
 from offprincipal.measures.pooling import anatomy, pool_pair, pool_run
+from offprincipal.measures.settings import as_in_files
 from offprincipal.memory import SHARE, free_memory
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def compare(
             measures everything again whatever is in `out`.
         masters: run name -> its float32 master weights, if they are not in the run's folder.
         progress: called with entries done, entries in all, and the tensor's name.
-        options: instead of `settings`, any field of it or of its `matrix`: `alpha=0.3`.
+        options: instead of `settings`, any field of it or of its `matrix`: `density=0.3`.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or the tensors do not match.
@@ -245,7 +246,7 @@ def _summary(work: Work, measured: list[TensorRows], matrices: list[Row], pairs:
             "anatomy": anatomy(rows),
         } | ({"contract": kept} if (kept := work.kept(name, rows, unmeasured, differing)) else {})
     couples = dict.fromkeys((row["run_a"], row["run_b"]) for row in pairs)
-    flat = asdict(work.settings) | asdict(work.settings.matrix)
+    flat = as_in_files(asdict(work.settings) | asdict(work.settings.matrix))
     return {
         "schema": 2,
         "base": work.base_checkpoint.source,

@@ -135,7 +135,7 @@ def _matrix_row(pair: MatrixPair, groups: tuple[Group, ...]) -> Row:
         "dtype_tuned": pair.counts.dtypes[1],
         "linear": True,
         "k": pair.base.spectral.k if measured else None,
-        "alpha": pair.base.settings.alpha,
+        "alpha": pair.base.settings.density,
         "solver": pair.spectral.svd.solver if measured else None,
     }
     metrics = metrics_of(groups)
@@ -150,7 +150,7 @@ def _matrix_row(pair: MatrixPair, groups: tuple[Group, ...]) -> Row:
 def _mask_rows(pair: MatrixPair) -> list[Row]:
     return [
         {"mask": name, "alpha": alpha, **asdict(found), "changed_count": pair.changed_count}
-        for alpha in pair.base.settings.alphas
+        for alpha in pair.base.settings.sweep_densities
         for name, found in pair.overlaps[alpha].items()
     ]
 

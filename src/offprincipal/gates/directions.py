@@ -46,7 +46,7 @@ class PrincipalSpace:
     mask: Tensor
 
     @staticmethod
-    def of(W: Tensor, rank_fraction: float, alpha: float) -> "PrincipalSpace | None":
+    def of(W: Tensor, rank_fraction: float, density: float) -> "PrincipalSpace | None":
         """That of a matrix (n, m); None if it is not defined.
 
         >>> W = torch.diag(torch.tensor([4.0, 1.0]))
@@ -57,7 +57,7 @@ class PrincipalSpace:
         found = PrincipalSubspace.of(W, principal_rank(W.shape, rank_fraction))
         if found is None:
             return None
-        mask = entry_ranks(found.scores()) < mask_size(W.numel(), alpha)
+        mask = entry_ranks(found.scores()) < mask_size(W.numel(), density)
         return PrincipalSpace(found.U.to(W.dtype), found.V.to(W.dtype), mask)
 
     def principal(self, D: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class LinearMatrix:
 
 
 def linear_matrices(
-    model: Any, base: Checkpoint, rank_fraction: float, alpha: float, seed: int
+    model: Any, base: Checkpoint, rank_fraction: float, density: float, seed: int
 ) -> tuple[list[LinearMatrix], list[str]]:
     """The attention and MLP projections of a base, those that `compare` measures, with their principal subspaces.
 
@@ -143,7 +143,7 @@ def linear_matrices(
         name = parameter_of(info.name, parameters, model.base_model_prefix)
         space = None
         if name is not None and parameters[name].shape == info.shape:
-            space = PrincipalSpace.of(part.cut(parameters[name]), rank_fraction, alpha)
+            space = PrincipalSpace.of(part.cut(parameters[name]), rank_fraction, density)
         if name is None or space is None:
             left_out.append(part.name)
         else:

@@ -38,6 +38,7 @@ from offprincipal.gates.sequences import (
 )
 from offprincipal.gates.statistics import mean_with_interval
 from offprincipal.gates.updates import Tuned, Update, Weights, moved_by
+from offprincipal.measures.settings import as_in_files
 from offprincipal.models import LanguageModel, model_name, open_language_model
 from offprincipal.models.float64 import computing_in
 from offprincipal.tasks import open_task, task_names
@@ -60,7 +61,7 @@ class GateSettings:
         layer_draws: random directions of each kind in each matrix.
         per_layer: whether to measure each layer and role too, not all linear matrices at once alone.
         rank_fraction: rank of the principal subspace over min(rows, columns).
-        alpha: density of the principal weights.
+        density: fraction of a matrix's entries that count as principal.
         precision: whether to measure Gate III too, where float32 masters were kept.
         weights: `auto` (float32 masters where they were kept), `masters` or `stored`.
         dtype: `float32` or `float64`, of weights, directions and activations, norms and softmaxes included.
@@ -80,7 +81,7 @@ class GateSettings:
     layer_draws: int = 2
     per_layer: bool = True
     rank_fraction: float = RANK_FRACTION
-    alpha: float = DENSITY
+    density: float = DENSITY
     precision: bool = True
     weights: Weights = "auto"
     dtype: Literal["float32", "float64"] = "float32"
@@ -93,7 +94,7 @@ class GateSettings:
         for name in ("batches", "prompts_per_batch", "max_new_tokens", "draws", "layer_draws"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ArgumentError(f"{name} is {getattr(self, name)!r}: give a whole number, at least 1")
-        for name in ("rank_fraction", "alpha"):
+        for name in ("rank_fraction", "density"):
             if not (isinstance(getattr(self, name), int | float) and 0 < getattr(self, name) < 1):
                 raise ArgumentError(f"{name} is {getattr(self, name)!r}: it lies between 0 and 1")
         if self.weights not in get_args(Weights):
@@ -195,7 +196,7 @@ def measure_gates(
         asked = task_prompts(asking, settings.batches * settings.prompts_per_batch, settings.seed)
     checkpoint = open_checkpoint(model_name(base))
     opened = {run: Tuned(language_model, checkpoint, source, settings.weights) for run, source in tuned.items()}
-    gate = PrecisionSettings(rank_fraction=settings.rank_fraction, alpha=settings.alpha)
+    gate = PrecisionSettings(rank_fraction=settings.rank_fraction, density=settings.density)
     stored = {run: precision_gate(model_name(base), tuned[run], gate) for run in opened if settings.precision}
     with computing_in(settings.dtype):
         if asked is None:
@@ -216,7 +217,7 @@ def measure_gates(
         {
             "schema": 1,
             "base": str(base),
-            "arguments": arguments | asdict(settings),
+            "arguments": arguments | as_in_files(asdict(settings)),
             "versions": {name: version(name) for name in ("offprincipal", "torch", "transformers")},
             "runs": runs,
         }
@@ -289,7 +290,7 @@ class _Study:
         progress: Progress | None,
     ) -> None:
         self.language_model, self.ground, self.prompts, self.settings = language_model, ground, prompts, settings
-        options = (settings.rank_fraction, settings.alpha, settings.seed)
+        options = (settings.rank_fraction, settings.density, settings.seed)
         self.matrices, self.left_out = linear_matrices(language_model.model, base, *options)
         self.cells = cells(self.matrices) if settings.per_layer else {}
         of_run = 1 + len(UPDATE_DIRECTIONS) * (1 + len(self.cells)) + len(RANDOM_DIRECTIONS) * settings.draws

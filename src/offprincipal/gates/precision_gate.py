@@ -45,7 +45,7 @@ class PrecisionSettings:
 
     Args:
         formats: storage formats; step_lengths: factors by which the update is multiplied.
-        rank_fraction: rank of the principal subspace over min(rows, columns); alpha: density of the masks.
+        rank_fraction: rank of the principal subspace over min(rows, columns); density: of the masks.
 
     Raises:
         ArgumentError: a format is unknown, or a number is out of range.
@@ -54,7 +54,7 @@ class PrecisionSettings:
     formats: tuple[str, ...] = tuple(FORMATS)
     step_lengths: tuple[float, ...] = STEP_LENGTHS
     rank_fraction: float = RANK_FRACTION
-    alpha: float = DENSITY
+    density: float = DENSITY
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.formats if name not in FORMATS]
@@ -65,8 +65,8 @@ class PrecisionSettings:
             )
         if not self.step_lengths or min(self.step_lengths) <= 0:
             raise ArgumentError(f"step lengths {self.step_lengths} are invalid: give positive factors of the update")
-        if not (0 < self.rank_fraction <= 1 and 0 < self.alpha <= 1):
-            raise ArgumentError("rank_fraction and alpha are fractions: give numbers above 0 and at most 1")
+        if not (0 < self.rank_fraction <= 1 and 0 < self.density <= 1):
+            raise ArgumentError("rank_fraction and density are fractions: give numbers above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def _masks(base: Tensor, settings: PrecisionSettings) -> dict[str, Tensor]:
     space = PrincipalSubspace.of(base, principal_rank(base.shape, settings.rank_fraction))
     if space is not None:
         ranks["principal"] = entry_ranks(space.scores())
-    found = masks_at(settings.alpha, ranks)
+    found = masks_at(settings.density, ranks)
     return {name: found[name] for name in SWEPT_MASKS if name in found}
 
 

@@ -95,7 +95,7 @@ RUNGS = {
 
 def _overlap(name: str) -> Metric:
     def measure(pair: MatrixPair) -> tuple[Number, ...]:
-        found = pair.overlaps[pair.base.settings.alpha].get(name)
+        found = pair.overlaps[pair.base.settings.density].get(name)
         if found is None:
             return (None,) * (6 + len(RUNGS))
         rungs = (getattr(found, f"overlap_{rung}") for rung in RUNGS)

@@ -1,7 +1,8 @@
 """Settings of the measurement of one matrix."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from offprincipal.defaults import DENSITY, NULL_DRAWS, RANK_FRACTION, TOLERANCE
 from offprincipal.errors import ArgumentError
@@ -17,8 +18,8 @@ class MatrixSettings:
 
     Args:
         rank_fraction: sets the rank of the principal subspace, k = max(1, round(rank_fraction · min(n, m))).
-        alpha: density of the masks in `matrices.parquet`.
-        alphas: densities of the sweep in `masks.parquet`.
+        density: fraction of a matrix's entries in each mask of `matrices.parquet`; its column `alpha`.
+        sweep_densities: the same of the masks in `masks.parquet`.
         null_draws: number of Gaussian updates averaged for each isotropic null of a matrix with up to 65,536 entries;
             proportionally fewer for a larger one, but at least one.
         seed: random seed of the random mask and of the Gaussian updates.
@@ -36,13 +37,13 @@ class MatrixSettings:
     Raises:
         ArgumentError: a number is out of range, or a name is unknown.
 
-    >>> MatrixSettings(alpha=0.4).densities
+    >>> MatrixSettings(density=0.4).densities
     (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
     """
 
     rank_fraction: float = RANK_FRACTION
-    alpha: float = DENSITY
-    alphas: tuple[float, ...] = ALPHAS
+    density: float = DENSITY
+    sweep_densities: tuple[float, ...] = ALPHAS
     null_draws: int = NULL_DRAWS
     seed: int = 0
     solver: Solver = "auto"
@@ -54,8 +55,8 @@ class MatrixSettings:
     device: Device = "cpu"
 
     def __post_init__(self) -> None:
-        densities = [("alphas", alpha) for alpha in self.alphas]
-        for name, value in (("rank_fraction", self.rank_fraction), ("alpha", self.alpha), *densities):
+        swept = [("sweep_densities", density) for density in self.sweep_densities]
+        for name, value in (("rank_fraction", self.rank_fraction), ("density", self.density), *swept):
             if not 0 < value <= 1:
                 raise ArgumentError(f"{name} is {value}: give a number above 0, at most 1")
         if self.null_draws < 1:
@@ -68,5 +69,17 @@ class MatrixSettings:
 
     @property
     def densities(self) -> tuple[float, ...]:
-        """`alphas` and `alpha`, each once, in increasing order."""
-        return tuple(sorted({*self.alphas, self.alpha}))
+        """`sweep_densities` and `density`, each once, in increasing order."""
+        return tuple(sorted({*self.sweep_densities, self.density}))
+
+
+IN_FILES = {"density": "alpha", "sweep_densities": "alphas"}  # settings -> what files call them
+
+
+def as_in_files(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by the names that `summary.json` and `gates.json` have for them.
+
+    >>> as_in_files({"density": 0.5, "seed": 0})
+    {'alpha': 0.5, 'seed': 0}
+    """
+    return {IN_FILES.get(name, name): value for name, value in settings.items()}

@@ -78,7 +78,7 @@ def blind_evidence(
     base: str,
     runs: Mapping[str, str],
     draws: int,
-    alpha: float,
+    density: float,
     threads: int,
     progress: Progress | None = None,
 ) -> list[Evidence]:
@@ -88,11 +88,11 @@ def blind_evidence(
         evidence: of the runs themselves, to which the blind updates are matched.
         base: where the base is; runs: run -> where it is.
         draws: blind updates of every run, of the kinds `BLIND` in turn.
-        alpha: density of the masks.
+        density: fraction of a matrix's entries in each mask.
         progress: called with entries done, and entries in all.
     """
     # by warm starts, many from one base; without what no rule reads
-    settings = MatrixSettings(alpha=alpha, alphas=(alpha,), exact_up_to=0, mask_tests=False)
+    settings = MatrixSettings(density=density, sweep_densities=(density,), exact_up_to=0, mask_tests=False)
     work = Work(base, runs, CompareSettings(matrix=settings))
     real = {(row["run"], row["tensor"]): row for rows in evidence.matrices.values() for row in rows}
 

@@ -112,7 +112,7 @@ class ClaimsStage(StageKind):
     ) -> None:
         """For each verdict, how often its rule decides something for blind updates."""
         runs = {run: str(space.folder(run)) for run in evidence.matrices if run in self.trained}
-        alpha = read_json(space.folder(self.comparison) / "summary.json")["arguments"]["alpha"]
+        density = read_json(space.folder(self.comparison) / "summary.json")["arguments"]["alpha"]
         base, threads = str(base_folder(space.base)), os.cpu_count() or 1
 
         def show(done: int, total: int) -> None:
@@ -120,7 +120,7 @@ class ClaimsStage(StageKind):
 
         found = {}
         if self.negative_control and any(CLAIMS[claim].tables for claim in self.claims):
-            blind = blind_evidence(evidence, base, runs, self.negative_control, alpha, threads, show)
+            blind = blind_evidence(evidence, base, runs, self.negative_control, density, threads, show)
             found = negative_controls(blind, self.claims)
         found |= walk_controls(evidence, self.claims)
         for claim in claims:

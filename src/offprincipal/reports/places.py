@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from offprincipal.comparison import CompareSettings, MatrixSettings
+from offprincipal.measures.settings import IN_FILES, as_in_files
 from offprincipal.reports.words import place_name
 
 _PLACES = ("source", "masters")
@@ -51,10 +52,11 @@ def without_paths(summary: dict[str, Any]) -> dict[str, Any]:
 def reproducing(summary: Mapping[str, Any]) -> str:
     """What makes the comparison again: every option that is not as it usually is."""
     runs = [f"{name}={run['source']}" for name, run in summary["runs"].items()]
-    usual = asdict(CompareSettings()) | asdict(MatrixSettings())
+    usual = as_in_files(asdict(CompareSettings()) | asdict(MatrixSettings()))
+    called = {name: setting for setting, name in IN_FILES.items()}
     options: list[str] = []
     for name in _OPTIONS:
-        value, flag = summary["arguments"].get(name), f"--{name.replace('_', '-')}"
+        value, flag = summary["arguments"].get(name), f"--{called.get(name, name).replace('_', '-')}"
         if value is None or value == _as_written(usual[name]):
             continue
         if name == "expect":
@@ -65,7 +67,7 @@ def reproducing(summary: Mapping[str, Any]) -> str:
         options += ["--masters", f"{name}={run['masters']}"] if "masters" in run else []
     command = shlex.join(["offprincipal", "compare", summary["base"], *runs, *options])
     more = {
-        name: tuple(value) if isinstance(value, list) else value
+        called.get(name, name): tuple(value) if isinstance(value, list) else value
         for name, value in summary["arguments"].items()
         if name in usual and name not in _OPTIONS and value != _as_written(usual[name])
     }

@@ -139,14 +139,14 @@ class PrecisionStage(StageKind):
     kind: Literal["precision"]
     runs: tuple[str, ...] = Field(min_length=1)
     rank_fraction: float = RANK_FRACTION
-    alpha: float = DENSITY
+    density: float = DENSITY
 
     def inputs(self) -> tuple[str, ...]:
         return self.runs
 
     def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
         base = open_checkpoint(base_folder(space.base))
-        settings = PrecisionSettings(rank_fraction=self.rank_fraction, alpha=self.alpha)
+        settings = PrecisionSettings(rank_fraction=self.rank_fraction, density=self.density)
         rows: list[Row] = []
         pooled: dict[str, Row] = {}
         for run in self.runs:

@@ -138,7 +138,7 @@ class CompareStage(StageKind):
     runs: tuple[str, ...] = Field(min_length=1)
     metrics: tuple[Group, ...] = GROUPS
     rank_fraction: float = RANK_FRACTION
-    alpha: float = DENSITY
+    density: float = DENSITY
     null_draws: int = NULL_DRAWS
     seed: int = 0
 
@@ -146,7 +146,7 @@ class CompareStage(StageKind):
         return self.runs
 
     def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
-        matrix = MatrixSettings(self.rank_fraction, self.alpha, null_draws=self.null_draws, seed=self.seed)
+        matrix = MatrixSettings(self.rank_fraction, self.density, null_draws=self.null_draws, seed=self.seed)
         tuned = {run: space.folder(run) for run in self.runs}
 
         def show(done: int, total: int, _: str) -> None:
