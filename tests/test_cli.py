@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it prints, its exit codes, and no traceback for bad input."""
 
+import inspect
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from checkpoint_folders import base_weights, moved, stored, tables_in, write_model
 
-from offprincipal.cli import main
+from offprincipal.cli import app, main
 
 
 @pytest.fixture(scope="module")
@@ -337,3 +338,14 @@ def test_a_command_whose_packages_are_not_installed_says_that_it_needs_them(
     monkeypatch.setattr("offprincipal.models.opening._EXTRA", ("nobody_has_this",))
     assert call(monkeypatch, *words) == 2
     assert f"`offprincipal {words[0]}` needs nobody_has_this: pip install" in capsys.readouterr().err
+
+
+COMMANDS = {command.name or command.callback.__name__: command.callback.__doc__ for command in app.registered_commands}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_breaks_no_sentence_and_swallows_no_word(command: str) -> None:
+    """Line breaks of a docstring are those of the help, and what stands in brackets would be markup."""
+    text = inspect.cleandoc(COMMANDS[command] or "")
+    assert text and "[" not in text
+    assert all(line.endswith((".", ":")) for line in text.splitlines() if line)

@@ -206,8 +206,8 @@ def compare(
 ) -> None:
     """Measure what training did to the weights, and compare every figure with its null.
 
-    If interrupted, rerun the same command to continue; added runs are measured without repeating the others. Writes
-    four Parquet tables, summary.json and report.html.
+    If interrupted, rerun the same command to continue; added runs are measured without repeating the others.
+    Writes four Parquet tables, summary.json and report.html.
     """
     from offprincipal.checkpoints.hub import is_id
     from offprincipal.comparison import CompareSettings, MatrixSettings, parse_condition
@@ -518,7 +518,7 @@ def gates(
 ) -> None:
     """Measure KL from the base against the Fisher form, the curvature of directions, and what precision hides.
 
-    Runs the models, so it needs the [train] extra. Writes gates.json.
+    Runs the models, so it needs the packages that training needs. Writes gates.json.
     """
     require_training("gates")
     from offprincipal.comparison.tables import require_none_replaced

@@ -104,8 +104,7 @@ def delta(
 ) -> None:
     """Write the changes from BASE to TUNED into one small file, losslessly.
 
-    The file is safetensors inside and checked by hashes of both sides. Commands that take BASE and TUNED accept it as
-    TUNED.
+    The file is safetensors inside and checked by hashes of both sides. Commands that take BASE and TUNED take it too.
     """
     from offprincipal.deltas import make_delta
     from offprincipal.reports.terminal import delta_lines
