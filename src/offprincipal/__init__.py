@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from offprincipal.deltas import apply_delta, make_delta
     from offprincipal.forecast import preflight
     from offprincipal.gates import measure_gates
-    from offprincipal.interventions import intervene
+    from offprincipal.interventions import intervene, undo
     from offprincipal.training import TrainSettings, evaluate, train
-    from offprincipal.training.monitor import Monitor
+    from offprincipal.training.monitor import Monitor, read_monitor
     from offprincipal.trajectories import Trajectory, trajectory
 
 __version__ = version("offprincipal")
@@ -33,11 +33,13 @@ _HOMES = {
     "measure_gates": "gates",
     "preflight": "forecast",
     "read_comparison": "comparison",
+    "read_monitor": "training.monitor",
     "TrainSettings": "training",
     "Trajectory": "trajectories",
     "evaluate": "training",
     "train": "training",
     "trajectory": "trajectories",
+    "undo": "interventions",
 }
 
 __all__ = [
@@ -56,8 +58,10 @@ __all__ = [
     "measure_gates",
     "preflight",
     "read_comparison",
+    "read_monitor",
     "train",
     "trajectory",
+    "undo",
 ]
 
 

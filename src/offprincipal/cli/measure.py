@@ -23,7 +23,17 @@ from offprincipal.cli.common import (
     resumable,
     say,
 )
-from offprincipal.defaults import DENSITY, NULL_DRAWS, RANK_FRACTION, TOLERANCE
+from offprincipal.defaults import (
+    BATCHES,
+    DENSITY,
+    DRAWS,
+    LAYER_DRAWS,
+    MAX_NEW_TOKENS,
+    NULL_DRAWS,
+    PROMPTS_PER_BATCH,
+    RANK_FRACTION,
+    TOLERANCE,
+)
 from offprincipal.errors import ArgumentError
 
 WHAT, HOW, CONDITIONS, SHOWN = "What is measured", "How, and where", "Conditions: exit code 3", "What is printed"
@@ -439,13 +449,13 @@ def gates(
     batches: Annotated[
         int,
         typer.Option(help="Number of batches; the batch is the unit for confidence intervals.", rich_help_panel=ON),
-    ] = 16,
+    ] = BATCHES,
     prompts_per_batch: Annotated[
         int, typer.Option(help="Number of prompts per batch, if they come from --task.", rich_help_panel=ON)
-    ] = 16,
+    ] = PROMPTS_PER_BATCH,
     max_new_tokens: Annotated[
         int, typer.Option(help="Maximum number of tokens in a sampled continuation.", rich_help_panel=ON)
-    ] = 40,
+    ] = MAX_NEW_TOKENS,
     per_layer: Annotated[
         bool,
         typer.Option(
@@ -470,11 +480,11 @@ def gates(
     draws: Annotated[
         int,
         typer.Option(help="Number of random directions of each kind over all matrices.", rich_help_panel=EXPERT),
-    ] = 8,
+    ] = DRAWS,
     layer_draws: Annotated[
         int,
         typer.Option(help="Number of random directions of each kind in each layer and role.", rich_help_panel=EXPERT),
-    ] = 2,
+    ] = LAYER_DRAWS,
     rank_fraction: Annotated[
         float,
         typer.Option(

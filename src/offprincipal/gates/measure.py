@@ -12,7 +12,15 @@ import torch
 
 from offprincipal.checkpoints import Checkpoint, open_checkpoint
 from offprincipal.comparison import name_runs
-from offprincipal.defaults import DENSITY, RANK_FRACTION
+from offprincipal.defaults import (
+    BATCHES,
+    DENSITY,
+    DRAWS,
+    LAYER_DRAWS,
+    MAX_NEW_TOKENS,
+    PROMPTS_PER_BATCH,
+    RANK_FRACTION,
+)
 from offprincipal.errors import ArgumentError, ModelError, meant
 from offprincipal.files import require_folder, write_json
 from offprincipal.gates.curvature import Curvature, curvature_rows, draw_rows, pair_rows
@@ -74,11 +82,11 @@ class GateSettings:
         ArgumentError: a value is outside what it may be.
     """
 
-    batches: int = ENOUGH_BATCHES
-    prompts_per_batch: int = 16
-    max_new_tokens: int = 40
-    draws: int = 8
-    layer_draws: int = 2
+    batches: int = BATCHES
+    prompts_per_batch: int = PROMPTS_PER_BATCH
+    max_new_tokens: int = MAX_NEW_TOKENS
+    draws: int = DRAWS
+    layer_draws: int = LAYER_DRAWS
     per_layer: bool = True
     rank_fraction: float = RANK_FRACTION
     density: float = DENSITY

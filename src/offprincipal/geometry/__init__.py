@@ -1,4 +1,4 @@
 """The mathematics of one matrix or one pair of matrices: tensors in, numbers out.
 
-Knows nothing of files, models, layers or runs, and imports nothing of this package but its errors. Start here.
+Knows nothing of files, models, layers or runs, and imports nothing of this package but errors and defaults. Start here.
 """

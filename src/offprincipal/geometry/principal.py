@@ -11,6 +11,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from offprincipal.defaults import EXACT_UP_TO as EXACT_UP_TO  # as this module's own, too
+from offprincipal.defaults import TOLERANCE
 from offprincipal.geometry.masks import entry_ranks
 from offprincipal.geometry.spectrum import (
     Svd,
@@ -21,9 +23,7 @@ from offprincipal.geometry.spectrum import (
     within,
 )
 
-EXACT_UP_TO = 256  # min(n, m) up to which LAPACK is as fast as anything
 WHOLE_UP_TO = 6144  # min(n, m) up to which the whole symmetric eigenproblem is solved rather than iterated
-TOLERANCE = 1e-3  # on singular values, relative
 
 
 @dataclass(frozen=True)

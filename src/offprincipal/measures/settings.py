@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from offprincipal.defaults import DENSITY, NULL_DRAWS, RANK_FRACTION, TOLERANCE
+from offprincipal.defaults import DENSITY, EXACT_UP_TO, NULL_DRAWS, RANK_FRACTION, TOLERANCE
 from offprincipal.errors import ArgumentError
 from offprincipal.geometry.cuts import ALPHAS
 
@@ -47,7 +47,7 @@ class MatrixSettings:
     null_draws: int = NULL_DRAWS
     seed: int = 0
     solver: Solver = "auto"
-    exact_up_to: int = 256  # as geometry.principal has it, which needs torch
+    exact_up_to: int = EXACT_UP_TO
     float64_up_to: int = 0
     mask_tests: bool = True
     stored_null: bool = True
