@@ -7,12 +7,12 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ModelWrapValidatorHandler,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
     model_validator,
 )
+from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from offprincipal.adapter_methods import ADAPTER_METHODS
 from offprincipal.adapters import KINDS, Kind
