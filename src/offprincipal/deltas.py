@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from offprincipal.checkpoints import Checkpoint, TensorInfo, open_checkpoint
-from offprincipal.checkpoints.adapter import Adapter, is_adapter
+from offprincipal.checkpoints.adapter import Adapter
 from offprincipal.checkpoints.alignment import key_of
 from offprincipal.checkpoints.checkpoint import FLOATS, INTEGERS
 from offprincipal.checkpoints.delta import (
@@ -27,7 +27,8 @@ from offprincipal.checkpoints.delta import (
 )
 from offprincipal.checkpoints.delta_codec import compressed, encode
 from offprincipal.checkpoints.hostile import is_file
-from offprincipal.checkpoints.safetensors_folder import INDEX, WEIGHTS, is_usual
+from offprincipal.checkpoints.opening import is_adapter_alone
+from offprincipal.checkpoints.safetensors_folder import INDEX, WEIGHTS
 from offprincipal.checkpoints.writing import Progress, as_tensor, files_beside, write_model
 from offprincipal.errors import ArgumentError, CheckpointError
 from offprincipal.files import new_folder, require_folder, write_atomically
@@ -87,7 +88,7 @@ def make_delta(
     if path.suffix != ends:
         raise ArgumentError(f"--out {path} has another ending than {ends}: give a file name that ends in {ends}")
     require_folder(path.parent)
-    if Path(tuned).is_dir() and is_adapter(Path(tuned)) and not is_usual(Path(tuned)):
+    if is_adapter_alone(Path(tuned)):
         raise _of_an_adapter(tuned)
     opened = open_checkpoint(base)
     run = open_checkpoint(tuned)

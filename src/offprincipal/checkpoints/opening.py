@@ -215,9 +215,14 @@ def _foreign(names: Sequence[str]) -> str:
 def _open_model(source: str) -> Checkpoint:
     """Open what an adapter names as its base."""
     path = _path_of(source)
-    if path.is_dir() and adapter.is_adapter(path) and not safetensors_folder.is_usual(path):
+    if is_adapter_alone(path):
         raise CheckpointError(f"the base {path} is itself an adapter: merge it into its own base first")
     return open_checkpoint(path)
+
+
+def is_adapter_alone(path: Path) -> bool:
+    """Whether a path is a folder with an adapter and no model in it."""
+    return path.is_dir() and adapter.is_adapter(path) and not safetensors_folder.is_usual(path)
 
 
 def _path_of(source: str | Path) -> Path:

@@ -155,9 +155,6 @@ class Runs(Mapping[str, Run]):
             raise NoSuchRun(f"no run '{name}' was compared: there are {', '.join(self._contents)}")
         return Run(self._contents[name])
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._contents
-
     def __iter__(self) -> Iterator[str]:
         return iter(self._contents)
 

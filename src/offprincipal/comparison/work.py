@@ -29,7 +29,7 @@ from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor,
 from offprincipal.geometry.bits import require_storable
 from offprincipal.measures.changes import Block
 from offprincipal.measures.columns import GROUPS, Group, decomposes_base
-from offprincipal.measures.settings import IN_FILES, MatrixSettings
+from offprincipal.measures.settings import FROM_FILES, MatrixSettings
 
 _LINE = 1 << 12  # entries per row when a tensor that is not a matrix is laid out in rows
 _BLOCK = 1 << 20  # entries of it that are read at once
@@ -84,7 +84,7 @@ class CompareSettings:
         """
         own, of_matrix = ({one.name for one in fields(kind)} - {"matrix"} for kind in (cls, MatrixSettings))
         if unknown := sorted(options.keys() - own - of_matrix):
-            called = {name: setting for setting, name in IN_FILES.items()}.get(unknown[0])
+            called = FROM_FILES.get(unknown[0])
             every = f"there are {', '.join(sorted(own | of_matrix))}"
             hint = f"it is called {called}" if called else meant(unknown[0], own | of_matrix, every)
             raise ArgumentError(f"a comparison has no setting '{unknown[0]}': {hint}")

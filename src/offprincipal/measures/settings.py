@@ -74,6 +74,7 @@ class MatrixSettings:
 
 
 IN_FILES = {"density": "alpha", "sweep_densities": "alphas"}  # settings -> what files call them
+FROM_FILES = {name: setting for setting, name in IN_FILES.items()}
 
 
 def as_in_files(settings: Mapping[str, Any]) -> dict[str, Any]:

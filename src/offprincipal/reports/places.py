@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from offprincipal.comparison import CompareSettings, MatrixSettings
-from offprincipal.measures.settings import IN_FILES, as_in_files
+from offprincipal.measures.settings import FROM_FILES, as_in_files
 from offprincipal.reports.words import place_name
 
 _PLACES = ("source", "masters")
@@ -53,10 +53,9 @@ def reproducing(summary: Mapping[str, Any]) -> str:
     """What makes the comparison again: every option that is not as it usually is."""
     runs = [f"{name}={run['source']}" for name, run in summary["runs"].items()]
     usual = as_in_files(asdict(CompareSettings()) | asdict(MatrixSettings()))
-    called = {name: setting for setting, name in IN_FILES.items()}
     options: list[str] = []
     for name in _OPTIONS:
-        value, flag = summary["arguments"].get(name), f"--{called.get(name, name).replace('_', '-')}"
+        value, flag = summary["arguments"].get(name), f"--{FROM_FILES.get(name, name).replace('_', '-')}"
         if value is None or value == _as_written(usual[name]):
             continue
         if name == "expect":
@@ -67,7 +66,7 @@ def reproducing(summary: Mapping[str, Any]) -> str:
         options += ["--masters", f"{name}={run['masters']}"] if "masters" in run else []
     command = shlex.join(["offprincipal", "compare", summary["base"], *runs, *options])
     more = {
-        called.get(name, name): tuple(value) if isinstance(value, list) else value
+        FROM_FILES.get(name, name): tuple(value) if isinstance(value, list) else value
         for name, value in summary["arguments"].items()
         if name in usual and name not in _OPTIONS and value != _as_written(usual[name])
     }

@@ -26,7 +26,7 @@ from offprincipal.reports.fine_tuning import fine_tuning_figures
 from offprincipal.reports.page import PLOTLY, WEB, asset
 from offprincipal.reports.places import reproducing, without_paths
 from offprincipal.reports.theory import theory_figures
-from offprincipal.run_files import RECORD
+from offprincipal.run_files import CHECKPOINTS, RECORD
 
 COLOURS = ("#3b6fb6", "#d9772b", "#3f9a6c", "#a855a0", "#b8932c", "#c24d52", "#4aa3b8", "#7a6f5d", "#6d62c4", "#8a9a3b")
 SYMBOLS = ("circle", "diamond", "triangle-up", "star")  # of the runs of the first colours, of those of the second, …
@@ -74,7 +74,7 @@ def damage_reported(folder: Path) -> Iterator[None]:
 _OTHERS = {
     "trajectory.json": "a trajectory, whose page is trajectory.html",
     RECORD: "a training run",
-    "checkpoints": "a training run that is not complete",
+    CHECKPOINTS: "a training run that is not complete",
     "gates.json": "gates",
     "preflight.json": "a preflight, whose page is preflight.html",
     "intervention.json": "an intervention",

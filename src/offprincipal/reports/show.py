@@ -13,7 +13,7 @@ from offprincipal.files import read_json
 from offprincipal.reports import terminal, words
 from offprincipal.reports.numbers import number
 from offprincipal.reports.report import damage_reported
-from offprincipal.run_files import RECORD
+from offprincipal.run_files import CHECKPOINTS, RECORD
 
 _WATCHED = (
     ("KL of the step", "kl_step"),
@@ -154,7 +154,7 @@ def as_json(folder: Path) -> dict[str, Any]:
 
 def _files_in(folder: Path, suffix: str = "") -> list[str]:
     found = [name for name in _KINDS if name.endswith(suffix) and (folder / name).is_file()]
-    if not found and (folder / "checkpoints").is_dir():
+    if not found and (folder / CHECKPOINTS).is_dir():
         raise FileError(
             f"{folder} holds a run that is not complete: `offprincipal train` with the same settings goes on with it"
         )
