@@ -4,10 +4,9 @@ The command line turns any `OffPrincipalError` into a message and exit code 2; n
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, distribution
-from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
@@ -42,23 +41,6 @@ def meant(given: str, known: Iterable[str], otherwise: str) -> str:
     """
     near = get_close_matches(given, list(known), n=3)
     return f"did you mean {' or '.join(near)}?" if near else otherwise
-
-
-def setting_faults(faults: Iterable[Mapping[str, Any]], under: str, unknown: Callable[[str], str]) -> str:
-    """What pydantic found in settings, in one sentence.
-
-    Args:
-        faults: its errors; under: what the settings' names stand under, such as `adapter.`, or nothing.
-        unknown: what to say of a name that is not a setting.
-
-    >>> setting_faults([{"loc": ("x",), "type": "extra_forbidden", "msg": ""}], "of.", lambda name: f"{name}?")
-    'of.x: of.x?'
-    """
-    named = [(under + ".".join(map(str, fault["loc"])), fault) for fault in faults]
-    return "; ".join(
-        f"{name.rstrip('.') or 'settings'}: {unknown(name) if fault['type'] == 'extra_forbidden' else fault['msg']}"
-        for name, fault in named
-    )
 
 
 class OffPrincipalError(Exception):

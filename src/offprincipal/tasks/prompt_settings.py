@@ -1,28 +1,19 @@
 """Settings of how a model is prompted with problems, and how its answers are read."""
 
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
-from pydantic.functional_validators import ModelWrapValidatorHandler
+from pydantic import Field, model_validator
 
-from offprincipal.errors import TaskError, meant, setting_faults
+from offprincipal.errors import TaskError
+from offprincipal.plain_settings import NestedSettings
 
-_UNDER = "prompt."
 TEMPLATES = ("plain", "few_shot", "chat")
 ANSWERS = ("exact", "number", "boxed", "tag", "math")
 FUNCTION = ".py:"
 PLACE = "prompt"
 
 
-class PromptSettings(BaseModel):
+class PromptSettings(NestedSettings):
     """How a model is prompted; omitted settings follow from the template, and the template from the model.
 
     Raises:
@@ -32,7 +23,9 @@ class PromptSettings(BaseModel):
     {'template': 'few_shot', 'shots': 2}
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    called: ClassVar = "settings of the prompt"
+    under: ClassVar = "prompt."
+    refusal: ClassVar = TaskError
 
     template: str | None = Field(
         None,
@@ -56,18 +49,6 @@ class PromptSettings(BaseModel):
         None, description="texts that end a completion, each within one token; a line's end for few_shot if not given"
     )
 
-    @model_validator(mode="wrap")
-    @classmethod
-    def _told_what_was_meant(
-        cls, given: Any, validate: ModelWrapValidatorHandler["PromptSettings"]
-    ) -> "PromptSettings":
-        try:
-            return validate(given)
-        except ValidationError as error:
-            raise TaskError(
-                f"settings of the prompt are not usable: {setting_faults(error.errors(), _UNDER, _unknown)}"
-            ) from None
-
     @model_validator(mode="after")
     def _fits(self) -> "PromptSettings":
         template = self.template
@@ -89,13 +70,3 @@ class PromptSettings(BaseModel):
         if self.stop is not None and not all(self.stop):
             raise TaskError("prompt.stop contains an empty text, which would end every completion: remove it")
         return self
-
-    @model_serializer(mode="wrap")
-    def _what_is_given(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = whole(self)
-        return {name: value for name, value in values.items() if value is not None}
-
-
-def _unknown(name: str) -> str:
-    known = [_UNDER + field for field in PromptSettings.model_fields]
-    return f"there is no such setting: {meant(name, known, '`train --list settings` has all')}"

@@ -1,30 +1,20 @@
 """Settings of how a model is trained where not whole: the method, and what each method may be told."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
-from pydantic.functional_validators import ModelWrapValidatorHandler
+from pydantic import Field, model_validator
 
 from offprincipal.adapter_methods import ADAPTER_METHODS
 from offprincipal.adapters import KINDS, Kind
 from offprincipal.adapters.adapting import PEFT_NAMES
 from offprincipal.adapters.choosing import Scope
 from offprincipal.defaults import RANK_FRACTION
-from offprincipal.errors import TrainingError, meant, setting_faults
+from offprincipal.errors import TrainingError, meant
+from offprincipal.plain_settings import NestedSettings
 
-_UNDER = "adapter."
 
-
-class AdapterSettings(BaseModel):
+class AdapterSettings(NestedSettings):
     """One method and what it is told; what is left out is as the library's own function has it.
 
     Raises:
@@ -34,7 +24,9 @@ class AdapterSettings(BaseModel):
     {'method': 'off_principal', 'rank': 16}
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    called: ClassVar = "settings of the adapter"
+    under: ClassVar = "adapter."
+    refusal: ClassVar = TrainingError
 
     method: str = Field(description="what is trained; `train --list adapters` has every method")
     rank: int | None = Field(None, ge=1, description="of LoRA; 8 where not given")
@@ -63,20 +55,19 @@ class AdapterSettings(BaseModel):
         """The kind of mask."""
         return self.mask or "safe"
 
-    @model_validator(mode="wrap")
     @classmethod
-    def _told_what_was_meant(
-        cls, given: Any, validate: ModelWrapValidatorHandler["AdapterSettings"]
-    ) -> "AdapterSettings":
+    def _by_our_names(cls, given: Any) -> Any:
         if isinstance(given, Mapping) and "method" not in given:
             raise TrainingError(
                 "rank, mask and density are of an adapter: name it, as in --adapter lora or --adapter sparse"
             )
-        try:
-            return validate(given)
-        except ValidationError as error:
-            faults = setting_faults(error.errors(), _UNDER, _unknown)
-            raise TrainingError(f"settings of the adapter are not usable: {faults}") from None
+        return given
+
+    @classmethod
+    def _unknown(cls, name: str) -> str:
+        if ours := PEFT_NAMES.get(name.removeprefix(cls.under)):
+            return f"there is no such setting: it is called {cls.under}{ours} here"
+        return super()._unknown(name)
 
     @model_validator(mode="after")
     def _belong_to_the_method(self) -> "AdapterSettings":
@@ -90,15 +81,3 @@ class AdapterSettings(BaseModel):
         if self.mask_file is not None and len(self.model_dump()) > 2:
             raise TrainingError("a mask_file tells all of a mask: leave out mask, density, scope and the like")
         return self
-
-    @model_serializer(mode="wrap")
-    def _what_is_given(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = whole(self)
-        return {name: value for name, value in values.items() if value is not None}
-
-
-def _unknown(name: str) -> str:
-    if ours := PEFT_NAMES.get(name.removeprefix(_UNDER)):
-        return f"there is no such setting: it is called {_UNDER}{ours} here"
-    known = [_UNDER + field for field in AdapterSettings.model_fields]
-    return f"there is no such setting: {meant(name, known, '`train --list settings` has all')}"

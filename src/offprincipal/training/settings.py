@@ -1,22 +1,13 @@
 """Settings of a training run: one set of defaults for every recipe, so that runs are matched unless told otherwise."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
-from pydantic.functional_validators import ModelWrapValidatorHandler
+from pydantic import BaseModel, BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from offprincipal.assets import EMBEDDED
-from offprincipal.errors import TrainingError, meant, setting_faults
+from offprincipal.errors import TrainingError, meant
+from offprincipal.plain_settings import PlainSettings
 from offprincipal.recipes import RECIPES, Recipe, recipe_named
 from offprincipal.tasks import task_names
 from offprincipal.tasks.prompt_settings import PromptSettings
@@ -91,7 +82,7 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(_several)]
 Tasks = Annotated[tuple[str, ...], BeforeValidator(_tasks)]
 
 
-class TrainSettings(BaseModel):
+class TrainSettings(PlainSettings):
     """Everything that decides a run's weights, but for the machine; TRL's own names for some settings are taken too.
 
     Raises:
@@ -102,7 +93,8 @@ class TrainSettings(BaseModel):
     1e-05
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    called: ClassVar = "training settings"
+    refusal: ClassVar = TrainingError
 
     recipe: Annotated[Recipe, BeforeValidator(_recipe)] = Field(
         description="; ".join(f"{name}: {recipe.what}" for name, recipe in RECIPES.items())
@@ -197,16 +189,21 @@ class TrainSettings(BaseModel):
         None, description="train an adapter, masked entries or singular frames; None: all weights, by AdamW"
     )
 
-    @model_validator(mode="wrap")
     @classmethod
-    def _told_what_was_meant(cls, values: Any, validate: ModelWrapValidatorHandler["TrainSettings"]) -> "TrainSettings":
-        if isinstance(values, Mapping):
-            values = _by_our_names(values)
-        try:
-            return validate(values)
-        except ValidationError as error:
-            faults = setting_faults(error.errors(), "", _unknown)
-            raise TrainingError(f"training settings are not usable: {faults}") from None  # pydantic's says no more
+    def _by_our_names(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        twice = [name for name in given if _AS_TRL_HAS_IT.get(name) in given]
+        if twice:
+            raise TrainingError(f"{twice[0]} is TRL's name for {_AS_TRL_HAS_IT[twice[0]]}: give one of the two")
+        return {_AS_TRL_HAS_IT.get(name, name): value for name, value in given.items()}
+
+    @classmethod
+    def _unknown(cls, name: str) -> str:
+        if ours := _TRLS.get(name):
+            return f"there is no such setting; here it is {ours}"
+        otherwise = "`train --list settings` has all, and an option of TRL's is trl.NAME"
+        return f"there is no such setting: {meant(name, [*setting_fields(), *_AS_TRL_HAS_IT], otherwise)}"
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "TrainSettings":
@@ -299,18 +296,3 @@ def parse_settings(values: Mapping[str, Any]) -> TrainSettings:
     ('add', 'sort')
     """
     return TrainSettings.model_validate(values)
-
-
-def _by_our_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    twice = [name for name in values if _AS_TRL_HAS_IT.get(name) in values]
-    if twice:
-        raise TrainingError(f"{twice[0]} is TRL's name for {_AS_TRL_HAS_IT[twice[0]]}: give one of the two")
-    return {_AS_TRL_HAS_IT.get(name, name): value for name, value in values.items()}
-
-
-def _unknown(name: str) -> str:
-    """What may have been meant by a setting that there is not."""
-    if ours := _TRLS.get(name):
-        return f"there is no such setting; here it is {ours}"
-    otherwise = "`train --list settings` has all, and an option of TRL's is trl.NAME"
-    return f"there is no such setting: {meant(name, [*setting_fields(), *_AS_TRL_HAS_IT], otherwise)}"
