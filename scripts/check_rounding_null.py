@@ -13,7 +13,6 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from offprincipal.measures import location
 from offprincipal.measures.pair import BaseMatrix, MatrixPair
 from offprincipal.measures.settings import MatrixSettings
 
@@ -46,7 +45,7 @@ def off_by(W: NDArray[np.generic], step: Floats) -> tuple[float | None, float, f
     """The difference of the two nulls, and both beside what was measured."""
     masters = (W.astype(np.float32) + step).astype(np.float32)
     base, tuned = BaseMatrix("w", W, SETTINGS, False, None), masters.astype(ml_dtypes.bfloat16)
-    found = [location.overlaps(MatrixPair(base, tuned, kept))[0.5]["low_magnitude"] for kept in (None, masters)]
+    found = [MatrixPair(base, tuned, kept).overlaps[0.5]["low_magnitude"] for kept in (None, masters)]
     ruler, known = (overlap.overlap_rounding_null for overlap in found)
     if ruler is None or known is None or found[0].overlap is None:
         return None, 0.0, 0.0, 0.0

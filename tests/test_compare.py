@@ -175,7 +175,7 @@ def test_the_tables_on_disk_are_the_rows_and_say_what_they_mean(result: Comparis
 def test_columns_too_long_for_one_chunk_are_written_in_several(
     result: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offprincipal.comparison.tables._MOST_OFFSET", 200)
+    monkeypatch.setattr("offprincipal.tables._MOST_OFFSET", 200)
     out = result.write(tmp_path / "out")
     for name in ("matrices", "curves"):
         assert read_table(out, name) == [_as_lists(row) for row in getattr(result, name)]

@@ -13,8 +13,8 @@ from checkpoint_folders import base_weights, write_model
 from test_cli import call
 
 from offprincipal.comparison import CompareSettings, compare
-from offprincipal.comparison.contract import broken_phrases, parse_expectations, read_contract
 from offprincipal.errors import ArgumentError, FileError
+from offprincipal.measures.contract import broken_phrases, parse_expectations, read_contract
 
 LAYER = "model.layers.0"
 

@@ -11,10 +11,10 @@ import pytest
 from checkpoint_folders import base_weights, moved, stored, write_model
 
 from offprincipal.comparison import Comparison, compare
-from offprincipal.comparison.tables import read_summary
 from offprincipal.errors import ArgumentError, FileError
 from offprincipal.reports.plots import PLOTS, NothingToDraw, Plots, write_plots
 from offprincipal.reports.report import read_columns
+from offprincipal.tables import read_summary
 
 NAME = "<b>$rl_1$</b>"
 

@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from offprincipal.comparison import CompareSettings, compare
-from offprincipal.comparison.journal import NAME, Journal
+from offprincipal.comparison.journal import Journal
 from offprincipal.comparison.measure import TensorRows
 from offprincipal.errors import CheckpointError, FileError
+from offprincipal.file_names import JOURNAL
 from offprincipal.files import exclusively
 
 
@@ -59,20 +60,20 @@ def test_killed_again_and_again_a_comparison_ends_with_the_same_bytes(
     kills = 0
     for wanted in (1, 2, 4, 7):  # lines in the journal at which it is killed; the first says what is compared
         process = start(sources, out)
-        while process.poll() is None and lines_in(out / NAME) < wanted:
+        while process.poll() is None and lines_in(out / JOURNAL) < wanted:
             time.sleep(0.001)
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
         process.wait()
-        done = lines_in(out / NAME)
+        done = lines_in(out / JOURNAL)
         assert done >= wanted or (out / "summary.json").exists()
     assert kills >= 2
     finished = start(sources, out)
     _, errors = finished.communicate()
     assert finished.returncode == 0, errors
     assert tables_in(out) == tables_in(whole)
-    assert not (out / NAME).exists()
+    assert not (out / JOURNAL).exists()
 
 
 def test_wherever_the_journal_was_cut_short_the_rest_is_measured_again(
@@ -88,10 +89,10 @@ def test_wherever_the_journal_was_cut_short_the_rest_is_measured_again(
     out = tmp_path / "cut"
     with pytest.raises(Stopped):
         compare(*sources, out=out, progress=stop_late)
-    journal = (out / NAME).read_bytes()
+    journal = (out / JOURNAL).read_bytes()
     assert journal.count(b"\n") == 9  # what is compared, and eight tensors
     for length in range(0, len(journal), len(journal) // 12):
-        (out / NAME).write_bytes(journal[:length])
+        (out / JOURNAL).write_bytes(journal[:length])
         compare(*sources, out=out, cache=False)  # which takes nothing of the tables that are there by then
         assert tables_in(out) == tables_in(whole)
 
@@ -116,7 +117,7 @@ def test_other_settings_or_other_weights_start_anew(sources: tuple[Path, dict[st
     base, runs = sources
     out = tmp_path / "out"
     out.mkdir()
-    (out / NAME).write_text(json.dumps({"key": "another comparison"}) + '\n{"tensor": "model.norm.weight"}\n')
+    (out / JOURNAL).write_text(json.dumps({"key": "another comparison"}) + '\n{"tensor": "model.norm.weight"}\n')
     done: list[str] = []
     compare(base, runs, out=out, progress=lambda _done, _total, tensor: done.append(tensor))
     assert len(done) == 8
@@ -240,7 +241,7 @@ def journal_of(folder: Path, found: dict[str, TensorRows]) -> Journal:
 
 @pytest.mark.parametrize("what", ["a link", "a pipe", "a folder"])
 def test_a_journal_that_is_no_file_is_refused_and_left_alone(what: str, tmp_path: Path) -> None:
-    path, elsewhere = tmp_path / NAME, tmp_path / "elsewhere"
+    path, elsewhere = tmp_path / JOURNAL, tmp_path / "elsewhere"
     elsewhere.write_text("not ours")
     {"a link": lambda: path.symlink_to(elsewhere), "a pipe": lambda: os.mkfifo(path), "a folder": path.mkdir}[what]()
     with pytest.raises(FileError, match="cannot write"), journal_of(tmp_path, {}).opened():

@@ -17,7 +17,7 @@ from faults import outcome, times
 from test_checkpoint_fuzz import damaged, twisted
 
 from offprincipal import CompareSettings, MatrixSettings, compare
-from offprincipal.comparison.journal import NAME as JOURNAL
+from offprincipal.file_names import JOURNAL
 from offprincipal.paper import load_profile
 from offprincipal.reports.report import write_report_of
 from offprincipal.studies.overrides import apply_override

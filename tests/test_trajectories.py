@@ -16,12 +16,13 @@ from torch import Tensor
 
 from offprincipal import make_delta, trajectory
 from offprincipal.errors import ArgumentError, CheckpointError, FileError
+from offprincipal.file_names import TRAJECTORY
 from offprincipal.reports.trajectory import _some_of as shown_of
 from offprincipal.reports.trajectory import figure_of as page_of
 from offprincipal.reports.trajectory import trajectory_sentences, trajectory_table
 from offprincipal.trajectories import measure, scalars
 from offprincipal.trajectories.sources import expanded, label_of, steps_of
-from offprincipal.trajectories.trajectory import JSON, TABLE
+from offprincipal.trajectories.trajectory import TABLE
 
 STEPS = (5, 10, 40, 100)
 Weights = dict[str, Tensor]
@@ -101,7 +102,7 @@ def test_threads_and_order_change_nothing(run: tuple[Path, Path, list[Weights]],
     assert (tmp_path / "one" / TABLE).read_bytes() == (tmp_path / "two" / TABLE).read_bytes()
     table = pq.read_table(tmp_path / "one" / TABLE).to_pylist()
     assert table == one.rows and len(table) == len(STEPS) * len({row["tensor"] for row in table})
-    assert json.loads((tmp_path / "one" / JSON).read_text()) == one.content
+    assert json.loads((tmp_path / "one" / TRAJECTORY).read_text()) == one.content
 
 
 @pytest.mark.parametrize(("drift", "verdict"), [(0.0, "diffusive"), (0.5, "diffusive with drift"), (30.0, "ballistic")])
@@ -242,7 +243,7 @@ def test_the_command(run: tuple[Path, Path, list[Weights]], tmp_path: Path) -> N
     page = (tmp_path / "out" / "trajectory.html").read_text()
     assert "plotly" in page and "straight line, stored" in page and "cannot tell a walk from a line" in page
     as_json = command(base, root, "--out", tmp_path / "out", "--json", "--no-report")
-    assert json.loads(as_json.stdout) == json.loads((tmp_path / "out" / JSON).read_text())
+    assert json.loads(as_json.stdout) == json.loads((tmp_path / "out" / TRAJECTORY).read_text())
     for arguments, says in (
         ((base, root, "--steps", "1,b"), "not a list of steps"),
         ((base, root, "--steps", "1,2"), "2 steps are given for 4"),
@@ -296,13 +297,16 @@ def test_a_killed_trajectory_goes_on_where_it_was(
 
     with pytest.raises(KeyboardInterrupt):
         trajectory(base, root, out=tmp_path / "out", threads=1, progress=killed)
-    assert not (tmp_path / "out" / JSON).exists()
+    assert not (tmp_path / "out" / TRAJECTORY).exists()
     again: list[str] = []
     trajectory(base, root, out=tmp_path / "out", progress=lambda at, of, name: again.append(name))
     assert not set(done) & set(again) and len(again) + 5 == len(whole.content["by_tensor"])
-    for name in (JSON, TABLE):
+    for name in (TRAJECTORY, TABLE):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")) == [JSON, TABLE]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")) == [
+        TRAJECTORY,
+        TABLE,
+    ]
 
 
 def test_what_cannot_be_predicted_is_refused_before_anything_is_written(
@@ -325,11 +329,11 @@ def test_what_cannot_be_predicted_is_refused_before_anything_is_written(
     (out / "predicted-200" / "precious.txt").write_text("mine")
     with pytest.raises(FileError, match="predicted-200"):
         trajectory(base, root, predict=200, out=out)
-    assert not (out / JSON).exists()
+    assert not (out / TRAJECTORY).exists()
     with pytest.raises(FileError, match="predicted-200"):
         trajectory(base, root, predict=200, out=out, overwrite=True)
     assert (out / "predicted-200" / "precious.txt").read_text() == "mine"
-    assert json.loads((out / JSON).read_text())["prediction"] is None  # what was measured is not lost
+    assert json.loads((out / TRAJECTORY).read_text())["prediction"] is None  # what was measured is not lost
 
 
 def test_the_page_shows_the_whole_model_and_in_its_place_a_role_or_a_layer(

@@ -11,6 +11,7 @@ from typing import Any
 
 from offprincipal.checkpoints import Checkpoint, Part, open_checkpoint, parts_of
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
+from offprincipal.file_names import PREFLIGHT
 from offprincipal.files import require_folder, write_json
 from offprincipal.geometry.steps import Spacings
 
@@ -60,7 +61,7 @@ class Preflight:
     def write(self, out: str | Path) -> Path:
         """Write `preflight.json` into a folder."""
         require_folder(Path(out))
-        path = Path(out) / "preflight.json"
+        path = Path(out) / PREFLIGHT
         write_json(path, self.content)
         return path
 

@@ -21,7 +21,7 @@ from offprincipal.checkpoints.hostile import is_file
 from offprincipal.checkpoints.safetensors_file import SafetensorsFile
 from offprincipal.checkpoints.safetensors_folder import SafetensorsFolder
 from offprincipal.errors import CheckpointError
-from offprincipal.run_files import MASTERS
+from offprincipal.file_names import MASTERS
 
 SUFFIX = ".delta"
 FORMAT, VERSION = "offprincipal.delta", "1"

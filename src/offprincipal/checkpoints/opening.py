@@ -26,7 +26,7 @@ from offprincipal.checkpoints.safetensors_folder import SafetensorsFolder
 from offprincipal.checkpoints.shards import INDEX, is_numbered
 from offprincipal.checkpoints.torch_files import TorchFolder
 from offprincipal.errors import CheckpointError
-from offprincipal.run_files import MASTERS
+from offprincipal.file_names import MASTERS
 
 _DEEPEST, _MOST_FOLDERS = 3, 2000  # of the folders inside of a run's root that are looked into
 _SHOWN = 8

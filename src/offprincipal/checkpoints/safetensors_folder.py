@@ -28,7 +28,7 @@ from offprincipal.checkpoints.packed import Packed, dequantised_notes, packed_in
 from offprincipal.checkpoints.safetensors_file import SafetensorsFile
 from offprincipal.checkpoints.shards import files_of, open_files
 from offprincipal.errors import CheckpointError
-from offprincipal.run_files import MASTERS
+from offprincipal.file_names import MASTERS
 
 SUFFIX = ".safetensors"
 WEIGHTS = "model.safetensors"

@@ -88,7 +88,7 @@ def require_training(command: str) -> None:
 
 def named_runs(tuned: list[str]) -> Any:
     """Run name -> path; names that differ only in a final number are sorted by it."""
-    from offprincipal.comparison import name_runs
+    from offprincipal.checkpoints.naming import name_runs
 
     runs: dict[str, str] = {}
     for text in tuned:

@@ -35,6 +35,7 @@ from offprincipal.defaults import (
     TOLERANCE,
 )
 from offprincipal.errors import ArgumentError
+from offprincipal.file_names import GATES, PREFLIGHT, PREFLIGHT_PAGE, REPORT, TRAJECTORY, TRAJECTORY_PAGE
 
 WHAT, HOW, CONDITIONS, SHOWN = "What is measured", "How, and where", "Conditions: exit code 3", "What is printed"
 ON, EXPERT = "What it is measured on", "Expert"
@@ -222,13 +223,13 @@ def compare(
     from offprincipal.checkpoints.hub import is_id
     from offprincipal.comparison import CompareSettings, MatrixSettings, parse_condition
     from offprincipal.comparison import compare as compare_checkpoints
-    from offprincipal.comparison.contract import broken_phrases, read_contract
-    from offprincipal.comparison.tables import require_nothing_lost
     from offprincipal.measures.columns import GROUPS
+    from offprincipal.measures.contract import broken_phrases, read_contract
     from offprincipal.memory import parse_size
     from offprincipal.reports.terminal import as_shown_json, comparison_table
     from offprincipal.reports.trackers import report_comparison, require_tracker
     from offprincipal.reports.words import ASK, contract_lines, decisions, verdict_paragraph, warnings_of
+    from offprincipal.tables import require_nothing_lost
 
     groups: Any = GROUPS if metrics is None else metrics
     chosen: Any = {"solver": solver, "tolerance": tolerance, "device": device}
@@ -250,7 +251,7 @@ def compare(
         if report:
             from offprincipal.reports.report import write_report
 
-            write_report(out / "report.html", out)
+            write_report(out / REPORT, out)
         if as_json:
             print(as_shown_json(found.summary))
         else:
@@ -301,17 +302,17 @@ def preflight(
 
     Reads only the base and runs no model. Writes preflight.json and preflight.html.
     """
-    from offprincipal.comparison.tables import require_none_replaced
     from offprincipal.forecast import preflight as look
     from offprincipal.reports.preflight import preflight_sentences, preflight_table, write_figure
     from offprincipal.reports.terminal import as_shown_json
+    from offprincipal.tables import require_none_replaced
 
     if not overwrite:
-        require_none_replaced(out / "preflight.json", base, (), lambda content: ())
+        require_none_replaced(out / PREFLIGHT, base, (), lambda content: ())
     with resumable(), matrix_progress() as progress:
         found = look(base, learning_rate, storage, steps, progress=progress)
     path = found.write(out)
-    figure = write_figure(out / "preflight.html", found)
+    figure = write_figure(out / PREFLIGHT_PAGE, found)
     if as_json:
         print(as_shown_json(found.content))
         return
@@ -382,23 +383,22 @@ def trajectory(
 
     Reads every tensor of every checkpoint once. Writes trajectory.json, trajectory.parquet and trajectory.html.
     """
-    from offprincipal.comparison.tables import require_none_replaced
     from offprincipal.reports.terminal import as_shown_json
     from offprincipal.reports.trajectory import trajectory_sentences, trajectory_table, write_figure
+    from offprincipal.tables import require_none_replaced
     from offprincipal.trajectories import trajectory as follow
     from offprincipal.trajectories.sources import expanded
-    from offprincipal.trajectories.trajectory import JSON, PAGE
 
     at = None if steps is None else _numbers(steps)
     options: Any = {"steps": at, "out": out, "threads": threads, "ray": ray, "skip_broken": skip_broken}
     options |= {"subspace_rank": subspace_rank, "device": device, "masters": masters}
     options |= {"predict": predict, "predict_by": predict_by, "overwrite": overwrite}
     if not overwrite:
-        require_none_replaced(out / JSON, base, expanded(checkpoints), lambda content: content["checkpoints"])
+        require_none_replaced(out / TRAJECTORY, base, expanded(checkpoints), lambda content: content["checkpoints"])
     with resumable(), matrix_progress() as progress:
         found = follow(base, checkpoints, **options, progress=progress)
     if report:
-        write_figure(out / PAGE, found.content)
+        write_figure(out / TRAJECTORY_PAGE, found.content)
     if as_json:
         print(as_shown_json(found.content))
         return
@@ -531,11 +531,11 @@ def gates(
     Runs the models, so it needs the packages that training needs. Writes gates.json.
     """
     require_training("gates")
-    from offprincipal.comparison.tables import require_none_replaced
     from offprincipal.files import require_folder
     from offprincipal.gates import measure_gates
     from offprincipal.reports.gates import gates_tables
     from offprincipal.reports.terminal import as_shown_json
+    from offprincipal.tables import require_none_replaced
 
     ground: Any = {"prompts": prompts, "task": task, "sequences": sequences}
     options: Any = {"batches": batches, "prompts_per_batch": prompts_per_batch, "max_new_tokens": max_new_tokens}
@@ -551,7 +551,7 @@ def gates(
     }
     runs = named_runs(tuned)
     if not overwrite:
-        require_none_replaced(out / "gates.json", base, list(runs.values()), _sources_of)
+        require_none_replaced(out / GATES, base, list(runs.values()), _sources_of)
     require_folder(out)
     with direction_progress() as progress:
         found = measure_gates(base, runs, **ground, **options, seed=seed, progress=progress)

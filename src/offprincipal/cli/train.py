@@ -11,6 +11,7 @@ from offprincipal.adapter_methods import ADAPTER_METHODS, LOW_RANK
 from offprincipal.assets import EMBEDDED
 from offprincipal.cli.common import TRAINING, Out, app, print_list, require_training, resumable, say
 from offprincipal.errors import ArgumentError
+from offprincipal.file_names import REPORT
 from offprincipal.recipes import RECIPES
 
 Replace = Annotated[bool, typer.Option("--overwrite", help="Replace an intervention in the folder.")]
@@ -24,7 +25,8 @@ def _print_profiles(wanted: bool) -> None:
         from offprincipal.paper import load_profile, profile_names
         from offprincipal.reports.terminal import profiles_table
 
-        print_list(profiles_table(map(load_profile, profile_names()), lambda p: len(p.training_stages())))
+        profiles = map(load_profile, profile_names())
+        print_list(profiles_table((p.name, p.title, p.base, len(p.training_stages())) for p in profiles))
         raise typer.Exit
 
 
@@ -90,7 +92,7 @@ def study(
     if found:
         console.print(runs_table(found), *fine_tuning_tables(fine_tuning_figures(out, found)), claims_table(found))
         say(f"what was found of each claim: offprincipal show --explain {out}")
-    written = out / "report.html" if (out / "report.html").is_file() else out
+    written = out / REPORT if (out / REPORT).is_file() else out
     say(f"{'report' if found else 'results'}: {written}")
 
 

@@ -53,9 +53,9 @@ def card(
     ] = None,
 ) -> None:
     """Write a model card section about what training did to the weights: table, anatomy, figure, and JSON data."""
-    from offprincipal.comparison import read_summary
     from offprincipal.reports.card import push_card, write_card
     from offprincipal.reports.report import comparison_in
+    from offprincipal.tables import read_summary
 
     summary, out = read_summary(comparison_in(folder)), out or folder / "card"
     if push is None:
@@ -75,9 +75,9 @@ def report(
 ) -> None:
     """Rebuild report.html from the tables in a folder, write figures for a paper, or log the figures to a tracker."""
     if report_to is not None:
-        from offprincipal.comparison import read_summary
         from offprincipal.reports.report import comparison_in
         from offprincipal.reports.trackers import report_comparison
+        from offprincipal.tables import read_summary
 
         summary = read_summary(comparison_in(folder))
         say(f"reported to: {report_comparison(summary, report_to, folder)}")
@@ -139,9 +139,8 @@ def cache_info() -> None:
     """Show where base decompositions are cached, and how much space they take."""
     from offprincipal.comparison.cache import BaseCache
     from offprincipal.files import cache_folder
-    from offprincipal.reports.terminal import cache_line
 
-    say(cache_line(BaseCache(cache_folder()).info()))
+    say(str(BaseCache(cache_folder()).info()))
 
 
 @cache_app.command("clear")
@@ -149,6 +148,5 @@ def cache_clear() -> None:
     """Remove all cached base decompositions."""
     from offprincipal.comparison.cache import BaseCache
     from offprincipal.files import cache_folder
-    from offprincipal.reports.terminal import cache_line
 
-    say(f"removed: {cache_line(BaseCache(cache_folder()).clear())}")
+    say(f"removed: {BaseCache(cache_folder()).clear()}")

@@ -38,6 +38,10 @@ class CacheInfo:
     size: int
     limit: int
 
+    def __str__(self) -> str:
+        size, limit = (f"{amount / 1024**3:.2f} GiB" for amount in (self.size, self.limit))
+        return f"{self.folder}: {self.matrices:,} matrices, {size} of at most {limit}"
+
 
 class BaseCache:
     """Decompositions of base matrices in a folder.

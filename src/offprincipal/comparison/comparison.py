@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offprincipal.checkpoints import Part
+from offprincipal.checkpoints.naming import as_source, name_runs
 from offprincipal.comparison.execution import run_in_threads, run_on_ray
-from offprincipal.comparison.journal import gather, held, journal_key, resumable, versions
+from offprincipal.comparison.journal import DECISIVE, gather, held, journal_key, resumable
 from offprincipal.comparison.lineage import lineage_warnings
 from offprincipal.comparison.measure import Row, TensorRows
 from offprincipal.comparison.result import Comparison
@@ -23,18 +24,18 @@ from offprincipal.comparison.reuse import (
     measured_before,
     run_keys,
 )
-from offprincipal.comparison.tables import TABLES
-from offprincipal.comparison.work import CompareSettings, Work
+from offprincipal.comparison.work import Work
 from offprincipal.errors import ArgumentError, FileError
 from offprincipal.files import cache_folder, identities, require_unchanged
+from offprincipal.measures.compare_settings import CompareSettings
 from offprincipal.measures.pooling import anatomy, pool_pair, pool_run
 from offprincipal.measures.settings import as_in_files
 from offprincipal.memory import SHARE, free_memory
+from offprincipal.tables import TABLES
+from offprincipal.versions import versions
 
 if TYPE_CHECKING:
-    import torch
-
-    Source = str | Path | torch.nn.Module
+    from offprincipal.checkpoints.naming import Source
 
 Progress = Callable[[int, int, str], None]
 
@@ -96,7 +97,7 @@ def compare(
     given = {name: str(source) for name, source in (masters or {}).items()}
     if unknown := sorted(given.keys() - runs.keys()):
         raise ArgumentError(f"masters are given for '{unknown[0]}', which is not a run: runs are {', '.join(runs)}")
-    work = Work(_source(base), runs, settings or CompareSettings.of(**options), kept, given)
+    work = Work(as_source(base), runs, settings or CompareSettings.of(**options), kept, given)
     if ray is not None and work.in_memory:
         raise ArgumentError("Ray workers cannot see a model in memory: save it, and give its folder")
     if work.settings.matrix.device != "cpu" and ray is None:
@@ -184,35 +185,6 @@ def _users_cache() -> Path | None:
         return None
 
 
-def name_runs(tuned: "Mapping[str, Source] | Sequence[Source]") -> dict[str, Any]:
-    """Run -> source, a path as text; without a name it is that of its folder, or `model` for one in memory.
-
-    Raises:
-        ArgumentError: none is given, or two have one name.
-
-    >>> name_runs(["runs/grpo", "runs/sft"])
-    {'grpo': 'runs/grpo', 'sft': 'runs/sft'}
-    """
-    if isinstance(tuned, Mapping):
-        named = [(name, _source(source)) for name, source in tuned.items()]
-    else:
-        named = [(Path(s).resolve().name if isinstance(s, str | Path) else "model", _source(s)) for s in tuned]
-    named = [(name.encode("utf-8", "replace").decode(), source) for name, source in named]  # a folder's may be no text
-    names = [name for name, _ in named]
-    if not names:
-        raise ArgumentError("no tuned checkpoint is given: give at least one")
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ArgumentError(
-            f"two runs are named '{repeated[0]}': distinguish them with NAME=PATH, in Python with a dict"
-        )
-    return dict(named)
-
-
-def _source(given: Any) -> Any:
-    return str(given) if isinstance(given, str | Path) else given
-
-
 def _comparison(work: Work, measured: list[TensorRows], known: tuple[str, ...]) -> Comparison:
     tables: dict[str, list[Row]] = {
         table: [row for rows in measured for row in getattr(rows, table)] for table in TABLES
@@ -253,7 +225,7 @@ def _summary(work: Work, measured: list[TensorRows], matrices: list[Row], pairs:
         "arguments": {
             key: list(value) if isinstance(value, tuple) else value for key, value in flat.items() if key != "matrix"
         },
-        "versions": versions(),
+        "versions": versions(*DECISIVE),
         "only_in_base": work.only_in_base,
         "runs": entries,
         "pairs": [

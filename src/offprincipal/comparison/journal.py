@@ -15,7 +15,6 @@ import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -24,11 +23,13 @@ import numpy as np
 from offprincipal.checkpoints import Part
 from offprincipal.comparison.work import Work
 from offprincipal.errors import FileError
+from offprincipal.file_names import JOURNAL
 from offprincipal.files import Identities, exclusively, ordinary, require_folder, sweep, write_atomically
+from offprincipal.versions import versions
 
-NAME = "journal.jsonl"
 LOG = logging.getLogger("offprincipal")
 T = TypeVar("T")
+DECISIVE = ("offprincipal", "numpy", "torch", "safetensors")  # packages that figures depend on
 _DIGITS = 16  # of a line's digest, in hexadecimal
 
 
@@ -51,7 +52,7 @@ def resumable(
     work: Work,
     files: Identities,
     restore: Callable[[str, dict[str, Any]], None],
-    name: str = NAME,
+    name: str = JOURNAL,
     known: Collection[str] = (),
     about: Mapping[str, Any] | None = None,
 ) -> Iterator["Journal | None"]:
@@ -98,11 +99,6 @@ def gather(
             progress(done, total, part.name)
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that determine numbers."""
-    return {package: version(package) for package in ("offprincipal", "numpy", "torch", "safetensors")}
-
-
 class Journal:
     """Measurements by tensor name, kept in a folder until all are done.
 
@@ -118,7 +114,7 @@ class Journal:
         folder: Path,
         key: str,
         restore: Callable[[str, dict[str, Any]], None],
-        name: str = NAME,
+        name: str = JOURNAL,
         about: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = folder / name
@@ -249,7 +245,7 @@ def journal_key(work: Work, opened: Identities, known: Collection[str]) -> str:
     """A hash of everything that is compared: settings, versions, configurations, every file's path, size and time."""
     files = [[str(path.resolve()), *identity[:2]] for path, identity in opened.items()]
     configs = [dict(checkpoint.config) for checkpoint in (work.base_checkpoint, *work.runs.values())]
-    about = [asdict(work.settings), list(work.tuned), list(known), files, configs, versions()]
+    about = [asdict(work.settings), list(work.tuned), list(known), files, configs, versions(*DECISIVE)]
     about += [secrets.token_hex()] if work.in_memory else []  # a model in memory cannot be recognised later
     return hashlib.sha256(json.dumps(about, default=str, sort_keys=True).encode()).hexdigest()
 

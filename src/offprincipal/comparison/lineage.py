@@ -13,7 +13,7 @@ from offprincipal.checkpoints import Checkpoint
 from offprincipal.checkpoints.adapter import Adapter
 from offprincipal.checkpoints.hostile import is_file, read_json
 from offprincipal.errors import CheckpointError
-from offprincipal.run_files import CHECKPOINTS, RECORD, STARTED
+from offprincipal.file_names import CHECKPOINTS, RECORD, STARTED
 
 _FAR = 0.5  # of the base's norm: fine-tuning moves weights by hundredths of it; unrelated weights are 1.4 apart
 

@@ -14,7 +14,7 @@ import numpy as np
 from offprincipal.checkpoints import Array, Part
 from offprincipal.checkpoints.masters import require_own_masters
 from offprincipal.geometry.bits import Counts
-from offprincipal.measures import location
+from offprincipal.measures.agreement import pair_row
 from offprincipal.measures.changes import Block, TensorPair
 from offprincipal.measures.columns import Group, decomposes_base, metrics_of
 from offprincipal.measures.pair import BaseMatrix, MatrixPair
@@ -90,7 +90,7 @@ def measure_matrix(
     if "location" in groups and len(pairs) > 1:
         for a, b in itertools.combinations(pairs, 2):
             if not (a in known and b in known):
-                found.pairs.append(part.keys | location.pair_row(a, b, pairs))
+                found.pairs.append(part.keys | pair_row(a, b, pairs))
         counts = [(pair.scan.rows, pair.scan.columns) for pair in pairs.values()]
         found.curves.extend(consensus_of(counts, {"run": None, **part.keys}))
     return found

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from offprincipal.comparison.measure import Row
-from offprincipal.comparison.tables import TABLES, arrow_table, read_summary, read_table, write_tables
 from offprincipal.errors import ArgumentError, meant
 from offprincipal.measures.columns import nulls_of
+from offprincipal.tables import TABLES, arrow_table, read_summary, read_table, write_tables
 
 if TYPE_CHECKING:
     from offprincipal.reports.plots import Plots

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 
 from offprincipal.checkpoints import Checkpoint
-from offprincipal.comparison.journal import NAME as JOURNAL
-from offprincipal.comparison.journal import rewrite, versions
+from offprincipal.comparison.journal import DECISIVE, rewrite
 from offprincipal.comparison.measure import BASE_CURVE, Row, TensorRows, consensus_of, counts_of
-from offprincipal.comparison.tables import TABLES, read_table
 from offprincipal.comparison.work import Work
 from offprincipal.errors import FileError
+from offprincipal.file_names import JOURNAL
 from offprincipal.files import Identities, ordinary, read_json, write_json
+from offprincipal.tables import TABLES, read_table
+from offprincipal.versions import versions
 
 NAME = "measured.json"
 LOG = logging.getLogger("offprincipal")
@@ -186,7 +187,7 @@ def run_keys(work: Work, files: Identities) -> dict[str, str]:
     found = {}
     for name, run in work.runs.items():
         masters = [work.masters[name]] if name in work.masters else []
-        about = [decisive, versions(), of(work.base_checkpoint, run, *masters)]
+        about = [decisive, versions(*DECISIVE), of(work.base_checkpoint, run, *masters)]
         text = json.dumps(about, default=str, sort_keys=True)
         found[name] = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
     return found

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 from offprincipal.checkpoints import Checkpoint, open_checkpoint
-from offprincipal.comparison import name_runs
+from offprincipal.checkpoints.naming import name_runs
 from offprincipal.defaults import (
     BATCHES,
     DENSITY,
@@ -22,6 +21,7 @@ from offprincipal.defaults import (
     RANK_FRACTION,
 )
 from offprincipal.errors import ArgumentError, ModelError, meant
+from offprincipal.file_names import GATES
 from offprincipal.files import require_folder, write_json
 from offprincipal.gates.curvature import Curvature, curvature_rows, draw_rows, pair_rows
 from offprincipal.gates.directions import (
@@ -51,8 +51,8 @@ from offprincipal.models import LanguageModel, model_name, open_language_model
 from offprincipal.models.float64 import computing_in
 from offprincipal.tasks import open_task, task_names
 from offprincipal.tasks.prompting import prompting
+from offprincipal.versions import versions
 
-GATES = "gates.json"
 ENOUGH_BATCHES = 16
 Progress = Callable[[int, int, str], None]
 
@@ -226,7 +226,7 @@ def measure_gates(
             "schema": 1,
             "base": str(base),
             "arguments": arguments | as_in_files(asdict(settings)),
-            "versions": {name: version(name) for name in ("offprincipal", "torch", "transformers")},
+            "versions": versions("offprincipal", "torch", "transformers"),
             "runs": runs,
         }
     )

@@ -18,7 +18,6 @@ from torch import Tensor
 from offprincipal.checkpoints import Checkpoint, Part, open_checkpoint
 from offprincipal.checkpoints.masters import masters_of
 from offprincipal.checkpoints.matrices import common_parts, read_part
-from offprincipal.comparison.execution import in_order, in_threads, one_core_each
 from offprincipal.defaults import DENSITY, RANK_FRACTION
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
 from offprincipal.geometry.formats import FORMATS, BeyondFormat, MaskChange, StoredBase, StoredChange
@@ -28,6 +27,7 @@ from offprincipal.geometry.principal import PrincipalSubspace, principal_rank
 from offprincipal.geometry.ulp import UlpHistogram, total, ulp_histogram
 from offprincipal.measures.pooling import Estimate, estimate_ratio
 from offprincipal.memory import SHARE, free_memory
+from offprincipal.parallel import in_order, in_threads, one_core_each
 
 STEP_LENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 SWEPT_MASKS = ("principal", "low_magnitude")

@@ -1,8 +1,6 @@
 """Change a model's weights but not its function, prove it, and write it with a record of the change."""
 
-import platform
 from collections.abc import Iterable
-from importlib import metadata
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import torch
 
 from offprincipal.errors import InterventionError
+from offprincipal.file_names import INTERVENTION, UNDONE
 from offprincipal.files import new_folder, write_json
 from offprincipal.interventions.folders import write_model
 from offprincipal.interventions.layers import parse_layers
@@ -23,11 +22,10 @@ from offprincipal.interventions.proof import (
     require_equal,
     sampled_tokens,
 )
-from offprincipal.interventions.record import DTYPES, RECORD, InterventionRecord, require_request
+from offprincipal.interventions.record import DTYPES, InterventionRecord, require_request
 from offprincipal.interventions.rounding import rounded
 from offprincipal.models import hash_of, open_language_model
-
-UNDONE = "undo.json"
+from offprincipal.versions import versions
 
 
 def intervene(
@@ -88,22 +86,19 @@ def intervene(
     request = Request(rotated, permuted, residual, matrix, seed)
     require_request(request, len(everything))
     require_own_layers(opened, set(everything if residual else request.rotate + request.permute))
-    with new_folder(Path(out), (RECORD, UNDONE), overwrite, (opened.folder,), "an intervention") as part:
+    with new_folder(Path(out), (INTERVENTION, UNDONE), overwrite, (opened.folder,), "an intervention") as part:
         record = _written(part, opened, request, dtype or opened.dtype)
-        write_json(part / RECORD, record.as_json())
+        write_json(part / INTERVENTION, record.as_json())
     return record
+
+
+DECISIVE = ("python", "offprincipal", "torch", "transformers")  # packages that figures depend on
 
 
 def require_dtype(dtype: str | None) -> None:
     """Raises InterventionError if weights cannot be stored in a type."""
     if dtype is not None and dtype not in DTYPES:
         raise InterventionError(f"cannot store weights in dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the figures."""
-    packages = ("offprincipal", "torch", "transformers")
-    return {"python": platform.python_version(), **{package: metadata.version(package) for package in packages}}
 
 
 def _written(part: Path, opened: OpenedModel, request: Request, dtype: str) -> InterventionRecord:
@@ -128,7 +123,9 @@ def _written(part: Path, opened: OpenedModel, request: Request, dtype: str) -> I
         "length": opened.length,
     }
     result = {"weights_blake2b": hash_of(stored)}
-    return InterventionRecord(opened.identity, opened.architecture.kind, request, dtype, result, proof, versions())
+    return InterventionRecord(
+        opened.identity, opened.architecture.kind, request, dtype, result, proof, versions(*DECISIVE)
+    )
 
 
 def _listed(layers: Any) -> tuple[int, ...] | None:

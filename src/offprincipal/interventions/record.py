@@ -11,11 +11,11 @@ from typing import Any
 
 from offprincipal.checkpoints.hostile import read_json
 from offprincipal.errors import CheckpointError, InterventionError
+from offprincipal.file_names import INTERVENTION
 from offprincipal.interventions.orthogonal import MATRICES
 from offprincipal.interventions.plan import Request
 
 SCHEMA = 1
-RECORD = "intervention.json"
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_SEED = 2**32
 
@@ -56,10 +56,10 @@ def read_record(source: str | Path) -> InterventionRecord:
         InterventionError: there is no record, or it is invalid; the message names the field.
     """
     path = Path(source).expanduser()
-    path = path / RECORD if path.is_dir() else path
+    path = path / INTERVENTION if path.is_dir() else path
     if not path.exists():
         raise InterventionError(
-            f"no record of an intervention: {path} is not there. Give the {RECORD} that `intervene` wrote, "
+            f"no record of an intervention: {path} is not there. Give the {INTERVENTION} that `intervene` wrote, "
             "or the folder that it is in"
         )
     try:
@@ -68,7 +68,7 @@ def read_record(source: str | Path) -> InterventionRecord:
         raise InterventionError(f"cannot read the record of an intervention: {error}") from error
     if content.get("schema") != SCHEMA:
         raise InterventionError(
-            f"{path} is not a record of schema {SCHEMA}: give the {RECORD} that `offprincipal intervene` wrote"
+            f"{path} is not a record of schema {SCHEMA}: give the {INTERVENTION} that `offprincipal intervene` wrote"
         )
     return InterventionRecord(
         base=_words(content, "base", ("source", "weights_blake2b"), path),

@@ -13,8 +13,9 @@ import torch
 
 from offprincipal.checkpoints import Checkpoint, open_checkpoint
 from offprincipal.errors import InterventionError, ModelError
+from offprincipal.file_names import INTERVENTION, MASTERS, UNDONE
 from offprincipal.files import new_folder, write_json
-from offprincipal.interventions.applying import UNDONE, require_dtype, versions
+from offprincipal.interventions.applying import DECISIVE, require_dtype
 from offprincipal.interventions.architectures import EMBEDDING, HEAD
 from offprincipal.interventions.folders import write_model
 from offprincipal.interventions.opened import OpenedModel, open_model
@@ -27,10 +28,10 @@ from offprincipal.interventions.proof import (
     require_equal,
     sampled_tokens,
 )
-from offprincipal.interventions.record import RECORD, InterventionRecord, read_record, require_request
+from offprincipal.interventions.record import InterventionRecord, read_record, require_request
 from offprincipal.interventions.rounding import rounded
 from offprincipal.models import hash_of, open_language_model
-from offprincipal.run_files import MASTERS
+from offprincipal.versions import versions
 
 SCHEMA = 1
 _LEAST_CORRELATION = 0.5  # of a trained matrix with the one that it was trained from
@@ -118,7 +119,7 @@ def undo(
     single = rounded(result, "float32")
     stored = rounded(single, chosen)  # from the masters, so that they round to it
     kept = (opened.folder, trained.folder, place if place.is_dir() else place.parent)
-    with new_folder(Path(out), (RECORD, UNDONE), overwrite, kept, "an intervention") as part:
+    with new_folder(Path(out), (INTERVENTION, UNDONE), overwrite, kept, "an intervention") as part:
         write_model(part, trained.language_model, stored, chosen)
         if masters is not None:
             write_model(part / MASTERS, trained.language_model, single, "float32", tokenizer=False)
@@ -130,7 +131,7 @@ def undo(
             "dtype": chosen,
             "result": {"weights_blake2b": hash_of(_with_head(stored))},
             "proof": {"logits_relative_difference": difference, **_cost(trained, stored)},
-            "versions": versions(),
+            "versions": versions(*DECISIVE),
         }
         write_json(part / UNDONE, content)
     return content

@@ -5,20 +5,16 @@ in, and which of the nested low-magnitude ones. Entries by cell and class, and c
 Knows nothing of files or decompositions: principal masks are given.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offprincipal.geometry import bits, cuts, nulls, scan
+from offprincipal.geometry import bits, cuts, nulls
 from offprincipal.geometry.bits import Counts, Floats
 from offprincipal.geometry.cuts import Levels
 from offprincipal.measures.changes import TensorPair
-
-if TYPE_CHECKING:
-    from offprincipal.measures.pair import MatrixPair
 
 DENSITIES_AT_ONCE = 10  # so that cells fit into a byte, and the masks that they make up into 32 bits
 
@@ -98,58 +94,6 @@ def mask_cells(codes: NDArray[np.uint16], low: Levels, principal: Levels | None,
     return MaskCells((inside * np.uint8(masks + 1) + low).astype(np.uint8), members, classes, names)
 
 
-def overlaps(pair: "MatrixPair") -> dict[float, dict[str, MaskOverlap]]:
-    """Density -> mask -> overlap; the principal and the safe mask only where the base's are known."""
-    settings, found = pair.base.settings, {}
-    rng = np.random.default_rng(pair.base.seed("mask"))
-    for alpha in settings.densities:
-        found[alpha] = {"random": _random_overlap(pair, alpha, rng)}
-    for first, divided in enumerate(pair.base.mask_cells):
-        densities = settings.densities[first * DENSITIES_AT_ONCE :]
-        tests: Sequence[nulls.ScoreTest | None] = [None] * len(divided.names)
-        if settings.mask_tests:
-            found_tests = pair.score_tests(divided.cells, divided.members)
-            tests, hits = found_tests, [test.count for test in found_tests]
-        else:
-            in_cells = np.bincount(divided.cells[pair.changed], minlength=len(divided.members))
-            hits = (in_cells @ divided.members).tolist()
-        scaled = pair.scaled_changes[first]
-        shares = [None] * len(tests) if scaled is None else (scaled @ divided.members / scaled.sum()).tolist()
-        masks = zip(divided.names, divided.entries, hits, tests, shares, strict=True)
-        for (place, name), in_mask, observed, test, share in masks:
-            found[densities[place]][name] = _overlap(pair, in_mask, observed, test, share)
-    return {alpha: {name: masks[name] for name in cuts.MASKS if name in masks} for alpha, masks in found.items()}
-
-
-def _random_overlap(pair: "MatrixPair", alpha: float, rng: np.random.Generator) -> MaskOverlap:
-    """Of a mask that was drawn without a look at rows or columns: the spacing null is its margin null too."""
-    in_mask, observed = nulls.bernoulli_overlap(pair.class_entries, pair.class_changed, alpha, rng)
-    null = nulls.overlap_null(pair.class_entries, pair.class_changed, in_mask)
-    test = nulls.ScoreTest(observed, observed - null.expected, null.variance)
-    return _overlap(pair, in_mask, observed, test, alpha if pair.scaled_changes[0] is not None else None)
-
-
-def _overlap(
-    pair: "MatrixPair", in_mask: Counts, observed: int, test: nulls.ScoreTest | None, scaled: float | None
-) -> MaskOverlap:
-    density, count = int(in_mask.sum()) / pair.numel, pair.changed_count
-    if count == 0:
-        return MaskOverlap(density)
-    rounding, spacing = pair.rounding_null, None
-    if pair.counts.on_grid:
-        spacing = nulls.overlap_null(pair.class_entries, pair.class_changed, in_mask).expected / count
-    return MaskOverlap(
-        density,
-        observed / count,
-        density,
-        rounding.overlap(pair.class_entries, in_mask) if rounding else None,
-        rounding.judged if rounding else None,
-        scaled,
-        spacing,
-        *(() if test is None else (test.expected / count, test.log_odds, test.log_odds_se, test.z)),
-    )
-
-
 def line_nulls(
     pair: TensorPair, lines: tuple[Counts, NDArray[np.uint32], NDArray[np.uint32]]
 ) -> tuple[tuple[Floats, Floats], tuple[Floats, Floats]]:
@@ -161,46 +105,6 @@ def line_nulls(
     classes, rows, columns = lines
     counts = pair.class_entries[classes], pair.class_changed[classes]
     return nulls.line_null(rows, *counts), nulls.line_null(columns, *counts)
-
-
-def pair_row(run_a: str, run_b: str, pairs: Mapping[str, "MatrixPair"]) -> dict[str, float | int | str | None]:
-    """How the changes of two runs agree, in place and in direction: a row of `pairs.parquet`.
-
-    Args:
-        pairs: run -> its matrix, all of one base.
-    """
-    a, b = pairs[run_a], pairs[run_b]
-    counts = (a.changed_count, b.changed_count)
-    both = int((a.changed & b.changed).sum())
-    test, spacing, margins = nulls.ScoreTest(both, 0.0, 0.0), None, None
-    if a.counts.on_grid and min(counts):  # off it, two runs share where in its rounding cell each weight lies
-        (test,) = a.score_tests(b.changed.view(np.uint8), np.array([[False], [True]]))
-        spacing = nulls.intersection_null(a.class_entries, a.class_changed, b.class_changed).expected
-        margins = nulls.expected_in_common((a.margins, b.margins), a.base.slots, (a.changed, b.changed))
-    rungs = {
-        "rounding": nulls.rounding_intersection(a.class_entries, (a.rounding_null, b.rounding_null), counts),
-        "spacing": spacing,
-        "margin": margins,
-    }
-    norms = (a.update_norm, b.update_norm)
-    product = scan.update_product(a.base.weight, a.tuned, b.tuned) if min(norms) > 0 else None
-    return {
-        "run_a": run_a,
-        "run_b": run_b,
-        "changed_a": counts[0],
-        "changed_b": counts[1],
-        "intersection": both,
-        **{f"intersection_{rung}_null": expected for rung, expected in rungs.items()},
-        "jaccard": nulls.jaccard(both, *counts),
-        "jaccard_random": nulls.jaccard(counts[0] * counts[1] / a.numel, *counts),
-        **{f"jaccard_{rung}_null": expected and nulls.jaccard(expected, *counts) for rung, expected in rungs.items()},
-        "jaccard_log_odds": test.log_odds,
-        "jaccard_log_odds_se": test.log_odds_se,
-        "jaccard_z": test.z,
-        "update_norm_a": norms[0],
-        "update_norm_b": norms[1],
-        "update_cosine": None if product is None else product / (norms[0] * norms[1]),
-    }
 
 
 def density_groups(densities: tuple[float, ...]) -> Iterator[tuple[float, ...]]:

@@ -5,6 +5,7 @@ through `.spectral`, which takes arrays and refers back to nothing. Knows nothin
 """
 
 import hashlib
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,15 @@ from numpy.typing import NDArray
 from offprincipal.checkpoints.checkpoint import BFLOAT16, Array
 from offprincipal.geometry import bits, cuts, nulls, scan
 from offprincipal.geometry.bits import Counts, Floats
-from offprincipal.measures import location
 from offprincipal.measures.changes import Block, ChangeCounts, TensorPair, count_changes, scan_block
+from offprincipal.measures.location import (
+    DENSITIES_AT_ONCE,
+    MaskCells,
+    MaskOverlap,
+    density_groups,
+    line_nulls,
+    mask_cells,
+)
 from offprincipal.measures.once import once
 from offprincipal.measures.settings import MatrixSettings
 
@@ -65,14 +73,14 @@ class BaseMatrix:
         return nulls.class_slots(self.codes, self.line_classes[0])
 
     @once
-    def mask_cells(self) -> list[location.MaskCells]:
+    def mask_cells(self) -> list[MaskCells]:
         """The matrix divided by its masks, as many densities at a time as cells can tell apart."""
         found, counted = [], scan.count_codes(self.codes)
-        for densities in location.density_groups(self.settings.densities):
+        for densities in density_groups(self.settings.densities):
             sizes = np.array([cuts.mask_size(self.weight.size, alpha) for alpha in densities], np.int64)
             low = cuts.low_magnitude_levels(self.weight, *cuts.low_magnitude_cuts(counted, sizes))
             principal = self.spectral.principal_levels(densities) if self.decompose else None
-            found.append(location.mask_cells(self.codes, low, principal, len(densities)))
+            found.append(mask_cells(self.codes, low, principal, len(densities)))
         return found
 
     @once
@@ -120,7 +128,7 @@ class MatrixPair(TensorPair):
     @once
     def line_nulls(self) -> tuple[tuple[Floats, Floats], tuple[Floats, Floats]]:
         """Mean and variance of the change counts under the spacing null, of the rows and of the columns."""
-        return location.line_nulls(self, self.base.line_classes)
+        return line_nulls(self, self.base.line_classes)
 
     @property
     def finest(self) -> Array:
@@ -162,9 +170,54 @@ class MatrixPair(TensorPair):
         return nulls.score_tests(self.margins, self.base.slots, self.changed, cells, members)
 
     @once
-    def overlaps(self) -> dict[float, dict[str, location.MaskOverlap]]:
+    def overlaps(self) -> dict[float, dict[str, MaskOverlap]]:
         """Density -> mask -> overlap; the principal and the safe mask only where decompositions are allowed."""
-        return location.overlaps(self)
+        settings, found = self.base.settings, {}
+        rng = np.random.default_rng(self.base.seed("mask"))
+        for alpha in settings.densities:
+            found[alpha] = {"random": self._random_overlap(alpha, rng)}
+        for first, divided in enumerate(self.base.mask_cells):
+            densities = settings.densities[first * DENSITIES_AT_ONCE :]
+            tests: Sequence[nulls.ScoreTest | None] = [None] * len(divided.names)
+            if settings.mask_tests:
+                found_tests = self.score_tests(divided.cells, divided.members)
+                tests, hits = found_tests, [test.count for test in found_tests]
+            else:
+                in_cells = np.bincount(divided.cells[self.changed], minlength=len(divided.members))
+                hits = (in_cells @ divided.members).tolist()
+            scaled = self.scaled_changes[first]
+            shares = [None] * len(tests) if scaled is None else (scaled @ divided.members / scaled.sum()).tolist()
+            masks = zip(divided.names, divided.entries, hits, tests, shares, strict=True)
+            for (place, name), in_mask, observed, test, share in masks:
+                found[densities[place]][name] = self._overlap(in_mask, observed, test, share)
+        return {alpha: {name: masks[name] for name in cuts.MASKS if name in masks} for alpha, masks in found.items()}
+
+    def _random_overlap(self, alpha: float, rng: np.random.Generator) -> MaskOverlap:
+        """Of a mask that was drawn without a look at rows or columns: the spacing null is its margin null too."""
+        in_mask, observed = nulls.bernoulli_overlap(self.class_entries, self.class_changed, alpha, rng)
+        null = nulls.overlap_null(self.class_entries, self.class_changed, in_mask)
+        test = nulls.ScoreTest(observed, observed - null.expected, null.variance)
+        return self._overlap(in_mask, observed, test, alpha if self.scaled_changes[0] is not None else None)
+
+    def _overlap(
+        self, in_mask: Counts, observed: int, test: nulls.ScoreTest | None, scaled: float | None
+    ) -> MaskOverlap:
+        density, count = int(in_mask.sum()) / self.numel, self.changed_count
+        if count == 0:
+            return MaskOverlap(density)
+        rounding, spacing = self.rounding_null, None
+        if self.counts.on_grid:
+            spacing = nulls.overlap_null(self.class_entries, self.class_changed, in_mask).expected / count
+        return MaskOverlap(
+            density,
+            observed / count,
+            density,
+            rounding.overlap(self.class_entries, in_mask) if rounding else None,
+            rounding.judged if rounding else None,
+            scaled,
+            spacing,
+            *(() if test is None else (test.expected / count, test.log_odds, test.log_odds_se, test.z)),
+        )
 
     @once
     def spectral(self) -> "PairSpectrum":

@@ -15,17 +15,18 @@ import numpy as np
 
 from offprincipal.checkpoints import Array, Part
 from offprincipal.checkpoints.checkpoint import FLOATS
-from offprincipal.comparison.execution import one_core_each
-from offprincipal.comparison.work import CompareSettings, Work
+from offprincipal.comparison.work import Work
 from offprincipal.geometry.synthetic import BLIND, blind_update, fewer_rows
-from offprincipal.measures import location
+from offprincipal.measures.agreement import pair_row
 from offprincipal.measures.changes import Block, TensorPair
 from offprincipal.measures.columns import METRICS
+from offprincipal.measures.compare_settings import CompareSettings
 from offprincipal.measures.pair import BaseMatrix, MatrixPair
 from offprincipal.measures.settings import MatrixSettings
 from offprincipal.measures.spectral import ANGLES
 from offprincipal.paper.claims.evidence import Evidence, Row
 from offprincipal.paper.claims.registry import CLAIMS
+from offprincipal.parallel import one_core_each
 
 Counts = dict[str, int]
 Progress = Callable[[int, int], None]
@@ -138,7 +139,7 @@ def _matrix(
             run: MatrixPair(base, *_stored(work, run, part, weight, update, draw)) for run, update in updates.items()
         }
         rows = [real[run, part.name] | _measured(pair) for run, pair in pairs.items()]
-        found.append((rows, [part.keys | location.pair_row(a, b, pairs) for a, b in couples]))
+        found.append((rows, [part.keys | pair_row(a, b, pairs) for a, b in couples]))
     return found
 
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from offprincipal.errors import FileError, StudyError
+from offprincipal.file_names import RECORD, REPORT, STUDY, SUMMARY
 from offprincipal.files import read_json, write_json
 from offprincipal.paper.claims import CLAIMS, SOURCES, Evidence, judge
 from offprincipal.paper.negative import blind_evidence, negative_controls, walk_controls
-from offprincipal.run_files import RECORD
 from offprincipal.studies.stages import StageKind, Workspace, base_folder
 from offprincipal.training import ShowProgress, StepReport, silent
 
@@ -21,9 +21,9 @@ from offprincipal.training import ShowProgress, StepReport, silent
 def _set_aside(space: Workspace) -> None:
     """Keep what another profile wrote in this folder, under its name: `study-quick.json` and `report-quick.html`."""
     with suppress(FileError):
-        former = read_json(space.out / "study.json").get("profile")
+        former = read_json(space.out / STUDY).get("profile")
         if isinstance(former, str) and former.isidentifier() and former != space.profile:
-            for path in (space.out / "study.json", space.out / "report.html"):
+            for path in (space.out / STUDY, space.out / REPORT):
                 if path.is_file():
                     path.replace(path.with_stem(f"{path.stem}-{former}"))
 
@@ -105,14 +105,14 @@ class ClaimsStage(StageKind):
             "runs": [_run_entry(run, space.folder(run)) for run in self.trained],
         }
         _set_aside(space)
-        write_json(space.out / "study.json", study)
+        write_json(space.out / STUDY, study)
 
     def _add_negative_controls(
         self, claims: list[dict[str, Any]], evidence: Evidence, space: Workspace, progress: ShowProgress
     ) -> None:
         """For each verdict, how often its rule decides something for blind updates."""
         runs = {run: str(space.folder(run)) for run in evidence.matrices if run in self.trained}
-        density = read_json(space.folder(self.comparison) / "summary.json")["arguments"]["alpha"]
+        density = read_json(space.folder(self.comparison) / SUMMARY)["arguments"]["alpha"]
         base, threads = str(base_folder(space.base)), os.cpu_count() or 1
 
         def show(done: int, total: int) -> None:
@@ -139,7 +139,7 @@ class ClaimsStage(StageKind):
         return {kind: {run: sft[key] for run, key in others.items() if key in sft} for kind, sft in by_settings.items()}
 
     def files(self, name: str, space: Workspace) -> list[Path]:
-        return [space.out / "study.json"]
+        return [space.out / STUDY]
 
 
 class ReportStage(StageKind):
@@ -155,10 +155,10 @@ class ReportStage(StageKind):
     def make(self, name: str, space: Workspace, progress: ShowProgress = silent, overwrite: bool = False) -> None:
         from offprincipal.reports.report import write_report
 
-        write_report(space.out / "report.html", space.folder(self.comparison), read_json(space.out / "study.json"))
+        write_report(space.out / REPORT, space.folder(self.comparison), read_json(space.out / STUDY))
 
     def files(self, name: str, space: Workspace) -> list[Path]:
-        return [space.out / "report.html"]
+        return [space.out / REPORT]
 
 
 def _run_entry(name: str, folder: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from offprincipal.adapter_methods import ADAPTER_METHODS
-from offprincipal.comparison import read_table
 from offprincipal.outcomes import Row
 from offprincipal.outcomes.curves import (
     FULL,
@@ -30,6 +29,7 @@ from offprincipal.outcomes.sweeps import (
     tried_rate,
 )
 from offprincipal.reports.numbers import short
+from offprincipal.tables import read_table
 
 SIZES = {"update_norm": "update norm", "kl_to_base": "KL to the base"}
 

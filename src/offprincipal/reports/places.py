@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from offprincipal.comparison import CompareSettings, MatrixSettings
-from offprincipal.measures.settings import FROM_FILES, as_in_files
+from offprincipal.measures.compare_settings import CompareSettings
+from offprincipal.measures.settings import FROM_FILES, MatrixSettings, as_in_files
 from offprincipal.reports.words import place_name
 
 _PLACES = ("source", "masters")

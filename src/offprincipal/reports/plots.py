@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from offprincipal.comparison.tables import read_summary
 from offprincipal.errors import ArgumentError, FileError, install_command, meant
 from offprincipal.files import require_folder, write_atomically
 from offprincipal.measures.columns import nulls_of
@@ -20,6 +19,7 @@ from offprincipal.reports import figures
 from offprincipal.reports.report import COLOURS, SYMBOLS, comparison_in, damage_reported, read_columns
 from offprincipal.reports.terminal import short_names
 from offprincipal.reports.words import agreement_left_over, plain
+from offprincipal.tables import read_summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,15 +18,25 @@ import pyarrow.parquet as pq
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 from markupsafe import Markup
 
-from offprincipal.comparison import read_summary
 from offprincipal.errors import FileError
+from offprincipal.file_names import (
+    CHECKPOINTS,
+    GATES,
+    INTERVENTION,
+    PREFLIGHT,
+    RECORD,
+    REPORT,
+    STUDY,
+    SUMMARY,
+    TRAJECTORY,
+)
 from offprincipal.files import ordinary, read_json, write_atomically
 from offprincipal.reports import exports, figures, nulls, numbers, words
 from offprincipal.reports.fine_tuning import fine_tuning_figures
 from offprincipal.reports.page import PLOTLY, WEB, asset
 from offprincipal.reports.places import reproducing, without_paths
 from offprincipal.reports.theory import theory_figures
-from offprincipal.run_files import CHECKPOINTS, RECORD
+from offprincipal.tables import read_summary
 
 COLOURS = ("#3b6fb6", "#d9772b", "#3f9a6c", "#a855a0", "#b8932c", "#c24d52", "#4aa3b8", "#7a6f5d", "#6d62c4", "#8a9a3b")
 SYMBOLS = ("circle", "diamond", "triangle-up", "star")  # of the runs of the first colours, of those of the second, …
@@ -72,12 +82,12 @@ def damage_reported(folder: Path) -> Iterator[None]:
 
 
 _OTHERS = {
-    "trajectory.json": "a trajectory, whose page is trajectory.html",
+    TRAJECTORY: "a trajectory, whose page is trajectory.html",
     RECORD: "a training run",
     CHECKPOINTS: "a training run that is not complete",
-    "gates.json": "gates",
-    "preflight.json": "a preflight, whose page is preflight.html",
-    "intervention.json": "an intervention",
+    GATES: "gates",
+    PREFLIGHT: "a preflight, whose page is preflight.html",
+    INTERVENTION: "an intervention",
 }
 
 
@@ -90,8 +100,8 @@ def write_report_of(folder: Path) -> Path:
     Raises:
         FileError: the folder lacks a table, or the page cannot be written.
     """
-    path = folder / "study.json"
-    return write_report(folder / "report.html", comparison_in(folder), read_json(path) if path.exists() else None)
+    path = folder / STUDY
+    return write_report(folder / REPORT, comparison_in(folder), read_json(path) if path.exists() else None)
 
 
 def require_comparison(folder: Path) -> None:
@@ -101,7 +111,7 @@ def require_comparison(folder: Path) -> None:
         FileError: it holds something else; the message says what.
     """
     held = next((what for name, what in _OTHERS.items() if (folder / name).exists()), None)
-    if held and not (folder / "summary.json").exists():
+    if held and not (folder / SUMMARY).exists():
         raise FileError(f"{folder} holds {held}, and no comparison: `offprincipal show {folder}` prints what it holds")
 
 
@@ -111,7 +121,7 @@ def comparison_in(folder: Path) -> Path:
     Raises:
         FileError: `study.json` is damaged.
     """
-    path = folder / "study.json"
+    path = folder / STUDY
     if not path.exists():
         require_comparison(folder)
         return folder

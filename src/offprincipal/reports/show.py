@@ -9,11 +9,24 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from offprincipal.errors import FileError
+from offprincipal.file_names import (
+    CHECKPOINTS,
+    GATES,
+    INTERVENTION,
+    JOURNAL,
+    MONITOR,
+    PREFLIGHT,
+    RECORD,
+    STUDY,
+    SUMMARY,
+    TRAJECTORY,
+    TRAJECTORY_JOURNAL,
+    UNDONE,
+)
 from offprincipal.files import read_json
 from offprincipal.reports import terminal, words
 from offprincipal.reports.numbers import number
 from offprincipal.reports.report import damage_reported
-from offprincipal.run_files import CHECKPOINTS, RECORD
 
 _WATCHED = (
     ("KL of the step", "kl_step"),
@@ -22,7 +35,7 @@ _WATCHED = (
     ("unchanged, %", "unchanged_fraction"),
     ("spectral shift", "spectral_shift"),
 )
-_JOURNALS = {"journal.jsonl": "comparison", "trajectory.journal.jsonl": "trajectory"}
+_JOURNALS = {JOURNAL: "comparison", TRAJECTORY_JOURNAL: "trajectory"}
 _ROWS = 12  # of a monitor's, the last among them
 
 
@@ -121,25 +134,25 @@ def _beside_null(row: dict[str, Any], title: str, name: str) -> str:
 
 def _intervention(path: Path) -> Iterator[RenderableType]:
     record = read_json(path)
-    yield from terminal.proof_lines(record["proof"], record["dtype"], undone=path.name == "undo.json")
+    yield from terminal.proof_lines(record["proof"], record["dtype"], undone=path.name == UNDONE)
 
 
 _KINDS: dict[str, Callable[[Path], Iterator[RenderableType]]] = {
-    "study.json": _study,
+    STUDY: _study,
     RECORD: _run,
-    "monitor.parquet": _monitor,
-    "summary.json": _comparison,
-    "trajectory.json": _trajectory,
-    "gates.json": _gates,
-    "preflight.json": _preflight,
-    "intervention.json": _intervention,
-    "undo.json": _intervention,
+    MONITOR: _monitor,
+    SUMMARY: _comparison,
+    TRAJECTORY: _trajectory,
+    GATES: _gates,
+    PREFLIGHT: _preflight,
+    INTERVENTION: _intervention,
+    UNDONE: _intervention,
 }
 
 
 _EXPLAINED: dict[str, Callable[[Any], Iterable[str]]] = {
-    "study.json": terminal.claims_sentences,
-    "summary.json": words.verdict_paragraph,
+    STUDY: terminal.claims_sentences,
+    SUMMARY: words.verdict_paragraph,
 }
 
 

@@ -13,7 +13,6 @@ from rich.box import SIMPLE
 from rich.console import Group
 from rich.table import Table
 
-from offprincipal.comparison.cache import CacheInfo
 from offprincipal.outcomes.curves import mask_words
 from offprincipal.reports.nulls import FIGURES, MARK, RUNG_TITLES, Figure, caption, matrices_of, measured
 from offprincipal.reports.numbers import as_kind, bare, number, percent, signed
@@ -24,7 +23,6 @@ from offprincipal.tasks import Task, mixture
 if TYPE_CHECKING:
     from offprincipal.deltas import Made
     from offprincipal.measures.columns import Metric
-    from offprincipal.paper import Profile
     from offprincipal.training.preview import Preview
 
 _SCREEN = 80  # columns that every terminal has
@@ -43,12 +41,6 @@ _VERDICTS = {
 def _lean() -> Table:
     """A table that spends few columns on itself."""
     return Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-
-
-def cache_line(info: CacheInfo) -> str:
-    """Where decomposed bases are kept, how many matrices, and how much they take."""
-    size, limit = (f"{amount / 1024**3:.2f} GiB" for amount in (info.size, info.limit))
-    return f"{info.folder}: {info.matrices:,} matrices, {size} of at most {limit}"
 
 
 def comparison_table(summary: Mapping[str, Any]) -> Group:
@@ -353,14 +345,14 @@ def metrics_json(metrics: Iterable["Metric"]) -> dict[str, dict[str, str]]:
     }
 
 
-def profiles_table(profiles: Iterable["Profile"], runs_of: Callable[["Profile"], int]) -> Table:
-    """Shipped studies: their names, what they ask, and how many runs they train."""
+def profiles_table(profiles: Iterable[tuple[str, str, str, int]]) -> Table:
+    """Shipped studies: their names, what they ask, their base, and how many runs they train."""
     table = _lean()
     for title in ("profile", "what it asks", "base"):
         table.add_column(title)
     table.add_column("training runs", justify="right")
-    for profile in profiles:
-        table.add_row(profile.name, shown(profile.title), shown(profile.base), str(runs_of(profile)))
+    for name, title, base, runs in profiles:
+        table.add_row(name, shown(title), shown(base), str(runs))
     return table
 
 

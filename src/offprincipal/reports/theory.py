@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from offprincipal.comparison import read_table
+from offprincipal.file_names import PRECISION
 from offprincipal.files import read_json
 from offprincipal.reports.numbers import short
+from offprincipal.tables import read_table
 
 FORMATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float8 (e4m3)"}
 BOUNDS = {"weyl": "Weyl", "mirsky": "Mirsky", "ky_fan": "Ky Fan", "wedin": "Wedin"}
@@ -34,7 +35,7 @@ def theory_figures(folder: Path, study: Mapping[str, Any] | None) -> Json:
     if places.get("agreement"):
         found["agreement"] = agreement([row for at in places["agreement"] for row in read_table(at, "agreement")])
     if places.get("precision"):
-        runs = read_json(places["precision"][0] / "precision.json")["runs"]
+        runs = read_json(places["precision"][0] / PRECISION)["runs"]
         found["precision"] = precision(runs)
         found["steps"] = steps(runs)
     watched = [*places.get("watched_rl", ()), *places.get("watched_sft", ())]

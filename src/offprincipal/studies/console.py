@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from offprincipal.assets import EMBEDDED
+from offprincipal.file_names import STUDY
 from offprincipal.files import read_json
 from offprincipal.recipes import RECIPES
 from offprincipal.studies.experiments import GatesStage, PrecisionStage
@@ -22,7 +23,6 @@ from offprincipal.training import StepReport
 from offprincipal.training.progress import describe
 
 _MOST_JOBS = 4
-STUDY = "study.json"
 _PRINT_EVERY = 30.0  # seconds between lines if there is no terminal
 
 

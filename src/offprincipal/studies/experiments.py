@@ -23,6 +23,7 @@ from offprincipal.checkpoints.masters import masters_of
 from offprincipal.checkpoints.matrices import common_matrices
 from offprincipal.defaults import DENSITY, RANK_FRACTION
 from offprincipal.errors import StudyError
+from offprincipal.file_names import GATES, INTERVENTION, MASTERS, PRECISION
 from offprincipal.files import require_folder, write_atomically, write_json
 from offprincipal.gates.precision_gate import (
     PrecisionSettings,
@@ -35,13 +36,12 @@ from offprincipal.geometry.gaussian import isotropic_update
 from offprincipal.geometry.nulls import intersection_null, jaccard
 from offprincipal.geometry.precision import changed, exponent_class
 from offprincipal.geometry.ulp import total
-from offprincipal.run_files import MASTERS
 from offprincipal.studies.stages import StageKind, Workspace, base_folder
 from offprincipal.training import ShowProgress, silent
 
 Row = dict[str, Any]
 WEIGHTS = "model.safetensors"
-AGREEMENT, PRECISION, GATES = "agreement.parquet", "precision.parquet", "gates.json"
+AGREEMENT, PRECISION_TABLE = "agreement.parquet", "precision.parquet"
 AS_TRAINED, UNDONE = "as trained", "undone"  # views of an agreement
 
 
@@ -66,7 +66,7 @@ class InterveneStage(StageKind):
         intervene(base_folder(space.base), space.folder(name), **chosen, overwrite=True)
 
     def files(self, name: str, space: Workspace) -> list[Path]:
-        return [space.folder(name) / file for file in (WEIGHTS, "intervention.json")]
+        return [space.folder(name) / file for file in (WEIGHTS, INTERVENTION)]
 
 
 class AgreementStage(StageKind):
@@ -164,11 +164,11 @@ class PrecisionStage(StageKind):
                 "precision_sweep": pool_sweep(found.sweep),
             }
         require_folder(space.folder(name))
-        write_json(space.folder(name) / "precision.json", {"schema": 1, "runs": pooled})
-        write_rows(space.folder(name) / PRECISION, rows)
+        write_json(space.folder(name) / PRECISION, {"schema": 1, "runs": pooled})
+        write_rows(space.folder(name) / PRECISION_TABLE, rows)
 
     def files(self, name: str, space: Workspace) -> list[Path]:
-        return [space.folder(name) / PRECISION, space.folder(name) / "precision.json"]
+        return [space.folder(name) / PRECISION_TABLE, space.folder(name) / PRECISION]
 
 
 class GatesStage(StageKind):

@@ -15,15 +15,14 @@ from pydantic import Field, model_validator
 from offprincipal.checkpoints import open_checkpoint
 from offprincipal.checkpoints.masters import masters_of
 from offprincipal.checkpoints.matrices import common_matrices
-from offprincipal.comparison.tables import read_summary, read_table
 from offprincipal.errors import StudyError
+from offprincipal.file_names import MONITOR, RECORD
 from offprincipal.files import read_json, require_folder, write_json
 from offprincipal.outcomes.sweeps import TriedRate, highest_stable, rate_for
-from offprincipal.run_files import RECORD
 from offprincipal.studies.experiments import Row, write_rows
 from offprincipal.studies.stages import StageKind, TrainStage, Workspace, base_folder
+from offprincipal.tables import read_summary, read_table
 from offprincipal.training import ShowProgress, silent
-from offprincipal.training.monitor.table import NAME as MONITOR
 
 MATCHED = "matched.json"
 OUTCOMES_TABLE, CURVES_TABLE = "outcomes.parquet", "kl_curves.parquet"

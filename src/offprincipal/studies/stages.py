@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from offprincipal.comparison import CompareSettings, MatrixSettings, compare
 from offprincipal.defaults import DENSITY, NULL_DRAWS, RANK_FRACTION
 from offprincipal.errors import StudyError
+from offprincipal.file_names import MONITOR, RECORD, SUMMARY
 from offprincipal.measures.columns import GROUPS, Group
 from offprincipal.models import model_name
-from offprincipal.run_files import RECORD
 from offprincipal.tasks import open_task
 from offprincipal.training import ShowProgress, StepReport, TrainSettings, parse_settings, silent, train
 
@@ -127,7 +127,7 @@ class TrainStage(StageKind):
 
     def files(self, name: str, space: Workspace) -> list[Path]:
         watched = {**space.training, **(self.model_extra or {})}.get("monitor") is not None
-        left = ["model.safetensors", RECORD, *(["monitor.parquet"] if watched else [])]
+        left = ["model.safetensors", RECORD, *([MONITOR] if watched else [])]
         return [space.folder(name) / file for file in left]
 
 
@@ -156,7 +156,7 @@ class CompareStage(StageKind):
         compare(base_folder(space.base), tuned, settings, out=space.folder(name), progress=show)
 
     def files(self, name: str, space: Workspace) -> list[Path]:
-        tables = ("matrices.parquet", "masks.parquet", "pairs.parquet", "curves.parquet", "summary.json")
+        tables = ("matrices.parquet", "masks.parquet", "pairs.parquet", "curves.parquet", SUMMARY)
         return [space.folder(name) / table for table in tables]
 
 

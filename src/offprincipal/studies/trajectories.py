@@ -7,15 +7,15 @@ import numpy as np
 from pydantic import Field
 
 from offprincipal.errors import StudyError
+from offprincipal.file_names import DELTAS, MASTERS, TRAJECTORY_PAGE
 from offprincipal.files import require_folder
 from offprincipal.reports.trajectory import write_figure
-from offprincipal.run_files import DELTAS, MASTERS
 from offprincipal.studies.experiments import Row, write_rows
 from offprincipal.studies.stages import StageKind, Workspace, base_folder
 from offprincipal.training import ShowProgress, silent
 from offprincipal.trajectories import trajectory
 from offprincipal.trajectories.scalars import NULLS, SCALARS, SIDES, scalars_of
-from offprincipal.trajectories.trajectory import PAGE, followed
+from offprincipal.trajectories.trajectory import followed
 
 WEIGHTS = ("stored", "float32")
 TABLE = "trajectories.parquet"
@@ -55,7 +55,7 @@ class TrajectoryStage(StageKind):
                 masters = weights == "float32"
                 out = space.folder(name) / f"{run}_{weights}"
                 found = trajectory(base, kept, masters=masters, subspace_rank=self.subspace_rank, out=out).content
-                write_figure(out / PAGE, found)
+                write_figure(out / TRAJECTORY_PAGE, found)
                 keys = {"run": run, "weights": weights, "checkpoints": len(found["steps"])}
                 rows.append(keys | {"draw": None} | _row(found["pooled"]))
                 blind = self._blind(base, kept, masters)

@@ -12,9 +12,9 @@ from transformers import TrainerCallback
 
 from offprincipal.adapters import Isospectral
 from offprincipal.deltas import make_delta
+from offprincipal.file_names import MASTERS
 from offprincipal.files import write_atomically
 from offprincipal.memory import return_freed_memory_if_scarce
-from offprincipal.run_files import MASTERS
 from offprincipal.training.processes import in_main, whole_state
 from offprincipal.training.progress import ShowProgress, StepReport
 

@@ -24,7 +24,6 @@ import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ import torch
 
 from offprincipal.adapters import Isospectral
 from offprincipal.errors import ArgumentError, FileError, TrainingError
+from offprincipal.file_names import CHECKPOINTS, DELTAS, MASTERS, MONITOR, RECORD, STARTED
 from offprincipal.files import (
     disk_faults_reported,
     exclusively,
@@ -45,16 +45,16 @@ from offprincipal.memory import freed_memory_kept
 from offprincipal.models import LanguageModel, identify, model_name, open_language_model, require_training_extra
 from offprincipal.models.quiet import quiet_libraries, send_no_telemetry
 from offprincipal.recipes import RECIPES
-from offprincipal.run_files import CHECKPOINTS, DELTAS, MASTERS, RECORD, STARTED
 from offprincipal.tasks import Split, open_task, require_problems
 from offprincipal.tasks.prompting import prompting
 from offprincipal.training.evaluation import evaluate
-from offprincipal.training.monitor import Monitor, base_file, table
+from offprincipal.training.monitor import Monitor, base_file
 from offprincipal.training.processes import in_main, is_main, join, processes, whole_state
 from offprincipal.training.progress import ShowProgress, StepReport, silent, terminal_progress
 from offprincipal.training.settings import TrainSettings, parse_settings
 from offprincipal.training.settings_by_model import by_the_model
 from offprincipal.training.trained import ADAPTER, MASKS, RunModels, prepare
+from offprincipal.versions import versions
 
 SCHEMA = 1
 LOG = logging.getLogger("offprincipal")
@@ -212,7 +212,7 @@ def _run(settings: TrainSettings, out: Path, show: ShowProgress, siblings: Itera
             "log": log,
             "seconds": round(sum(entry.get("seconds", 0.0) for entry in log), 3),
             "machine": _machine(language_model),
-            "versions": _versions(),
+            "versions": versions("python", "offprincipal", "torch", "transformers", "trl", "accelerate"),
         }
         if monitor is not None and monitor.stopped:
             record["stopped"] = monitor.stopped
@@ -438,7 +438,7 @@ def _discard(out: Path) -> None:
     if not out.is_dir() or not ((out / RECORD).exists() or (out / CHECKPOINTS).is_dir()):
         return
     (out / RECORD).unlink(missing_ok=True)
-    for name in (table.NAME, MASKS):
+    for name in (MONITOR, MASKS):
         (out / name).unlink(missing_ok=True)
     for weights in out.glob("*.safetensors"):
         weights.unlink()
@@ -488,11 +488,6 @@ def _machine(language_model: LanguageModel) -> dict[str, Any]:
         "cores": os.cpu_count(),
         **({"processes": processes()} if processes() > 1 else {}),
     }
-
-
-def _versions() -> dict[str, str]:
-    packages = ("offprincipal", "torch", "transformers", "trl", "accelerate")
-    return {"python": platform.python_version(), **{package: metadata.version(package) for package in packages}}
 
 
 def _record(path: Path) -> dict[str, Any] | None:

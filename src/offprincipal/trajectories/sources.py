@@ -7,7 +7,7 @@ from pathlib import Path
 from offprincipal.checkpoints import hub
 from offprincipal.checkpoints.delta import SUFFIX
 from offprincipal.errors import ArgumentError
-from offprincipal.run_files import DELTAS, MASTERS, RECORD
+from offprincipal.file_names import DELTAS, MASTERS, RECORD
 
 _STEP = re.compile(r"(?:^|[-_=.@])(?:(?:checkpoint|global_step|step|iter|epoch)s?)?[-_=]?([0-9]{1,12})$")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".distcp", SUFFIX)

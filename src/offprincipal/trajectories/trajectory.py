@@ -16,14 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from offprincipal.checkpoints import Checkpoint, Part, open_checkpoint
-from offprincipal.comparison.execution import in_order, in_threads, one_core_each, run_on_ray
+from offprincipal.comparison.execution import run_on_ray
 from offprincipal.comparison.journal import gather, held, resumable
 from offprincipal.errors import ArgumentError, CheckpointError, FileError
+from offprincipal.file_names import TRAJECTORY, TRAJECTORY_JOURNAL
 from offprincipal.files import identities, read_json, require_folder, require_unchanged, write_atomically, write_json
 from offprincipal.geometry.extrapolation import METHODS, Method
 from offprincipal.measures.columns import needs_torch
 from offprincipal.measures.settings import Device, MatrixSettings
 from offprincipal.memory import SHARE, free_memory
+from offprincipal.parallel import in_order, in_threads, one_core_each
 from offprincipal.trajectories.measure import Moved, restored
 from offprincipal.trajectories.prediction import Progress, predictions_of, require_predictable, write_prediction
 from offprincipal.trajectories.scalars import Row, Sums
@@ -33,8 +35,7 @@ from offprincipal.trajectories.work import Followed, TrajectorySettings
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-JSON, TABLE, PAGE = "trajectory.json", "trajectory.parquet", "trajectory.html"
-JOURNAL = "trajectory.journal.jsonl"
+TABLE = "trajectory.parquet"
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,7 +59,7 @@ class Trajectory:
         require_folder(folder)
         table = pa.Table.from_pylist(self.rows)
         write_atomically(folder / TABLE, partial(pq.write_table, table, use_dictionary=["tensor", "role"]))
-        write_json(folder / JSON, self.content)
+        write_json(folder / TRAJECTORY, self.content)
         return folder
 
     def __repr__(self) -> str:
@@ -166,7 +167,7 @@ def trajectory(
     def restore(name: str, kept: Row) -> None:
         sums.add(name, restored(kept))
 
-    with held(out) as folder, resumable(folder, work, opened, restore, JOURNAL) as journal:
+    with held(out) as folder, resumable(folder, work, opened, restore, TRAJECTORY_JOURNAL) as journal:
         with one_core_each(needs_torch(work.settings.metrics)):
             gather(parts, sums.known, measure, sums.add, journal, progress)
         require_unchanged(opened)
@@ -234,7 +235,7 @@ def _require_no_other_prediction(out: Path, at: float, by: str) -> None:
         return
     made: Any = None
     with suppress(FileError, LookupError, TypeError):
-        made = read_json(out / JSON)["prediction"]
+        made = read_json(out / TRAJECTORY)["prediction"]
     if not isinstance(made, dict) or (made.get("step"), made.get("by")) != (at, by):
         how = f"by {made['by']}" if isinstance(made, dict) and made.get("step") == at else "in another way"
         raise FileError(

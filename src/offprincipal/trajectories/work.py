@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offprincipal.checkpoints import Array, Checkpoint, Part, open_checkpoint
-from offprincipal.comparison.work import CompareSettings, Work
+from offprincipal.comparison.work import Work
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
+from offprincipal.measures.compare_settings import CompareSettings
 from offprincipal.trajectories.measure import Floats, Moved, Read, in_float64, measure, seed_of, walk_blindly
 
 _OF_MATRIX, _IN_BLOCKS = 40, 1 << 26  # bytes per entry if subspaces are computed; bytes if not

@@ -7,21 +7,21 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from offprincipal.comparison import read_table
 from offprincipal.errors import StudyError
+from offprincipal.file_names import GATES, MONITOR
 from offprincipal.files import read_json
 from offprincipal.measures.columns import RUNGS
 from offprincipal.measures.pooling import STEPS, anatomy, jaccard_estimate, pool_column
 from offprincipal.paper.claims.rules import differences, over_units, ratios
 from offprincipal.paper.claims.units import Effect, TwoSamples
-from offprincipal.studies.experiments import AGREEMENT, GATES, PRECISION
+from offprincipal.studies.experiments import AGREEMENT, PRECISION_TABLE
 from offprincipal.studies.fine_tuning import CURVES_TABLE, OUTCOMES_TABLE
 from offprincipal.studies.trajectories import TABLE as TRAJECTORIES
-from offprincipal.training.monitor.table import NAME as MONITOR
+from offprincipal.tables import read_table
 
 SOURCES = {
     "agreement": AGREEMENT,
-    "precision": PRECISION,
+    "precision": PRECISION_TABLE,
     "bounds": "matrices.parquet",
     "gates": GATES,
     "watched_rl": MONITOR,

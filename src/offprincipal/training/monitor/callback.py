@@ -8,7 +8,7 @@ from transformers import Trainer, TrainerCallback
 
 from offprincipal.errors import OffPrincipalError
 from offprincipal.training.monitor.divergence import unpadded
-from offprincipal.training.monitor.monitor import LOG, Monitor
+from offprincipal.training.monitor.observer import LOG, Observer
 from offprincipal.training.monitor.table import DIVERGENCES
 from offprincipal.training.processes import in_main
 
@@ -36,7 +36,7 @@ class MonitorCallback(TrainerCallback):
             written.
     """
 
-    def __init__(self, monitor: Monitor) -> None:
+    def __init__(self, monitor: Observer) -> None:
         self.trainer: Any = None
         self._monitor = monitor
         self._seen: tuple[list[list[int]], list[list[bool]]] | None = None

@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from offprincipal.errors import FileError
+from offprincipal.file_names import MONITOR
 from offprincipal.files import ordinary, write_atomically
 from offprincipal.measures.pooling import pool_run
 from offprincipal.training.monitor.monitored_base import COLUMNS
 from offprincipal.training.monitor.walk import COLUMNS as WALK
 
-NAME = "monitor.parquet"
 LOG = logging.getLogger("offprincipal")
 Row = Mapping[str, Any]
 
@@ -77,7 +77,7 @@ class MonitorTable:
     """
 
     def __init__(self, folder: Path, after_step: int) -> None:
-        self.path = folder / NAME
+        self.path = folder / MONITOR
         self._table = SCHEMA.empty_table()
         if after_step == 0:
             self._put_aside()
@@ -111,7 +111,7 @@ def read_monitor(folder: str | Path) -> list[dict[str, Any]]:
     Raises:
         FileError: the folder holds none.
     """
-    rows: list[dict[str, Any]] = _read(Path(folder) / NAME).to_pylist()
+    rows: list[dict[str, Any]] = _read(Path(folder) / MONITOR).to_pylist()
     return rows
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from offprincipal.conditions import Threshold, parse_threshold
+from offprincipal.measures.conditions import Threshold, parse_threshold
 from offprincipal.training.monitor.table import METRICS
 
 _POOLED = "pooled "

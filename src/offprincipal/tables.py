@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from offprincipal.errors import FileError
+from offprincipal.file_names import SUMMARY
 from offprincipal.files import ordinary, read_json, require_folder, write_atomically, write_json
 from offprincipal.measures.columns import METRICS, RUNGS
 from offprincipal.measures.location import MaskOverlap
@@ -63,7 +64,7 @@ def write_tables(
         table = arrow_table(name, rows)
         texts = [field.name for field in table.schema if field.type == pa.string()]
         write_atomically(out / f"{name}.parquet", partial(pq.write_table, table, use_dictionary=texts))
-    write_json(out / "summary.json", summary)
+    write_json(out / SUMMARY, summary)
     return out
 
 
@@ -92,7 +93,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     Raises:
         FileError: the folder has none.
     """
-    return read_json(folder / "summary.json")
+    return read_json(folder / SUMMARY)
 
 
 def require_nothing_lost(folder: Path, base: str, runs: Mapping[str, Any], groups: Collection[str]) -> None:
@@ -143,7 +144,7 @@ def require_none_replaced(
 def _is_foreign(folder: Path) -> bool:
     """Whether a folder holds a summary.json that nothing of ours wrote."""
     with suppress(FileError):
-        return (folder / "summary.json").is_file() and "runs" not in read_json(folder / "summary.json")
+        return (folder / SUMMARY).is_file() and "runs" not in read_json(folder / SUMMARY)
     return False
 
 

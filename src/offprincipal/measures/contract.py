@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from offprincipal.conditions import Threshold, parse_threshold
 from offprincipal.errors import ArgumentError, FileError
 from offprincipal.measures.columns import Group, metrics_of
+from offprincipal.measures.conditions import Threshold, parse_threshold
 
 _SHOWN = 5
 _MOST_BYTES = 1 << 20
