@@ -18,10 +18,15 @@ faults: setup
 	OFFPRINCIPAL_TIMES=$${OFFPRINCIPAL_TIMES:-40} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -rA --no-header \
 	  tests/test_kills.py tests/test_checkpoint_fuzz.py tests/test_state_fuzz.py tests/test_tokenizer_guard.py
 
+# The page's scripts share one scope, so they are linted as one.
+WEB := src/offprincipal/reports/web
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/oxfmt --check $(WEB)/*.js
+	@mkdir -p build && cat $(WEB)/core.js $(filter-out %/core.js %/start.js,$(wildcard $(WEB)/*.js)) $(WEB)/start.js > build/page.js
+	$(BIN)/oxlint build/page.js
 
 bench: setup
 	$(BIN)/python benchmarks/compare.py

@@ -4,7 +4,6 @@ Figures from counts of stored bits need no torch; those that need a decompositio
 through `.spectral`, which takes arrays and refers back to nothing. Knows nothing of files or tables.
 """
 
-import hashlib
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from offprincipal.checkpoints.checkpoint import BFLOAT16, Array
 from offprincipal.geometry import bits, cuts, nulls, scan
 from offprincipal.geometry.bits import Counts, Floats
+from offprincipal.geometry.draws import seed_of
 from offprincipal.measures.changes import Block, ChangeCounts, TensorPair, count_changes, scan_block
 from offprincipal.measures.location import (
     DENSITIES_AT_ONCE,
@@ -56,7 +56,7 @@ class BaseMatrix:
         self.settings = settings
         self.decompose = decompose
         self.cache = cache
-        self.seed = partial(_seed, settings.seed, name)  # no method, which would refer back to the matrix
+        self.seed = partial(seed_of, settings.seed, name)  # no method, which would refer back to the matrix
 
     @once
     def codes(self) -> NDArray[np.uint16]:
@@ -227,9 +227,3 @@ class MatrixPair(TensorPair):
         known = self.finest if self.finest.dtype in _TELLS_STEPS else None
         lengths = (self.update_norm, self.base_norm, self.gaussian_scale)
         return PairSpectrum(self.base.spectral, self.tuned, *lengths, known)
-
-
-def _seed(seed: int, name: str, purpose: str) -> int:
-    """A 63-bit seed that depends on the settings' seed, the tensor's name and the purpose alone."""
-    digest = hashlib.blake2b(f"{seed}/{name}/{purpose}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

@@ -4,7 +4,6 @@ Every run is replaced by a blind update as long as its own, stored as it was, an
 again by the same rule. What is decided there is decided about nothing.
 """
 
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,6 +15,7 @@ import numpy as np
 from offprincipal.checkpoints import Array, Part
 from offprincipal.checkpoints.checkpoint import FLOATS
 from offprincipal.comparison.work import Work
+from offprincipal.geometry.draws import seed_of
 from offprincipal.geometry.synthetic import BLIND, blind_update, fewer_rows
 from offprincipal.measures.agreement import pair_row
 from offprincipal.measures.changes import Block, TensorPair
@@ -158,7 +158,7 @@ def _tensor(
     """For tensors other than linear matrices claims need only the changed entries; for a large one, some rows."""
     base = work.read(work.base_checkpoint, part).reshape(len(part.matrix_shape) and part.matrix_shape[0], -1)
     most = max(1, _SAMPLED // max(base.shape[1], 1))
-    rng = np.random.default_rng(zlib.crc32(part.name.encode()))
+    rng = np.random.default_rng(seed_of(0, "rows", part.name))
     drawn = slice(None) if len(base) <= most else rng.choice(len(base), most, replace=False)
     weight = base[drawn].astype(np.float64)
     found: list[tuple[list[Row], list[Row]]] = [([], []) for _ in range(draws)]
@@ -182,7 +182,7 @@ def _stored(
     work: Work, run: str, part: Part, weight: np.ndarray[Any, Any], update: np.ndarray[Any, Any], draw: int
 ) -> tuple[Array, Array | None]:
     """A blind update of a run: stored as the run is, with masters if the run kept them."""
-    rng = np.random.default_rng([draw, zlib.crc32(part.name.encode()), zlib.crc32(run.encode())])
+    rng = np.random.default_rng(seed_of(draw, "blind update", part.name, run))
     masters = (weight + blind_update(BLIND[draw % len(BLIND)], update, rng)).astype(np.float32)
     checkpoint = work.runs[run]
     kind = FLOATS[checkpoint.tensors[work.stored_as(checkpoint, part.tensor)].dtype]

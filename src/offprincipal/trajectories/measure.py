@@ -1,6 +1,5 @@
 """One tensor of every checkpoint, read once and in blocks: inner products of displacements, and what changed when."""
 
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from offprincipal.checkpoints import Array
 from offprincipal.errors import NonFiniteTensor
 from offprincipal.geometry import bits, scan, walks
+from offprincipal.geometry.draws import seed_of
 
 Floats = NDArray[np.float64]
 HELD = 1 << 22  # entries of all checkpoints together that are held at once
@@ -136,20 +136,15 @@ def walk_blindly(name: str, base: Read, checkpoints: Sequence[Read], start: int,
     origin, stored = base(sampled.first, sampled.last), [read(sampled.first, sampled.last) for read in checkpoints]
     wide = _finite(origin)
     sampled.take(sampled.first, origin, np.stack([_finite(one) - wide for one in stored]), stored[-1].dtype)
-    rng = np.random.default_rng([1, seed_of(name)])  # others than those of its own null
+    rng = np.random.default_rng(seed_of(0, "blind walk", name))  # others than those of its own null
     return np.stack([sampled.walk(rng) for _ in range(draws)])
-
-
-def seed_of(name: str) -> int:
-    """A tensor's own, the same on every machine."""
-    return zlib.crc32(name.encode("utf-8", "surrogatepass"))
 
 
 class _Sample:
     """Some contiguous entries of a tensor, on which a walk is drawn anew; chosen by its name."""
 
     def __init__(self, name: str, start: int, stop: int, most: int = SAMPLE) -> None:
-        self.rng = np.random.default_rng(seed_of(name))
+        self.rng = np.random.default_rng(seed_of(0, "walk", name))
         size = min(most, stop - start)
         self.first = start + int(self.rng.integers(0, stop - start - size + 1))
         self.last, self.entries = self.first + size, stop - start

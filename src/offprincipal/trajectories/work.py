@@ -11,7 +11,7 @@ from offprincipal.checkpoints import Array, Checkpoint, Part, open_checkpoint
 from offprincipal.comparison.work import Work
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
 from offprincipal.measures.compare_settings import CompareSettings
-from offprincipal.trajectories.measure import Floats, Moved, Read, in_float64, measure, seed_of, walk_blindly
+from offprincipal.trajectories.measure import Floats, Moved, Read, in_float64, measure, walk_blindly
 
 _OF_MATRIX, _IN_BLOCKS = 40, 1 << 26  # bytes per entry if subspaces are computed; bytes if not
 
@@ -122,6 +122,7 @@ class Followed(Work):
     def _overlaps(self, part: Part, moved: Moved) -> tuple[Floats, float]:
         import torch
 
+        from offprincipal.geometry.draws import generator_of
         from offprincipal.geometry.overlaps import subspace_overlaps
         from offprincipal.measures.spectral import chosen_device
 
@@ -129,7 +130,7 @@ class Followed(Work):
         rank = self.settings.subspace_rank or 0
 
         def on(device: torch.device) -> tuple[Floats, float]:
-            generator = torch.Generator().manual_seed(seed_of(part.name))
+            generator = generator_of(0, "overlaps", part.name)
             return subspace_overlaps(
                 lambda t: torch.from_numpy(_wide(self.read(runs[t], part)) - base).to(device),
                 moved.gram,

@@ -1,34 +1,115 @@
 // Figures of whole runs: how they were trained, where their changes fell, and which they share.
 
 figures["figure-training"] = () => {
-  const traces = [], runs = data.training, rows = numbered(runs.length);
+  const traces = [],
+    runs = data.training,
+    rows = numbered(runs.length);
   runs.forEach((run, i) => {
-    const before = run.before.sampled_accuracy, after = run.after.sampled_accuracy;
+    const before = run.before.sampled_accuracy,
+      after = run.after.sampled_accuracy;
     const error = run.after.sampled_accuracy_se;
-    const interval = known([error, after]).length === 2 ? { type: "data", array: [1.96 * error], color: run.colour, thickness: 1.5, width: 4 } : undefined;
-    const common = { type: "scatter", name: label(run.name), hovertemplate: "%{fullData.name}<br>%{x:.1%}<extra>%{meta}</extra>" };
-    traces.push({ ...common, mode: "lines", x: [before, after], y: [i, i], line: { color: light(run.colour), width: 4 }, hoverinfo: "skip", hovertemplate: undefined });
-    traces.push({ ...common, meta: "before", mode: "markers", x: [before], y: [i], marker: { size: 11, color: GROUND, line: { color: run.colour, width: 2 } } });
-    traces.push({ ...common, meta: "after", mode: "markers", x: [after], y: [i], error_x: interval, marker: { size: 11, color: run.colour } });
+    const interval =
+      known([error, after]).length === 2
+        ? { type: "data", array: [1.96 * error], color: run.colour, thickness: 1.5, width: 4 }
+        : undefined;
+    const common = {
+      type: "scatter",
+      name: label(run.name),
+      hovertemplate: "%{fullData.name}<br>%{x:.1%}<extra>%{meta}</extra>",
+    };
+    traces.push({
+      ...common,
+      mode: "lines",
+      x: [before, after],
+      y: [i, i],
+      line: { color: light(run.colour), width: 4 },
+      hoverinfo: "skip",
+      hovertemplate: undefined,
+    });
+    traces.push({
+      ...common,
+      meta: "before",
+      mode: "markers",
+      x: [before],
+      y: [i],
+      marker: { size: 11, color: GROUND, line: { color: run.colour, width: 2 } },
+    });
+    traces.push({
+      ...common,
+      meta: "after",
+      mode: "markers",
+      x: [after],
+      y: [i],
+      error_x: interval,
+      marker: { size: 11, color: run.colour },
+    });
   });
   const some = runs.some((run) => run.before.sampled_accuracy > 0 || run.after.sampled_accuracy > 0);
   draw("figure-training", traces, {
-    height: 70 + 34 * runs.length, margin: { l: 50, r: 20, t: 8, b: 44 },
-    xaxis: axis({ tickformat: ".0%", ...(some ? { rangemode: "normal" } : { range: [-0.02, 1] }), title: title("sampled accuracy on held-out prompts") }),
-    yaxis: axis({ tickvals: rows, ticktext: runs.map((run) => label(run.name)), range: [runs.length - 0.5, -0.5], zeroline: false }),
+    height: 70 + 34 * runs.length,
+    margin: { l: 50, r: 20, t: 8, b: 44 },
+    xaxis: axis({
+      tickformat: ".0%",
+      ...(some ? { rangemode: "normal" } : { range: [-0.02, 1] }),
+      title: title("sampled accuracy on held-out prompts"),
+    }),
+    yaxis: axis({
+      tickvals: rows,
+      ticktext: runs.map((run) => label(run.name)),
+      range: [runs.length - 0.5, -0.5],
+      zeroline: false,
+    }),
   });
 };
 
 figures["figure-anatomy"] = () => {
-  const masks = data.anatomy, parts = data.anatomy_parts, rows = numbered(data.runs.length), traces = [], layout = { annotations: [], barmode: "relative", bargap: 0.3 };
-  const all = masks.flatMap((mask) => mask.runs), sum = (values) => values.reduce((total, value) => total + value, 0);
-  const ends = all.flatMap((run) => [1, -1].map((sign) => sum(known(run.parts).filter((value) => value * sign > 0)) * sign)); // of the bars to either side
-  const reach = 1.08 * Math.max(1, ...ends), { at, height } = panels(masks.length, 22 + 34 * data.runs.length);
+  const masks = data.anatomy,
+    parts = data.anatomy_parts,
+    rows = numbered(data.runs.length),
+    traces = [],
+    layout = { annotations: [], barmode: "relative", bargap: 0.3 };
+  const all = masks.flatMap((mask) => mask.runs),
+    sum = (values) => values.reduce((total, value) => total + value, 0);
+  const ends = all.flatMap((run) =>
+    [1, -1].map((sign) => sum(known(run.parts).filter((value) => value * sign > 0)) * sign),
+  ); // of the bars to either side
+  const reach = 1.08 * Math.max(1, ...ends),
+    { at, height } = panels(masks.length, 22 + 34 * data.runs.length);
   masks.forEach((mask, j) => {
-    const panel = at(j), on = { orientation: "h", xaxis: "x" + suffix(j), yaxis: "y" + suffix(j), y: rows, customdata: data.runs.map((name) => label(name)) };
-    parts.forEach(([part, colour], k) => traces.push({ ...on, type: "bar", x: mask.runs.map((run) => run.parts[k]), marker: { color: colour }, hovertemplate: `%{customdata}<br>${part}: %{x:+.2f} points<extra></extra>` }));
-    traces.push({ ...on, type: "scatter", mode: "markers", x: mask.runs.map((run) => run.measured), marker: { symbol: "line-ns", size: 20, line: { color: INK, width: 2.5 } }, hovertemplate: "%{customdata}<br>measured: %{x:+.2f} points beyond chance<extra></extra>" });
-    layout["xaxis" + suffix(j)] = axis({ domain: panel.x, anchor: "y" + suffix(j), range: [-reach, reach], zerolinewidth: 1.5, tickformat: "~g", nticks: 6, title: title("points beyond chance") });
+    const panel = at(j),
+      on = {
+        orientation: "h",
+        xaxis: "x" + suffix(j),
+        yaxis: "y" + suffix(j),
+        y: rows,
+        customdata: data.runs.map((name) => label(name)),
+      };
+    parts.forEach(([part, colour], k) =>
+      traces.push({
+        ...on,
+        type: "bar",
+        x: mask.runs.map((run) => run.parts[k]),
+        marker: { color: colour },
+        hovertemplate: `%{customdata}<br>${part}: %{x:+.2f} points<extra></extra>`,
+      }),
+    );
+    traces.push({
+      ...on,
+      type: "scatter",
+      mode: "markers",
+      x: mask.runs.map((run) => run.measured),
+      marker: { symbol: "line-ns", size: 20, line: { color: INK, width: 2.5 } },
+      hovertemplate: "%{customdata}<br>measured: %{x:+.2f} points beyond chance<extra></extra>",
+    });
+    layout["xaxis" + suffix(j)] = axis({
+      domain: panel.x,
+      anchor: "y" + suffix(j),
+      range: [-reach, reach],
+      zerolinewidth: 1.5,
+      tickformat: "~g",
+      nticks: 6,
+      title: title("points beyond chance"),
+    });
     layout["yaxis" + suffix(j)] = ofRuns(data.runs, panel, rows, "x" + suffix(j));
     layout.annotations.push(heading(mask.title, middle(panel.x), panel.y[1]));
   });
@@ -38,18 +119,61 @@ figures["figure-anatomy"] = () => {
 };
 
 figures["figure-overlaps"] = () => {
-  const masks = data.overlaps, rows = numbered(data.runs.length), traces = [], layout = { annotations: [], barmode: "group", bargap: 0.28, bargroupgap: 0.08 };
+  const masks = data.overlaps,
+    rows = numbered(data.runs.length),
+    traces = [],
+    layout = { annotations: [], barmode: "group", bargap: 0.28, bargroupgap: 0.08 };
   const { at, height } = panels(masks.length, 6 + 66 * data.runs.length);
   masks.forEach((mask, j) => {
-    const panel = at(j), defined = rows.filter((i) => mask.runs[i].value !== null), on = { type: "bar", orientation: "h", xaxis: "x" + suffix(j), yaxis: "y" + suffix(j), y: defined };
-    const shown = defined.map((i) => mask.runs[i]), colours = defined.map((i) => data.colours[i]);
-    const hover = (what) => `%{customdata}<br>${what} %{x:.2%}<extra></extra>`, customdata = defined.map((i) => label(data.runs[i]));
-    const error = { type: "data", symmetric: false, array: shown.map((run) => run.high - run.value), arrayminus: shown.map((run) => run.value - run.low), color: INK, thickness: 1, width: 3 };
-    traces.push({ ...on, customdata, x: shown.map((run) => run.random), marker: { color: RANDOM }, hovertemplate: hover("chance") });
-    traces.push({ ...on, customdata, x: shown.map((run) => run.rounding), hovertemplate: hover("rounding alone"),
-      marker: { color: GROUND, line: { color: colours, width: 1 }, pattern: { shape: "/", bgcolor: GROUND, fgcolor: colours, size: 5, solidity: 0.25 } } });
-    traces.push({ ...on, customdata, x: shown.map((run) => run.value), marker: { color: colours }, error_x: error, hovertemplate: hover("measured") });
-    layout["xaxis" + suffix(j)] = axis({ domain: panel.x, anchor: "y" + suffix(j), range: [0, 1.04], tickformat: ".0%", tickvals: [0, 0.5, 1] });
+    const panel = at(j),
+      defined = rows.filter((i) => mask.runs[i].value !== null),
+      on = { type: "bar", orientation: "h", xaxis: "x" + suffix(j), yaxis: "y" + suffix(j), y: defined };
+    const shown = defined.map((i) => mask.runs[i]),
+      colours = defined.map((i) => data.colours[i]);
+    const hover = (what) => `%{customdata}<br>${what} %{x:.2%}<extra></extra>`,
+      customdata = defined.map((i) => label(data.runs[i]));
+    const error = {
+      type: "data",
+      symmetric: false,
+      array: shown.map((run) => run.high - run.value),
+      arrayminus: shown.map((run) => run.value - run.low),
+      color: INK,
+      thickness: 1,
+      width: 3,
+    };
+    traces.push({
+      ...on,
+      customdata,
+      x: shown.map((run) => run.random),
+      marker: { color: RANDOM },
+      hovertemplate: hover("chance"),
+    });
+    traces.push({
+      ...on,
+      customdata,
+      x: shown.map((run) => run.rounding),
+      hovertemplate: hover("rounding alone"),
+      marker: {
+        color: GROUND,
+        line: { color: colours, width: 1 },
+        pattern: { shape: "/", bgcolor: GROUND, fgcolor: colours, size: 5, solidity: 0.25 },
+      },
+    });
+    traces.push({
+      ...on,
+      customdata,
+      x: shown.map((run) => run.value),
+      marker: { color: colours },
+      error_x: error,
+      hovertemplate: hover("measured"),
+    });
+    layout["xaxis" + suffix(j)] = axis({
+      domain: panel.x,
+      anchor: "y" + suffix(j),
+      range: [0, 1.04],
+      tickformat: ".0%",
+      tickvals: [0, 0.5, 1],
+    });
     layout["yaxis" + suffix(j)] = ofRuns(data.runs, panel, rows, "x" + suffix(j));
     layout.annotations.push(heading(mask.title, middle(panel.x), panel.y[1]));
   });
@@ -57,44 +181,121 @@ figures["figure-overlaps"] = () => {
 };
 
 // Percentage points; undefined where the rounding null is.
-const beyondRounding = (run) => run.overlap.map((value, k) => (value === null || run.overlap_rounding_null[k] === null ? null : 100 * (value - run.overlap_rounding_null[k])));
+const beyondRounding = (run) =>
+  run.overlap.map((value, k) =>
+    value === null || run.overlap_rounding_null[k] === null ? null : 100 * (value - run.overlap_rounding_null[k]),
+  );
 
 figures["figure-sweep"] = () => {
-  const masks = data.sweep, traces = [], layout = { annotations: [] }, { at, height } = panels(masks.length, 386);
+  const masks = data.sweep,
+    traces = [],
+    layout = { annotations: [] },
+    { at, height } = panels(masks.length, 386);
   masks.forEach((mask, j) => {
-    const panel = at(j), x = "x" + suffix(j), above = "y" + suffix(j), below = "y" + suffix(j + masks.length);
+    const panel = at(j),
+      x = "x" + suffix(j),
+      above = "y" + suffix(j),
+      below = "y" + suffix(j + masks.length);
     mask.runs.forEach((run, i) => {
       const line = { x: run.alpha, xaxis: x, yaxis: above, type: "scatter", name: label(data.runs[i]) };
-      const hover = (what, format) => `%{fullData.name}<br>α = %{x:.0%}, ${what} %{y:${format}}<extra></extra>`, colour = data.colours[i];
-      const own = { mode: "lines+markers", marker: { symbol: data.symbols[i], size: data.symbols[i] === "circle" ? 5 : 8 }, line: { color: colour, width: 2 } };
-      traces.push({ ...line, y: run.overlap_random, mode: "lines", line: { color: PRECISION, dash: "dot", width: 1.5 }, hovertemplate: hover("chance", ".2%") });
+      const hover = (what, format) => `%{fullData.name}<br>α = %{x:.0%}, ${what} %{y:${format}}<extra></extra>`,
+        colour = data.colours[i];
+      const own = {
+        mode: "lines+markers",
+        marker: { symbol: data.symbols[i], size: data.symbols[i] === "circle" ? 5 : 8 },
+        line: { color: colour, width: 2 },
+      };
+      traces.push({
+        ...line,
+        y: run.overlap_random,
+        mode: "lines",
+        line: { color: PRECISION, dash: "dot", width: 1.5 },
+        hovertemplate: hover("chance", ".2%"),
+      });
       traces.push({ ...line, ...own, y: run.overlap, hovertemplate: hover("measured", ".2%") });
-      traces.push({ ...line, ...marked(i), y: run.overlap_rounding_null, line: { color: colour, dash: "dash", width: 2 }, opacity: 0.6, hovertemplate: hover("rounding", ".2%") });
-      traces.push({ ...line, ...own, y: beyondRounding(run), yaxis: below, hovertemplate: hover("beyond rounding", "+.2f") + " points" });
+      traces.push({
+        ...line,
+        ...marked(i),
+        y: run.overlap_rounding_null,
+        line: { color: colour, dash: "dash", width: 2 },
+        opacity: 0.6,
+        hovertemplate: hover("rounding", ".2%"),
+      });
+      traces.push({
+        ...line,
+        ...own,
+        y: beyondRounding(run),
+        yaxis: below,
+        hovertemplate: hover("beyond rounding", "+.2f") + " points",
+      });
     });
-    layout["xaxis" + suffix(j)] = axis({ domain: panel.x, anchor: below, tickformat: ".0%", range: [0, 0.53], tickvals: [0.1, 0.3, 0.5], title: title("mask density α") });
-    layout["yaxis" + suffix(j)] = axis({ domain: part(panel.y, 0.47, 1), anchor: x, tickformat: ".0%", range: [-0.03, 1.05], title: panel.first ? title("overlap") : undefined });
-    layout["yaxis" + suffix(j + masks.length)] = axis({ domain: part(panel.y, 0, 0.37), anchor: x, zerolinewidth: 1.5, nticks: 5, title: panel.first ? title("beyond rounding, points") : undefined });
+    layout["xaxis" + suffix(j)] = axis({
+      domain: panel.x,
+      anchor: below,
+      tickformat: ".0%",
+      range: [0, 0.53],
+      tickvals: [0.1, 0.3, 0.5],
+      title: title("mask density α"),
+    });
+    layout["yaxis" + suffix(j)] = axis({
+      domain: portion(panel.y, 0.47, 1),
+      anchor: x,
+      tickformat: ".0%",
+      range: [-0.03, 1.05],
+      title: panel.first ? title("overlap") : undefined,
+    });
+    layout["yaxis" + suffix(j + masks.length)] = axis({
+      domain: portion(panel.y, 0, 0.37),
+      anchor: x,
+      zerolinewidth: 1.5,
+      nticks: 5,
+      title: panel.first ? title("beyond rounding, points") : undefined,
+    });
     layout.annotations.push(heading(mask.title, middle(panel.x), panel.y[1]));
   });
   const beyond = masks.flatMap((mask) => mask.runs.flatMap((run) => known(beyondRounding(run)).map(Math.abs)));
   const reach = Math.max(1, ...beyond) * 1.1; // never zoomed further than one point, so that nothing tiny looks large
-  masks.forEach((_, j) => { layout["yaxis" + suffix(j + masks.length)].range = [-reach, reach]; });
+  masks.forEach((_, j) => {
+    layout["yaxis" + suffix(j + masks.length)].range = [-reach, reach];
+  });
   draw("figure-sweep", traces, { ...layout, height: height + 74 });
 };
 
 figures["figure-pairs"] = () => {
-  const shown = data.pairs.filter((pair) => pair.jaccard !== null), rows = numbered(shown.length);
+  const shown = data.pairs.filter((pair) => pair.jaccard !== null),
+    rows = numbered(shown.length);
   const names = shown.map((pair) => `${label(pair.run_a, 22)}${narrow() ? "<br>" : " · "}${label(pair.run_b, 22)}`);
-  const dots = (key, what, marker, more) => ({ type: "scatter", mode: "markers", x: shown.map((pair) => pair[key]), y: rows, customdata: names, marker, hovertemplate: `%{customdata}<br>${what} %{x:.4f}<extra></extra>`, ...more });
-  const interval = { type: "data", symmetric: false, array: shown.map((pair) => pair.high - pair.jaccard), arrayminus: shown.map((pair) => pair.jaccard - pair.low), color: INK, thickness: 1.2, width: 4 };
+  const dots = (key, what, marker, more) => ({
+    type: "scatter",
+    mode: "markers",
+    x: shown.map((pair) => pair[key]),
+    y: rows,
+    customdata: names,
+    marker,
+    hovertemplate: `%{customdata}<br>${what} %{x:.4f}<extra></extra>`,
+    ...more,
+  });
+  const interval = {
+    type: "data",
+    symmetric: false,
+    array: shown.map((pair) => pair.high - pair.jaccard),
+    arrayminus: shown.map((pair) => pair.jaccard - pair.low),
+    color: INK,
+    thickness: 1.2,
+    width: 4,
+  };
   const traces = [
     dots("jaccard_random", "chance", { size: 11, color: RANDOM }),
-    dots("jaccard_rounding_null", "rounding alone", { size: 16, color: "rgba(255,255,255,0)", line: { color: PRECISION, width: 2 } }),
+    dots("jaccard_rounding_null", "rounding alone", {
+      size: 16,
+      color: "rgba(255,255,255,0)",
+      line: { color: PRECISION, width: 2 },
+    }),
     dots("jaccard", "measured", { size: 8, color: INK }, { error_x: interval }),
   ];
   draw("figure-pairs", traces, {
-    height: 80 + (narrow() ? 40 : 30) * Math.max(shown.length, 1), margin: { l: 50, r: 20, t: 8, b: 44 },
+    height: 80 + (narrow() ? 40 : 30) * Math.max(shown.length, 1),
+    margin: { l: 50, r: 20, t: 8, b: 44 },
     xaxis: axis({ range: [-0.02, 1.02], title: title("Jaccard index of the changed entries") }),
     yaxis: axis({ tickvals: rows, ticktext: names, range: [shown.length - 0.5, -0.5], zeroline: false }),
   });
