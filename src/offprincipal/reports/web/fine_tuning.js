@@ -190,7 +190,7 @@ figures["figure-mask-seeds"] = () => {
   draw("figure-mask-seeds", traces, {
     height: height + 74,
     annotations: [
-      heading("distance from the full run's curve", middle(left.x), left.y[1]),
+      heading("distance from the full run", middle(left.x), left.y[1]),
       heading("accuracy at the end", middle(right.x), right.y[1]),
     ],
     shapes:

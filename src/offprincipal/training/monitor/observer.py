@@ -169,7 +169,7 @@ class Observer:
         """What the budget left out, where it left so much that the run was hardly watched; None where it did not.
 
         >>> import tempfile
-        >>> Monitor(tempfile.mkdtemp(), every=2).missed()
+        >>> Observer(tempfile.mkdtemp(), every=2).missed()
         """
         missed = self._cadence.missed()
         if missed is None:
