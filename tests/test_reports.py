@@ -141,8 +141,8 @@ def rungs_of(rungs: tuple[float, ...], z: float | None, **more: float) -> dict[s
 @pytest.mark.parametrize(
     ("rungs", "z", "said"),
     [
-        ((0.5, 0.5, 0.5, 0.5, 0.501), 0.2, "where chance would put them (nothing beyond that)"),
-        ((0.5, 0.4, 0.4, 0.4, 0.4), 0.2, "where precision would put them (nothing beyond that)"),
+        ((0.5, 0.5, 0.5, 0.5, 0.501), 0.2, "where chance alone would put them"),
+        ((0.5, 0.4, 0.4, 0.4, 0.4), 0.2, "where precision alone would put them"),
         ((0.5, 0.4, 0.4, 0.43, 0.433), 9.0, "where precision and neurons would put them (a tiny rest beyond that)"),
         (
             (0.5, 0.4, 0.42, 0.45, 0.51),
@@ -160,13 +160,17 @@ def test_one_sentence_a_run_names_what_explains_it(rungs: tuple[float, ...], z: 
 @pytest.mark.parametrize(
     ("shift", "angle", "said"),
     [
-        (1.1, 0.9, "about what length alone gives (1.10 and 0.90 times)"),
-        (0.5, 0.6, "less than"),
-        (2.0, 3.0, "more than"),
-        (0.5, 2.0, "and spectral shift is 0.50 and principal angle 2.00 times what length alone gives"),
+        (1.1, 0.9, "are about those of a random update of equal norm (1.10 and 0.90 times)"),
+        (0.5, 0.6, "are smaller than those of"),
+        (2.0, 3.0, "are larger than those of"),
+        (
+            0.5,
+            2.0,
+            "and spectral shift and principal angle are 0.50 and 2.00 times those of a random update of equal norm",
+        ),
     ],
 )
-def test_it_says_whether_step_length_explains_how_far(shift: float, angle: float, said: str) -> None:
+def test_it_says_whether_the_norm_of_the_update_explains_how_far(shift: float, angle: float, said: str) -> None:
     lengths = {"spectral_shift": shift, "spectral_shift_stored_null": 1.0}
     lengths |= {"principal_angle_left_max_deg": angle, "principal_angle_left_max_deg_stored_null": 1.0}
     metrics = rungs_of((0.5, 0.4, 0.4, 0.4, 0.4), 0.0, **lengths)
@@ -179,8 +183,8 @@ def test_the_sentence_has_the_energy_and_the_unchanged_weights_beside_their_null
     energy = {"principal_energy": 0.99, "principal_energy_stored_null": 0.01}
     metrics = rungs_of((0.5, 0.5, 0.5, 0.5, 0.5), 0.0, unchanged_fraction_isotropic_null=0.05, **lengths, **energy)
     (sentence,) = decisions({"runs": {"run": {"metrics": metrics}}, "pairs": []})
-    assert "40.0\xa0% of the weights changed (fewer than length alone changes: 95.0\xa0%)" in sentence
-    assert "spectral shift is 1.00 and principal energy 99.0 times what length alone gives" in sentence
+    assert "40.0\xa0% of the weights changed (a random update of equal norm: 95.0\xa0%)" in sentence
+    assert "spectral shift and principal energy are 1.00 and 99.0 times those of such an update" in sentence
     explained = run_paragraph("run", metrics)
     assert "would leave 5.0\xa0%: a large difference (+55.00 percentage points)" in explained
     assert "hold 99.0\xa0% of the update's energy, 99.0 times" in explained
@@ -206,7 +210,7 @@ def off_grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_off_the_grid_precision_is_said_not_to_be_told_apart(off_grid: Path) -> None:
     summary = read_summary(off_grid)
     run, _, pair = decisions(summary)
-    assert "where precision, magnitude or neurons would put them (precision cannot be told apart here; nothing" in run
+    assert "where precision, magnitude or neurons alone would put them (precision cannot be told apart here)" in run
     why = "undefined here, since the base's weights are not bfloat16 numbers, so that precision cannot be told apart"
     assert f"rounding, spacing and margins are {why}" in pair and "nothing to chance" not in pair and "–" not in pair
     assert all(f"rounding and spacing alone are {why}" in paragraph for paragraph in verdict_paragraph(summary)[:-1])
@@ -260,8 +264,9 @@ def test_of_many_pairs_the_few_that_agree_beyond_the_ladder_are_told_of() -> Non
 
     pairs = [pair(f"b{i}", 0.31, 1.0) for i in range(5)] + [pair("close", 0.9, 80.0), pair("near", 0.5, 20.0)]
     said = decisions({"runs": {}, "pairs": pairs}, ASK)
-    assert said[0].startswith("a and close") and said[1].startswith("a and near") and len(said) == 4
-    assert said[-1] == "4 more pairs of runs: --explain tells of each."
+    assert said[0].startswith("a and close") and said[1].startswith("a and near") and len(said) == 3
+    rest = "The other 5 pairs of runs changed the same entries about as often as the nulls explain"
+    assert said[2] == f"{rest} (--explain has each)."
 
 
 def test_where_rounding_decides_everything_nothing_is_claimed_beyond_it() -> None:
@@ -568,12 +573,12 @@ def test_each_null_of_a_figure_is_named(hostile: Path, tmp_path: Path) -> None:
     page = write_report(tmp_path / "report.html", hostile)
     head = page.read_text("utf-8").split('data-table="runs"')[1].split("</thead>")[0]
     assert re.findall(r'title="([^"]+)">(isotropic|stored)<', head) == [
-        ("a Gaussian update as long", "isotropic"),
-        *[("a Gaussian update as long, stored alike", "stored")] * 3,
+        ("a Gaussian update of equal norm", "isotropic"),
+        *[("a Gaussian update of equal norm, stored alike", "stored")] * 3,
     ]
     about = {metric["name"]: metric for metric in data_in(page)["heat"]["metrics"]}
     assert about["unchanged_fraction"]["null_words"] == "rounding alone"
-    assert about["spectral_shift"]["null_words"] == "a Gaussian update as long, stored alike"
+    assert about["spectral_shift"]["null_words"] == "a Gaussian update of equal norm, stored alike"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH to draw the page")

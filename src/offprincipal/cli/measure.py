@@ -226,7 +226,7 @@ def compare(
     from offprincipal.measures.columns import GROUPS
     from offprincipal.measures.contract import broken_phrases, read_contract
     from offprincipal.memory import parse_size
-    from offprincipal.reports.terminal import as_shown_json, comparison_table
+    from offprincipal.reports.terminal import as_shown_json, comparison_table, ladder_tables, run_labels
     from offprincipal.reports.trackers import report_comparison, require_tracker
     from offprincipal.reports.words import ASK, contract_lines, decisions, verdict_paragraph, warnings_of
     from offprincipal.tables import require_nothing_lost
@@ -262,7 +262,10 @@ def compare(
                 say(f"note: {warning}", style="yellow", soft_wrap=False)
             if found.measured_before:
                 say(f"measured before, not again: {', '.join(found.measured_before)} (--no-cache measures all)")
-            for sentence in verdict_paragraph(found.summary) if explain else decisions(found.summary, ASK):
+            if explain:
+                Console().print(*ladder_tables(found.summary), sep="\n")
+            labels = run_labels(found.summary)
+            for sentence in verdict_paragraph(found.summary) if explain else decisions(found.summary, ASK, labels):
                 say(sentence, soft_wrap=False)
             say(f"tables{' and report' if report else ''}: {out}")
         if report_to:

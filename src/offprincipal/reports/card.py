@@ -142,7 +142,7 @@ def section(summary: Mapping[str, Any], with_figure: bool) -> str:
         parts.append(_table(LADDER_COLUMNS, rungs))
     if with_figure:
         parts.append(f"![Where the change fell, and what explains it: points beyond chance]({FIGURE})")
-    parts += [_text(sentence) for sentence in decisions(summary, " are left out here")]
+    parts += [_text(sentence) for sentence in decisions(summary)]
     parts += [_text(f"Note: {warning}.") for warning in warnings_of(summary)]
     parts.append(f"```sh\n{plain(reproducing(summary)).replace('`', '')}\n```")
     return "\n\n".join([_BEGIN, *parts, _END]) + "\n"

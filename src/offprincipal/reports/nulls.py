@@ -12,8 +12,8 @@ from offprincipal.measures.columns import RUNGS
 from offprincipal.measures.pooling import STEPS
 
 NULL_WORDS = {  # ending of a null's name -> what it is
-    "_isotropic_null": "a Gaussian update as long",
-    "_stored_null": "a Gaussian update as long, stored alike",
+    "_isotropic_null": "a Gaussian update of equal norm",
+    "_stored_null": "a Gaussian update of equal norm, stored alike",
     "_rounding_null": "rounding alone",
 }
 ENDINGS = (*(f"_{rung}" for rung in RUNGS), "")  # of a mask's overlap, from chance to what was measured
@@ -140,9 +140,9 @@ def caption(summary: Mapping[str, Any]) -> str:
         if figure.null:
             nulls.setdefault(figure.null_words, []).append(figure.title)
     said = "; ".join(f"{listed(titles)}: {words}" for words, titles in about.items())
-    beside = "; ".join(f"of {listed(titles)}, {words}" for words, titles in nulls.items())
-    in_brackets = f"in brackets, the null: {beside}" if beside else ""
-    return ". ".join(filter(None, ("; ".join(filter(None, (said, in_brackets))), parts_of_all(summary))))
+    beside = "; ".join(f"{words} ({listed(titles)})" for words, titles in nulls.items())
+    in_brackets = f"in brackets: {beside}" if beside else ""
+    return ". ".join(filter(None, (in_brackets, said, parts_of_all(summary))))
 
 
 def parts_of_all(summary: Mapping[str, Any]) -> str:

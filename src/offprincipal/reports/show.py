@@ -82,7 +82,7 @@ def _comparison(path: Path) -> Iterator[RenderableType]:
     summary = read_json(path)
     yield terminal.comparison_table(summary)
     yield from (f"note: {warning}" for warning in words.warnings_of(summary))
-    yield from words.decisions(summary, words.ASK)
+    yield from words.decisions(summary, words.ASK, terminal.run_labels(summary))
 
 
 def _trajectory(path: Path) -> Iterator[RenderableType]:
@@ -152,7 +152,7 @@ _KINDS: dict[str, Callable[[Path], Iterator[RenderableType]]] = {
 
 _EXPLAINED: dict[str, Callable[[Any], Iterable[str]]] = {
     STUDY: terminal.claims_sentences,
-    SUMMARY: words.verdict_paragraph,
+    SUMMARY: lambda summary: [*terminal.ladder_tables(summary), *words.verdict_paragraph(summary)],
 }
 
 

@@ -53,9 +53,7 @@ def comparison_table(summary: Mapping[str, Any]) -> Group:
     if sum(_widths(head, rows)) > _SCREEN:
         head, *rows = map(list, zip(["run", *head[1:]], *rows, strict=True))
     tables = [_table_of(*block) for block in _blocks(head, rows)]
-    return Group(
-        "what training did to the weights (null in brackets)", *tables, f"{caption(summary)}.", *ladder_tables(summary)
-    )
+    return Group("what training did to the weights (null in brackets)", *tables, f"{caption(summary)}.")
 
 
 def comparison_html(summary: Mapping[str, Any]) -> str:
@@ -104,6 +102,11 @@ def _table_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     return table
 
 
+def run_labels(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Run -> what tables and sentences call it."""
+    return dict(zip(summary["runs"], short_names(list(summary["runs"])), strict=True))
+
+
 def short_names(names: Sequence[str]) -> list[str]:
     """Names by what tells them apart: a long common beginning, up to where a word of it ends, becomes an ellipsis.
 
@@ -128,7 +131,7 @@ def ladder_tables(summary: Mapping[str, Any]) -> list[Any]:
     Args:
         summary: `summary.json`.
     """
-    labels = dict(zip(summary["runs"], short_names(list(summary["runs"])), strict=True))
+    labels = run_labels(summary)
     head, rows = [title for title in LADDER_COLUMNS if title != "mask"], anatomy_rows(summary)
     found: list[Any] = []
     for mask in dict.fromkeys(mask for _, mask, *_ in rows):

@@ -5,8 +5,8 @@ Reads the pooled values of `summary.json` and computes no metric. The rules are 
 - *beyond that*, that is spacings, rows and columns, is said only where |z|, the score test against the margin null,
   exceeds `Z_BEYOND`, and never without the size of the effect, because millions of entries make the smallest
   difference significant;
-- *about what length alone gives* means within a factor of `ABOUT` of a random update of equal length,
-  stored alike (the stored null);
+- *about* that of a random update of equal norm, stored alike (the stored null), is within a factor of `ABOUT` of it;
+- of n pairs of runs one is told of where its z is beyond what `Z_BEYOND` is for one pair, and its gap `TINY` or more;
 - a run's one sentence names precision, magnitude or neurons where that rung moves a share by `TINY` or more, and says
   which of them cannot be told apart where a rung between is undefined;
 - runs share a sentence only where no number in it is more than `_APART` times another run's.
@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 from rich.markup import escape
@@ -30,9 +31,11 @@ TINY, SMALL = 0.01, 0.05
 ABOUT = 1.25
 _SAME = 1 - 1e-12  # the cosine of two updates that are one
 _NOTHING = "none of the metrics that a sentence could be about was measured"
-ASK = ": --explain tells of each"
+ASK = " (--explain has each)"
 _NOTABLE = 3  # pairs of runs that are told of unasked
 _FEW = 3  # runs that have a sentence each
+_MOST_NAMES = 6  # of runs that share a sentence
+_BLIND = "a random update of equal norm"
 _APART, _NOTES_APART = 2.0, 10.0  # times that a number of runs that share a sentence, or a note, may differ
 _OFF_GRID = "undefined here, since the base's weights are not bfloat16 numbers, so that precision cannot be told apart"
 _BEYOND = tuple(PARTS)[-1]
@@ -42,6 +45,8 @@ _LENGTHS = {
     "principal energy": "principal_energy",
 }
 MASKS = {"principal": "principal weights", "low_magnitude": "low-magnitude weights"}
+
+_FAR = {"about": " (about the same)", "smaller than": " (less)", "larger than": " (more)", "": ""}
 
 Metrics = Mapping[str, Mapping[str, Any]]
 _Reader = Callable[[str], float | None]
@@ -86,32 +91,72 @@ def run_paragraph(name: str, metrics: Metrics, differing: int = 0, alone: int = 
     return f"{plain(name)}: " + " ".join(said)
 
 
-def decisions(summary: Mapping[str, Any], all_of_them: str = "") -> list[str]:
+def decisions(summary: Mapping[str, Any], more: str = "", labels: Mapping[str, str] | None = None) -> list[str]:
     """One sentence a run: how much changed, and whether precision, neurons or length explain it, or more is left.
 
     Of more than a few runs, those of which the same is to be said, with nearly the same numbers, share theirs. Then one
-    for each of the few pairs of runs whose agreement is furthest from what the ladder explains.
+    for each of the few pairs of runs whose agreement is furthest from what the nulls explain, and one for all others.
 
     Args:
         summary: the content of `summary.json`.
-        all_of_them: how the reader gets the sentences of the other pairs.
+        more: where the reader finds a sentence on every pair.
+        labels: run -> what to call it; None: its name.
 
     Returns:
         As of `verdict_paragraph`, which says all of it.
     """
-    runs = summary["runs"]
+    runs, labels = summary["runs"], labels or {}
     still = {name for name, run in runs.items() if is_unchanged(run["metrics"])}
     clauses = [(name, ", ".join(filter(None, _decided(metrics_of(runs[name]))))) for name in runs if name not in still]
     alike = _alike(clauses, _APART) if len(clauses) > _FEW else [([name], text) for name, text in clauses]
-    said = [plain(f"{', '.join(names)}: {text}.") for names, text in alike]
-    said += run_paragraphs({**summary, "runs": {name: runs[name] for name in runs if name in still}}).values()
-    pairs = sorted(summary["pairs"], key=agreement_left_over, reverse=True)
-    more = len(pairs) - _NOTABLE
-    return [
-        *said,
-        *(pair_sentence(pair) for pair in pairs[:_NOTABLE]),
-        *([f"{more} more pair{'s' * (more > 1)} of runs{all_of_them}."] if more > 0 else []),
+    said = [plain(f"{_few([labels.get(name, name) for name in names])}: {text}.") for names, text in alike]
+    unchanged = {labels.get(name, name): runs[name] for name in runs if name in still}
+    said += run_paragraphs({**summary, "runs": unchanged}).values()
+    return said + _notable_pairs(summary["pairs"], more, labels)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= _MOST_NAMES else f"{', '.join(names[:3])} and {len(names) - 3} more runs"
+
+
+def _notable_pairs(pairs: Sequence[Mapping[str, Any]], more: str, labels: Mapping[str, str]) -> list[str]:
+    """The pairs whose agreement the nulls do not explain, the furthest first; then one sentence on the others."""
+    named = [{**pair, **{run: labels.get(pair[run], pair[run]) for run in ("run_a", "run_b")}} for pair in pairs]
+    named.sort(key=lambda pair: (_is_one(pair), agreement_left_over(pair)), reverse=True)
+    beyond = _z_of_several(len(pairs))
+    notable = [
+        pair
+        for pair in named
+        if _is_one(pair) or (agreement_left_over(pair) >= TINY and abs(pair["jaccard_z"]) > beyond)
     ]
+    said = [pair_sentence(pair) for pair in notable[:_NOTABLE]]
+    if others := len(notable) - len(said):
+        said.append(
+            f"{others} more pair{'s' * (others > 1)} of runs differ from what the nulls explain, by less{more}."
+        )
+    explained = [pair for pair in named if pair not in notable and pair.get("jaccard_z") is not None]
+    if not explained:
+        return said or ([pair_sentence(named[0])] if len(pairs) == 1 else [])
+    who, where = f"{'The other ' * bool(notable)}{len(explained)} pair{'s' * (len(explained) > 1)} of runs", more
+    if len(pairs) == 1:
+        who = f"{plain(named[0]['run_a'])} and {plain(named[0]['run_b'])}"
+        where = f" (Jaccard index {number(named[0]['jaccard'])})"
+    return [*said, f"{who} changed the same entries about as often as the nulls explain{where}."]
+
+
+def _z_of_several(tests: int) -> float:
+    """The |z| that `Z_BEYOND` becomes where the largest of several is looked at: Bonferroni's.
+
+    >>> round(_z_of_several(1), 6), round(_z_of_several(190), 2)
+    (3.0, 4.34)
+    """
+    normal = NormalDist()
+    return -normal.inv_cdf(normal.cdf(-Z_BEYOND) / max(tests, 1))
+
+
+def _is_one(pair: Mapping[str, Any]) -> bool:
+    """Whether two runs hold the same values."""
+    return pair["jaccard"] == 1 and (pair.get("update_cosine") or 0) >= _SAME
 
 
 def _decided(metrics: Metrics) -> list[str]:
@@ -119,7 +164,7 @@ def _decided(metrics: Metrics) -> list[str]:
     amount = _changed(value)
     if value("relative_update_norm") == 0:
         return [amount, "none of them in a linear matrix"]
-    clauses = [amount, _where(value), _how_far(value)]
+    clauses = [amount, _where(value), _how_far(value, "such an update" if _BLIND in amount else _BLIND)]
     return clauses if any(clauses) else [_NOTHING]
 
 
@@ -131,9 +176,7 @@ def _changed(value: _Reader) -> str:
     said = f"{percent(1 - unchanged)} of the weights changed"
     if null is None:
         return said
-    apart = abs(unchanged - null) >= SMALL
-    beside = f"{'fewer' if unchanged > null else 'more'} than length alone changes" if apart else "length alone"
-    return f"{said} ({beside}: {percent(1 - null)})"
+    return f"{said} ({_BLIND}: {percent(1 - null)})"
 
 
 def _where(value: _Reader) -> str:
@@ -156,7 +199,7 @@ def _where(value: _Reader) -> str:
     if left and not last:
         rest = f"beyond that {_spelled(gap)} on {MASKS[mask]}" if abs(gap) >= TINY else "a tiny rest beyond that"
     elif not last and any(value(f"{mask}_z") is not None for mask in known):
-        rest = "nothing beyond that"
+        expected = f"{expected} alone"
     notes = "; ".join(filter(None, (reason, rest)))
     return f"where {expected} would put them" + (f" ({notes})" if notes else "")
 
@@ -167,8 +210,8 @@ def _explaining(steps: Sequence[tuple[tuple[str, ...], float]]) -> list[str]:
     return [listed(parts, "or") for parts in sorted(moving, key=lambda parts: list(PARTS).index(parts[0]))]
 
 
-def _how_far(value: _Reader) -> str:
-    """Whether spectrum, subspaces and the energy in them are what a random update of equal length makes of them."""
+def _how_far(value: _Reader, blind: str) -> str:
+    """Whether spectrum, subspaces and the energy in them are what a random update of equal norm makes of them."""
     ratios = {}
     for words, name in _LENGTHS.items():
         found, null = value(name), value(f"{name}_stored_null")
@@ -176,13 +219,12 @@ def _how_far(value: _Reader) -> str:
             ratios[words] = found / null
     if not ratios:
         return ""
-    are = "is" if len(ratios) == 1 else "are"
-    verdicts = {_explained([ratio]) for ratio in ratios.values()}
+    times = listed(list(map(_times, ratios.values())))
+    verdicts = {_compared([ratio]) for ratio in ratios.values()}
     if len(verdicts) == 1:
-        return f"and {listed(list(ratios))} {are} {verdicts.pop()} ({listed(list(map(_times, ratios.values())))} times)"
-    (first, ratio), *others = ratios.items()
-    each = [f"{first} is {_times(ratio)}", *(f"{words} {_times(ratio)}" for words, ratio in others)]
-    return f"and {listed(each)} times what length alone gives"
+        are, those = ("is", "that") if len(ratios) == 1 else ("are", "those")
+        return f"and {listed(list(ratios))} {are} {verdicts.pop()} {those} of {blind} ({times} times)"
+    return f"and {listed(list(ratios))} are {times} times those of {blind}"
 
 
 def agreement_left_over(pair: Mapping[str, Any]) -> float:
@@ -195,7 +237,7 @@ def pair_sentence(pair: Mapping[str, Any]) -> str:
     """How far two runs changed the same entries, beside every rung of the ladder of nulls."""
     names = f"{plain(pair['run_a'])} and {plain(pair['run_b'])}"
     found, nulls = pair["jaccard"], [pair.get(f"jaccard_{rung}") for rung in RUNGS]
-    if pair.get("update_cosine") is not None and found == 1 and pair["update_cosine"] >= _SAME:
+    if _is_one(pair):
         return f"{names} hold the same values in everything that was compared."
     if found is None:
         return f"{names}: the agreement of their changed entries is undefined, since neither changed any."
@@ -417,10 +459,7 @@ def _amount(value: _Reader) -> str:
     if null is None:
         return f"{said}."
     gap = unchanged - null
-    return (
-        f"{said}, where a random update of equal length would leave {percent(null)}: a {effect_size(gap)} difference "
-        f"({_spelled(gap)})."
-    )
+    return f"{said}, where {_BLIND} would leave {percent(null)}: a {effect_size(gap)} difference ({_spelled(gap)})."
 
 
 def _distance(value: _Reader) -> str:
@@ -454,7 +493,7 @@ def _beside(found: float, null: float | None, text: Callable[[float], str]) -> s
     if not null:
         return ""
     ratio = found / null
-    return f", {_times(ratio)} times what a random update of equal length gives ({text(null)}): {_explained([ratio])}"
+    return f", {_times(ratio)} times what {_BLIND} gives ({text(null)})"
 
 
 def _place(mask: str, value: _Reader) -> str:
@@ -482,18 +521,21 @@ def _spelled(gap: float) -> str:
 
 
 def _precision_answer(readers: Sequence[_Reader]) -> str:
-    located = [r for r in readers if r("principal_overlap") is not None]
-    if not located:
+    of_mask = {mask: [r for r in readers if r(f"{mask}_overlap") is not None] for mask in MASKS}
+    mask = next((mask for mask in MASKS if of_mask[mask]), "")  # without a decomposition, low-magnitude weights alone
+    if not mask:
         return ""
-    chance, rounding, _, margins, found = (_known(f"principal_overlap{ending}", located) for ending in ENDINGS)
+    located = of_mask[mask]
+    chance, rounding, _, margins, found = (_known(f"{mask}_overlap{ending}", located) for ending in ENDINGS)
     nulls = {"where chance would put": chance, "bfloat16 rounding alone": rounding, "and spacing and margins": margins}
     beside = ", ".join(f"{words} {_span(null, percent)}" for words, null in nulls.items() if null)
-    gaps = [gap for r in located for mask in MASKS if (gap := _gap(mask, r)) is not None]
+    gaps = [gap for r in located for each in MASKS if (gap := _gap(each, r)) is not None]
     untold = len(located) - len(rounding)
     of_them = "" if untold == len(located) else f" of {untold} run{'s' * (untold > 1)}"
     rest = f"; precision cannot be told apart{of_them}, since rounding alone is undefined" if untold else ""
-    left = f"; {_left_over(gaps)}" if margins else ""
-    return f"principal weights hold {_span(found, percent)} of the changed entries, {beside}{left}{rest}."
+    where = "there or on low-magnitude weights" if mask == "principal" else "there"
+    left = f"; {_left_over(gaps, where)}" if margins else ""
+    return f"{MASKS[mask]} hold {_span(found, percent)} of the changed entries, {beside}{left}{rest}."
 
 
 def _known(name: str, readers: Sequence[_Reader]) -> list[float]:
@@ -511,14 +553,11 @@ def _difference(mask: str, value: _Reader) -> float | None:
     return None if found is None or null is None else found - null
 
 
-def _left_over(gaps: Sequence[float]) -> str:
+def _left_over(gaps: Sequence[float], where: str) -> str:
     if not gaps:
-        return "nothing beyond that shows, there or on low-magnitude weights"
+        return f"nothing beyond that shows, {where}"
     largest = max(gaps, key=abs)
-    return (
-        "the largest difference beyond that, there or on low-magnitude weights, is "
-        f"{_spelled(largest)}, which is {effect_size(largest)}"
-    )
+    return f"the largest difference beyond that, {where}, is {_spelled(largest)}, which is {effect_size(largest)}"
 
 
 def _length_answer(readers: Sequence[_Reader]) -> str:
@@ -533,9 +572,9 @@ def _length_answer(readers: Sequence[_Reader]) -> str:
     ):
         ratios = [f / n for r in readers if (f := r(name)) is not None and (n := r(f"{name}_stored_null"))]
         if ratios:
-            clauses.append(f"{words} {_span(ratios, _times)} times as far ({_explained(ratios)})")
+            clauses.append(f"{words} {_span(ratios, _times)} times as far{_FAR[_compared(ratios)]}")
     if clauses:
-        text += f"; beside a random update of equal length, stored alike, {listed(clauses)}"
+        text += f"; beside {_BLIND}, stored alike, {listed(clauses)}"
     return text + "."
 
 
@@ -555,14 +594,13 @@ def _left_unchanged(readers: Sequence[_Reader]) -> str:
     )
 
 
-def _explained(ratios: Sequence[float]) -> str:
+def _compared(ratios: Sequence[float]) -> str:
+    """How ratios to a null compare with 1; empty where the runs differ in that."""
     if all(1 / ABOUT <= ratio <= ABOUT for ratio in ratios):
-        return "about what length alone gives"
+        return "about"
     if all(ratio < 1 / ABOUT for ratio in ratios):
-        return "less than length alone gives"
-    if all(ratio > ABOUT for ratio in ratios):
-        return "more than length alone gives"
-    return "which length alone explains in some runs and not in others"
+        return "smaller than"
+    return "larger than" if all(ratio > ABOUT for ratio in ratios) else ""
 
 
 def _energy_answer(readers: Sequence[_Reader]) -> str:
@@ -571,14 +609,14 @@ def _energy_answer(readers: Sequence[_Reader]) -> str:
     if not known:
         return ""
     return (
-        f"the principal subspaces hold {_span(known, _times)} times the energy that a random update, stored "
+        f"the principal subspaces hold {_span(known, _times)} times the energy that {_BLIND}, stored "
         f"alike, would put there: {_preference(known)}."
     )
 
 
 def _preference(enrichments: Sequence[float]) -> str:
     if all(1 / ABOUT <= x <= ABOUT for x in enrichments):
-        return "about what no preference gives"
+        return "no preference"
     if all(x > ABOUT for x in enrichments):
         return "the updates lean on the principal directions"
     if all(x < 1 / ABOUT for x in enrichments):
