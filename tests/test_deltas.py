@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from offprincipal.assets import embedded_base
 from offprincipal.checkpoints import open_checkpoint
 from offprincipal.checkpoints.checkpoint import FLOATS, INTEGERS, Array
 from offprincipal.checkpoints.delta import read_index
@@ -377,3 +378,11 @@ def test_no_delta_is_made_of_an_adapter_or_of_another_model(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match=r"is an adapter, which is smaller than a delta.*merge_and_unload"):
         make_delta(base, adapter, tmp_path / "b.delta")
     assert not list(tmp_path.glob("*.delta"))
+
+
+def test_what_a_killed_process_left_of_a_file_goes_and_the_rest_stays(tmp_path: Path) -> None:
+    left, other = tmp_path / ".a.delta.0123abc_", tmp_path / ".b.delta.0123abc_"
+    for path in (left, other):
+        path.write_bytes(b"half")
+    make_delta(embedded_base(), embedded_base(), tmp_path / "a.delta")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.delta", other.name}

@@ -3,13 +3,16 @@
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 from checkpoint_folders import base_weights, moved, stored, write_model
 
 import offprincipal
 from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare, read_comparison, read_table
 from offprincipal.errors import ArgumentError, FileError
+from offprincipal.tabular import Tabular
 
 HOSTILE = "<img src=x>\x1b[31m"
 
@@ -99,7 +102,7 @@ def test_a_notebook_shows_a_page_and_no_name_in_it_is_markup(result: Comparison)
     assert shown.count("<table>") == 2
     assert '<th scope="col">rl</th>' in shown and "<td>principal</td>" in shown
     assert "<img" not in shown and "&lt;img" in shown and "\x1b" not in shown
-    assert len(shown) < 10_000 and len(repr(result)) < 200
+    assert len(shown) < 10_000 and len(repr(result)) < 4000 and "\x1b" not in repr(result)
 
 
 def test_settings_may_be_given_by_name(result: Comparison, tmp_path: Path) -> None:
@@ -121,3 +124,43 @@ def test_a_run_that_was_not_compared_is_an_error_and_get_gives_the_default(resul
     with pytest.raises(ArgumentError, match="no run 'x' was compared: there are "):
         result.runs["x"]
     assert result.runs.get("x") is None
+
+
+def test_a_comparison_of_other_runs_is_replaced_only_if_asked(tmp_path: Path) -> None:
+    base, (one, two) = (
+        write_model(tmp_path / "base", base_weights()),
+        (write_model(tmp_path / name, moved(base_weights(), 1e-2, seed)) for seed, name in enumerate(("one", "two"))),
+    )
+    options: dict[str, Any] = {"metrics": "changes", "out": tmp_path / "out"}
+    compare(base, {"one": one}, **options)
+    page = (tmp_path / "out" / "report.html").read_bytes()
+    with pytest.raises(FileError, match="not among these runs"):
+        compare(base, {"two": two}, **options)
+    assert (tmp_path / "out" / "report.html").read_bytes() == page
+    assert list(read_comparison(tmp_path / "out").runs) == ["one"]
+    compare(base, {"one": one, "two": two}, **options)  # adds one
+    compare(base, {"two": two}, **options, overwrite=True)
+    assert list(read_comparison(tmp_path / "out").runs) == ["two"]
+    assert (tmp_path / "out" / "report.html").read_bytes() != page
+    compare(base, {"two": two}, metrics="changes", out=tmp_path / "bare", report=False)
+    assert not (tmp_path / "bare" / "report.html").exists()
+
+
+def test_a_run_shows_its_figures_and_says_where_those_of_matrices_are(result: Comparison) -> None:
+    text = repr(result.runs["rl"])
+    assert "\n  unchanged_fraction: 0." in text and ", isotropic " in text and "isotropic_null" not in text
+    with pytest.raises(AttributeError, match=r"to_pandas\('matrices'\)"):
+        _ = result.runs["rl"].changed_count
+
+
+class Wide(Tabular):
+    def to_arrow(self, table: str = "") -> pa.Table:
+        rows = [{"name": "a\x1b[31m", **{f"column{i}": i / 3 for i in range(30)}, "no": None} for _ in range(40)]
+        return pa.Table.from_pylist(rows)
+
+
+def test_any_table_is_text_of_a_screen_and_counts_what_it_leaves_out() -> None:
+    lines = repr(Wide()).splitlines()
+    assert max(map(len, lines)) <= 80 and lines[-1].strip() == "40 rows, 32 columns: to_pandas() has all"
+    assert "\x1b" not in repr(Wide()) and "&lt;" not in Wide()._repr_html_()
+    assert Wide().to_polars().shape == (40, 32)

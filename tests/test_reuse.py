@@ -69,7 +69,7 @@ def test_only_what_is_new_is_measured_and_the_tables_are_those_of_all_together(
     out = tmp_path / "out"
     compare(base, of(runs, then), out=out)
     asked.clear()
-    found = compare(base, of(runs, now), out=out)
+    found = compare(base, of(runs, now), out=out, overwrite=True)
     assert found.measured_before == tuple(known)
     assert set(asked) == {tuple(known)}
     assert tables_in(out) == tables_in(tmp_path / "whole")
@@ -116,10 +116,10 @@ def test_a_tensor_that_the_new_run_has_not_is_left_out_and_one_that_comes_back_i
     less = {"a": runs["a"], "less": write_model(tmp_path / "less", fewer)}
     out = tmp_path / "out"
     compare(base, of(runs, "ab"), out=out)
-    assert compare(base, less, out=out).measured_before == ("a",)
+    assert compare(base, less, out=out, overwrite=True).measured_before == ("a",)
     compare(base, less, out=tmp_path / "whole")
     assert tables_in(out) == tables_in(tmp_path / "whole")
-    assert compare(base, of(runs, "ab"), out=out).measured_before == ()
+    assert compare(base, of(runs, "ab"), out=out, overwrite=True).measured_before == ()
 
 
 def with_nan(folder: Path, name: str) -> Path:

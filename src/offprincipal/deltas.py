@@ -31,7 +31,7 @@ from offprincipal.checkpoints.opening import is_adapter_alone
 from offprincipal.checkpoints.safetensors_folder import INDEX, WEIGHTS
 from offprincipal.checkpoints.writing import Progress, as_tensor, files_beside, write_model
 from offprincipal.errors import ArgumentError, CheckpointError
-from offprincipal.files import new_folder, require_folder, write_atomically
+from offprincipal.files import exclusively, new_folder, require_folder, sweep, write_atomically
 
 FORMATS = ("delta", "sparse-safetensors")
 _STORED = FLOATS | INTEGERS
@@ -100,7 +100,9 @@ def make_delta(
             f"no tensor of {run.source} has the name of one of {opened.source}: is this the base it was trained from?"
         )
     write = _write_delta if format == "delta" else _write_sparse
-    return write(path, opened, run, sides, progress)
+    with exclusively(path, beside=True):
+        sweep(path.parent, path.name)
+        return write(path, opened, run, sides, progress)
 
 
 def apply_delta(

@@ -224,10 +224,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise FileError(f"cannot write {path}: {reason}. Free some space or choose another --out") from error
 
 
-def sweep(folder: Path) -> None:
-    """Remove temporary files that killed processes left in a folder; call only while holding the folder's lock."""
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove temporary files that killed processes left; call only while holding the lock.
+
+    Args:
+        folder: that of the files; without a name, the one that is locked.
+        name: of the one file that is locked.
+    """
+    names = r"[\w.-]+\.(?:parquet|json|html)" if name is None else re.escape(name)
     for path in folder.glob(".*.????????"):
-        if re.fullmatch(r"\.[\w.-]+\.(?:parquet|json|html)\.[a-z0-9_]{8}", path.name) and path.is_file():
+        if re.fullmatch(rf"\.{names}\.[a-z0-9_]{{8}}", path.name) and path.is_file():
             with suppress(OSError):
                 path.unlink()
 

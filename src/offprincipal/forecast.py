@@ -9,19 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from offprincipal.checkpoints import Checkpoint, Part, open_checkpoint, parts_of
 from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
 from offprincipal.file_names import PREFLIGHT
 from offprincipal.files import require_folder, write_json
 from offprincipal.geometry.steps import Spacings
+from offprincipal.tabular import Tabular
 
 ALL = "all"
 _AT_ONCE = 1 << 24  # entries
 Progress = Callable[[int, int, str], None]
 
 
-@dataclass(frozen=True)
-class Preflight:
+@dataclass(frozen=True, repr=False)
+class Preflight(Tabular):
     """Which stored weights of a base can change at a learning rate.
 
     Args:
@@ -51,6 +54,10 @@ class Preflight:
             `half_moved_by`: the shortest step that moves half at once. None if never, or without weights.
         """
         return [{"role": role, "parameters": found.entries} | self._row(found) for role, found in self.spacings.items()]
+
+    def to_arrow(self, table: str = "") -> pa.Table:
+        """`rows`, one per role."""
+        return pa.Table.from_pylist(self.rows)
 
     @property
     def content(self) -> dict[str, Any]:
@@ -84,6 +91,7 @@ def preflight(
     storage: str = "bfloat16",
     steps: int = 100,
     *,
+    out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Preflight:
     """Forecast, by role, which stored weights of a base AdamW's steps can change.
@@ -93,6 +101,7 @@ def preflight(
         learning_rate: the size of every weight's step, as it is in AdamW's first.
         storage: the type to which weights are rounded: `bfloat16`, `float16` or `float32`.
         steps: number of steps planned.
+        out: folder for `preflight.json`; None: nothing is written.
         progress: called with entries done, entries in all, and the tensor's name.
 
     Raises:
@@ -124,7 +133,10 @@ def preflight(
         if progress:
             progress(done, total, part.name)
     whole = found.pop(ALL)
-    return Preflight(checkpoint.source, storage, learning_rate, steps, found | {ALL: whole})
+    result = Preflight(checkpoint.source, storage, learning_rate, steps, found | {ALL: whole})
+    if out is not None:
+        result.write(out)
+    return result
 
 
 def _spacings(checkpoint: Checkpoint, part: Part, storage: str) -> Iterator[Spacings]:

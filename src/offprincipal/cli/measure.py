@@ -35,7 +35,7 @@ from offprincipal.defaults import (
     TOLERANCE,
 )
 from offprincipal.errors import ArgumentError
-from offprincipal.file_names import GATES, PREFLIGHT, PREFLIGHT_PAGE, REPORT, TRAJECTORY, TRAJECTORY_PAGE
+from offprincipal.file_names import GATES, PREFLIGHT, PREFLIGHT_PAGE, TRAJECTORY, TRAJECTORY_PAGE
 
 WHAT, HOW, CONDITIONS, SHOWN = "What is measured", "How, and where", "Conditions: exit code 3", "What is printed"
 ON, EXPERT = "What it is measured on", "Expert"
@@ -220,7 +220,6 @@ def compare(
     If interrupted, rerun the same command to continue; added runs are measured without repeating the others.
     Writes four Parquet tables, summary.json and report.html.
     """
-    from offprincipal.checkpoints.hub import is_id
     from offprincipal.comparison import CompareSettings, MatrixSettings, parse_condition
     from offprincipal.comparison import compare as compare_checkpoints
     from offprincipal.measures.columns import GROUPS
@@ -229,7 +228,6 @@ def compare(
     from offprincipal.reports.terminal import as_shown_json, comparison_table, ladder_tables, run_labels
     from offprincipal.reports.trackers import report_comparison, require_tracker
     from offprincipal.reports.words import ASK, contract_lines, decisions, verdict_paragraph, warnings_of
-    from offprincipal.tables import require_nothing_lost
 
     groups: Any = GROUPS if metrics is None else metrics
     chosen: Any = {"solver": solver, "tolerance": tolerance, "device": device}
@@ -243,15 +241,10 @@ def compare(
     options: Any = {"out": out, "threads": threads, "ray": ray, "cache": cache}
     options["memory"] = None if memory is None else parse_size(memory)
     options["masters"] = named_masters(masters or [], runs)
-    if not overwrite and all(Path(source).exists() or is_id(source) for source in (base, *runs.values())):
-        require_nothing_lost(out, base, runs, settings.metrics)
+    options |= {"report": report, "overwrite": overwrite}
     with resumable(), matrix_progress() as progress:
         found = compare_checkpoints(base, runs, settings, **options, progress=progress)
     try:
-        if report:
-            from offprincipal.reports.report import write_report
-
-            write_report(out / REPORT, out)
         if as_json:
             print(as_shown_json(found.summary))
         else:

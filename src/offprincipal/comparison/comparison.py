@@ -26,12 +26,13 @@ from offprincipal.comparison.reuse import (
 )
 from offprincipal.comparison.work import Work
 from offprincipal.errors import ArgumentError, FileError
+from offprincipal.file_names import REPORT
 from offprincipal.files import cache_folder, identities, require_unchanged
 from offprincipal.measures.compare_settings import CompareSettings
 from offprincipal.measures.pooling import anatomy, pool_pair, pool_run
 from offprincipal.measures.settings import as_in_files
 from offprincipal.memory import SHARE, free_memory
-from offprincipal.tables import TABLES
+from offprincipal.tables import TABLES, require_nothing_lost
 from offprincipal.versions import versions
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def compare(
     ray: str | None = None,
     cache: str | Path | bool = True,
     masters: Mapping[str, str | Path] | None = None,
+    report: bool = True,
+    overwrite: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> Comparison:
@@ -65,8 +68,8 @@ def compare(
         base: the base model: a folder, a Hugging Face id, or a `torch.nn.Module`, such as `trainer.model`.
         tuned: the models trained from it, of the same kinds: run name -> model, or a list named after their folders.
         settings: metrics and their parameters.
-        out: folder for the tables. An interrupted comparison continues from the journal there, and runs that were
-            measured there before are not measured again; without it, nothing is written.
+        out: folder for the tables and `report.html`. An interrupted comparison continues from the journal there, and
+            runs that were measured there before are not measured again; without it, nothing is written.
         threads: number of matrices measured in parallel, each on one core; all cores by default. It does not change
             the numbers.
         memory: budget in bytes for the matrices being measured, 60 % of free memory by default: the largest come first,
@@ -75,13 +78,16 @@ def compare(
         cache: cache of base decompositions: a folder, True for the user's cache folder, or False for none, which also
             measures everything again whatever is in `out`.
         masters: run name -> its float32 master weights, if they are not in the run's folder.
+        report: whether to write `report.html` too.
+        overwrite: replace a comparison of other runs in the folder.
         progress: called with entries done, entries in all, and the tensor's name.
         options: instead of `settings`, any field of it or of its `matrix`: `density=0.3`.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or the tensors do not match.
         ArgumentError: a setting is out of range, or two runs have the same name.
-        FileError: the tables cannot be written, or another process is writing there.
+        FileError: the tables cannot be written, another process is writing there, or the folder holds a comparison of
+            other runs.
 
     >>> from offprincipal.assets import embedded_base
     >>> compare(embedded_base(), {"same": embedded_base()}, metrics=("location",)).runs["same"].unchanged_fraction.value
@@ -108,6 +114,9 @@ def compare(
     opened = identities(work.files)
     if out is not None:
         _require_no_model(Path(out), [work.base, *work.tuned.values()])
+        if not overwrite:
+            sources = {name: run.source for name, run in work.runs.items()}
+            require_nothing_lost(Path(out), work.base_checkpoint.source, sources, work.settings.metrics)
     with held(out) as folder:
         keys = run_keys(work, opened) if folder else {}
         before = measured_before(work, folder, keys) if cache and folder else Before()
@@ -139,6 +148,10 @@ def compare(
                 journal.require_own()  # otherwise tables of two comparisons could be mixed
         if journal:
             journal.discard()
+        if folder and report:
+            from offprincipal.reports.report import write_report
+
+            write_report(folder / REPORT, folder)
     return result
 
 

@@ -1,6 +1,5 @@
 """What a comparison found: its tables, and each run's pooled figures, as a program or a notebook reads them."""
 
-import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,17 @@ import pyarrow as pa
 
 from offprincipal.comparison.measure import Row
 from offprincipal.errors import ArgumentError, meant
-from offprincipal.measures.columns import nulls_of
+from offprincipal.measures.columns import METRICS, nulls_of
 from offprincipal.tables import TABLES, arrow_table, read_summary, read_table, write_tables
+from offprincipal.tabular import Tabular
 
 if TYPE_CHECKING:
     from offprincipal.reports.plots import Plots
 
-_WIDTH = 80  # columns of the text
+_NULLS = {
+    name for metric in METRICS for column in metric.columns for name in nulls_of(column.name, pooled=True).values()
+}
+_EACH = {column.name for metric in METRICS for column in metric.columns}  # figures of single matrices
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class Measured:
     high: float | None
     nulls: Mapping[str, float | None]
 
+    def __str__(self) -> str:
+        interval = "" if self.low is None or self.high is None else f" [{self.low:.4g}, {self.high:.4g}]"
+        nulls = "".join(f", {null} {_short(value)}" for null, value in self.nulls.items())
+        return f"{_short(self.value)}{interval}{nulls}"
+
 
 class Run:
     """The pooled figures of one run, each an attribute by its name in `summary.json`.
@@ -47,6 +55,11 @@ class Run:
 
     def __getattr__(self, name: str) -> Measured:
         metrics = {} if name == "content" else self.content["metrics"]
+        if name not in metrics and name in _EACH:
+            raise AttributeError(
+                f"'{name}' is not pooled over a run, or was not measured: `to_pandas('matrices')` has what is of each "
+                "matrix"
+            )
         if name not in metrics:
             raise AttributeError(
                 f"no figure '{name}' was measured of this run: {meant(name, metrics, 'dir() has all')}"
@@ -59,14 +72,21 @@ class Run:
         return [*super().__dir__(), *self.content["metrics"]]
 
     def __repr__(self) -> str:
-        return f"Run of {len(self.content['metrics'])} figures"
+        names = [name for name in self.content["metrics"] if name not in _NULLS]
+        lines = [f"  {name}: {getattr(self, name)}" for name in names]
+        return "\n".join([f"Run of {len(names)} figures, with 95 % intervals and nulls:", *lines])
+
+
+def _short(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4g}"
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison:
+class Comparison(Tabular):
     """The tables of one comparison: rows as dicts, and the pooled summary, as `METRICS` in the docs define them.
 
-    A notebook shows its table, each value with its null, the ladder, and the sentence that decides.
+    Its text is the table that the terminal shows, each value with its null, and the sentences that decide; a notebook
+    shows the same as HTML.
 
     Args:
         measured_before: runs whose own rows an earlier comparison in the same folder had.
@@ -94,15 +114,6 @@ class Comparison:
             raise ArgumentError(f"a comparison has no table '{table}': choose one of {', '.join(TABLES)}")
         return arrow_table(table, getattr(self, table))
 
-    def to_pandas(self, table: str = "matrices") -> Any:
-        """The same as a pandas DataFrame; needs pandas."""
-        _require("pandas")
-        return self.to_arrow(table).to_pandas()
-
-    def to_polars(self, table: str = "matrices") -> Any:
-        """The same as a polars DataFrame; needs polars."""
-        return _require("polars").from_arrow(self.to_arrow(table))
-
     @property
     def plot(self) -> "Plots":
         """Figures by matplotlib: `result.plot.anatomy()`, `overlaps`, `agreement`, `layers` and `against_null`."""
@@ -114,23 +125,13 @@ class Comparison:
         """Write the four Parquet tables and `summary.json`, each under a temporary name first."""
         return write_tables(Path(out), self.matrices, self.masks, self.pairs, self.curves, self.summary)
 
-    def __repr__(self) -> str:
-        tensors = len({row["tensor"] for row in self.matrices})
-        return f"Comparison of {', '.join(self.summary['runs'])} with the base: {tensors:,} tensors"
+    def _shown(self) -> Any:
+        from rich.console import Group
 
-    def __str__(self) -> str:
-        """The tables and sentences that the terminal shows."""
-        from rich.console import Console
-
-        from offprincipal.reports.terminal import comparison_table
+        from offprincipal.reports.terminal import comparison_table, run_labels
         from offprincipal.reports.words import decisions
 
-        console = Console(color_system=None, width=_WIDTH)
-        with console.capture() as shown:
-            console.print(comparison_table(self.summary))
-            for sentence in decisions(self.summary):
-                console.print(sentence, markup=False, highlight=False)
-        return shown.get().rstrip()
+        return Group(comparison_table(self.summary), *decisions(self.summary, labels=run_labels(self.summary)))
 
     def _repr_html_(self) -> str:
         from offprincipal.reports.terminal import comparison_html
@@ -182,10 +183,3 @@ def read_comparison(folder: str | Path) -> Comparison:
     summary = read_summary(Path(folder))
     tables: dict[str, list[Row]] = {table: read_table(Path(folder), table) for table in TABLES}
     return Comparison(tables["matrices"], tables["masks"], tables["pairs"], tables["curves"], summary)
-
-
-def _require(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ArgumentError(f"{package} is not installed: pip install {package}, or use to_arrow()") from error

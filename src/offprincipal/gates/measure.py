@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from offprincipal.checkpoints import Checkpoint, open_checkpoint
@@ -49,9 +50,13 @@ from offprincipal.gates.updates import Tuned, Update, Weights, moved_by
 from offprincipal.measures.settings import as_in_files
 from offprincipal.models import LanguageModel, model_name, open_language_model
 from offprincipal.models.float64 import computing_in
+from offprincipal.tabular import Tabular
 from offprincipal.tasks import open_task, task_names
 from offprincipal.tasks.prompting import prompting
 from offprincipal.versions import versions
+
+if TYPE_CHECKING:
+    from offprincipal.checkpoints.naming import Source
 
 ENOUGH_BATCHES = 16
 Progress = Callable[[int, int, str], None]
@@ -112,8 +117,8 @@ class GateSettings:
 
 
 @dataclass(frozen=True, repr=False)
-class Gates:
-    """What `measure_gates` found.
+class Gates(Tabular):
+    """What `measure_gates` found; its text has the tables that the terminal shows.
 
     Args:
         content: of `gates.json`.
@@ -127,9 +132,25 @@ class Gates:
         runs: dict[str, dict[str, Any]] = self.content["runs"]
         return runs
 
-    def __repr__(self) -> str:
-        kls = {run: entry["kl_cumulative"]["value"] for run, entry in self.runs.items()}
-        return f"Gates of {', '.join(f'{run}: KL to base {kl:.3g} nats a token' for run, kl in kls.items())}"
+    def to_arrow(self, table: str = "kl") -> pa.Table:
+        """`kl`, a row for each run and whose samples it is on; `curve` or `curvature`, the rows of each run's.
+
+        Raises:
+            ArgumentError: there is no such table.
+        """
+        if table not in ("kl", "curve", "curvature"):
+            raise ArgumentError(f"gates have no table '{table}': choose one of kl, curve, curvature")
+        rows: list[dict[str, Any]] = []
+        for run, entry in self.runs.items():
+            of_samples = [{"samples": samples} | kl for samples, kl in entry["kl_by_samples"].items()]
+            found = of_samples if table == "kl" else entry[table]
+            rows += [{"run": run} | row for row in found]
+        return pa.Table.from_pylist(rows)
+
+    def _shown(self) -> Any:
+        from offprincipal.reports.gates import gates_tables
+
+        return gates_tables(self.content)
 
     def write(self, out: str | Path) -> Path:
         """Write `gates.json` into a folder, whole or not at all.
@@ -145,8 +166,10 @@ class Gates:
 
 def measure_gates(
     base: str | Path,
-    tuned: Mapping[str, str | Path],
+    tuned: "Source | Mapping[str, Source] | Sequence[Source]",
+    settings: GateSettings | None = None,
     *,
+    out: str | Path | None = None,
     prompts: str | Path | Sequence[str] | None = None,
     task: str | Sequence[str] | None = None,
     sequences: str | Path | None = None,
@@ -162,11 +185,13 @@ def measure_gates(
         base: a folder, a Hugging Face id, or `embedded`.
         tuned: run name -> folder or id of a model, adapter or distributed checkpoint; or one, or a list of them, named
             after their folders.
+        settings: how the gates are measured.
+        out: folder for `gates.json`; None: nothing is written.
         prompts: a file of prompts, one a line, or JSON lines `{"prompt": …}` called `.jsonl`; or a list of prompts.
         task: one or more names for `open_task`, as a list or a text such as "add,sort@2"; held-out prompts are taken.
         sequences: JSON lines, `{"text": …}` or `{"input_ids": […]}`, measured at every position after the first.
         progress: told how many directions are done, of how many, and of which run.
-        options: fields of `GateSettings`.
+        options: instead of `settings`, any field of `GateSettings`.
 
     Raises:
         ArgumentError: not exactly one of `prompts`, `task` and `sequences` is given, or an option is out of range.
@@ -184,7 +209,9 @@ def measure_gates(
     for name in options:
         if name not in known:
             raise ArgumentError(f"there is no option {name!r}: {meant(name, known, 'there are ' + ', '.join(known))}")
-    settings = GateSettings(**options)
+    if settings is not None and options:
+        raise ArgumentError(f"both settings and {next(iter(options))} are given: give only one of them")
+    settings = settings or GateSettings(**options)
     if [prompts, task, sequences].count(None) != 2:
         raise ArgumentError("give one of prompts, task and sequences: what the gates are measured on")
     several: Any = [tuned] if isinstance(tuned, str | Path) or hasattr(tuned, "state_dict") else tuned
@@ -221,7 +248,7 @@ def measure_gates(
         }
     given = {"prompts": prompts, "task": names or None, "sequences": sequences}
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-    return Gates(
+    found = Gates(
         {
             "schema": 1,
             "base": str(base),
@@ -230,6 +257,9 @@ def measure_gates(
             "runs": runs,
         }
     )
+    if out is not None:
+        found.write(out)
+    return found
 
 
 def open_for_derivatives(base: str | Path, settings: GateSettings, tokenizer: bool = True) -> LanguageModel:

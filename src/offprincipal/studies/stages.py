@@ -153,7 +153,15 @@ class CompareStage(StageKind):
             progress(StepReport("measuring", done, total))
 
         settings = CompareSettings(self.metrics, matrix)
-        compare(base_folder(space.base), tuned, settings, out=space.folder(name), progress=show)
+        compare(
+            base_folder(space.base),
+            tuned,
+            settings,
+            out=space.folder(name),
+            report=False,
+            overwrite=True,
+            progress=show,
+        )
 
     def files(self, name: str, space: Workspace) -> list[Path]:
         tables = ("matrices.parquet", "masks.parquet", "pairs.parquet", "curves.parquet", SUMMARY)

@@ -51,6 +51,7 @@ from offprincipal.training.evaluation import evaluate
 from offprincipal.training.monitor import Monitor, base_file
 from offprincipal.training.processes import in_main, is_main, join, processes, whole_state
 from offprincipal.training.progress import ShowProgress, StepReport, silent, terminal_progress
+from offprincipal.training.record import RunRecord
 from offprincipal.training.settings import TrainSettings, parse_settings
 from offprincipal.training.settings_by_model import by_the_model
 from offprincipal.training.trained import ADAPTER, MASKS, RunModels, prepare
@@ -91,7 +92,7 @@ def train(
     progress: ShowProgress | None = None,
     siblings: Iterable[Path] = (),
     **options: Any,
-) -> dict[str, Any]:
+) -> RunRecord:
     """Run a recipe, or continue it where it was killed, or return its record where it is complete.
 
     Args:
@@ -104,7 +105,7 @@ def train(
         options: in place of `settings`, any of them by name: `recipe="grpo", tasks="add", steps=40`.
 
     Returns:
-        The record, as in `run.json`: `schema`, `settings`, `base`, `teacher`, as `base`, where there is one;
+        The record, a dictionary as in `run.json`: `schema`, `settings`, `base`, and `teacher` if there is one;
         `parameters` of the model and `trained_parameters` (fewer under a mask; an adapter's own), `accuracy` (`before`
         and `after`, each as `evaluate` returns it, or None), `log` (one entry a step), `seconds` of training over all
         sittings, `machine`, `versions`; and `stopped` where a condition of `stop_if` ended the training early: which,
@@ -144,11 +145,11 @@ def train(
         if record is not None:
             if not quiet and progress is None:
                 print(f"{folder}: this run is complete already")
-            return record
+            return RunRecord(record)
         if quiet or progress is not None:
-            return _run(settings, folder, progress if progress and is_main() else silent, siblings)
+            return RunRecord(_run(settings, folder, progress if progress and is_main() else silent, siblings))
         with terminal_progress(f"{settings.recipe} → {folder}") as show:
-            return _run(settings, folder, show, siblings)
+            return RunRecord(_run(settings, folder, show, siblings))
 
 
 def _settings_of(settings: TrainSettings | Mapping[str, Any] | None, options: Mapping[str, Any]) -> TrainSettings:

@@ -26,6 +26,7 @@ from offprincipal.measures.columns import needs_torch
 from offprincipal.measures.settings import Device, MatrixSettings
 from offprincipal.memory import SHARE, free_memory
 from offprincipal.parallel import in_order, in_threads, one_core_each
+from offprincipal.tabular import Tabular
 from offprincipal.trajectories.measure import Moved, restored
 from offprincipal.trajectories.prediction import Progress, predictions_of, require_predictable, write_prediction
 from offprincipal.trajectories.scalars import Row, Sums
@@ -39,7 +40,7 @@ TABLE = "trajectory.parquet"
 
 
 @dataclass(frozen=True, repr=False)
-class Trajectory:
+class Trajectory(Tabular):
     """The measurements of many checkpoints of one run.
 
     Args:
@@ -57,14 +58,20 @@ class Trajectory:
         """
         folder = Path(out)
         require_folder(folder)
-        table = pa.Table.from_pylist(self.rows)
-        write_atomically(folder / TABLE, partial(pq.write_table, table, use_dictionary=["tensor", "role"]))
+        write_atomically(folder / TABLE, partial(pq.write_table, self.to_arrow(), use_dictionary=["tensor", "role"]))
         write_json(folder / TRAJECTORY, self.content)
         return folder
 
-    def __repr__(self) -> str:
-        steps = self.content["steps"]
-        return f"Trajectory over {len(steps)} checkpoints, steps {label_of(steps[0])} to {label_of(steps[-1])}"
+    def to_arrow(self, table: str = "") -> pa.Table:
+        """The rows of `trajectory.parquet`, one per tensor and step."""
+        return pa.Table.from_pylist(self.rows)
+
+    def _shown(self) -> Any:
+        from rich.console import Group
+
+        from offprincipal.reports.trajectory import trajectory_sentences, trajectory_table
+
+        return Group(trajectory_table(self.content), *trajectory_sentences(self.content))
 
     def _repr_html_(self) -> str:
         from offprincipal.reports.trajectory import summary_html

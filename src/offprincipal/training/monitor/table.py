@@ -18,6 +18,7 @@ from offprincipal.errors import FileError
 from offprincipal.file_names import MONITOR
 from offprincipal.files import ordinary, write_atomically
 from offprincipal.measures.pooling import pool_run
+from offprincipal.tabular import Tabular, first_of
 from offprincipal.training.monitor.monitored_base import COLUMNS
 from offprincipal.training.monitor.walk import COLUMNS as WALK
 
@@ -33,6 +34,7 @@ _OF_THE_RUN = {
     "setup_seconds": ("time spent decomposing bases before the first step, in this sitting; in no share", "seconds"),
 }
 DIVERGENCES = ("kl_step", "kl_cumulative")
+_FIRST = ("step", *DIVERGENCES, "relative_update_norm", "unchanged_fraction", "spectral_shift", "straightness")
 METRICS = _OF_THE_RUN | {column.name: (column.meaning, column.unit) for column in COLUMNS}
 _INTEGERS = {
     "step": "optimizer steps done",
@@ -105,14 +107,28 @@ class MonitorTable:
         write_atomically(self.path, partial(pq.write_table, self._table))
 
 
-def read_monitor(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows that a monitor wrote, in the order of steps; a step's pooled row, with tensor None, is its last.
+class MonitorRows(Tabular, list[dict[str, Any]]):
+    """The rows that a monitor wrote, in the order of steps; a step's pooled row, with tensor None, is its last."""
+
+    def to_arrow(self, table: str = "") -> pa.Table:
+        """The rows as they lie in `monitor.parquet`."""
+        return pa.Table.from_pylist(list(self), schema=SCHEMA)
+
+    def _shown(self) -> Any:
+        pooled = pa.Table.from_pylist([row for row in self if row["tensor"] is None], schema=SCHEMA)
+        return first_of(pooled.select([name for name in SCHEMA.names if name in _FIRST]))
+
+
+def read_monitor(folder: str | Path) -> MonitorRows:
+    """The rows that a monitor wrote.
+
+    Args:
+        folder: the monitor's, or that of a training run that was monitored.
 
     Raises:
         FileError: the folder holds none.
     """
-    rows: list[dict[str, Any]] = _read(Path(folder) / MONITOR).to_pylist()
-    return rows
+    return MonitorRows(_read(Path(folder) / MONITOR).to_pylist())
 
 
 def pooled(rows: Sequence[Row]) -> dict[str, Any]:
