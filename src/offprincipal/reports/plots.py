@@ -16,8 +16,8 @@ from offprincipal.errors import ArgumentError, FileError, install_command, meant
 from offprincipal.files import require_folder, write_atomically
 from offprincipal.measures.columns import nulls_of
 from offprincipal.reports import figures
+from offprincipal.reports.names import short_names
 from offprincipal.reports.report import COLOURS, SYMBOLS, comparison_in, damage_reported, read_columns
-from offprincipal.reports.terminal import short_names
 from offprincipal.reports.words import agreement_left_over, plain
 from offprincipal.tables import read_summary
 

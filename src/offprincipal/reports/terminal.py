@@ -6,7 +6,6 @@ Reads and formats; computes no metric.
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
@@ -14,6 +13,7 @@ from rich.console import Group
 from rich.table import Table
 
 from offprincipal.outcomes.curves import mask_words
+from offprincipal.reports.names import short_names
 from offprincipal.reports.nulls import FIGURES, MARK, RUNG_TITLES, Figure, caption, matrices_of, measured
 from offprincipal.reports.numbers import as_kind, bare, number, percent, signed
 from offprincipal.reports.page import html_table
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from offprincipal.training.preview import Preview
 
 _SCREEN = 80  # columns that every terminal has
-_LONG = 12  # letters of a common beginning that is left out
 _WIDEST = 24  # letters that a column keeps for itself
 LADDER_COLUMNS = ("run", "mask", *RUNG_TITLES.values(), "z")
 LADDER = "each null from left to right knows one thing more; z: how far beyond margins, in standard errors"
@@ -105,18 +104,6 @@ def _table_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 def run_labels(summary: Mapping[str, Any]) -> dict[str, str]:
     """Run -> what tables and sentences call it."""
     return dict(zip(summary["runs"], short_names(list(summary["runs"])), strict=True))
-
-
-def short_names(names: Sequence[str]) -> list[str]:
-    """Names by what tells them apart: a long common beginning, up to where a word of it ends, becomes an ellipsis.
-
-    >>> short_names(["llama-3-8b-grpo-step-100", "llama-3-8b-grpo-step-200"]), short_names(["grpo_1", "grpo_2"])
-    (['…100', '…200'], ['grpo_1', 'grpo_2'])
-    """
-    alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False)) if len(names) > 1 else ()
-    common = "".join(letters[0] for letters in alike)
-    common = common[: max(map(common.rfind, "/-_.= ")) + 1]
-    return [f"…{name[len(common) :]}" for name in names] if len(common) >= _LONG else list(names)
 
 
 def figure_rows(summary: Mapping[str, Any]) -> list[list[str]]:
