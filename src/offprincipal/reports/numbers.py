@@ -4,10 +4,12 @@ Knows nothing of metrics: one number in, one text out; or one shorter number, fo
 """
 
 import math
+import re
 
 UNDEFINED = "–"
 _FINEST_PERCENT = 4
 _DRAWN_DIGITS = 4
+_NEGATIVE = re.compile(r"(?<![\w.)-])-(?=\.?\d)")
 
 
 def short(value: float | None) -> float | None:
@@ -110,7 +112,7 @@ def signed(value: float | None, decimals: int = 1) -> str:
     if value is None:
         return UNDEFINED
     shown = f"{value:+,.{decimals}f}"
-    return _minus(shown if any(digit in shown for digit in "123456789") else shown[1:])
+    return _minus(shown) if _is_some(shown) else shown[1:]
 
 
 def estimate(value: float | None, low: float | None, high: float | None) -> str:
@@ -120,6 +122,8 @@ def estimate(value: float | None, low: float | None, high: float | None) -> str:
     '−0.090 [−0.100, −0.080]'
     >>> estimate(5.7e-6, 5.3e-6, 6.2e-6), estimate(0.5, None, None), estimate(None, None, None)
     ('5.70e-6 [5.30e-6, 6.20e-6]', '0.500', '–')
+    >>> estimate(-1e-6, -0.001, 0.001)
+    '0.0000 [−0.0010, 0.0010]'
     """
     if value is None or low is None or high is None:
         return number(value)
@@ -127,8 +131,26 @@ def estimate(value: float | None, low: float | None, high: float | None) -> str:
     if width <= 0 or largest < 1e-3 or largest >= 1e6:
         return f"{number(value)} [{number(low)}, {number(high)}]"
     decimals = min(max(1 - math.floor(math.log10(width)), 0), 6)
-    shown, from_, to = (_minus(f"{x:,.{decimals}f}") for x in (value, low, high))
+    shown, from_, to = (_unsigned_zero(f"{x:,.{decimals}f}") for x in (value, low, high))
     return f"{shown} [{from_}, {to}]"
+
+
+def minus_signs(text: str) -> str:
+    """A sentence whose negative numbers have the sign that all numbers here have; hyphens of words and names stay.
+
+    >>> minus_signs("grpo-1 is -0.149 [-0.156, -0.142], C7-10 at 1e-5")
+    'grpo-1 is −0.149 [−0.156, −0.142], C7-10 at 1e-5'
+    """
+    return _NEGATIVE.sub("−", text)
+
+
+def _is_some(text: str) -> bool:
+    """Whether a number does not read as zero."""
+    return any(digit in text for digit in "123456789")
+
+
+def _unsigned_zero(text: str) -> str:
+    return _minus(text) if _is_some(text) else text.removeprefix("-")
 
 
 def _minus(text: str) -> str:
