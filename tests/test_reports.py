@@ -22,7 +22,10 @@ from rich.console import Console
 
 from offprincipal.comparison import CompareSettings, compare, read_summary
 from offprincipal.errors import FileError
+from offprincipal.measures.columns import METRICS
 from offprincipal.reports.figures import anatomy, choose_matrices, heatmaps, spectra
+from offprincipal.reports.metric_words import is_listed, title_of
+from offprincipal.reports.names import common_beginning, labels
 from offprincipal.reports.numbers import number
 from offprincipal.reports.page import PLOTLY, asset
 from offprincipal.reports.report import write_report, write_report_of
@@ -518,7 +521,9 @@ def test_the_address_holds_which_runs_are_shown_and_what_was_chosen_and_opens_a_
     sections = dict(re.findall(r'<section id="(\w+)">(.*?)</section>', body, re.DOTALL))
     assert re.search(r'<details class="card" id="claim-1" open', sections["claims"])
     assert 'data-theme="dark"' in dom and "rgb(20, 26, 34)" in sections["location"]
-    assert [re.findall(r'aria-pressed="(\w+)"', body)] == [["false", "true"]]
+    chips = body.split('id="shown-runs"')[1].split("</div>")[0]
+    assert re.findall(r'aria-pressed="(\w+)"', chips) == ["false", "true"]
+    assert re.search(r'id="theme" aria-pressed="true"', body)  # of a dark page
     figure = sections["location"].split('id="figure-overlaps"')[1].split('class="legend"')[0]
     assert "sft" in figure and "alert(1)" not in figure
     assert 'aria-label="Figure: Which weights changed' in sections["location"]
@@ -568,6 +573,194 @@ def test_runs_beyond_the_number_of_colours_are_told_apart_by_a_mark(hostile: Pat
     assert len(set(swatches)) == 23
 
 
+@given(st.lists(st.text("ab-_1", max_size=40), unique=True), st.integers(12, 26))
+def test_labels_tell_names_apart_and_keep_to_their_room_where_a_cut_does(names: list[str], limit: int) -> None:
+    found = labels(names, limit)
+    assert len(set(found)) == len(names)
+    assert all(len(label) <= limit for label in found) or any(label in names for label in found)
+
+
+LONG = "experiment-2026-gsm8k-"
+
+
+def as_many(hostile: Path, folder: Path, names: list[str], pairs: list[dict[str, Any]]) -> Path:
+    """The comparison of one run, as though it were of several that differ in their names alone."""
+    shutil.copytree(hostile, folder)
+    summary = read_summary(hostile)
+    runs = dict.fromkeys(names, summary["runs"]["sft"])
+    (folder / "summary.json").write_text(json.dumps(summary | {"runs": runs, "pairs": pairs}))
+    for table in ("matrices", "masks"):
+        found = pq.read_table(hostile / f"{table}.parquet")
+        rows = [row | {"run": name} for name in names for row in found.to_pylist() if row["run"] == "sft"]
+        pq.write_table(pa.Table.from_pylist(rows, found.schema), folder / f"{table}.parquet")
+    return folder
+
+
+def pair_of(a: str, b: str, found: float) -> dict[str, Any]:
+    nulls = {"jaccard_random": 0.2, "jaccard_rounding_null": 0.3, "jaccard_spacing_null": 0.3}
+    about = {"jaccard_margin_null": 0.3, "jaccard_z": 1.0, "update_cosine": 0.1, "low": found, "high": found}
+    return {"run_a": a, "run_b": b, "jaccard": found} | nulls | about
+
+
+@pytest.fixture(scope="module")
+def of_twenty(hostile: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of twenty runs whose names begin alike; the last pairs agree most."""
+    names = [f"{LONG}run{i:02d}" for i in range(20)]
+    every = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    pairs = [pair_of(a, b, 0.3 + 1e-3 * place) for place, (a, b) in enumerate(every)]
+    root = tmp_path_factory.mktemp("twenty")
+    return write_report(root / "report.html", as_many(hostile, root / "comparison", names, pairs))
+
+
+def test_names_that_begin_alike_are_told_apart_and_their_beginning_stands_once(of_twenty: Path) -> None:
+    text, data = of_twenty.read_text("utf-8"), data_in(of_twenty)
+    assert f"<b>{LONG}</b>" in text and common_beginning(data["runs"]) == LONG
+    for table in ("runs", "location"):
+        rows = text.split(f'data-table="{table}"')[1].split("</table>")[0]
+        named = re.findall(r'<td class="name"><div>.*?<span title="([^"]+)">([^<]+)</span></div>', rows)
+        assert named == [(f"{LONG}run{i:02d}", f"…run{i:02d}") for i in range(20)]
+        assert data["tables"][table][1][0] == f"{LONG}run00"  # whole in what is saved
+    legend = text.split('id="figure-overlaps"')[0].rsplit('<div class="legend">', 1)[1]
+    assert f'<span title="{LONG}run07"' in legend and "…run07</span>" in legend
+    assert [wide for _, wide, _ in data["labels"]] == [f"…run{i:02d}" for i in range(20)]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH to draw the page")
+def test_of_many_pairs_the_furthest_from_the_margin_null_are_drawn_and_all_on_request(of_twenty: Path) -> None:
+    def drawn(state: str) -> tuple[list[str], str]:
+        dom = dom_of(of_twenty, state)
+        section = dom[dom.rindex("<body") :].split('<section id="pairs">')[1].split("</section>")[0]
+        ticks = re.findall(r'class="ytick"><text[^>]*>([^<]+)<', section)
+        return ticks, re.findall(r'id="pairs-caption">([^<]*)<', section)[0]
+
+    few, caption = drawn("")
+    assert len(few) == 30 and few[0] == "…run18 · …run19" and "Of 190 pairs of runs, the 30" in caption
+    every, caption = drawn("pairs&pairs-shown=all")
+    assert len(every) == 190 and caption == ""
+
+
+def test_metrics_are_listed_in_words_each_its_own_and_no_null_or_standard_deviation(hostile: Path) -> None:
+    columns = [column for metric in METRICS for column in metric.columns]
+    listed = {column.name: title_of(column.name, column.meaning) for column in columns if is_listed(column.name)}
+    assert len(set(listed.values())) == len(listed) < len(columns) / 2
+    assert not any("_" in title or title.startswith(("the same", "its ")) for title in listed.values())
+    drawn = heatmaps(pq.read_table(hostile / "matrices.parquet"), ["sft"])["metrics"]
+    reached = {drawn[place]["name"] for metric in drawn for place, _ in metric["nulls"]}
+    assert {metric["name"] for metric in drawn if not metric["listed"]} == reached
+    assert not any(metric["name"].endswith(("_sd", "_se")) for metric in drawn)
+    assert {"base_norm", "changed_count"} <= set(listed)
+
+
+def test_terms_are_linked_to_definitions_and_principal_weights_are_defined_where_they_are_first_named(
+    hostile: Path, tmp_path: Path
+) -> None:
+    page = own_part(write_report(tmp_path / "report.html", hostile, study_of("sft")).read_text("utf-8"))
+    linked = set(re.findall(r'href="#(term-[^"]+)"', page))
+    assert {"term-principal-weights", "term-relative-update-norm", "term-z"} <= linked
+    assert linked <= set(re.findall(r'id="(term-[^"]+)"', page))
+    text = re.sub(r"<(script|style)\b.*?</\1>|<[^>]+>", "", page, flags=re.DOTALL)
+    said = " ".join(text.split())
+    first = said.index("principal weights")
+    assert said[first:].startswith("principal weights (of each matrix the 50.0 % of the entries that are largest")
+    assert not re.search(r"\b(ladder|rungs?)\b", said)
+
+
+def test_the_board_of_claims_comes_first_on_the_page_of_a_study(hostile: Path, tmp_path: Path) -> None:
+    page = write_report(tmp_path / "report.html", hostile, study_of("sft")).read_text("utf-8")
+    assert re.findall(r'<section id="(\w+)">', page)[:3] == ["claims", "training", "runs"]
+
+
+def test_the_pages_of_a_folder_s_profiles_lead_to_each_other(hostile: Path, tmp_path: Path) -> None:
+    def links(page: str) -> list[str]:
+        text = (tmp_path / page).read_text("utf-8")
+        return re.findall(r'href="([^#"]*)"', text.split("<!--profiles-->")[1].split("<!--/profiles-->")[0])
+
+    page, study = tmp_path / "report.html", study_of("sft")
+    for former, profile in pairwise(("", "quick", "full", "other")):
+        if former:
+            page.rename(tmp_path / f"report-{former}.html")  # as a study sets it aside
+        write_report(page, hostile, study | {"profile": profile})
+    assert links("report.html") == ["report-full.html", "report-quick.html"]
+    assert links("report-full.html") == ["report.html", "report-quick.html"]
+    assert links("report-quick.html") == ["report.html", "report-full.html"]
+    (tmp_path / "report-a&<b>.html").write_text("of nobody")
+    (tmp_path / "report-older.html").write_text("without marks")
+    write_report(page, hostile, study | {"profile": "other"})
+    assert links("report.html") == ["report-full.html", "report-older.html", "report-quick.html"]
+    assert (tmp_path / "report-older.html").read_text() == "without marks"
+    assert write_report(tmp_path / "alone.html", hostile).read_text("utf-8").count("report-full") == 0
+
+
+def test_runs_that_were_not_evaluated_are_said_to_be_and_figures_of_none_have_no_column(
+    hostile: Path, tmp_path: Path
+) -> None:
+    study = study_of("sft")
+    study["runs"].append({"name": "quiet", "recipe": "sft", "before": None, "after": None})
+    page = write_report(tmp_path / "report.html", hostile, study).read_text("utf-8")
+    table = page.split('data-table="training"')[1].split("</table>")[0]
+    assert "– → –" not in page and "token entropy" not in table and "pass@k" not in table
+    assert table.count("not evaluated") == 1 and "60.0\xa0% → 60.0\xa0%" in table
+    nothing = study | {"runs": study["runs"][1:]}
+    page = write_report(tmp_path / "report.html", hostile, nothing).read_text("utf-8")
+    assert "No run was evaluated." in page and 'id="figure-training"' not in page
+
+
+def test_what_makes_a_page_again_names_the_options_that_differ_from_their_defaults_alone(tmp_path: Path) -> None:
+    folder = compared(tmp_path, {"run": tuned(1e-3)}, CompareSettings.of(metrics=("location",), density=0.4))
+    page = visible_text(write_report(tmp_path / "report.html", folder).read_text("utf-8"))
+    said = page.split("How to reproduce this")[1]
+    assert "--metrics changes,location --density 0.4" in said
+    assert not re.search(r"\b(False|expect|null_draws|alphas?|rank_fraction)\b", said)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH to draw the page")
+def test_where_rounding_is_undefined_no_empty_panel_stands_for_it(off_grid: Path, tmp_path: Path) -> None:
+    page = write_report(tmp_path / "report.html", off_grid)
+    dom = dom_of(page)
+    section = dom[dom.rindex("<body") :].split('<section id="location">')[1].split("</section>")[0]
+    assert "density of the mask" in section and "α" not in section
+    for empty in ("beyond rounding", "rounding alone</span>", "Below:"):
+        assert empty not in section
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH to draw the page")
+def test_a_figure_says_what_is_drawn_and_folded_tables_offer_nothing_to_press(hostile: Path, tmp_path: Path) -> None:
+    study = study_of("sft")
+    shares = dict.fromkeys(("random", "rounding", "spacing", "margins", "measured"), 0.5)
+    (claim,) = study["claims"]
+    claim |= {"anatomy": {"sft": shares}}
+    claim["as_published"] = claim["as_published"] | {"sentence": "sft-1 is -0.149 [-0.2, 1e-5]"}
+    dom = dom_of(write_report(tmp_path / "report.html", hostile, study))
+    body = dom[dom.rindex("<body") :].split('<script type="application/gzip"')[0]
+    said = dict(re.findall(r'<div id="figure-(\w+)"[^>]*aria-label="Figure: [^".?]+[.?] ([^"]+)"', body))
+    assert set(said) == set(re.findall(r'id="figure-(\w+)"', body))
+    assert all(re.search(r"\d", text) and "undefined (" not in text for text in said.values())
+    assert said["training"] == "Sampled accuracy before and after training: sft 50 % to 50 %."
+    assert re.search(r"sft [\d.]+ % \(rounding alone [\d.]+ %\)", said["overlaps"])
+    folded = re.search(r'<details class="anatomy">.*?</details>', body, re.DOTALL)
+    assert folded and "<table" in folded[0] and "<button" not in folded[0]
+    assert body.index('class="skip"') < body.index('id="shown-runs"') < body.index('id="first-section"')
+    assert "sft-1 is −0.149 [−0.2, 1e-5]" in body
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH to draw the page")
+def test_the_last_layers_and_the_tensors_of_none_are_named_apart(hostile: Path, tmp_path: Path) -> None:
+    page = write_report(tmp_path / "report.html", hostile)
+    data, text = data_in(page), page.read_text("utf-8")
+    heat = data["heat"]
+    heat["layers"] = [*map(str, range(200)), "none"]
+    heat["values"] = [[[row[:1] * 201 for row in run] for run in metric] for metric in heat["values"]]
+    heat["counts"] = [row[:1] * 201 for row in heat["counts"]]
+    packed = base64.b64encode(gzip.compress(json.dumps(data).encode())).decode()
+    page.write_text(text.replace(text.split('id="data">')[1].split("<")[0], packed), "utf-8")
+    dom = dom_of(page, "layers&heat-metric=1")
+    figure = dom[dom.rindex("<body") :].split('id="figure-heat"')[1].split("</section>")[0]
+    ticks = re.findall(r'class="xtick"><text[^>]*>([^<]+)<', figure)
+    assert ticks[-1] == "none" and ticks[0] == "0" and 200 - int(ticks[-2]) >= int(ticks[1])
+    caption = re.sub("<[^>]+>", "", dom[dom.rindex("<body") :].split('<p class="caption"><span id="heat-caption">')[1])
+    assert "unit:" not in caption and "1 cells" not in caption
+
+
 def test_each_null_of_a_figure_is_named(hostile: Path, tmp_path: Path) -> None:
     """The unchanged weights have two: that of length in the table, that of rounding by layer."""
     page = write_report(tmp_path / "report.html", hostile)
@@ -577,8 +770,8 @@ def test_each_null_of_a_figure_is_named(hostile: Path, tmp_path: Path) -> None:
         *[("a Gaussian update of equal norm, stored alike", "stored")] * 3,
     ]
     about = {metric["name"]: metric for metric in data_in(page)["heat"]["metrics"]}
-    assert about["unchanged_fraction"]["null_words"] == "rounding alone"
-    assert about["spectral_shift"]["null_words"] == "a Gaussian update of equal norm, stored alike"
+    assert about["unchanged_fraction"]["nulls"][0][1] == "rounding alone"
+    assert about["spectral_shift"]["nulls"][0][1] == "a Gaussian update of equal norm, stored alike"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH to draw the page")

@@ -17,8 +17,8 @@ import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
 from offprincipal.checkpoints.roles import LINEAR_ROLES
-from offprincipal.measures.columns import METRICS
-from offprincipal.reports.nulls import NOT_TOLD_APART, NULL_WORDS, PARTS, shares, steps_up
+from offprincipal.reports.metric_words import group_of, is_drawn, is_listed, nulls_in, title_of
+from offprincipal.reports.nulls import NOT_TOLD_APART, PARTS, shares, steps_up
 from offprincipal.reports.numbers import short
 from offprincipal.reports.words import metrics_of
 
@@ -28,7 +28,6 @@ MASKS = {
     "safe": "safe weights",
     "random": "a random mask",
 }
-NULLS = ("_rounding_null", "_stored_null", "_isotropic_null")  # of a figure's, the one that is drawn below it
 STRIPE_MATRICES = 64
 SPECTRUM_MATRICES = 256
 FINE_POINTS, COARSE_POINTS = 256, 64
@@ -60,9 +59,9 @@ ANATOMY_PARTS = (*PARTS.items(), NOT_TOLD_APART)  # with their colours
 
 
 def anatomy(summary: Mapping[str, Any]) -> list[Json]:
-    """Per mask and run how far the overlap is from chance, in points, and what each rung of the ladder explains of it.
+    """Per mask and run how far the overlap is from chance, in points, and what each null explains of it.
 
-    What lies between rungs that are not next to each other, since one between is undefined, is not told apart.
+    What lies between nulls that are not next to each other, since one between is undefined, is not told apart.
     """
     figures = []
     for mask in ("principal", "low_magnitude"):
@@ -131,9 +130,13 @@ def _line(rows: Sequence[Mapping[str, Any]], columns: Iterable[str]) -> Json:
 
 
 def heatmaps(matrices: pa.Table, runs: Sequence[str]) -> Json:
-    """Every metric as role × layer for every run: the mean over the matrices of a cell, such as a layer's experts."""
-    fields = [field for field in matrices.schema if field.metadata and b"meaning" in field.metadata]
-    metrics = [field.name for field in fields if matrices[field.name].null_count < len(matrices)]
+    """Every metric as role × layer for every run: the mean over the matrices of a cell, such as a layer's experts.
+
+    Nulls are among them, each known to its metric by its place, and are not listed themselves.
+    """
+    described = [field for field in matrices.schema if field.metadata and b"meaning" in field.metadata]
+    fields = [f for f in described if is_drawn(f.name) and matrices[f.name].null_count < len(matrices)]
+    metrics = [field.name for field in fields]
     cells = matrices.group_by(["run", "layer", "role"]).aggregate(
         [(m, "mean") for m in metrics] + [("tensor", "count")]
     )
@@ -148,7 +151,7 @@ def heatmaps(matrices: pa.Table, runs: Sequence[str]) -> Json:
     return {
         "layers": [_layer_name(layer) for layer in layers],
         "roles": roles,
-        "metrics": [_about(field, metrics) for field in fields if field.name in metrics],
+        "metrics": [_about(field, metrics) for field in fields],
         "values": [[grid(run, f"{metric}_mean") for run in runs] for metric in metrics],
         "counts": grid(runs[0], "tensor_count"),
     }
@@ -169,15 +172,16 @@ def _role_order(role: str) -> tuple[int, str]:
 
 
 def _about(field: pa.Field, metrics: Sequence[str]) -> Json:
-    groups = {column.name: metric.group for metric in METRICS for column in metric.columns}
     text = {key.decode(): value.decode() for key, value in field.metadata.items()}
-    null = next((suffix for suffix in NULLS if field.name + suffix in metrics), "")
-    beside = {"null": metrics.index(field.name + null), "null_words": NULL_WORDS[null]} if null else {"null": None}
-    return (
-        {"name": field.name, "group": groups.get(field.name, "other")}
-        | beside
-        | {key: text.get(key, "") for key in ("meaning", "unit", "source")}
-    )
+    return {
+        "name": field.name,
+        "title": title_of(field.name, text.get("meaning", "")),
+        "listed": is_listed(field.name),
+        "group": group_of(field.name),
+        "nulls": [[metrics.index(null), words] for null, words in nulls_in(field.name, metrics)],
+        "unit": text.get("unit", ""),
+        "source": text.get("source", ""),
+    }
 
 
 def choose_matrices(matrices: pa.Table, columns: Sequence[str], limit: int) -> Chosen:

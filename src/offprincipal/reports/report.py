@@ -8,7 +8,7 @@ import base64
 import gzip
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,18 @@ from offprincipal.file_names import (
     TRAJECTORY,
 )
 from offprincipal.files import ordinary, read_json, write_atomically
-from offprincipal.reports import exports, figures, nulls, numbers, words
+from offprincipal.reports import exports, figures, names, nulls, numbers, words
 from offprincipal.reports.fine_tuning import fine_tuning_figures
 from offprincipal.reports.page import PLOTLY, WEB, asset
 from offprincipal.reports.places import reproducing, without_paths
+from offprincipal.reports.profiles import link_back, linked_profiles, other_profiles
+from offprincipal.reports.terms import TERMS, anchor, defined, linked
 from offprincipal.reports.theory import theory_figures
 from offprincipal.tables import read_summary
 
 COLOURS = ("#3b6fb6", "#d9772b", "#3f9a6c", "#a855a0", "#b8932c", "#c24d52", "#4aa3b8", "#7a6f5d", "#6d62c4", "#8a9a3b")
 SYMBOLS = ("circle", "diamond", "triangle-up", "star")  # of the runs of the first colours, of those of the second, …
+WIDE, NARROW = 26, 18  # letters of a run's name that a figure has room for, on a wide and on a narrow screen
 CHECKPOINT_KEYS = ("greedy_accuracy", "sampled_accuracy", "pass_at_k", "token_entropy", "kl_to_base")
 _SCRIPTS = ("core.js", "runs.js", "matrices.js", "theory.js", "fine_tuning.js", "start.js")  # one scope, in this order
 _SWEEP_COLUMNS = ("run", "mask", "alpha", "overlap", "overlap_random", "overlap_rounding_null", "changed_count")
@@ -61,8 +64,11 @@ def write_report(out: Path, comparison: Path, study: dict[str, Any] | None = Non
         FileError: the folder lacks a table, or one is damaged; or the file cannot be written.
     """
     with damage_reported(comparison):
-        page = _render(_content(comparison, study))
+        profile = str(study.get("profile") or "") if study else ""
+        others = other_profiles(out, profile) if study else {}
+        page = _render(_content(comparison, study) | {"profiles": linked_profiles(others)})
     write_atomically(out, lambda path: path.write_text(page, encoding="utf-8", errors="replace"))
+    link_back(out, profile, others)
     return out
 
 
@@ -144,6 +150,7 @@ def _content(comparison: Path, study: dict[str, Any] | None) -> dict[str, Any]:
         "colours": [colours[name] for name in runs],
         "symbols": [symbols[name] for name in runs],
         "training": [run | {"colour": colours[run["name"]], "symbol": symbols[run["name"]]} for run in training],
+        "labels": _labels(list(named)),
     }
     data["tables"] = exports.tables(summary, study, data)
     return {
@@ -152,15 +159,25 @@ def _content(comparison: Path, study: dict[str, Any] | None) -> dict[str, Any]:
         "training": training,
         "colours": colours,
         "symbols": symbols,
+        "labels": {name: wide for name, wide, _ in data["labels"]},
+        "beginning": names.common_beginning(list(named)),
         "data": data,
         "answers": words.answers(summary),
         "notes": words.warnings_of(summary),
         "paragraphs": words.run_paragraphs(summary),
         "pair_sentences": [(pair, words.pair_sentence(pair)) for pair in summary["pairs"]],
+        "evaluated": [key for key in CHECKPOINT_KEYS if any(_known(run, key) for run in training)],
+        "rounding_located": _rounding_known(data["overlaps"], "rounding"),
+        "rounding_swept": _rounding_known(data["sweep"], "overlap_rounding_null"),
         "tally": words.tally(study["claims"]) if study else "",
         "command": reproducing(summary),
         "thresholds": {"z": words.Z_BEYOND, "tiny": words.TINY, "small": words.SMALL, "about": words.ABOUT},
     }
+
+
+def _labels(runs: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Each run's name, and what figures call it on a wide and on a narrow screen."""
+    return list(zip(runs, names.labels(runs, WIDE), names.labels(runs, NARROW), strict=True))
 
 
 def _figures(comparison: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,6 +218,17 @@ def _trained(run: Mapping[str, Any]) -> dict[str, Any]:
     return {key: run.get(key) for key in keys} | moments
 
 
+def _rounding_known(masks: Sequence[Mapping[str, Any]], key: str) -> bool:
+    """Whether the rounding null of any mask and run is defined, alone or at some density."""
+    found = [run[key] for mask in masks for run in mask["runs"]]
+    return any(share is not None for each in found for share in (each if isinstance(each, list) else [each]))
+
+
+def _known(run: Mapping[str, Any], *keys: str) -> bool:
+    """Whether any of some figures is known of a run, before or after training."""
+    return any(run[when][key] is not None for when in ("before", "after") for key in keys)
+
+
 def _render(content: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader("offprincipal.reports", WEB),
@@ -227,6 +255,11 @@ def _render(content: Mapping[str, Any]) -> str:
         endings=nulls.ENDINGS,
         matrices_of=nulls.matrices_of,
         beyond=words.beyond,
+        known=_known,
+        terms=TERMS,
+        anchor=anchor,
+        term=linked,
+        defined=defined,
         metrics_of=words.metrics_of,
         style=Markup(asset("report.css")),
         scripts=scripts,
@@ -248,7 +281,12 @@ def _packed(data: Any) -> str:
 def _filters() -> dict[str, Callable[..., str]]:
     shown = (numbers.number, numbers.percent, numbers.points, numbers.degrees, numbers.signed, numbers.estimate)
     named: dict[str, Callable[..., str]] = {function.__name__: function for function in shown}
-    return named | {"plain": words.plain, "show_as": numbers.as_kind, "bare": numbers.bare}
+    return named | {
+        "plain": words.plain,
+        "show_as": numbers.as_kind,
+        "bare": numbers.bare,
+        "minus_signs": numbers.minus_signs,
+    }
 
 
 def _script(source: str) -> Markup:

@@ -78,6 +78,10 @@ const escaped = (name) =>
 const shortened = (name, limit) => (name.length > limit ? name.slice(0, limit - 9) + "…" + name.slice(-8) : name);
 const narrow = () => document.documentElement.clientWidth < 640;
 const label = (name, limit = 26) => escaped(shortened(name, narrow() ? Math.min(limit, 18) : limit));
+// What figures call a run: as tables do, or by fewer letters on a narrow screen.
+const labels = new Map(whole.labels.map(([name, ...texts]) => [name, texts]));
+const called = (run, few = false) => (labels.has(run) ? labels.get(run)[few ? 1 : 0] : shortened(run, few ? 18 : 26));
+const runLabel = (run) => escaped(called(run, narrow()));
 const light = (colour) => colour + "55";
 const known = (values) => values.filter((value) => value !== null && value !== undefined);
 const numbered = (count) => Array.from({ length: count }, (_, i) => i);
@@ -137,7 +141,7 @@ const ofRuns = (names, panel, rows, anchor) =>
     domain: panel.y,
     anchor,
     tickvals: rows,
-    ticktext: names.map((name) => label(name)),
+    ticktext: names.map(runLabel),
     showticklabels: panel.first,
     range: [rows.length - 0.5, -0.5],
     zeroline: false,
@@ -155,7 +159,26 @@ const colourOf = (name) =>
   (whole.training.find((run) => run.name === name) || {}).colour ||
   PRECISION;
 
-function draw(id, traces, layout) {
+// A number as text, its sign as everywhere on the page.
+const minus = (text) => text.replace(/^-/, "\u2212"); // an exponent keeps its own, as in the tables
+const digits = (value, count = 3) =>
+  value === null || value === undefined ? "\u2013" : minus(String(Number(value.toPrecision(count))));
+const signed = (value, decimals = 2) => {
+  const text = value.toFixed(decimals);
+  return Number(text) > 0 ? "+" + text : minus(Number(text) === 0 ? text.replace("-", "") : text);
+};
+const inPercent = (value) => (value === null || value === undefined ? "undefined" : digits(100 * value) + " %");
+
+const meanOf = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
+
+// Names and values in words, the first few of many.
+function listed(names, texts, most = 4) {
+  const items = names.slice(0, most).map((name, i) => `${name} ${texts[i]}`);
+  return items.join(", ") + (names.length > most ? `, and ${names.length - most} more` : "");
+}
+
+// Draw a figure, which says in a sentence to those who cannot see it what is drawn.
+function draw(id, traces, layout, says) {
   const element = document.getElementById(id);
   const plain = {
     font: FONT,
@@ -167,9 +190,9 @@ function draw(id, traces, layout) {
   };
   element.style.height = layout.height + "px";
   Plotly.react(element, traces, { ...plain, ...layout }, { responsive: true, displayModeBar: false });
+  element.setAttribute("aria-label", `Figure: ${headingBefore(element).replace(/\?$/, "")}. ${says}`);
   if (element.getAttribute("role")) return;
   element.setAttribute("role", "img");
-  element.setAttribute("aria-label", "Figure: " + headingBefore(element));
   element.after(
     tools(
       ["PNG", "SVG"].map((format) => [
@@ -228,7 +251,11 @@ function offerTables() {
         .toLowerCase()
         .replace(/[^a-z0-9]+/g, "-");
     table.parentElement.tabIndex = 0; // scrolled by keys where it is wider than the screen
-    table.parentElement.after(tools([["CSV", "Save this table as CSV", () => saveCsv(name, rows())]]));
+    const offer = () =>
+      table.parentElement.after(tools([["CSV", "Save this table as CSV", () => saveCsv(name, rows())]]));
+    const folded = table.closest("details:not([open])");
+    if (folded) folded.addEventListener("toggle", offer, { once: true });
+    else offer();
   });
   const pairs = document.getElementById("figure-pairs");
   if (pairs)
@@ -242,7 +269,7 @@ function offerTables() {
       new Blob(["\ufeff" + rows.map((row) => row.map(cell).join(",")).join("\r\n") + "\r\n"], { type: "text/csv" }),
     );
     link.click();
-    URL.revokeObjectURL(link.href);
+    setTimeout(() => URL.revokeObjectURL(link.href), 60000); // a browser may read it only after downloads before it
   }
 }
 

@@ -53,7 +53,7 @@ figures["figure-masks"] = () => {
     const panel = at(Math.floor(j / 4), j % 4),
       on = { type: "scatter", xaxis: "x" + suffix(j), yaxis: "y" + suffix(j) };
     const mode = (steps) => (steps.length > 1 ? "lines" : "markers"); // one point alone makes no line
-    const curves = (of, thin, thick, called) => {
+    const curves = (of, thin, thick, whose) => {
       of.runs.forEach((run) =>
         traces.push({
           ...on,
@@ -62,7 +62,7 @@ figures["figure-masks"] = () => {
           y: run.kl,
           marker: { color: thin, size: 6 },
           line: { color: thin, width: 1 },
-          hovertemplate: `${called}, seed ${run.seed}<br>step %{x}: %{y:.3~g}<extra></extra>`,
+          hovertemplate: `${whose}, seed ${run.seed}<br>step %{x}: %{y:.3~g}<extra></extra>`,
         }),
       );
       traces.push({
@@ -72,7 +72,7 @@ figures["figure-masks"] = () => {
         y: of.mean.kl,
         marker: { color: thick, size: 9 },
         line: { color: thick, width: 3 },
-        hovertemplate: `${called}, mean over seeds<br>step %{x}: %{y:.3~g}<extra></extra>`,
+        hovertemplate: `${whose}, mean over seeds<br>step %{x}: %{y:.3~g}<extra></extra>`,
       });
     };
     curves(full, "#c9ced6", "#a3abb7", "full fine-tuning");
@@ -105,7 +105,13 @@ figures["figure-masks"] = () => {
     ["solid", "full fine-tuning", "#a3abb7"],
     ...others.map((found) => ["", plainTitle(found), maskColour(found)]),
   ]);
-  draw("figure-masks", traces, { ...layout, height: height + 110, margin: { l: 60, r: 20, t: 56, b: 50 } });
+  const lastOf = (found) => digits(found.mean.kl.at(-1));
+  draw(
+    "figure-masks",
+    traces,
+    { ...layout, height: height + 110, margin: { l: 60, r: 20, t: 56, b: 50 } },
+    `KL per token from the base at the last step, mean over seeds: ${listed([full, ...others].map(plainTitle), [full, ...others].map(lastOf))}.`,
+  );
 };
 
 // Where text is set as text, a name needs no escaping.
@@ -187,39 +193,48 @@ figures["figure-mask-seeds"] = () => {
     ".3~g",
     true,
   );
-  draw("figure-mask-seeds", traces, {
-    height: height + 74,
-    annotations: [
-      heading("distance from the full run", middle(left.x), left.y[1]),
-      heading("accuracy at the end", middle(right.x), right.y[1]),
-    ],
-    shapes:
-      base === null
-        ? []
-        : [
-            {
-              type: "line",
-              xref: "x2",
-              yref: "y2 domain",
-              x0: base,
-              x1: base,
-              y0: 0,
-              y1: 1,
-              layer: "below",
-              line: { color: PRECISION, width: 2 },
-            },
-          ],
-    xaxis: axis({ domain: left.x, anchor: "y", rangemode: "tozero", tickformat: "~g" }),
-    xaxis2: axis({
-      domain: right.x,
-      anchor: "y2",
-      range: rangeOf(found.flatMap((of) => of.runs.map((run) => run.accuracy)).concat(base)),
-      tickformat: "~%",
-      nticks: 6,
-    }),
-    yaxis: named(left, "x"),
-    yaxis2: named(right, "x2"),
-  });
+  const says = listed(
+    found.map(plainTitle),
+    found.map((of) => inPercent(meanOf(known(of.runs.map((run) => run.accuracy))))),
+  );
+  draw(
+    "figure-mask-seeds",
+    traces,
+    {
+      height: height + 74,
+      annotations: [
+        heading("distance from the full run", middle(left.x), left.y[1]),
+        heading("accuracy at the end", middle(right.x), right.y[1]),
+      ],
+      shapes:
+        base === null
+          ? []
+          : [
+              {
+                type: "line",
+                xref: "x2",
+                yref: "y2 domain",
+                x0: base,
+                x1: base,
+                y0: 0,
+                y1: 1,
+                layer: "below",
+                line: { color: PRECISION, width: 2 },
+              },
+            ],
+      xaxis: axis({ domain: left.x, anchor: "y", rangemode: "tozero", tickformat: "~g" }),
+      xaxis2: axis({
+        domain: right.x,
+        anchor: "y2",
+        range: rangeOf(found.flatMap((of) => of.runs.map((run) => run.accuracy)).concat(base)),
+        tickformat: "~%",
+        nticks: 6,
+      }),
+      yaxis: named(left, "x"),
+      yaxis2: named(right, "x2"),
+    },
+    `Accuracy at the end, mean over seeds: ${says}.`,
+  );
 };
 
 const ranksOf = (groups) => [...new Set(groups.map((group) => group.rank))].sort((a, b) => a - b);
@@ -324,7 +339,14 @@ figures["figure-rates"] = () => {
     ["ring", "highest stable rate"],
     ["collapse", "collapsed"],
   ]);
-  draw("figure-rates", traces, { ...layout, height: height + 74 });
+  const named = groups.map((group) => `${group.method} of rank ${group.rank}`),
+    stable = groups.map((group) => group.sweeps.map((sweep) => sweep.stable).join(" and "));
+  draw(
+    "figure-rates",
+    traces,
+    { ...layout, height: height + 74 },
+    `Highest stable learning rate, a number a seed: ${listed(named, stable)}.`,
+  );
 };
 
 figures["figure-lengths"] = () => {
@@ -408,7 +430,14 @@ figures["figure-lengths"] = () => {
     ["solid", "base", PRECISION],
     ["collapse", "collapsed"],
   ]);
-  draw("figure-lengths", traces, { ...layout, height: height + 74 });
+  const named = groups.map((group) => `${group.method} of rank ${group.rank}`),
+    best = groups.map((group) => inPercent(meanOf(known(group.sweeps.map((sweep) => sweep.best)))));
+  draw(
+    "figure-lengths",
+    traces,
+    { ...layout, height: height + 74 },
+    `Accuracy over the relative norm of the update and over the KL from the base; best accuracy, mean over seeds: ${listed(named, best)}.`,
+  );
 };
 
 figures["figure-control"] = () => {
@@ -446,7 +475,7 @@ figures["figure-control"] = () => {
         y: [i - 0.36, i + 0.36],
         line: { color: INK, width: 2 },
         opacity: 0.6,
-        hovertemplate: "mean: %{x:+.1f} points<extra></extra>",
+        hovertemplate: `mean: ${signed(mean, 1)} points<extra></extra>`,
       });
     traces.push({
       type: "scatter",
@@ -464,42 +493,56 @@ figures["figure-control"] = () => {
         color: runs.map((run) => (run.equal ? INK : GROUND)),
         line: { color: INK, width: 1.5 },
       },
-      hovertemplate: "%{customdata}<br>%{x:+.1f} points<extra></extra>",
+      hovertext: values.map((value) => signed(value, 1)),
+      hovertemplate: "%{customdata}<br>%{hovertext} points<extra></extra>",
     });
   });
   legend(
     "control-legend",
     ranks.map((rank) => [["dot", "square", "triangle", "star"][ranks.indexOf(rank) % 4], `rank ${rank}`]),
   );
-  draw("figure-control", traces, {
-    height: 70 + 62 * rows.length,
-    margin: { l: 50, r: 20, t: 10, b: 44 },
-    shapes: [
-      {
-        type: "rect",
-        xref: "x",
-        yref: "paper",
-        x0: -2,
-        x1: 2,
-        y0: 0,
-        y1: 1,
-        fillcolor: PANEL,
-        line: { width: 0 },
-        layer: "below",
-      },
-    ],
-    xaxis: axis({
-      zeroline: true,
-      zerolinewidth: 1.5,
-      zerolinecolor: PRECISION,
-      tickformat: "~g",
-      title: title("points of accuracy"),
-    }),
-    yaxis: axis({
-      tickvals: numbered(rows.length),
-      ticktext: rows.map(([text]) => text),
-      range: [rows.length - 0.5, -0.5],
-      zeroline: false,
-    }),
+  const means = rows.map(([, runs]) => {
+    const values = runs.filter((run) => run.equal).map((run) => 100 * (run.like.accuracy - run.accuracy));
+    return values.length ? `${signed(meanOf(values), 1)} points` : "nothing to count";
   });
+  const says = `Difference in accuracy, mean over ranks and seeds: ${listed(
+    rows.map(([text]) => text.replace("<br>", " ")),
+    means,
+  )}.`;
+  draw(
+    "figure-control",
+    traces,
+    {
+      height: 70 + 62 * rows.length,
+      margin: { l: 50, r: 20, t: 10, b: 44 },
+      shapes: [
+        {
+          type: "rect",
+          xref: "x",
+          yref: "paper",
+          x0: -2,
+          x1: 2,
+          y0: 0,
+          y1: 1,
+          fillcolor: PANEL,
+          line: { width: 0 },
+          layer: "below",
+        },
+      ],
+      xaxis: axis({
+        zeroline: true,
+        zerolinewidth: 1.5,
+        zerolinecolor: PRECISION,
+        tickformat: "~g",
+        title: title("points of accuracy"),
+      }),
+      yaxis: axis({
+        tickvals: numbered(rows.length),
+        ticktext: rows.map(([text]) => text),
+        range: [rows.length - 0.5, -0.5],
+        zeroline: false,
+      }),
+    },
+    says,
+  );
 };

@@ -2,7 +2,7 @@
 
 figures["figure-training"] = () => {
   const traces = [],
-    runs = data.training,
+    runs = data.training.filter((run) => known([run.before.sampled_accuracy, run.after.sampled_accuracy]).length),
     rows = numbered(runs.length);
   runs.forEach((run, i) => {
     const before = run.before.sampled_accuracy,
@@ -14,7 +14,7 @@ figures["figure-training"] = () => {
         : undefined;
     const common = {
       type: "scatter",
-      name: label(run.name),
+      name: runLabel(run.name),
       hovertemplate: "%{fullData.name}<br>%{x:.1%}<extra>%{meta}</extra>",
     };
     traces.push({
@@ -45,21 +45,29 @@ figures["figure-training"] = () => {
     });
   });
   const some = runs.some((run) => run.before.sampled_accuracy > 0 || run.after.sampled_accuracy > 0);
-  draw("figure-training", traces, {
-    height: 70 + 34 * runs.length,
-    margin: { l: 50, r: 20, t: 8, b: 44 },
-    xaxis: axis({
-      tickformat: ".0%",
-      ...(some ? { rangemode: "normal" } : { range: [-0.02, 1] }),
-      title: title("sampled accuracy on held-out prompts"),
-    }),
-    yaxis: axis({
-      tickvals: rows,
-      ticktext: runs.map((run) => label(run.name)),
-      range: [runs.length - 0.5, -0.5],
-      zeroline: false,
-    }),
-  });
+  draw(
+    "figure-training",
+    traces,
+    {
+      height: 70 + 34 * runs.length,
+      margin: { l: 50, r: 20, t: 8, b: 44 },
+      xaxis: axis({
+        tickformat: ".0%",
+        ...(some ? { rangemode: "normal" } : { range: [-0.02, 1] }),
+        title: title("sampled accuracy on held-out prompts"),
+      }),
+      yaxis: axis({
+        tickvals: rows,
+        ticktext: runs.map((run) => runLabel(run.name)),
+        range: [runs.length - 0.5, -0.5],
+        zeroline: false,
+      }),
+    },
+    `Sampled accuracy before and after training: ${listed(
+      runs.map((run) => called(run.name)),
+      runs.map((run) => `${inPercent(run.before.sampled_accuracy)} to ${inPercent(run.after.sampled_accuracy)}`),
+    )}.`,
+  );
 };
 
 figures["figure-anatomy"] = () => {
@@ -82,7 +90,7 @@ figures["figure-anatomy"] = () => {
         xaxis: "x" + suffix(j),
         yaxis: "y" + suffix(j),
         y: rows,
-        customdata: data.runs.map((name) => label(name)),
+        customdata: data.runs.map(runLabel),
       };
     parts.forEach(([part, colour], k) =>
       traces.push({
@@ -90,7 +98,8 @@ figures["figure-anatomy"] = () => {
         type: "bar",
         x: mask.runs.map((run) => run.parts[k]),
         marker: { color: colour },
-        hovertemplate: `%{customdata}<br>${part}: %{x:+.2f} points<extra></extra>`,
+        hovertext: mask.runs.map((run) => (run.parts[k] === null ? "" : signed(run.parts[k]))),
+        hovertemplate: `%{customdata}<br>${part}: %{hovertext} points<extra></extra>`,
       }),
     );
     traces.push({
@@ -99,7 +108,8 @@ figures["figure-anatomy"] = () => {
       mode: "markers",
       x: mask.runs.map((run) => run.measured),
       marker: { symbol: "line-ns", size: 20, line: { color: INK, width: 2.5 } },
-      hovertemplate: "%{customdata}<br>measured: %{x:+.2f} points beyond chance<extra></extra>",
+      hovertext: mask.runs.map((run) => (run.measured === null ? "" : signed(run.measured))),
+      hovertemplate: "%{customdata}<br>measured: %{hovertext} points beyond chance<extra></extra>",
     });
     layout["xaxis" + suffix(j)] = axis({
       domain: panel.x,
@@ -115,14 +125,22 @@ figures["figure-anatomy"] = () => {
   });
   const drawn = parts.filter((_, k) => k < parts.length - 1 || all.some((run) => run.parts[k] !== null)); // of what is not told apart only where there is such
   legend("anatomy-legend", [...drawn.map(([part, colour]) => ["", part, colour]), ["tick", "measured", ""]]);
-  draw("figure-anatomy", traces, { ...layout, height: height + 74 });
+  const says = masks.map(
+    (mask) =>
+      `How far the share of changed entries on ${mask.title} is from chance, in points: ${listed(
+        data.runs.map((run) => called(run)),
+        mask.runs.map((run) => (run.measured === null ? "undefined" : signed(run.measured))),
+      )}.`,
+  );
+  draw("figure-anatomy", traces, { ...layout, height: height + 74 }, says.join(" "));
 };
 
 figures["figure-overlaps"] = () => {
   const masks = data.overlaps,
     rows = numbered(data.runs.length),
     traces = [],
-    layout = { annotations: [], barmode: "group", bargap: 0.28, bargroupgap: 0.08 };
+    layout = { annotations: [], barmode: "group", bargap: 0.28, bargroupgap: 0.08 },
+    rounded = masks.some((mask) => mask.runs.some((run) => run.rounding !== null));
   const { at, height } = panels(masks.length, 6 + 66 * data.runs.length);
   masks.forEach((mask, j) => {
     const panel = at(j),
@@ -131,7 +149,7 @@ figures["figure-overlaps"] = () => {
     const shown = defined.map((i) => mask.runs[i]),
       colours = defined.map((i) => data.colours[i]);
     const hover = (what) => `%{customdata}<br>${what} %{x:.2%}<extra></extra>`,
-      customdata = defined.map((i) => label(data.runs[i]));
+      customdata = defined.map((i) => runLabel(data.runs[i]));
     const error = {
       type: "data",
       symmetric: false,
@@ -148,17 +166,18 @@ figures["figure-overlaps"] = () => {
       marker: { color: RANDOM },
       hovertemplate: hover("chance"),
     });
-    traces.push({
-      ...on,
-      customdata,
-      x: shown.map((run) => run.rounding),
-      hovertemplate: hover("rounding alone"),
-      marker: {
-        color: GROUND,
-        line: { color: colours, width: 1 },
-        pattern: { shape: "/", bgcolor: GROUND, fgcolor: colours, size: 5, solidity: 0.25 },
-      },
-    });
+    if (rounded)
+      traces.push({
+        ...on,
+        customdata,
+        x: shown.map((run) => run.rounding),
+        hovertemplate: hover("rounding alone"),
+        marker: {
+          color: GROUND,
+          line: { color: colours, width: 1 },
+          pattern: { shape: "/", bgcolor: GROUND, fgcolor: colours, size: 5, solidity: 0.25 },
+        },
+      });
     traces.push({
       ...on,
       customdata,
@@ -177,7 +196,14 @@ figures["figure-overlaps"] = () => {
     layout["yaxis" + suffix(j)] = ofRuns(data.runs, panel, rows, "x" + suffix(j));
     layout.annotations.push(heading(mask.title, middle(panel.x), panel.y[1]));
   });
-  draw("figure-overlaps", traces, { ...layout, height: height + 74 });
+  const says = masks.map(
+    (mask) =>
+      `Share of the changed entries on ${mask.title}: ${listed(
+        data.runs.map((run) => called(run)),
+        mask.runs.map((run) => `${inPercent(run.value)} (rounding alone ${inPercent(run.rounding)})`),
+      )}.`,
+  );
+  draw("figure-overlaps", traces, { ...layout, height: height + 74 }, says.join(" "));
 };
 
 // Percentage points; undefined where the rounding null is.
@@ -190,15 +216,19 @@ figures["figure-sweep"] = () => {
   const masks = data.sweep,
     traces = [],
     layout = { annotations: [] },
-    { at, height } = panels(masks.length, 386);
+    beyond = masks.map((mask) => mask.runs.flatMap((run) => known(beyondRounding(run)).map(Math.abs))),
+    both = beyond.some((values) => values.length),
+    reach = Math.max(1, ...beyond.flat()) * 1.1, // never zoomed further than one point, so that nothing tiny looks large
+    { at, height } = panels(masks.length, both ? 386 : 206);
   masks.forEach((mask, j) => {
     const panel = at(j),
+      below_too = beyond[j].length > 0,
       x = "x" + suffix(j),
       above = "y" + suffix(j),
       below = "y" + suffix(j + masks.length);
     mask.runs.forEach((run, i) => {
-      const line = { x: run.alpha, xaxis: x, yaxis: above, type: "scatter", name: label(data.runs[i]) };
-      const hover = (what, format) => `%{fullData.name}<br>α = %{x:.0%}, ${what} %{y:${format}}<extra></extra>`,
+      const line = { x: run.alpha, xaxis: x, yaxis: above, type: "scatter", name: runLabel(data.runs[i]) };
+      const hover = (what, format) => `%{fullData.name}<br>density %{x:.0%}, ${what} ${format}<extra></extra>`,
         colour = data.colours[i];
       const own = {
         mode: "lines+markers",
@@ -210,61 +240,93 @@ figures["figure-sweep"] = () => {
         y: run.overlap_random,
         mode: "lines",
         line: { color: PRECISION, dash: "dot", width: 1.5 },
-        hovertemplate: hover("chance", ".2%"),
+        hovertemplate: hover("chance", "%{y:.2%}"),
       });
-      traces.push({ ...line, ...own, y: run.overlap, hovertemplate: hover("measured", ".2%") });
+      traces.push({ ...line, ...own, y: run.overlap, hovertemplate: hover("measured", "%{y:.2%}") });
       traces.push({
         ...line,
         ...marked(i),
         y: run.overlap_rounding_null,
         line: { color: colour, dash: "dash", width: 2 },
         opacity: 0.6,
-        hovertemplate: hover("rounding", ".2%"),
+        hovertemplate: hover("rounding", "%{y:.2%}"),
       });
-      traces.push({
-        ...line,
-        ...own,
-        y: beyondRounding(run),
-        yaxis: below,
-        hovertemplate: hover("beyond rounding", "+.2f") + " points",
-      });
+      if (below_too)
+        traces.push({
+          ...line,
+          ...own,
+          y: beyondRounding(run),
+          yaxis: below,
+          hovertext: beyondRounding(run).map((value) => (value === null ? "" : signed(value))),
+          hovertemplate: hover("beyond rounding", "%{hovertext} points"),
+        });
     });
     layout["xaxis" + suffix(j)] = axis({
       domain: panel.x,
-      anchor: below,
+      anchor: below_too ? below : above,
       tickformat: ".0%",
       range: [0, 0.53],
       tickvals: [0.1, 0.3, 0.5],
-      title: title("mask density α"),
+      title: title("density of the mask"),
     });
     layout["yaxis" + suffix(j)] = axis({
-      domain: portion(panel.y, 0.47, 1),
+      domain: both ? portion(panel.y, 0.47, 1) : panel.y,
       anchor: x,
       tickformat: ".0%",
       range: [-0.03, 1.05],
       title: panel.first ? title("overlap") : undefined,
     });
-    layout["yaxis" + suffix(j + masks.length)] = axis({
-      domain: portion(panel.y, 0, 0.37),
-      anchor: x,
-      zerolinewidth: 1.5,
-      nticks: 5,
-      title: panel.first ? title("beyond rounding, points") : undefined,
-    });
+    if (below_too)
+      layout["yaxis" + suffix(j + masks.length)] = axis({
+        domain: portion(panel.y, 0, 0.37),
+        anchor: x,
+        zerolinewidth: 1.5,
+        nticks: 5,
+        range: [-reach, reach],
+        title: panel.first ? title("beyond rounding, points") : undefined,
+      });
     layout.annotations.push(heading(mask.title, middle(panel.x), panel.y[1]));
   });
-  const beyond = masks.flatMap((mask) => mask.runs.flatMap((run) => known(beyondRounding(run)).map(Math.abs)));
-  const reach = Math.max(1, ...beyond) * 1.1; // never zoomed further than one point, so that nothing tiny looks large
-  masks.forEach((_, j) => {
-    layout["yaxis" + suffix(j + masks.length)].range = [-reach, reach];
-  });
-  draw("figure-sweep", traces, { ...layout, height: height + 74 });
+  const ends = (run) => `${inPercent(run.overlap.at(0))} to ${inPercent(run.overlap.at(-1))}`;
+  const says = masks.map(
+    (mask) =>
+      `Share of the changed entries on ${mask.title}, from the smallest mask to the largest: ${listed(
+        data.runs.map((run) => called(run)),
+        mask.runs.map(ends),
+      )}.`,
+  );
+  draw("figure-sweep", traces, { ...layout, height: height + 74 }, says.join(" "));
 };
 
+const MOST_PAIRS = 30; // that are drawn unasked
+
+// How far the agreement of two runs is from what margins explain of it; last where that is unknown.
+const departure = (pair) =>
+  pair.jaccard_margin_null === null ? -1 : Math.abs(pair.jaccard - pair.jaccard_margin_null);
+
 figures["figure-pairs"] = () => {
-  const shown = data.pairs.filter((pair) => pair.jaccard !== null),
-    rows = numbered(shown.length);
-  const names = shown.map((pair) => `${label(pair.run_a, 22)}${narrow() ? "<br>" : " · "}${label(pair.run_b, 22)}`);
+  const every = data.pairs.filter((pair) => pair.jaccard !== null),
+    furthest = [...every].sort((a, b) => departure(b) - departure(a)).slice(0, MOST_PAIRS),
+    many = every.length > MOST_PAIRS;
+  const select = fill(
+    "pairs-shown",
+    [
+      ["furthest", `the ${MOST_PAIRS} furthest from the margin null`],
+      ["all", `all ${every.length}`],
+    ],
+    () => drawPairs(every, select.value === "all" ? every : furthest),
+  );
+  select.closest(".controls").hidden = !many;
+  drawPairs(every, many && select.value === "furthest" ? furthest : every);
+};
+
+function drawPairs(every, shown) {
+  const rows = numbered(shown.length);
+  document.getElementById("pairs-caption").textContent =
+    shown.length < every.length
+      ? `Of ${every.length} pairs of runs, the ${shown.length} whose agreement is furthest from the margin null, the furthest first.`
+      : "";
+  const names = shown.map((pair) => `${runLabel(pair.run_a)}${narrow() ? "<br>" : " · "}${runLabel(pair.run_b)}`);
   const dots = (key, what, marker, more) => ({
     type: "scatter",
     mode: "markers",
@@ -291,12 +353,22 @@ figures["figure-pairs"] = () => {
       color: "rgba(255,255,255,0)",
       line: { color: PRECISION, width: 2 },
     }),
+    dots("jaccard_margin_null", "margins", { symbol: "line-ns", size: 14, line: { color: PRECISION, width: 2 } }),
     dots("jaccard", "measured", { size: 8, color: INK }, { error_x: interval }),
   ];
-  draw("figure-pairs", traces, {
-    height: 80 + (narrow() ? 40 : 30) * Math.max(shown.length, 1),
-    margin: { l: 50, r: 20, t: 8, b: 44 },
-    xaxis: axis({ range: [-0.02, 1.02], title: title("Jaccard index of the changed entries") }),
-    yaxis: axis({ tickvals: rows, ticktext: names, range: [shown.length - 0.5, -0.5], zeroline: false }),
-  });
-};
+  const says = `Measured agreement and the margin null of ${shown.length} pairs of runs: ${listed(
+    shown.map((pair) => `${called(pair.run_a)} and ${called(pair.run_b)}`),
+    shown.map((pair) => `${digits(pair.jaccard)} beside ${digits(pair.jaccard_margin_null)}`),
+  )}.`;
+  draw(
+    "figure-pairs",
+    traces,
+    {
+      height: 80 + (narrow() ? 40 : 30) * Math.max(shown.length, 1),
+      margin: { l: 50, r: 20, t: 8, b: 44 },
+      xaxis: axis({ range: [-0.02, 1.02], title: title("Jaccard index of the changed entries") }),
+      yaxis: axis({ tickvals: rows, ticktext: names, range: [shown.length - 0.5, -0.5], zeroline: false }),
+    },
+    says,
+  );
+}

@@ -69,13 +69,14 @@ function offerRuns() {
   }
   if (!bar) return;
   bar.hidden = false;
+  document.querySelector(".skip").hidden = false;
   bar.append(
     ...whole.runs.map((run, i) => {
       const button = Object.assign(document.createElement("button"), { type: "button", title: run }),
         swatch = document.createElement("span");
       swatch.className = "swatch mark-" + whole.symbols[i];
       swatch.style.background = whole.colours[i];
-      button.append(swatch, shortened(run, 26));
+      button.append(swatch, called(run));
       button.setAttribute("aria-pressed", String(!off.has(i)));
       button.onclick = () => {
         if (!off.delete(i) && off.size < whole.runs.length - 1) off.add(i); // one is always shown
@@ -98,7 +99,7 @@ function offerThemes() {
     button = document.getElementById("theme");
   const choose = (theme) => {
     root.dataset.theme = theme;
-    button.textContent = theme === "dark" ? "light" : "dark";
+    button.setAttribute("aria-pressed", String(theme === "dark"));
   };
   let before;
   choose(asked.matches ? "dark" : "light");
@@ -143,7 +144,8 @@ const openAll = () =>
 function openTarget() {
   const target = document.getElementById(location.hash.slice(1).split("&")[0]);
   if (target) {
-    target.open = true;
+    const folded = target.closest("details");
+    if (folded) folded.open = true;
     target.scrollIntoView();
   }
 }

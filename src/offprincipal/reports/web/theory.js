@@ -61,7 +61,13 @@ figures["figure-agreement"] = () => {
     });
     layout.annotations.push(heading(label(panel.title), middle(domain), at(j).y[1]));
   });
-  draw("figure-agreement", traces, { ...layout, height: height + 74 });
+  const mean = ({ points }, touched) =>
+    digits(meanOf(known(points.filter((point) => point.touched === touched).map((point) => point.measured))));
+  const says = listed(
+    found.map((panel) => panel.title),
+    found.map((panel) => `${mean(panel, true)} in intervened matrices, ${mean(panel, false)} in untouched ones`),
+  );
+  draw("figure-agreement", traces, { ...layout, height: height + 74 }, `Jaccard index, mean over layers: ${says}.`);
 };
 
 figures["figure-precision"] = () => {
@@ -69,7 +75,7 @@ figures["figure-precision"] = () => {
     colours = ["#3b6fb6", "#3f9a6c", INK, "#c24d52"];
   const select = fill(
     "precision-run",
-    runs.map((run, i) => [i, run.run]),
+    runs.map((run, i) => [i, called(run.run)]),
     show,
   );
   legend(
@@ -81,9 +87,10 @@ figures["figure-precision"] = () => {
       traces = [],
       { at, height } = panels(2, 286, 0.1),
       [left, right] = [at(0), at(1)],
+      inPoints = (value) => `${signed(value)} points`,
       points = (values) => values.map((value) => (value === null ? null : 100 * value));
     run.formats.forEach((format, i) => {
-      const line = (y, on, more, what, form) =>
+      const line = (y, on, more, what, text) =>
         traces.push({
           type: "scatter",
           mode: "lines+markers",
@@ -93,28 +100,37 @@ figures["figure-precision"] = () => {
           marker: { size: 5 },
           line: { color: colours[i], width: 2, ...more },
           name: format.title,
-          hovertemplate: `%{fullData.name}<br>%{x} times the step, ${what} %{y:${form}}<extra></extra>`,
+          hovertext: y.map((value) => (value === null ? "" : text(value))),
+          hovertemplate: `%{fullData.name}<br>%{x} times the step, ${what} %{hovertext}<extra></extra>`,
         });
-      line(format.unchanged, { xaxis: "x", yaxis: "y" }, {}, "unchanged", ".2%");
-      line(points(format.bias), { xaxis: "x2", yaxis: "y2" }, {}, "beyond chance", "+.2f");
-      line(points(format.beyond), { xaxis: "x2", yaxis: "y2" }, { dash: "dash" }, "beyond rounding", "+.2f");
+      line(format.unchanged, { xaxis: "x", yaxis: "y" }, {}, "unchanged", inPercent);
+      line(points(format.bias), { xaxis: "x2", yaxis: "y2" }, {}, "beyond chance", inPoints);
+      line(points(format.beyond), { xaxis: "x2", yaxis: "y2" }, { dash: "dash" }, "beyond rounding", inPoints);
       if (format.title === "float32")
-        line(points(format.by_size), { xaxis: "x2", yaxis: "y2" }, { dash: "dot" }, "by size, beyond chance", "+.2f");
+        line(points(format.by_size), { xaxis: "x2", yaxis: "y2" }, { dash: "dot" }, "by size, beyond chance", inPoints);
     });
     const steps = run.formats[0].step,
       text = steps.map((step) => (step < 1 ? "1/" + 1 / step : String(step))),
       x = { type: "log", tickvals: steps, ticktext: text, title: title("times the step"), zeroline: false };
-    draw("figure-precision", traces, {
-      height: height + 74,
-      annotations: [
-        heading("unchanged", middle(left.x), left.y[1]),
-        heading("on principal weights, points", middle(right.x), right.y[1]),
-      ],
-      xaxis: axis({ ...x, domain: left.x, anchor: "y" }),
-      xaxis2: axis({ ...x, domain: right.x, anchor: "y2" }),
-      yaxis: axis({ domain: left.y, tickformat: ".0%", range: [-0.03, 1.03] }),
-      yaxis2: axis({ domain: right.y, anchor: "x2", zerolinewidth: 1.5 }),
-    });
+    draw(
+      "figure-precision",
+      traces,
+      {
+        height: height + 74,
+        annotations: [
+          heading("unchanged", middle(left.x), left.y[1]),
+          heading("on principal weights, points", middle(right.x), right.y[1]),
+        ],
+        xaxis: axis({ ...x, domain: left.x, anchor: "y" }),
+        xaxis2: axis({ ...x, domain: right.x, anchor: "y2" }),
+        yaxis: axis({ domain: left.y, tickformat: ".0%", range: [-0.03, 1.03] }),
+        yaxis2: axis({ domain: right.y, anchor: "x2", zerolinewidth: 1.5 }),
+      },
+      `Unchanged weights of ${called(run.run)}, from the shortest update to the longest: ${listed(
+        run.formats.map((format) => format.title),
+        run.formats.map((format) => `${inPercent(format.unchanged[0])} to ${inPercent(format.unchanged.at(-1))}`),
+      )}.`,
+    );
     stepsIn(data.theory.steps[select.value]);
   }
   show();
@@ -136,6 +152,9 @@ function stepsIn(run) {
               : "",
     );
   const hover = (what) => `%{y:.2%}<extra>${what}</extra>`;
+  const percent = (value) => (100 * value).toFixed(1) + " %";
+  const says = `${called(run.run)}: bfloat16 hides ${percent(run.hidden.value)} of the entries' moves; of a Gaussian update's it would hide ${percent(run.hidden.gaussian_null)}, of the same steps dealt out at random ${percent(run.hidden.permuted_null)}.`;
+  document.getElementById("steps-caption").textContent = says;
   draw(
     "figure-steps",
     [
@@ -163,10 +182,8 @@ function stepsIn(run) {
       xaxis: axis({ tickvals: x, ticktext: ticks, title: title("step over spacing, from") }),
       yaxis: axis({ tickformat: "~%", title: title("entries") }),
     },
+    says,
   );
-  const percent = (value) => (100 * value).toFixed(1) + " %";
-  document.getElementById("steps-caption").textContent =
-    `${shortened(run.run, 26)}: bfloat16 hides ${percent(run.hidden.value)} of the entries' moves; of a Gaussian update's it would hide ${percent(run.hidden.gaussian_null)}, of the same steps dealt out at random ${percent(run.hidden.permuted_null)}.`;
 }
 
 figures["figure-kl"] = () => {
@@ -181,7 +198,7 @@ figures["figure-kl"] = () => {
         y,
         ...on,
         line: { color: colourOf(run.run), width: 2 },
-        name: label(run.run),
+        name: runLabel(run.run),
         hovertemplate: `%{fullData.name}<br>step %{x}, ${what} %{y:.3~g}<extra></extra>`,
       });
     line(run.kl_step, { xaxis: "x", yaxis: "y" }, "KL of the step");
@@ -192,21 +209,29 @@ figures["figure-kl"] = () => {
       "KL over squared length",
     );
   });
-  draw("figure-kl", traces, {
-    height: height + 74,
-    annotations: ["of each step, nats", "from the base, nats", "over squared length"].map((what, j) =>
-      heading(what, middle(at(j).x), at(j).y[1]),
-    ),
-    ...Object.fromEntries(
-      numbered(3).flatMap((j) => [
-        ["xaxis" + suffix(j), axis({ domain: at(j).x, anchor: "y" + suffix(j), title: title("step") })],
-        [
-          "yaxis" + suffix(j),
-          axis({ domain: at(j).y, anchor: "x" + suffix(j), type: "log", tickformat: "~g", dtick: 1 }),
-        ],
-      ]),
-    ),
-  });
+  draw(
+    "figure-kl",
+    traces,
+    {
+      height: height + 74,
+      annotations: ["of each step, nats", "from the base, nats", "over squared length"].map((what, j) =>
+        heading(what, middle(at(j).x), at(j).y[1]),
+      ),
+      ...Object.fromEntries(
+        numbered(3).flatMap((j) => [
+          ["xaxis" + suffix(j), axis({ domain: at(j).x, anchor: "y" + suffix(j), title: title("step") })],
+          [
+            "yaxis" + suffix(j),
+            axis({ domain: at(j).y, anchor: "x" + suffix(j), type: "log", tickformat: "~g", dtick: 1 }),
+          ],
+        ]),
+      ),
+    },
+    `KL from the base after the last step, in nats per token: ${listed(
+      data.theory.kl.map((run) => called(run.run)),
+      data.theory.kl.map((run) => digits(run.kl_cumulative.at(-1))),
+    )}.`,
+  );
 };
 
 figures["figure-bounds"] = () => {
@@ -226,7 +251,7 @@ figures["figure-bounds"] = () => {
         x: values,
         y: values.map((_, k) => i + 0.5 * (((k * 0.618) % 1) - 0.5)),
         marker: { size: 5, color: colour, opacity: 0.5 },
-        name: label(found.runs[i]),
+        name: runLabel(found.runs[i]),
         hovertemplate: "%{fullData.name}<br>%{x:.3f}<extra></extra>",
       });
       if (values.length)
@@ -235,7 +260,7 @@ figures["figure-bounds"] = () => {
           x: [mean],
           y: [i],
           marker: { symbol: "line-ns", size: 22, line: { color: INK, width: 2.5 } },
-          name: label(found.runs[i]),
+          name: runLabel(found.runs[i]),
           hovertemplate: "%{fullData.name}<br>mean %{x:.3f}<extra></extra>",
         });
     });
@@ -249,5 +274,17 @@ figures["figure-bounds"] = () => {
     layout["yaxis" + suffix(j)] = ofRuns(found.runs, panel, rows, "x" + suffix(j));
     layout.annotations.push(heading(bound.title, middle(panel.x), panel.y[1]));
   });
-  draw("figure-bounds", traces, { ...layout, height: height + 74 });
+  const says = found.bounds.map(
+    (bound) =>
+      `${bound.title}, mean over matrices: ${listed(
+        found.runs.map((run) => called(run)),
+        bound.runs.map((values) => (values.length ? digits(meanOf(values)) : "undefined")),
+      )}.`,
+  );
+  draw(
+    "figure-bounds",
+    traces,
+    { ...layout, height: height + 74 },
+    `Share of each bound that is used. ${says.join(" ")}`,
+  );
 };
