@@ -103,9 +103,12 @@ def test_another_profile_in_the_same_folder_keeps_what_the_first_one_found(
     out = shutil.copytree(finished, tmp_path / "out")
     said = run(tiny_model, out, "name=other", "stages.claims.claims=[C1]")
     assert said["comparison"] == ["kept"] and said["claims"] == ["started", "done"]
-    for name in ("study.json", "report.html"):
-        kept = (out / name).with_stem(f"{Path(name).stem}-quick")
-        assert kept.read_bytes() == (finished / name).read_bytes()
+    assert (out / "study-quick.json").read_bytes() == (finished / "study.json").read_bytes()
+    pages = {name: (out / name).read_text("utf-8") for name in ("report.html", "report-quick.html")}
+    linked = {name: re.findall(r'href="(report[^"]*)"', page) for name, page in pages.items()}
+    assert linked == {"report.html": ["report-quick.html"], "report-quick.html": ["report.html"]}
+    links = re.compile("<!--profiles-->.*?<!--/profiles-->", re.DOTALL)
+    assert links.sub("", pages["report-quick.html"]) == links.sub("", (finished / "report.html").read_text("utf-8"))
     assert {claim["id"] for claim in json.loads((out / "study.json").read_text())["claims"]} == {"C1"}
 
 
