@@ -475,6 +475,11 @@ def test_shifts_are_drawn_of_matrices_whose_spectra_are_known_in_part(tmp_path: 
     shift, values = matrix["runs"][0]["shift"], matrix["base"]
     assert (matrix["role"], matrix["layer"]) == ("up", "0")
     assert len(shift["x"]) == 40 and max(map(abs, shift["y"])) < 0.05 * max(values["y"])
+    if CHROMIUM:  # the axis of the shifts ends with them, that of the values with all values
+        dom = dom_of(write_report(tmp_path / "report.html", folder))
+        figure = dom[dom.rindex("<body") :].split('id="figure-spectra"')[1]
+        ends = [max(map(int, re.findall(rf'class="{axis}tick"><text[^>]*>(\d+)<', figure))) for axis in ("x", "x3")]
+        assert ends[0] > 250 and ends[1] <= 40
 
 
 def dom_of(page: Path, state: str = "", *more: str) -> str:

@@ -162,19 +162,19 @@ const colourOf = (name) =>
 // A number as text, its sign as everywhere on the page.
 const minus = (text) => text.replace(/^-/, "\u2212"); // an exponent keeps its own, as in the tables
 const digits = (value, count = 3) =>
-  value === null || value === undefined ? "\u2013" : minus(String(Number(value.toPrecision(count))));
+  !Number.isFinite(value) ? "\u2013" : minus(String(Number(value.toPrecision(count))));
 const signed = (value, decimals = 2) => {
   const text = value.toFixed(decimals);
   return Number(text) > 0 ? "+" + text : minus(Number(text) === 0 ? text.replace("-", "") : text);
 };
-const inPercent = (value) => (value === null || value === undefined ? "undefined" : digits(100 * value) + " %");
+const inPercent = (value) => (Number.isFinite(value) ? digits(100 * value) + " %" : "undefined");
 
 const meanOf = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 
 // Names and values in words, the first few of many.
 function listed(names, texts, most = 4) {
   const items = names.slice(0, most).map((name, i) => `${name} ${texts[i]}`);
-  return items.join(", ") + (names.length > most ? `, and ${names.length - most} more` : "");
+  return items.join("; ") + (names.length > most ? `; and ${names.length - most} more` : "");
 }
 
 // Draw a figure, which says in a sentence to those who cannot see it what is drawn.

@@ -356,7 +356,7 @@ function drawPairs(every, shown) {
     dots("jaccard_margin_null", "margins", { symbol: "line-ns", size: 14, line: { color: PRECISION, width: 2 } }),
     dots("jaccard", "measured", { size: 8, color: INK }, { error_x: interval }),
   ];
-  const says = `Measured agreement and the margin null of ${shown.length} pairs of runs: ${listed(
+  const says = `Measured agreement and the margin null of ${shown.length === 1 ? "a pair" : shown.length + " pairs"} of runs: ${listed(
     shown.map((pair) => `${called(pair.run_a)} and ${called(pair.run_b)}`),
     shown.map((pair) => `${digits(pair.jaccard)} beside ${digits(pair.jaccard_margin_null)}`),
   )}.`;
