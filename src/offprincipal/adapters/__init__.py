@@ -1,6 +1,6 @@
-"""RL-native fine-tuning: masks of a model's entries, optimizers that respect its geometry, and adapters of PEFT.
+"""Constrained fine-tuning: masks of weight entries, optimizers that train under a constraint, and PEFT adapters.
 
-torch is imported with this package; peft only when an adapter is made.
+Importing this package imports torch; peft is imported only when an adapter is made.
 """
 
 from offprincipal.adapters.adapting import adapt

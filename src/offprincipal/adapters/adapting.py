@@ -1,7 +1,6 @@
-"""One call from a model to a PEFT model, by any of the methods; refused or whole, never half done.
+"""`adapt` turns a model into a PEFT model, by any of the low-rank methods; if it fails, the model is unchanged.
 
-Everything that can fail is looked at, and everything that is decomposed is decomposed, before the model is touched.
-Knows nothing of trainers.
+All checks and all matrix decompositions are done before the model is modified. Knows nothing of trainers.
 """
 
 import importlib
@@ -30,16 +29,16 @@ from offprincipal.models.opening import hash_of
 
 LOG = logging.getLogger("offprincipal")
 _ADAPTER = "default"
-_HEADS = ("score", "classifier", "classification_head", "qa_outputs")  # of transformers' classifiers
-_NOT_OURS = {  # of PEFT's
-    "use_rslora": "is not needed: it is alpha = rank ** 0.5 times the alpha that you mean",
+_HEADS = ("score", "classifier", "classification_head", "qa_outputs")  # names of classification heads in transformers
+_UNSUPPORTED = {  # options of peft.LoraConfig that `adapt` does not take
+    "use_rslora": "is not needed: it is alpha = rank ** 0.5 times the alpha that you would give otherwise",
     "init_lora_weights": "is the method here: method='pissa', 'olora' and so on",
-    "use_dora": "is not among the methods: use peft.get_peft_model for it",
-    "modules_to_save": "is not taken: an adapter of ours is of its layers alone",
-    "task_type": "is told from the model",
-    "bias": "is not taken: biases stay as they are",
+    "use_dora": "is not supported: use peft.get_peft_model for it",
+    "modules_to_save": "is not supported: only the adapted layers are trained and saved",
+    "task_type": "is derived from the model",
+    "bias": "is not supported: biases are not trained",
 }
-PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}  # and what they are called here
+PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}  # PEFT's name -> ours
 
 
 def adapt(
@@ -56,36 +55,41 @@ def adapt(
     resume: str | Path | None = None,
     **others: Any,
 ) -> Any:
-    """A PEFT model that trains a low-rank update s·B A of the chosen layers, by the chosen method.
+    """A PEFT model that trains a low-rank update ΔW = s·B A of the chosen layers, by the chosen method.
 
-    The result is what `peft.get_peft_model` returns, for any trainer; the update is zero at the start. Its
-    `save_pretrained`, and so a Trainer's checkpoints, are plain LoRA for the original base: PEFT and vLLM load and
-    merge it without this package. The base is never changed, so that `disable_adapter` gives the original model.
+    The update is zero at the start. The base weights are never changed, so `disable_adapter` gives the original model.
+    `save_pretrained`, and therefore a Trainer's checkpoints, write a plain LoRA adapter for the original base, which
+    PEFT and vLLM load and merge without this package.
 
     Args:
-        model: on one device, unsharded, in float64, float32, float16 or bfloat16; it is wrapped in place, as PEFT does.
-        method: `off_principal` (the update is orthogonal to the base's principal subspaces on both sides, at any time),
-            or where the factors start: `lora`, `pissa`, `milora`, `mica`, `olora`, `rlpo`, `rlmo`, `geora`. See
-            `offprincipal.adapters.initialisations` for what each is taken to be.
+        model: on one device, unsharded, in float64, float32, float16 or bfloat16; wrapped in place, as PEFT does.
+        method: `off_principal` (the update stays orthogonal to the base's principal subspaces on both sides), or an
+            initialisation of the factors: `lora`, `pissa`, `milora`, `mica`, `olora`, `rlpo`, `rlmo`, `geora`. Each is
+            defined in `offprincipal.adapters.initialisations`.
         rank: r. The saved adapter of `pissa`, `milora`, `olora` and `geora` has rank 2r: `[B, −B0] [A; A0]`.
-        target_modules: names or endings of names of layers; a string is a regular expression of whole names, one such
-            ending, or `all-linear`, as None: every linear layer but the output or classification head, and those that
-            `nn.MultiheadAttention` never calls. What is no layer, such as stacked experts, is not covered, which a
-            warning says.
-        alpha: s = alpha/rank; None: alpha = rank, s = 1.
-        dropout: of the layers' inputs, in the update only.
-        rank_fraction: k = max(1, round(rank_fraction · min(n, m))) is the rank of the principal subspaces, for
-            `off_principal` and `geora` alone; None: 0.125.
-        density: of the masks of `geora` alone; None: 0.5.
-        seed: of the random starts.
-        resume: a folder that `save_pretrained` of such a model wrote, to train on from; the same settings and base.
-        others: none; PEFT's own names are told what they are called here.
+        target_modules: a list of layer names or of their endings after a dot, such as `q_proj`; or a string: one such
+            ending, a regular expression that matches whole names, or `all-linear`. `all-linear` and None choose every
+            linear layer except the output or classification head and the output projection of
+            `nn.MultiheadAttention`. Matrices that are not linear layers, such as stacked experts, are not covered; a
+            warning is logged if there are any.
+        alpha: the scale is s = alpha/rank; None means alpha = rank, so s = 1.
+        dropout: probability of dropping an input of the update; the base's output is not affected.
+        rank_fraction: share of min(n, m): k = max(1, round(rank_fraction · min(n, m))) is the rank of the principal
+            subspaces; only for `off_principal` and `geora`; None means 0.125.
+        density: fraction of entries in each mask of `geora`; only for `geora`; None means 0.5.
+        seed: of random initial values.
+        resume: a folder that `save_pretrained` of such a model wrote; training continues from its factors. The settings
+            and the base must be the same.
+        others: not accepted; an error names the equivalent here of an option of `peft.LoraConfig`.
+
+    Returns:
+        A `peft.PeftModel`, as `peft.get_peft_model` returns it, for any trainer.
 
     Raises:
-        AdapterError: peft is not installed, a setting is unknown, out of range or not of this method, the method does
-            not cover a layer, the rank is too large for one, no layer is so named, the factors of one would start at
-            zero for good, the adapter to resume is of other settings, or the model is compiled or wrapped. It is
-            unchanged then.
+        AdapterError: peft is not installed; a setting is unknown, out of range or not used by the method; no layer has
+            a requested name; the method does not cover a layer, or the rank is too large for it; both factors of a
+            layer would start at zero and never get a gradient; the adapter to resume has other settings or another
+            base; or the model is compiled or wrapped. The model is unchanged then.
 
     >>> layers = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
     >>> adapted = adapt(layers, "off_principal", rank=2, target_modules=["0"])
@@ -95,15 +99,15 @@ def adapt(
     if importlib.util.find_spec("peft") is None:
         raise AdapterError(f"adapters need peft: {install_command('train')}")
     for name in others:
-        ours = f"is called {PEFT_NAMES[name]} here" if name in PEFT_NAMES else _NOT_OURS.get(name)
+        reason = f"is called {PEFT_NAMES[name]} here" if name in PEFT_NAMES else _UNSUPPORTED.get(name)
         known = "rank, alpha, dropout, target_modules, rank_fraction, density, seed, resume"
-        raise AdapterError(f"adapt: {name} {ours or f'is no setting of it: there are {known}'}")
+        raise AdapterError(f"adapt: {name} {reason or f'is no setting of it: there are {known}'}")
     model, target_modules = module_of(model), ALL_LINEAR if target_modules is None else target_modules
     if unwrapped(model) is not model:
         raise AdapterError(
             f"the model is wrapped ({type(model).__name__}): adapt the one inside, then compile or wrap the result"
         )
-    _check_own(method, rank_fraction=rank_fraction, density=density)
+    _check_method(method, rank_fraction=rank_fraction, density=density)
     rank_fraction, density = rank_fraction or RANK_FRACTION, density or DENSITY
     _check_settings(rank, alpha, dropout, seed)
     layers = target_layers(model, method, target_modules)
@@ -145,10 +149,19 @@ def adapt(
 
 
 def target_layers(model: nn.Module, method: str, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
-    """The layers that are named, by their names in the model.
+    """The layers that `target_modules` chooses.
+
+    Args:
+        model: without an adapter.
+        method: a low-rank method; must cover each of the layers.
+        target_modules: as in `adapt`, except None.
+
+    Returns:
+        Name in the model -> layer.
 
     Raises:
-        AdapterError: none is, one of the names matches nothing, or the method does not cover one of the layers.
+        AdapterError: a name matches no module, nothing is chosen, the method does not cover one of the layers, or the
+            model already has an adapter.
 
     >>> layers = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Embedding(3, 2))
     >>> list(target_layers(layers, "off_principal", ["0"]))
@@ -170,10 +183,10 @@ def target_layers(model: nn.Module, method: str, target_modules: str | Sequence[
         for wanted in target_modules:
             matching = [name for name in modules if is_target(name, [wanted])]
             if not matching:
-                raise AdapterError(_no_such(wanted, modules))
+                raise AdapterError(_unmatched(wanted, modules))
             chosen += [name for name in matching if name not in chosen]
     if not chosen:
-        raise AdapterError(_no_such(target_modules, modules))
+        raise AdapterError(_unmatched(target_modules, modules))
     layers = {name: modules[name] for name in chosen}
     for name, layer in layers.items():
         _check_layer(name, layer, method)
@@ -181,18 +194,18 @@ def target_layers(model: nn.Module, method: str, target_modules: str | Sequence[
 
 
 def weight_of(layer: nn.Module) -> Tensor:
-    """The weight of a linear layer or embedding, outside of autograd."""
+    """The weight of a linear layer or embedding, detached from autograd."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight.detach()
 
 
-def _warn_of_others(model: nn.Module, looked_at: list[nn.Module | None]) -> None:
-    """Say that linear matrices which are no layers of their own, such as stacked experts, are not covered."""
+def _warn_of_others(model: nn.Module, considered: list[nn.Module | None]) -> None:
+    """Log a warning if there are linear matrices outside of linear layers, such as stacked experts: not covered."""
     others = {
         matrix.parameter_name: matrix.parameter.numel()
         for matrix in matrices_of(model)
-        if matrix.part.is_linear and not isinstance(matrix.module, nn.Embedding) and matrix.module not in looked_at
+        if matrix.part.is_linear and not isinstance(matrix.module, nn.Embedding) and matrix.module not in considered
     }
     if others:
         LOG.warning(
@@ -204,8 +217,8 @@ def _warn_of_others(model: nn.Module, looked_at: list[nn.Module | None]) -> None
         )
 
 
-def _check_own(method: str, **shares: float | None) -> None:
-    """Refuse a method that there is not, and a share that is not one or that the method does not have."""
+def _check_method(method: str, **shares: float | None) -> None:
+    """Refuse an unknown method, and a share that is out of range or that the method does not use."""
     if method not in LOW_RANK:
         hint = meant(str(method), LOW_RANK, f"choose one of {', '.join(LOW_RANK)}")
         raise AdapterError(f"there is no method {method!r}: {hint}")
@@ -232,7 +245,7 @@ def _check_settings(rank: int, alpha: float | None, dropout: float, seed: int) -
 
 
 def _check_layer(name: str, layer: nn.Module, method: str) -> None:
-    """Refuse a layer that the method does not cover, or whose weights are no plain, finite floats in memory."""
+    """Refuse a layer that the method does not cover, or whose weights are not plain, finite floats in memory."""
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and (not weight.is_floating_point() or weight.dtype.itemsize < 2):
         raise AdapterError(
@@ -241,13 +254,15 @@ def _check_layer(name: str, layer: nn.Module, method: str) -> None:
         )
     if _is_never_called(layer):
         raise AdapterError(
-            f"{name} belongs to nn.MultiheadAttention, which reads its weight and never calls it, so that an adapter "
-            "around it would do nothing: name others in target_modules"
+            f"{name} belongs to nn.MultiheadAttention, which reads its weight and never calls it, so an adapter "
+            "around it would have no effect: name other layers in target_modules"
         )
-    more = method == "lora" and (_is_linear(layer) or isinstance(layer, nn.Embedding))
-    if not isinstance(weight, Tensor) or not (more or isinstance(layer, nn.Linear)):
+    lora_only = method == "lora" and (_is_linear(layer) or isinstance(layer, nn.Embedding))
+    if not isinstance(weight, Tensor) or not (lora_only or isinstance(layer, nn.Linear)):
         kinds = "nn.Linear, nn.Embedding and Conv1D" if method == "lora" else "nn.Linear"
-        raise AdapterError(f"{name} is {type(layer).__name__}; {method} covers {kinds}: name others in target_modules")
+        raise AdapterError(
+            f"{name} is {type(layer).__name__}; {method} covers {kinds}: name other layers in target_modules"
+        )
     if type(weight.data) is not Tensor or weight.is_meta:
         raise AdapterError(
             f"the weights of {name} are {'not loaded' if weight.is_meta else type(weight.data).__name__}: adapt the "
@@ -272,12 +287,12 @@ def _check_ranks(layers: dict[str, nn.Module], method: str, rank: int, rank_frac
 
 
 def _saved_rank(record: Any) -> int:
-    """The rank of the plain adapter: of B A − B0 A0 it is twice that of B A."""
+    """The rank of the saved plain adapter: 2r for an update B A − B0 A0, else r."""
     return int(record.rank) * (2 if ADAPTER_METHODS[record.method].from_the_base else 1)
 
 
 def _saved_shapes(layers: dict[str, nn.Module], record: Any) -> dict[str, tuple[int, ...]]:
-    """The tensors that a saved adapter of these settings holds."""
+    """The tensors in a saved adapter with these settings: name -> shape."""
     shapes: dict[str, tuple[int, ...]] = {}
     r = _saved_rank(record)
     for name, layer in layers.items():
@@ -292,7 +307,7 @@ def _saved_shapes(layers: dict[str, nn.Module], record: Any) -> dict[str, tuple[
 
 
 def _load(adapted: Any, saved: dict[str, Tensor], peft: Any) -> None:
-    """Put a saved adapter into a fresh one, or take that one off again."""
+    """Load a saved adapter into a new one; if that fails, the new one is removed from the model."""
     try:
         peft.set_peft_model_state_dict(adapted, saved)
     except RuntimeError as error:
@@ -301,7 +316,7 @@ def _load(adapted: Any, saved: dict[str, Tensor], peft: Any) -> None:
 
 
 def _placement(name: str, layer: nn.Module, record: Any) -> Start | tuple[Tensor, Tensor] | None:
-    """What the layer's adapter starts with: None as PEFT has it, a Start, or the principal subspaces."""
+    """The initial factors of a layer's adapter; for `off_principal` its principal subspaces; for `lora` None."""
     method = ADAPTER_METHODS[record.method]
     if not method.build:
         return None
@@ -312,14 +327,14 @@ def _placement(name: str, layer: nn.Module, record: Any) -> Start | tuple[Tensor
         raise AdapterError(f"{name}: {error}") from error
     if isinstance(start, Start) and not bool(start.A.any() or start.B.any()):
         raise AdapterError(
-            f"{record.method} starts both factors of {name} at zero, so that neither would ever get a gradient: the "
-            "part of the base that it starts from is zero; leave the layer out of target_modules, or use lora"
+            f"{record.method} starts both factors of {name} at zero, so that neither would ever get a gradient, as "
+            "the part of the base that it starts from is zero: leave the layer out of target_modules, or use lora"
         )
     return start
 
 
 def _place(layer: Any, placement: Start | tuple[Tensor, Tensor] | None, from_the_base: bool) -> None:
-    """Give a PEFT layer its factors, in the type and on the device of those that PEFT made."""
+    """Replace the factors of a PEFT layer, keeping their dtype and device."""
     if placement is None:
         return
     A, B = layer.lora_A[_ADAPTER].weight.detach(), layer.lora_B[_ADAPTER].weight.detach()
@@ -340,19 +355,20 @@ def _place(layer: Any, placement: Start | tuple[Tensor, Tensor] | None, from_the
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Linear, or GPT-2's transposed kind."""
+    """Whether it is `nn.Linear` or GPT-2's `Conv1D`, whose weight is transposed."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _is_never_called(module: nn.Module) -> bool:
-    """Whether it is the output projection of `nn.MultiheadAttention`, of which only the weight is read."""
+    """Whether it is the output projection of `nn.MultiheadAttention`, which reads its weight but never calls it."""
     return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
-def _no_such(wanted: Any, modules: dict[str, nn.Module]) -> str:
+def _unmatched(wanted: Any, modules: dict[str, nn.Module]) -> str:
+    """The error message for a name that matches no module."""
     linear = [name for name, module in modules.items() if _is_linear(module)]
     if wanted == ALL_LINEAR:
-        return "the model holds no linear layer inside: give the module that its layers are part of"
+        return "the model holds no linear layer inside: give the module that contains the layers"
     example = f"linear layers are such as '{linear[0]}'" if linear else "the model has no linear layer"
     whole = "; a regular expression has to match the whole name" if set("|*+?()[]\\") & set(str(wanted)) else ""
     return f"target_modules: no module is named {wanted!r}{whole}; {example}"
@@ -360,7 +376,7 @@ def _no_such(wanted: Any, modules: dict[str, nn.Module]) -> str:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Random starts depend on the seed alone, and the caller's generators are as before."""
+    """Seed torch inside the block, and restore the caller's random state after it."""
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield

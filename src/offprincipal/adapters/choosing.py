@@ -1,17 +1,17 @@
-"""Which entries of a model's linear matrices a mask holds: by weight, principal weight, chance, or an earlier run.
+"""Choose the entries of a mask: by magnitude, by principal weight, at random, or from the changes of an earlier run.
 
-Every kind orders the entries of a matrix, and a mask of density α holds the first round(α·nm) of them, ties by index;
-of all matrices together where the scope is `global`. The orders:
+Each kind of mask orders the entries of a matrix (n, m). A mask of density α holds the first round(α·nm) entries in that
+order, ties broken by index; with the scope `global` all matrices are ordered together. The orders:
 
-- `principal`: the largest |U_k S_k V_kᵀ| first.
-- `off_principal`: the smallest |U_k S_k V_kᵀ| first, so that density α is the complement of `principal` at 1 − α.
-- `low_magnitude`: the smallest |W0| first.
-- `safe`: the union of `low_magnitude` and `off_principal`, both of one density, grown together until it holds α·nm.
-  `low_magnitude` ∪ ¬`principal` at 0.5, the published mask, is one of these: its density follows from the weights, and
-  is what is taken where no density is given.
-- `random`: a uniform draw.
-- `from_run`: what an earlier run changed in bfloat16, the largest change first. No more than it changed can be had, and
-  all of it is taken where no density is given.
+- `principal`: descending |U_k S_k V_kᵀ|.
+- `off_principal`: ascending |U_k S_k V_kᵀ|, so that the mask of density α is the complement of `principal` at 1 − α.
+- `low_magnitude`: ascending |W0|.
+- `safe`: the union of `low_magnitude` and `off_principal` at one common density, which is raised until the union holds
+  α·nm entries. Without a density it is the published mask, `low_magnitude` ∪ ¬`principal` at 0.5, whose density depends
+  on the weights.
+- `random`: uniformly random.
+- `from_run`: descending change in an earlier run, of bfloat16 values. A density above the fraction of entries that
+  changed is refused; without a density all changed entries are taken.
 
 Source: principal weights, LIFT (arXiv 2506.00772); the safe mask, arXiv 2511.08567.
 """
@@ -66,24 +66,32 @@ def make_masks(
     """Masks of the attention and MLP projections of a base; embeddings, heads, routers, norms and biases get none.
 
     Args:
-        model: the base, with its weights as they are before training; fused projections and stacked experts are masked
-            matrix by matrix. Of a compiled or wrapped one, masks have the names of what is inside.
-        kind: which entries come first; see the module.
-        density: trainable entries over all, 0 < density <= 1. None takes 0.5; of `safe`, what `low_magnitude` ∪
-            ¬`principal` at 0.5 holds; of `from_run`, all that the run changed.
-        scope: `matrix` gives every matrix that density; `global` takes the first entries of all matrices together,
-            which holds 4 bytes of memory an entry, 8 for `safe`.
-        target_modules: only modules whose name is one of these or ends in a dot and one of these; a string is a regular
-            expression of whole names, or one such ending; None, or `all-linear`, for all.
-        rank_fraction: k/min(n, m) of the principal subspace.
-        seed: of `random`.
-        run: for `from_run`, the base and the tuned checkpoint of that run: anything that `compare` opens.
+        model: the base before training. In fused projections and stacked experts every matrix is masked separately. For
+            a compiled or wrapped model, masks have the parameter names of the model inside.
+        kind: `principal`, `off_principal`, `low_magnitude`, `safe`, `random` or `from_run`, as defined at the top of
+            this module.
+        density: fraction of entries that may be trained, 0 < density <= 1. None means 0.5; for `safe`, the density of
+            `low_magnitude` ∪ ¬`principal` at 0.5; for `from_run`, all entries that the run changed.
+        scope: `matrix` gives every matrix this density; `global` orders the entries of all matrices together, which
+            needs 4 bytes of memory per entry, 8 for `safe`.
+        target_modules: a list of module names or of their endings after a dot, such as `q_proj`; or a string: one such
+            ending, a regular expression that matches whole names, or `all-linear`. None and `all-linear` choose all.
+        rank_fraction: share of min(n, m): k = max(1, round(rank_fraction · min(n, m))) is the rank of the principal
+            subspaces.
+        seed: of the random order of `random`.
+        run: only for `from_run`: the base and the tuned checkpoint of the earlier run, of any kind that `compare`
+            opens.
+
+    Returns:
+        The masks, by parameter name; parameters without any chosen entry are left out.
 
     Raises:
-        AdapterError: the density is outside (0, 1] or more than the run changed, a name matches no matrix, weights are
-            quantised or not loaded, or the run's base is another.
-        CheckpointError: the run cannot be read, or is of another architecture.
+        AdapterError: a setting is unknown or out of range, the density is above the fraction that the run changed, a
+            name matches no matrix, weights are quantised or not loaded, or the run has another base.
+        CheckpointError: the run cannot be read, or its tensors do not match.
         NonFiniteTensor: a weight is NaN or infinite.
+
+    Source: principal weights, LIFT (arXiv 2506.00772); the safe mask, arXiv 2511.08567.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False))
     >>> _ = torch.nn.init.normal_(model[0].weight)
@@ -109,10 +117,14 @@ def make_masks(
 
 
 def linear_matrices(model: torch.nn.Module, target_modules: str | Sequence[str] | None = None) -> list[ModelMatrix]:
-    """The attention and MLP projections of a model, fused ones and experts one by one.
+    """The attention and MLP projections of a model; the parts of fused projections and experts are separate matrices.
+
+    Args:
+        model: the base.
+        target_modules: as in `make_masks`.
 
     Raises:
-        AdapterError: there are none, one of the names matches none, or their weights are quantised or not loaded.
+        AdapterError: the model has none, a name matches none, or their weights are quantised or not loaded.
     """
     target_modules = None if target_modules == ALL_LINEAR else target_modules
     require_names(target_modules)
@@ -138,19 +150,27 @@ def linear_matrices(model: torch.nn.Module, target_modules: str | Sequence[str] 
 
 
 def require_names(target_modules: str | Sequence[str] | None) -> None:
-    """Raises AdapterError where modules are told by something else than names, or by none of them."""
+    """Check that `target_modules` is None, a string or a list of names that is not empty.
+
+    Raises:
+        AdapterError: it is something else.
+    """
     several = isinstance(target_modules, Collection) and all(isinstance(name, str) for name in target_modules)
     if target_modules is not None and not (several and target_modules):
         raise AdapterError(f"target_modules is {target_modules!r}: name modules, or leave it out for all")
 
 
 def _module_name(matrix: ModelMatrix) -> str:
-    """As the model names the module that a matrix is the weight of; of a parameter of another name, the parameter."""
+    """Name of the module whose `weight` holds the matrix; the parameter's own name if it is not called `weight`."""
     return WRAPPERS.sub("", matrix.parameter_name).removesuffix(".weight")
 
 
 def require_trainable_type(name: str, parameter: torch.Tensor) -> None:
-    """Raises AdapterError where weights are quantised: their entries cannot be trained one by one."""
+    """Check that the entries of a parameter can be trained one by one.
+
+    Raises:
+        AdapterError: it is quantised, that is not in float64, float32, bfloat16 or float16.
+    """
     if parameter.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise AdapterError(
             f"{name} is quantised ({str(parameter.dtype).removeprefix('torch.')}), so its entries cannot be trained "
@@ -161,7 +181,11 @@ def require_trainable_type(name: str, parameter: torch.Tensor) -> None:
 def require_settings(
     kind: str, density: float | None, scope: str, rank_fraction: float, run: tuple[str | Path, str | Path] | None
 ) -> None:
-    """Raises AdapterError where there is no such mask, or a number is out of range."""
+    """Check the settings of a mask; they are those of `make_masks`.
+
+    Raises:
+        AdapterError: the kind or scope is unknown, a number is out of range, or `run` does not fit the kind.
+    """
     if kind not in KINDS:
         raise AdapterError(f"there is no mask {kind!r}: choose {', '.join(KINDS)}")
     if density is not None and not 0 < require_number("density", density) <= 1:
@@ -177,7 +201,14 @@ def require_settings(
 
 
 def first_entries(scores: Scores, size: int) -> NDArray[np.bool_]:
-    """The `size` largest of some scores that are not negative, ties by index; flat.
+    """A mask of the `size` largest scores, ties broken by index.
+
+    Args:
+        scores: (numel,), not negative.
+        size: number of entries, at least 1.
+
+    Returns:
+        bool, (numel,).
 
     >>> first_entries(np.array([1.0, 3.0, 3.0, 2.0], np.float32), 1)
     array([False,  True, False, False])
@@ -187,13 +218,22 @@ def first_entries(scores: Scores, size: int) -> NDArray[np.bool_]:
 
 
 def first_of_either(one: Scores, two: Scores, size: int) -> NDArray[np.bool_]:
-    """The union of the first entries of two orders, as many of each, that holds `size`; an odd one by index; flat.
+    """A mask of `size` entries: the union of the h largest of two sets of scores, at the h that gives this size.
+
+    If no h gives exactly `size`, the rest is taken from the next larger union, by index.
+
+    Args:
+        one, two: scores, (numel,), not negative.
+        size: number of entries, at least 1.
+
+    Returns:
+        bool, (numel,).
 
     >>> one, two = np.array([[4, 3, 2, 1], [1, 2, 3, 4]], np.float32)
     >>> first_of_either(one, two, 2), first_of_either(one, two, 3)
     (array([ True, False, False,  True]), array([ True,  True, False,  True]))
     """
-    low, high = 0, size  # the union of the first `low` holds at most `size`, that of the first `high` at least
+    low, high = 0, size  # the union at h = low holds at most `size` entries, that at h = high at least `size`
     while high - low > 1:
         probes = np.unique(np.linspace(low, high, _PROBES + 2).astype(np.int64)[1:-1])
         probes = probes[(probes > low) & (probes < high)]
@@ -214,7 +254,7 @@ Order = Callable[[ModelMatrix], Scores]
 def _orders(
     kind: Kind, rank_fraction: float, seed: int, run: tuple[str | Path, str | Path] | None, model: torch.nn.Module
 ) -> list[Order]:
-    """What gives a matrix its scores, flat, the first entries the largest; two for a union."""
+    """Functions from a matrix to its scores, (n·m,), the largest first in the order; two functions for a union."""
 
     def off_principal(matrix: ModelMatrix) -> Scores:
         return _reversed(_principal(matrix, rank_fraction))
@@ -241,7 +281,7 @@ def _orders(
 def _chosen(
     group: Sequence[ModelMatrix], orders: Sequence[Order], kind: Kind, density: float | None
 ) -> Iterator[NDArray[np.bool_]]:
-    """The masks of some matrices that are chosen from together, each (n, m)."""
+    """The masks of matrices that are ordered together, one (n, m) for each."""
     scores = [np.concatenate([order(matrix) for matrix in group]) for order in orders]
     numel = sum(matrix.part.numel for matrix in group)
     if kind == "safe" and density is None:
@@ -266,10 +306,10 @@ def _chosen(
 
 
 def _weights(matrix: ModelMatrix) -> Scores:
-    """(n, m).
+    """The weights of a matrix, float32, (n, m).
 
     Raises:
-        NonFiniteTensor: one of them is NaN or infinite.
+        NonFiniteTensor: a weight is NaN or infinite.
     """
     W = np.asarray(matrix.weight().to("cpu", torch.float32).numpy())
     if not np.isfinite(W).all():
@@ -278,7 +318,7 @@ def _weights(matrix: ModelMatrix) -> Scores:
 
 
 def _principal(matrix: ModelMatrix, rank_fraction: float) -> Scores:
-    """|U_k S_k V_kᵀ|, flat."""
+    """|U_k S_k V_kᵀ|, (n·m,)."""
     W = torch.from_numpy(_weights(matrix))
     k = principal_rank(W.shape, rank_fraction)
     svd = principal_triplets(W.double(), k).top(k)
@@ -287,19 +327,24 @@ def _principal(matrix: ModelMatrix, rank_fraction: float) -> Scores:
 
 
 def _reversed(scores: Scores) -> Scores:
-    """Finite scores that are not negative, in the opposite order: equal ones stay equal."""
+    """Scores in the opposite order; finite and not negative before and after, and equal scores stay equal."""
     return (_LARGEST - np.ascontiguousarray(scores).view(np.uint32)).view(np.float32)
 
 
 def _drawn(matrix: ModelMatrix, seed: int) -> Scores:
-    """Scores that are no one's: every finite float32 is as likely."""
+    """Random scores: their bits are uniform over those of positive finite float32 numbers."""
     generator = generator_of(seed, matrix.name, "random")
     bits = torch.randint(1, int(_LARGEST), (matrix.part.numel,), generator=generator, dtype=torch.int32)
     return bits.numpy().view(np.float32)
 
 
 class _Run:
-    """What an earlier run changed, matrix by matrix."""
+    """The changes that an earlier run made, matrix by matrix.
+
+    Args:
+        run: its base and tuned checkpoint.
+        prefix: name of the base model inside the model, such as `model`; names in checkpoints may lack it.
+    """
 
     def __init__(self, run: tuple[str | Path, str | Path], prefix: str) -> None:
         self._base: Checkpoint = open_checkpoint(run[0])
@@ -307,7 +352,7 @@ class _Run:
         self._tensors, self._prefix = pair_tensors(self._base, self._tuned).tensors, prefix
 
     def changes(self, matrix: ModelMatrix) -> Scores:
-        """|bf16(W1) − bf16(W0)|, flat, positive where they differ."""
+        """|bf16(W1) − bf16(W0)|, (n·m,), positive where they differ."""
         part = matrix.part
         name = parameter_of(part.tensor, self._tensors, self._prefix)
         if name is None or tuple(self._tensors[name].shape) != tuple(matrix.parameter.shape):
@@ -329,11 +374,15 @@ class _Run:
 
 
 def is_target(module: str, target_modules: str | Sequence[str] | None) -> bool:
-    """Whether a module's name is asked for: None is for all, a list holds names or endings, a string is a regular
-    expression of whole names, as PEFT has them, or an ending.
+    """Whether `target_modules` chooses a module.
+
+    Args:
+        module: its name.
+        target_modules: None for all modules; a list of names or of their endings after a dot; or a string: a regular
+            expression that matches whole names, as in PEFT, or one such ending.
 
     Raises:
-        AdapterError: the string is no regular expression.
+        AdapterError: the string is not a valid regular expression.
 
     >>> [is_target("model.layers.0.q_proj", asked) for asked in (["q_proj"], "q_proj", r".*\\.0\\..*", "proj", ["0"])]
     [True, True, True, False, False]

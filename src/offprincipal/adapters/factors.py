@@ -1,8 +1,9 @@
-"""Factors: the two matrices of a low-rank update ΔW = s·B A, where what is trained is not yet what acts.
+"""Factors A and B of a low-rank update ΔW = s·B A whose effective value is computed from a trained parameter.
 
-PEFT takes a factor for a linear layer without bias: it reads `weight`, calls it, saves and loads it. Here `weight` is
-what acts, the one parameter `trained` is what an optimizer moves, and a state dict holds what acts, under the name of
-`weight`: so a saved adapter is plain LoRA. Knows nothing of PEFT, of models, or of where the factors start.
+PEFT expects each factor to be a linear layer without bias: it reads `weight`, calls the layer, saves and loads it. Here
+`weight` is the effective factor, computed from the only parameter, `trained`, which the optimizer updates. A state dict
+holds the effective factor under the name `weight`, so a saved adapter is plain LoRA. Knows nothing of PEFT, of models,
+or of how the factors are initialised.
 """
 
 from typing import Any
@@ -13,7 +14,14 @@ from torch.nn import functional
 
 
 class FrozenFactor(nn.Module):
-    """A factor that is not trained: its matrix is a buffer, which no optimizer sees and every state dict holds."""
+    """A factor that is not trained: its matrix is a buffer, which state dicts hold and optimizers do not see.
+
+    Args:
+        weight: A (r, m) or B (n, r).
+
+    >>> list(FrozenFactor(torch.eye(2)).parameters())
+    []
+    """
 
     weight: Tensor
 
@@ -22,7 +30,7 @@ class FrozenFactor(nn.Module):
         self.register_buffer("weight", weight)
 
     def anew(self, start: Tensor) -> "FrozenFactor":
-        """Another one like it, for a further adapter: it is its matrix, whatever PEFT starts with."""
+        """A frozen copy of this factor, for another adapter of the layer; PEFT's initial value `start` is ignored."""
         return FrozenFactor(self.weight.clone())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -30,11 +38,15 @@ class FrozenFactor(nn.Module):
 
 
 class Factor(nn.Module):
-    """A factor whose parameter becomes what acts through `acting`.
+    """A factor whose effective value is `acting(trained)`; subclasses define `acting`.
 
-    Reading `weight` computes what acts anew, because no trace in a tensor tells that it moved: fused optimizers and
-    writes through `.data` leave none. Between `hold` and `release`, which a layer puts around its forward pass, every
-    reading gives the same tensor. State dicts have `weight` alone.
+    Each read of `weight` computes the effective factor again, because a tensor does not show reliably that it changed:
+    fused optimizers and writes through `.data` do not raise its version counter. Between `hold` and `release`, which
+    `AdaptedLinear` calls before and after its forward pass, all reads give the same tensor. State dicts hold only
+    `weight`.
+
+    Args:
+        trained: initial value of the trained parameter.
     """
 
     def __init__(self, trained: Tensor) -> None:
@@ -44,7 +56,7 @@ class Factor(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(out, in), what acts."""
+        """The effective factor, (out, in)."""
         if self._held is None:
             return self.acting(self.trained)
         if not self._held:
@@ -55,29 +67,30 @@ class Factor(nn.Module):
         return functional.linear(x, self.weight)
 
     def hold(self) -> None:
-        """Until `release`, what acts is computed once: nothing may move it in between."""
+        """Compute the effective factor only once until `release`; `trained` must not change in between."""
         self._held = []
 
     def release(self) -> None:
+        """Compute the effective factor at every read again."""
         self._held = None
 
     def acting(self, trained: Tensor) -> Tensor:
-        """What acts, of what is trained."""
+        """The effective factor, from the trained parameter."""
         raise NotImplementedError
 
     def anew(self, start: Tensor) -> "Factor":
-        """A factor of this kind at its start, for a further adapter; `start` is PEFT's."""
+        """An untrained factor of this kind, for another adapter of the layer; `start` is PEFT's initial value."""
         raise NotImplementedError
 
     def stored(self) -> Tensor:
-        """What acts, as a state dict holds it."""
+        """The effective factor, as a state dict holds it."""
         return self.weight.detach()
 
     def trained_of(self, acting: Tensor) -> Tensor:
-        """What to train on from, of what a state dict holds.
+        """The trained parameter from which training continues, from the effective factor in a state dict.
 
         Raises:
-            ValueError: this factor cannot act so.
+            ValueError: no trained parameter of this factor gives that effective value.
         """
         raise NotImplementedError
 
@@ -96,15 +109,15 @@ class Factor(nn.Module):
 
 
 class OffsetFactor(Factor):
-    """A factor beside its own start, so that B A − B0 A0 is one product: `[B, −B0] [A; A0]`.
+    """A factor concatenated with its own initial value, so that B A − B0 A0 is one product: `[B, −B0] [A; A0]`.
 
     Args:
-        trained: the factor at its start, A0 (r, m) or B0 (n, r).
-        beside: what is put beside it and never trained, A0 or −B0.
-        dim: along which: 0 for A, 1 for B.
+        trained: the initial value, A0 (r, m) or B0 (n, r).
+        beside: the constant part, A0 or −B0, of the same shape.
+        dim: the dimension of concatenation, 0 for A and 1 for B.
 
-    Source: the identity by which PEFT turns PiSSA and OLoRA adapters into plain ones; here it holds from the start on,
-    so the base stays as it is.
+    Source: the identity by which PEFT converts PiSSA and OLoRA adapters to plain LoRA. PEFT applies it when saving;
+    here it is used throughout training, so the base is never changed.
 
     >>> a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]])
     >>> A, B = OffsetFactor(a, a, 0), OffsetFactor(b, -b, 1)

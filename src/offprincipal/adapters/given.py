@@ -1,4 +1,4 @@
-"""What users give: a module of torch, one of ours that holds it or a wrapper around it; and numbers."""
+"""Checks of user input: models, as torch modules or objects that hold one, and numbers."""
 
 from numbers import Real
 from typing import Any
@@ -11,7 +11,10 @@ from offprincipal.errors import AdapterError
 
 
 def module_of(given: Any) -> Module:
-    """The module itself, or that of an opened language model.
+    """A torch module, or the module inside an opened language model.
+
+    Args:
+        given: a `torch.nn.Module`, or what `offprincipal.models.open_language_model` returns.
 
     Raises:
         AdapterError: it is neither.
@@ -20,20 +23,25 @@ def module_of(given: Any) -> Module:
     >>> module_of(Linear(2, 2))
     Linear(in_features=2, out_features=2, bias=True)
     """
-    found = given if isinstance(given, Module) else getattr(given, "model", None)
-    if not isinstance(found, Module):
+    module = given if isinstance(given, Module) else getattr(given, "model", None)
+    if not isinstance(module, Module):
         raise AdapterError(
             f"the model is a {type(given).__name__}: give a torch.nn.Module, or what offprincipal.models."
             "open_language_model opens"
         )
-    return found
+    return module
 
 
 def unwrapped(given: Any) -> Module:
-    """The module as it was before `torch.compile` or data parallelism wrapped it: names are the model's own again.
+    """The module inside the wrappers of `torch.compile`, `DataParallel` and `DistributedDataParallel`.
+
+    Its parameters have the names that they had before wrapping.
+
+    Args:
+        given: as in `module_of`.
 
     Raises:
-        AdapterError: it holds no module.
+        AdapterError: it is not a module and holds none.
 
     >>> from torch.nn import Linear
     >>> [name for name, _ in unwrapped(DataParallel(Linear(2, 2))).named_parameters()]
@@ -50,16 +58,20 @@ def unwrapped(given: Any) -> Module:
 
 
 def require_no_adapter(model: Module) -> None:
-    """Raises AdapterError where PEFT has put an adapter around a model already."""
+    """Check that a model has no PEFT adapter.
+
+    Raises:
+        AdapterError: it has one.
+    """
     if hasattr(model, "peft_config"):
-        raise AdapterError("the model has an adapter already: merge it (merge_and_unload) or open the base anew")
+        raise AdapterError("the model has an adapter already: merge it (merge_and_unload), or open the base again")
 
 
 def require_number(name: str, value: Any) -> float:
-    """A setting as a number; a tensor of one entry is one too, as torch's learning rates may be.
+    """A setting as a float; a tensor with one entry is accepted, since learning rates in torch may be tensors.
 
     Raises:
-        AdapterError: it is not a number.
+        AdapterError: the value is neither a number nor such a tensor.
 
     >>> require_number("density", "0.2")
     Traceback (most recent call last):

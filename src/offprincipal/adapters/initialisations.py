@@ -1,9 +1,12 @@
-"""Initialisations: where the factors of ΔW = s·B A start, from the base matrix alone.
+"""Initialisations of the factors of ΔW = s·B A, computed from the base matrix alone.
 
-Three kinds. Some start at B = 0 or A = 0, so that nothing changes. Some start at a part of the base itself and train on
-from there; the published methods take that part out of the base, here the start is subtracted from the update instead
-(s·(B A − B0 A0)), which is the same function and leaves the base as it is. What PEFT has is PEFT's. Knows nothing of
-models.
+There are two kinds. `mica`, `rlpo` and `rlmo` start at A = 0 or B = 0, so the update is zero. `pissa`, `olora`,
+`milora` and `geora` start at a part s·B0 A0 of the base. The published methods subtract that part from the base; here
+it is subtracted from the update, ΔW = s·(B A − B0 A0), which gives the same function and leaves the base unchanged.
+`pissa`, `olora` and `mica` call PEFT's implementations.
+
+All seven take the same arguments: one base matrix `W`, (n, m), of any float type and finite; and `settings`, see
+`StartSettings`. They return A (r, m) and B (n, r) as a `Start`. Knows nothing of models.
 """
 
 import importlib
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 from offprincipal.geometry import masks, principal, spectrum
 from offprincipal.geometry.spectrum import Svd
 
-_RESIDUAL = 1e-10  # relative: how well triplets from the Gram matrix have to hold
+_RESIDUAL = 1e-10  # largest accepted error of singular triplets from the Gram matrix, relative
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,9 @@ class Start:
     """The factors at the start of training.
 
     Args:
-        A: (r, m); B: (n, r).
-        train_a_only: only A is trained.
+        A: (r, m).
+        B: (n, r).
+        train_a_only: B is frozen.
     """
 
     A: Tensor
@@ -35,11 +39,13 @@ class Start:
 
 @dataclass(frozen=True)
 class StartSettings:
-    """What an initialisation may depend on beside the base.
+    """The settings of an initialisation.
 
     Args:
-        rank: r. scale: s.
-        rank_fraction, density: k over min(n, m) for principal weights, and of the masks; for `geora`.
+        rank: r, 1 <= r <= min(n, m).
+        scale: s = alpha/r, positive.
+        rank_fraction: k/min(n, m), with k the rank of the principal subspaces; required by `geora`, otherwise unused.
+        density: fraction of the entries in each of the two masks; required by `geora`, otherwise unused.
     """
 
     rank: int
@@ -49,51 +55,120 @@ class StartSettings:
 
 
 def pissa(W: Tensor, settings: StartSettings) -> Start:
-    """PiSSA (arXiv 2404.02948), PEFT's: the top-r singular triplets of the base, √Σ in either factor."""
+    """PiSSA: the top-r singular triplets of the base, √(Σ/s) in each factor, so that s·B A = U_r Σ_r V_rᵀ.
+
+    Returns:
+        A (r, m), B (n, r), float32.
+
+    Source: arXiv 2404.02948; PEFT's implementation.
+
+    >>> start = pissa(torch.diag(torch.tensor([3.0, 2.0, 1.0])), StartSettings(rank=1, scale=1.0))
+    >>> (start.B @ start.A).diagonal().round(decimals=3).tolist()
+    [3.0, 0.0, 0.0]
+    """
     return Start(*_by_peft("pissa", W, settings))
 
 
 def olora(W: Tensor, settings: StartSettings) -> Start:
-    """OLoRA (arXiv 2406.01775), PEFT's: the first r columns of Q and rows of R of the base's QR decomposition."""
+    """OLoRA: the QR decomposition of the base, W = Q R: the first r rows of R in A and columns of Q in B.
+
+    Returns:
+        A (r, m), B (n, r), float32.
+
+    Source: arXiv 2406.01775; PEFT's implementation.
+
+    >>> start = olora(torch.diag(torch.tensor([3.0, 2.0, 1.0])), StartSettings(rank=1, scale=1.0))
+    >>> (start.B @ start.A).diagonal().abs().tolist()
+    [3.0, 0.0, 0.0]
+    """
     return Start(*_by_peft("olora", W, settings))
 
 
 def mica(W: Tensor, settings: StartSettings) -> Start:
-    """MiCA (arXiv 2604.01694), PEFT's: B the r left singular vectors of the smallest singular values, frozen; A = 0."""
+    """MiCA: B holds the r left singular vectors with the smallest singular values and is frozen; A = 0.
+
+    Returns:
+        A (r, m), B (n, r), float32; only A is trained.
+
+    Source: arXiv 2604.01694; PEFT's implementation.
+
+    >>> start = mica(torch.diag(torch.tensor([3.0, 2.0, 1.0])), StartSettings(rank=1, scale=1.0))
+    >>> start.B.abs().round(decimals=3).flatten().tolist(), start.A.tolist(), start.train_a_only
+    ([0.0, 0.0, 1.0], [[0.0, 0.0, 0.0]], True)
+    """
     A, B = _by_peft("mica", W, settings)
     return Start(A, B, train_a_only=True)
 
 
 def milora(W: Tensor, settings: StartSettings) -> Start:
-    """MiLoRA (arXiv 2406.09044): PiSSA with the bottom-r singular triplets of the base instead of the top ones.
+    """MiLoRA: as `pissa`, with the bottom-r singular triplets of the base instead of the top ones.
 
-    Of the thin decomposition: where n ≠ m, directions that the base maps to zero are not among them.
+    The triplets are those of the thin decomposition: if n ≠ m, the null space that follows from the shape alone is not
+    used.
+
+    Returns:
+        A (r, m), B (n, r), float64.
+
+    Source: arXiv 2406.09044.
+
+    >>> start = milora(torch.diag(torch.tensor([3.0, 2.0, 1.0])), StartSettings(rank=1, scale=1.0))
+    >>> (start.B @ start.A).diagonal().round(decimals=3).tolist()
+    [0.0, 0.0, 1.0]
     """
     return _from_triplets(bottom_triplets(W, settings.rank), settings.scale)
 
 
 def rlpo(W: Tensor, settings: StartSettings) -> Start:
-    """LoRA-RLPO (PMLR v306; arXiv 2606.31813): A the top-r right singular vectors, orthonormal; B = 0.
+    """LoRA-RLPO: the rows of A are the top-r right singular vectors of the base; B = 0.
 
-    Taken here: both factors are trained, and nothing keeps A orthonormal after the start.
+    Both factors are trained, and A is not kept orthonormal after the start; this is our reading of the paper.
+
+    Returns:
+        A (r, m), B (n, r), float64.
+
+    Source: PMLR v306; arXiv 2606.31813.
+
+    >>> start = rlpo(torch.diag(torch.tensor([3.0, 2.0, 1.0])), StartSettings(rank=1, scale=1.0))
+    >>> start.A.abs().tolist(), start.B.flatten().tolist()
+    ([[1.0, 0.0, 0.0]], [0.0, 0.0, 0.0])
     """
     return _from_rows(top_triplets(W, settings.rank).Vh, W)
 
 
 def rlmo(W: Tensor, settings: StartSettings) -> Start:
-    """LoRA-RLMO (PMLR v306; arXiv 2606.31813): as `rlpo`, with the bottom-r right singular vectors.
+    """LoRA-RLMO: as `rlpo`, with the bottom-r right singular vectors.
 
-    Taken here: those of the thin decomposition; where n < m, not of the directions that the base maps to zero.
+    The vectors are those of the thin decomposition: if n < m, the null space that follows from the shape alone is not
+    used; this is our reading of the paper.
+
+    Returns:
+        A (r, m), B (n, r), float64.
+
+    Source: PMLR v306; arXiv 2606.31813.
+
+    >>> start = rlmo(torch.diag(torch.tensor([3.0, 2.0, 1.0])), StartSettings(rank=1, scale=1.0))
+    >>> start.A.abs().tolist(), start.B.flatten().tolist()
+    ([[0.0, 0.0, 1.0]], [0.0, 0.0, 0.0])
     """
     return _from_rows(bottom_triplets(W, settings.rank).Vh, W)
 
 
 def geora(W: Tensor, settings: StartSettings) -> Start:
-    """GeoRA (arXiv 2601.09361): the top-r singular triplets of the geometry-constrained part of the base, M ⊙ W.
+    """GeoRA: the top-r singular triplets of the masked base M ⊙ W, split between the factors as in `pissa`.
 
-    There is no public code. M joins a spectral and a Euclidean mask; taken here: the `safe` mask, which is the entries
-    of low magnitude and those that are not principal, either mask at `density`, principal weights from rank
-    `rank_fraction`. The factors get √Σ each, as in PiSSA, and the rest of the base is frozen.
+    The paper combines a spectral and a Euclidean mask in M and has no public code. Here M is the `safe` mask: the union
+    of the low-magnitude weights and of the weights that are not principal, with both masks at `density` and the
+    principal weights at the rank that follows from `rank_fraction`.
+
+    Returns:
+        A (r, m), B (n, r), float64.
+
+    Source: arXiv 2601.09361.
+
+    >>> settings = StartSettings(rank=1, scale=1.0, rank_fraction=0.5, density=0.25)
+    >>> start = geora(torch.diag(torch.tensor([3.0, 1.0])), settings)  # its only principal weight is the 3
+    >>> (start.B @ start.A).diagonal().round(decimals=3).tolist()
+    [0.0, 1.0]
     """
     assert settings.rank_fraction is not None and settings.density is not None
     svd = top_triplets(W, principal.principal_rank(W.shape, settings.rank_fraction))
@@ -106,7 +181,14 @@ def geora(W: Tensor, settings: StartSettings) -> Start:
 
 
 def top_triplets(W: Tensor, rank: int) -> Svd:
-    """The first singular triplets, float64: LAPACK's, or with a relative error bound of 1e-10 on singular values.
+    """The top singular triplets: by LAPACK, or with a relative error bound of 1e-10 on the singular values.
+
+    Args:
+        W: (n, m), any float type, finite.
+        rank: r, at most min(n, m).
+
+    Returns:
+        U (n, r), S (r,), Vh (r, m), float64.
 
     >>> top_triplets(torch.diag(torch.tensor([1.0, 3.0, 2.0])), 2).S
     tensor([3., 2.], dtype=torch.float64)
@@ -115,7 +197,14 @@ def top_triplets(W: Tensor, rank: int) -> Svd:
 
 
 def bottom_triplets(W: Tensor, rank: int) -> Svd:
-    """The last singular triplets of the thin decomposition, from the largest down, float64.
+    """The bottom singular triplets of the thin decomposition, in descending order of singular values.
+
+    Args:
+        W: (n, m), any float type, finite.
+        rank: r, at most min(n, m).
+
+    Returns:
+        U (n, r), S (r,), Vh (r, m), float64.
 
     >>> bottom_triplets(torch.diag(torch.tensor([1.0, 3.0, 2.0])), 2).S
     tensor([2., 1.], dtype=torch.float64)
@@ -129,7 +218,7 @@ def bottom_triplets(W: Tensor, rank: int) -> Svd:
 
 
 def _bottom_by_gram(W: Tensor, rank: int) -> Svd:
-    """From the last eigenvectors of the smaller Gram matrix, by Rayleigh–Ritz in their span, with the residual."""
+    """The bottom triplets by Rayleigh–Ritz in the span of the last eigenvectors of the smaller Gram matrix."""
     tall = W if W.shape[0] >= W.shape[1] else W.T
     basis = spectrum.decompose_by_gram(tall, 1).basis
     assert basis is not None
@@ -146,12 +235,13 @@ def _first(svd: Svd, rank: int) -> Svd:
 
 
 def _from_triplets(svd: Svd, scale: float) -> Start:
-    """s·B A = U Σ Vᵀ, with √Σ in either factor."""
+    """Factors with s·B A = U Σ Vᵀ, √(Σ/s) in each."""
     root = (svd.S / scale).sqrt()
     return Start(root[:, None] * svd.Vh, svd.U * root)
 
 
 def _from_rows(A: Tensor, W: Tensor) -> Start:
+    """A as given and B = 0."""
     return Start(A, A.new_zeros(W.shape[0], A.shape[0]))
 
 

@@ -1,7 +1,8 @@
-"""Isospectral optimizers: a matrix keeps its singular values, and only its singular frames are trained.
+"""Isospectral optimizers: the singular values of a matrix stay fixed, and only its singular vectors are trained.
 
-W = U Σ0 Vᵀ. A base optimizer steps on U and V as on any parameters, and a polar retraction makes their columns
-orthonormal again. Which matrices are trained so is told by names; everything else is AdamW's. Knows no trainer.
+W = U Σ0 Vᵀ. A base optimizer updates the frames U and V like ordinary parameters, and a polar retraction then makes
+their columns orthonormal again. Parameter names decide which matrices are trained this way; AdamW trains all other
+parameters. Knows nothing of trainers.
 """
 
 import logging
@@ -27,18 +28,19 @@ Retraction = Literal["svd", "newton-schulz"]
 Build = Callable[[list[dict[str, Any]]], Optimizer]
 _RETRACTIONS: dict[str, Callable[[Tensor], Tensor]] = {"svd": polar_factor, "newton-schulz": newton_schulz}
 _KEY = "isospectral"
-_BASE = "frames_optimizer"  # the base optimizer's name, in every group: states of another do not fit
-_SAME = 1e-6  # of a matrix's norm: how far float32's rounding, here or elsewhere, may leave it from its frames' product
+_BASE = "frames_optimizer"  # key of the base optimizer's name in every group; states of another one are refused
+_SAME = 1e-6  # accepted distance of a matrix from the product of its frames, relative to its norm: float32 rounding
 LOG = logging.getLogger("offprincipal")
 
 
 @dataclass
 class Frames:
-    """The decomposition of one matrix: W = U diag(S) Vᵀ.
+    """The singular value decomposition of one matrix, W = U diag(S) Vᵀ, with r = min(n, m).
 
     Args:
-        U: (n, r) and V: (m, r), float32, orthonormal columns; trained.
+        U: (n, r), float32, orthonormal columns; trained.
         S: (r,), float64; fixed.
+        V: (m, r), float32, orthonormal columns; trained.
     """
 
     U: Tensor
@@ -47,7 +49,7 @@ class Frames:
 
     @staticmethod
     def of(W: Tensor) -> "Frames":
-        """Those of a matrix (n, m), by LAPACK in float64.
+        """The frames of a matrix (n, m), by LAPACK in float64.
 
         Raises:
             AdapterError: the matrix holds NaN or infinity.
@@ -62,7 +64,7 @@ class Frames:
         return (self.U.double() * self.S) @ self.V.double().T
 
     def take_gradient(self, G: Tensor | None) -> None:
-        """Give the frames the gradients that follow from that of their product."""
+        """Set the gradients of U and V from G (n, m), the gradient of their product; None clears them."""
         if G is None:
             self.U.grad = self.V.grad = None
             return
@@ -71,41 +73,49 @@ class Frames:
         self.V.grad = tangent(self.V, (G.T @ self.U) * S)
 
     def retract(self, retraction: Callable[[Tensor], Tensor]) -> float:
-        """Make the columns orthonormal again; what then is left of ‖UᵀU − I‖_F or ‖VᵀV − I‖_F, the larger."""
+        """Make the columns of U and V orthonormal again; the larger of ‖UᵀU − I‖_F and ‖VᵀV − I‖_F after that."""
         for frame in (self.U, self.V):
             frame.copy_(retraction(frame))
         return max(orthogonality_error(self.U), orthogonality_error(self.V))
 
 
 class Isospectral(Optimizer):
-    """Train matrices at fixed singular values, and all other parameters by AdamW.
+    """Train matrices with fixed singular values, and all other parameters by AdamW.
 
-    Frames are made at the first step, from the weights as they are then. A step of the base optimizer moves U and V;
-    each is then replaced by its polar factor, so that the singular values of W stay those of the base to float32's
-    rounding. This is the base of `IsospectralAdamW` and `IsospectralMuon`.
+    The weights at the first step are decomposed into frames. At every step a base optimizer updates U and V, and each
+    is then replaced by its polar factor, so that the singular values of W stay those of the base to float32 rounding.
+    `IsospectralAdamW` and `IsospectralMuon` derive from this class.
 
     Args:
-        params: a module or its `named_parameters()`, whose attention and MLP projections are trained so; or a list of
-            parameters or groups, of which all matrices are, but for groups with `isospectral=False`; groups of named
-            parameters are told apart by their names too.
-        frames: makes the base optimizer from groups of frames; its state is tensors, by parameter.
-        lr: learning rate, of frames and of all other parameters; schedulers change it through `param_groups`.
-        betas, eps, weight_decay: of AdamW on all other parameters, by default as torch has them; of each group, where
-            it has its own.
-        retraction: `svd`, by LAPACK in float64; or `newton-schulz`, products alone, whose `orthogonality_error` is
-            measured at every step.
+        params: a module or its `named_parameters()`, whose attention and MLP projections keep their singular values;
+            or a list of parameters or of groups, whose matrices all keep them, except in groups with
+            `isospectral=False`. A group of named parameters without `isospectral` is divided by names, as a module is.
+        frames: builds the base optimizer from parameter groups of frames; its state must consist of tensors, by
+            parameter.
+        lr: learning rate of frames and of all other parameters; schedulers change it through `param_groups`.
+        betas, eps, weight_decay: of AdamW on all other parameters, with torch's defaults; a group may set its own.
+        retraction: `svd`, by LAPACK in float64; or `newton-schulz`, by matrix products only.
 
     Attributes:
-        state: of each matrix its frames `U`, `S` and `V`, and as `U_exp_avg` and the like what the base optimizer keeps
-            of them; of every other parameter AdamW's.
+        state: for each matrix its frames `U`, `S` and `V`, and the base optimizer's state of U and V under names such
+            as `U_exp_avg`; for every other parameter the state of AdamW.
+        orthogonality_error: the largest ‖UᵀU − I‖_F or ‖VᵀV − I‖_F after the last retraction; 0 before the first step.
 
     Raises:
-        AdapterError: nothing is to be trained so, a matrix is not stored in float32 or float64, is sharded or is not
-            loaded, there is no such retraction, or parameters come without names, as `model.parameters()` has them,
-            embeddings and heads among them.
+        AdapterError: no matrix would keep its singular values; a matrix is not in float32 or float64, is sharded or is
+            not loaded; a setting is unknown or out of range; or `params` is an iterator without names, such as
+            `model.parameters()`, in which embeddings and heads cannot be recognised.
 
-    Source: arXiv 2607.19331 (ISO), which released no optimizer: frames, fixed spectrum and base optimizer are its; the
-    polar retraction is Absil, Mahony and Sepulchre 2008, 4.1.1.
+    Source: arXiv 2607.19331 (ISO), for frames, fixed spectrum and base optimizer; it released no optimizer. The polar
+    retraction is from Absil, Mahony and Sepulchre 2008, 4.1.1.
+
+    >>> layer = torch.nn.Linear(8, 6, bias=False)
+    >>> before = torch.linalg.svdvals(layer.weight)
+    >>> optimizer = Isospectral([layer.weight], torch.optim.SGD, lr=1e-2)
+    >>> layer(torch.ones(1, 8)).square().sum().backward()
+    >>> optimizer.step()
+    >>> torch.allclose(torch.linalg.svdvals(layer.weight), before, atol=1e-6)
+    True
     """
 
     def __init__(
@@ -132,7 +142,9 @@ class Isospectral(Optimizer):
         self.orthogonality_error = 0.0
         self._build = frames
         self._frames: list[Frames] = []
-        self._written: list[Tensor | None] = []  # each matrix as we last left it; writes through `.data` leave no trace
+        self._written: list[
+            Tensor | None
+        ] = []  # copy of each matrix after our last step, to notice writes through `.data`
         if not self._matrices():
             raise AdapterError(
                 "no matrix to keep the singular values of: give a model with attention or MLP "
@@ -142,10 +154,10 @@ class Isospectral(Optimizer):
             _require_whole(W)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As of any optimizer, before the first step.
+        """Add a group, as in any torch optimizer, but only before the first step.
 
         Raises:
-            AdapterError: it has stepped, and frames and moments are those of its groups.
+            AdapterError: the optimizer has stepped, so its frames and moments are those of the existing groups.
         """
         if self._inner:
             raise AdapterError("groups cannot be added after the first step: make a new optimizer of all of them")
@@ -153,13 +165,19 @@ class Isospectral(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step of the base optimizer on frames and of AdamW on the rest, the retraction, and the new weights.
+        """Update the frames by the base optimizer and all other parameters by AdamW, then retract and write weights.
 
-        At a learning rate of 0 no bit of a weight changes.
+        At a learning rate of 0 every weight stays bit-identical.
+
+        Args:
+            closure: computes the loss again, as in torch.
+
+        Returns:
+            The loss of the closure, or None.
 
         Raises:
-            AdapterError: a matrix is no longer what the frames make up, since something else wrote to it; or a weight
-                or gradient holds NaN or infinity. Nothing has moved then.
+            AdapterError: something else wrote to a matrix, so it is not the product of its frames; a weight holds NaN
+                or infinity; or a gradient holds them or is sparse. Nothing is changed then.
         """
         loss = None
         if closure is not None:
@@ -184,10 +202,10 @@ class Isospectral(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where another left off; the weights have to be those that it left.
+        """Continue from a saved state; the model must have the weights that belong to it.
 
         Raises:
-            AdapterError: it is the state of another optimizer, or of other matrices.
+            AdapterError: the state belongs to another optimizer, or to other matrices or parameters.
         """
         theirs = {group.get(_BASE) for group in state_dict["param_groups"]}
         if theirs != {self.defaults[_BASE]}:
@@ -214,8 +232,8 @@ class Isospectral(Optimizer):
         self.state.clear()
         self._inner, self._frames, self._written = [], [], []
         if not state_dict["state"]:
-            return  # that one had not stepped: frames are made anew
-        frames = [  # of the saved state itself, which torch casts to the type of W
+            return  # saved before the first step: frames are made at the first step here
+        frames = [  # from state_dict itself: super().load_state_dict has cast its own copy to the dtype of W
             Frames(*(state[name].to(W.device, copy=True) for name in ("U", "S", "V")))
             for state, W in zip(kept, matrices, strict=True)
         ]
@@ -234,7 +252,7 @@ class Isospectral(Optimizer):
         self._share_state()
 
     def __getstate__(self) -> dict[str, Any]:
-        """As of any optimizer, and what copies and pickles of this one need."""
+        """The optimizer's state for copies and pickles, with the attributes of this class."""
         own = {
             name: self.__dict__[name] for name in ("retraction", "orthogonality_error", "_build", "_frames", "_inner")
         }
@@ -254,7 +272,7 @@ class Isospectral(Optimizer):
         yield from zip(self._matrices(), self._frames, rates, strict=True)
 
     def _require_gradients(self) -> None:
-        """Raises AdapterError where a gradient, of frames or of another parameter, cannot be stepped on."""
+        """Raise AdapterError if a gradient, of a frame or of another parameter, is sparse or not finite."""
         for inner in self._inner:
             for p in (p for group in inner.param_groups for p in group["params"] if p.grad is not None):
                 if p.grad.is_sparse or not bool(torch.isfinite(p.grad).all()):
@@ -264,7 +282,7 @@ class Isospectral(Optimizer):
                     )
 
     def _share_state(self) -> None:
-        """Let `state` hold, of every parameter, the very tensors that are kept of it inside."""
+        """Put the tensors of frames and inner optimizers into `state`, without copies."""
         for W, frames in zip(self._matrices(), self._frames, strict=True):
             self.state[W] = {"U": frames.U, "S": frames.S, "V": frames.V}
             for side, frame in (("U", frames.U), ("V", frames.V)):
@@ -275,7 +293,7 @@ class Isospectral(Optimizer):
                 self.state[p] = self._inner[1].state[p]
 
     def _prepare(self, frames: list[Frames]) -> None:
-        """Optimizers on the frames, and on everything else, a group for each of ours."""
+        """Make the inner optimizers, of frames and of all other parameters, with one group for each of ours."""
         self._frames, self._inner, self._written = frames, [], [None] * len(frames)
         left = iter(frames)
         inside: list[dict[str, Any]] = []
@@ -291,7 +309,7 @@ class Isospectral(Optimizer):
         self._follow_schedule()
 
     def _follow_schedule(self) -> None:
-        """Give the optimizers inside what ours say of each group; frames have no weight decay."""
+        """Copy settings of each group to the inner optimizers; frames have no weight decay."""
         for inner in self._inner:
             followed = ("lr", "betas", "eps") if inner is self._inner[0] else ("lr", "betas", "eps", "weight_decay")
             for ours, theirs in zip(self.param_groups, inner.param_groups, strict=True):
@@ -299,22 +317,20 @@ class Isospectral(Optimizer):
 
 
 class IsospectralAdamW(Isospectral):
-    """Train matrices at fixed singular values by AdamW on their frames, and all other parameters by AdamW.
+    """Train matrices with fixed singular values by AdamW on their frames, and all other parameters by AdamW.
 
     Args:
-        params: a module or its `named_parameters()`, whose attention and MLP projections keep their singular values; or
-            a list of parameters or groups, of which all matrices do, but for groups with `isospectral=False`.
+        params: as in `Isospectral`: a module, its `named_parameters()`, or a list of parameters or groups.
         lr: learning rate of frames, whose entries are about 1/√n, and of all other parameters.
         betas, eps: of AdamW on frames and on all other parameters.
-        weight_decay: of AdamW on all other parameters; frames have none, since a retraction would undo it.
-        retraction: `svd`, by LAPACK in float64; or `newton-schulz`, products alone.
+        weight_decay: of AdamW on all other parameters; frames have none, since the retraction would undo it.
+        retraction: `svd`, by LAPACK in float64; or `newton-schulz`, by matrix products only.
 
     Attributes:
-        orthogonality_error: the largest ‖UᵀU − I‖_F that is left after a step's retraction; 0 before the first.
+        state, orthogonality_error: as in `Isospectral`.
 
     Raises:
-        AdapterError: nothing is to be trained so, a matrix is not stored in float32 or float64 or is sharded, a setting
-            is out of range, or parameters come without names, as `model.parameters()` has them.
+        AdapterError: as in `Isospectral`.
 
     Source: arXiv 2607.19331 (ISO); see `Isospectral`.
 
@@ -341,14 +357,20 @@ class IsospectralAdamW(Isospectral):
 
 
 class IsospectralMuon(Isospectral):
-    """Train matrices at fixed singular values by torch's Muon on their frames, and all other parameters by AdamW.
+    """Train matrices with fixed singular values by torch's Muon on their frames, and all other parameters by AdamW.
 
     Args:
-        params, lr, betas, eps, weight_decay, retraction: as of `IsospectralAdamW`; betas and eps of other parameters.
+        params, lr, retraction: as in `IsospectralAdamW`.
         momentum: of Muon.
+        betas, eps, weight_decay: of AdamW on all other parameters; frames have no weight decay.
+
+    Attributes:
+        state, orthogonality_error: as in `Isospectral`.
 
     Raises:
-        AdapterError: as of `IsospectralAdamW`, or torch is older than 2.9 and has no Muon.
+        AdapterError: as in `Isospectral`, or torch is older than 2.9 and has no Muon.
+
+    Source: arXiv 2607.19331 (ISO); see `Isospectral`.
 
     >>> layer = torch.nn.Linear(8, 6, bias=False)
     >>> before = torch.linalg.svdvals(layer.weight)
@@ -378,6 +400,7 @@ class IsospectralMuon(Isospectral):
 
 
 def _groups(params: Any) -> list[Any]:
+    """Parameter groups, or plain parameters, from any form of `params`."""
     if isinstance(params, torch.nn.Module) or isinstance(getattr(params, "model", None), torch.nn.Module):
         return isospectral_groups(module_of(params).named_parameters())
     if not isinstance(params, Iterable) or isinstance(params, Tensor):
@@ -401,7 +424,7 @@ def _groups(params: Any) -> list[Any]:
 
 
 def _parts_of(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """A group, or its two parts, where its parameters have names and it does not say what they are."""
+    """A group; divided in two by names if its parameters have names and it does not set `isospectral`."""
     members = group["params"]
     members = [members] if isinstance(members, Tensor) else list(members)
     if not members or not isinstance(members[0], tuple):
@@ -412,7 +435,13 @@ def _parts_of(group: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def isospectral_groups(named: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
-    """Trainable parameters of a model: attention and MLP projections, and the rest, which AdamW trains.
+    """Parameter groups of a model's trainable parameters: attention and MLP projections, and all others.
+
+    Args:
+        named: names and parameters, as from `named_parameters()`.
+
+    Returns:
+        A group with `isospectral=True` and one with `isospectral=False`; empty ones are left out.
 
     >>> layer = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4), "norm": torch.nn.LayerNorm(4)})
     >>> [(group["isospectral"], len(group["params"])) for group in isospectral_groups(layer.named_parameters())]
@@ -435,11 +464,12 @@ def isospectral_groups(named: Iterable[tuple[str, Tensor]]) -> list[dict[str, An
 
 
 def _holds_projections(name: str, p: Tensor) -> bool:
+    """Whether a parameter holds linear matrices, as stacked experts do."""
     return any(part.is_linear for part in parts_of(TensorInfo(name, tuple(p.shape), str(p.dtype)), {}))
 
 
 def _shape_of(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
-    """Of the matrix that a saved state holds the frames of; None where it holds none."""
+    """Shape of the matrix whose frames a saved state holds; None if it holds no frames."""
     return (len(state["U"]), len(state["V"])) if {"U", "S", "V"} <= state.keys() else None
 
 
@@ -448,7 +478,7 @@ def _copied(value: Any) -> Any:
 
 
 def _require_own(W: Tensor, frames: Frames, written: Tensor | None) -> None:
-    """Raises `AdapterError` where a matrix is not what we left, or of loaded frames not what they make up."""
+    """Raise AdapterError if a matrix changed since our last step, or is not the product of frames that were loaded."""
     if written is not None:
         ours = torch.equal(W, written)
     else:
@@ -462,11 +492,12 @@ def _require_own(W: Tensor, frames: Frames, written: Tensor | None) -> None:
 
 
 def _require_whole(W: Tensor) -> None:
+    """Raise AdapterError if a matrix is not loaded, is sharded, or is not in float32 or float64."""
     require_loaded(f"a matrix of shape {tuple(W.shape)}", W)
     if hasattr(W, "full_tensor"):
         raise AdapterError("a matrix is sharded, and its singular values belong to the whole: train without FSDP")
     if W.dtype not in (torch.float32, torch.float64):
         raise AdapterError(
             f"a matrix is stored as {W.dtype}, whose rounding alone shifts singular values: train float32 weights, and "
-            "compute in bfloat16 by autocast"
+            "compute in bfloat16 with autocast"
         )

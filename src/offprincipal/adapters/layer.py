@@ -1,7 +1,8 @@
-"""The PEFT layer of an adapted matrix: a further adapter of the same settings gets factors of the same kind.
+"""A PEFT LoRA layer in which another adapter with the same settings gets factors of the same kind as the first.
 
-TRL makes one, called `ref`, and copies the parameters of the adapter that it was given into it, one by one: that is its
-reference policy. Other settings, such as those of `add_weighted_adapter`, which writes its factors itself, give PEFT's.
+TRL adds such an adapter, named `ref`, and copies the parameters of the trained adapter into it one by one, to serve as
+the reference policy. Adapters with other configurations get PEFT's own factors; `add_weighted_adapter`, for example,
+makes one and writes its factors itself.
 """
 
 from typing import Any
@@ -15,13 +16,16 @@ from offprincipal.errors import AdapterError
 
 
 class AdaptedLinear(lora.Linear):
-    """PEFT's LoRA layer, whose adapters with our configuration share the kind of the first one's factors."""
+    """PEFT's LoRA layer; adapters with a `RecordedLoraConfig` all have factors of the kind of the first one."""
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: lora.LoraConfig, **kwargs: Any) -> None:
-        """As PEFT's; a further adapter with the record of ours starts at zero, and trains as the first one does.
+        """Add an adapter, as PEFT does; another adapter with our record starts at zero and is trained like the first.
+
+        Args:
+            adapter_name, r, lora_alpha, config, kwargs: as in PEFT.
 
         Raises:
-            AdapterError: it has another rank than the first.
+            AdapterError: its rank differs from that of the first adapter.
         """
         first = next(iter(self.lora_A), None)
         own = isinstance(config, RecordedLoraConfig) and config.record is not None
@@ -29,9 +33,11 @@ class AdaptedLinear(lora.Linear):
             super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
             return
         if r != self.r[first]:
-            raise AdapterError(f"a further adapter has the rank of the first, {self.r[first]}, not {r}: adapt anew")
+            raise AdapterError(
+                f"another adapter has the rank of the first, {self.r[first]}, not {r}: adapt the base again"
+            )
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
-        a_alone = isinstance(self.lora_B[first], FrozenFactor)  # and so it is A that is zero at the start
+        a_alone = isinstance(self.lora_B[first], FrozenFactor)  # then A has to be zero at the start
         for factors in (self.lora_A, self.lora_B):
             ours, theirs = factors[first], factors[adapter_name]
             assert isinstance(theirs, nn.Linear)
@@ -42,7 +48,7 @@ class AdaptedLinear(lora.Linear):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As PEFT's, which reads a factor for its type before it calls it: what acts is computed once."""
+        """As in PEFT, which reads a factor's dtype and then calls it: `hold` avoids computing it twice."""
         factors = [factor for side in (self.lora_A, self.lora_B) for factor in side.values()]
         held = [factor for factor in factors if isinstance(factor, Factor)]
         for factor in held:

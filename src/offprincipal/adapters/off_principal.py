@@ -1,7 +1,7 @@
-"""Factors that cannot touch the principal subspaces of the base: A = Ã(I − V Vᵀ), B = (I − U Uᵀ)B̃.
+"""Factors orthogonal to the principal subspaces of the base: A = Ã(I − V Vᵀ), B = (I − U Uᵀ)B̃.
 
-Whatever an optimizer does to Ã and B̃, Uᵀ(BA) and (BA)V are zero to rounding. The projectors are kept as thin factors U
-(n, k) and V (m, k), in float32 or better whatever the model is cast to. Knows nothing of PEFT or models.
+For any values of the trained Ã and B̃, Uᵀ(BA) and (BA)V are zero to rounding. The bases U (n, k) and V (m, k) of the
+principal subspaces stay in float32 or float64 when the model is cast. Knows nothing of PEFT or models.
 """
 
 import math
@@ -15,19 +15,20 @@ from offprincipal.adapters.initialisations import StartSettings
 from offprincipal.errors import AdapterError
 from offprincipal.geometry.principal import PrincipalSubspace, principal_rank
 
-_ANGLE = math.degrees(1e-6)  # bound on the error of the subspaces, which leaves an energy of 1e-12 in them
+_ANGLE = math.degrees(1e-6)  # error bound of the subspaces; it leaves at most 1e-12 of the energy in the true ones
 
 
 class ProjectedFactor(Factor):
-    """A factor orthogonal to a subspace, by construction.
+    """A factor that is orthogonal to a subspace by construction.
+
+    A state dict holds the effective factor, projected in float64 and stored in float32 (float64 if `trained` is
+    float64). Rounding to float32 leaves about 1e-15 of its energy in the subspace; rounding to bfloat16 would leave
+    about 1e-6 · k/m.
 
     Args:
-        trained: Ã (r, m) or B̃ (n, r); float64 or float32, or what is projected in float32.
+        trained: Ã (r, m) or B̃ (n, r); types below float32 are projected in float32.
         basis: V (m, k) or U (n, k), orthonormal columns.
-        side: `right` for A, whose rows are projected; `left` for B, whose columns are.
-
-    A state dict holds what acts, projected in float64 and stored in float32 or better: rounding to float32 leaves about
-    1e-15 of its energy in the subspace, rounding to bfloat16 about 1e-6 · k/m.
+        side: `right` for A, whose rows are projected; `left` for B, whose columns are projected.
 
     >>> A = ProjectedFactor(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]), "right")
     >>> A.weight
@@ -60,11 +61,11 @@ class ProjectedFactor(Factor):
     def _projected(self, trained: Tensor) -> Tensor:
         basis = self.basis.to(trained.dtype)
         if self.side == "right":
-            return trained - (trained @ basis) @ basis.T  # its backward pass costs less than addmm's
+            return trained - (trained @ basis) @ basis.T  # the backward pass is cheaper than that of addmm
         return trained - basis @ (basis.T @ trained)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """As any module is moved or cast, but the basis keeps its precision."""
+        """Move or cast the module as usual, but never lower the precision of the basis."""
         before = self.basis
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.basis.dtype.itemsize < before.dtype.itemsize:
@@ -73,7 +74,22 @@ class ProjectedFactor(Factor):
 
 
 def off_principal(W: Tensor, settings: StartSettings) -> tuple[Tensor, Tensor]:
-    """The principal subspaces of a base matrix, which the factors of its update are kept out of."""
+    """The principal subspaces of a base matrix, to which the factors of its update are kept orthogonal.
+
+    Args:
+        W: (n, m), any float type, finite.
+        settings: `rank_fraction` gives k = max(1, round(rank_fraction · min(n, m))); the rest is unused.
+
+    Returns:
+        U (n, k), V (m, k), float64, orthonormal columns.
+
+    Raises:
+        AdapterError: as in `principal_subspaces`.
+
+    >>> settings = StartSettings(rank=1, scale=1.0, rank_fraction=0.5)
+    >>> off_principal(torch.diag(torch.tensor([1.0, 3.0])), settings)[1].abs().flatten()
+    tensor([0., 1.], dtype=torch.float64)
+    """
     assert settings.rank_fraction is not None
     return principal_subspaces(W, principal_rank(W.shape, settings.rank_fraction))
 
@@ -88,21 +104,23 @@ def principal_subspaces(W: Tensor, k: int) -> tuple[Tensor, Tensor]:
         U (n, k), V (m, k), orthonormal columns: LAPACK's, or with an error bound of 1e-6 radians.
 
     Raises:
-        AdapterError: σ_k and σ_{k+1} are equal to rounding, so there is no such subspace.
+        AdapterError: σ_k and σ_{k+1} are equal to rounding, so the subspaces are not defined.
+
+    Source: the principal subspaces of arXiv 2511.08567; see `offprincipal.geometry.principal`.
 
     >>> U, V = principal_subspaces(torch.diag(torch.tensor([1.0, 3.0, 2.0])), 1)
     >>> V.abs().flatten()
     tensor([0., 1., 0.], dtype=torch.float64)
     """
-    found = PrincipalSubspace.of(W, k, angle_deg=_ANGLE)
-    if found is None:
+    subspace = PrincipalSubspace.of(W, k, angle_deg=_ANGLE)
+    if subspace is None:
         raise AdapterError(
             f"singular values {k} and {k + 1} are equal to rounding, so no principal subspace of rank {k} is defined: "
             "choose another rank_fraction, or leave the matrix out of target_modules"
         )
-    return found.U, found.V
+    return subspace.U, subspace.V
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    """float64 stays float64; anything else is worked on in float32."""
+    """The dtype of computations: float64 for float64, otherwise float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,6 +1,6 @@
-"""What an adapter was made with: a small JSON beside the plain adapter, so that it is continued as it was begun.
+"""The settings of an adapter in a JSON file next to the plain LoRA adapter, so that training can be resumed.
 
-PEFT and vLLM do not look at it. Knows nothing of models or mathematics.
+PEFT and vLLM ignore the file. Knows nothing of models or mathematics.
 """
 
 from dataclasses import asdict, dataclass
@@ -22,11 +22,13 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """The settings of one adapter, and what it was made for.
+    """The settings of one adapter and the hash of its base.
 
     Args:
-        modules: names of the adapted modules, sorted. base_blake2b: a hash of their weights.
-        The others are those of `adapt`; None where the method has no such setting.
+        method, rank, alpha, dropout, seed: as in `adapt`.
+        rank_fraction, density: as in `adapt`; None if the method does not use them.
+        modules: names of the adapted modules, sorted.
+        base_blake2b: hash of the base weights of these modules.
     """
 
     method: str
@@ -40,13 +42,13 @@ class AdapterRecord:
     base_blake2b: str
 
     def content(self) -> dict[str, Any]:
-        """As the file has it."""
+        """The content of the JSON file."""
         return {"schema": SCHEMA, **asdict(self), "modules": list(self.modules)}
 
 
 @dataclass
 class RecordedLoraConfig(LoraConfig):
-    """A plain LoRA configuration whose `save_pretrained` writes the record too; no field more than PEFT's."""
+    """A plain LoRA configuration whose `save_pretrained` also writes the record; it has exactly PEFT's fields."""
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -59,13 +61,18 @@ class RecordedLoraConfig(LoraConfig):
 
 
 def read_adapter(folder: Path, record: AdapterRecord, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of an adapter that was made with these settings on this base.
+    """Read the tensors of a saved adapter, after a check that it has these settings and this base.
 
     Args:
-        shapes: what tensors it must hold.
+        folder: that `save_pretrained` wrote.
+        record: the settings and base that it must have.
+        shapes: tensor name -> shape, of all tensors that it must hold.
+
+    Returns:
+        Tensor name -> tensor.
 
     Raises:
-        AdapterError: it was made with others, or the folder holds no adapter of ours.
+        AdapterError: its settings, base or tensors are others, or the folder holds no adapter with a record.
     """
     try:
         content = read_json(folder / RECORD)
@@ -82,7 +89,9 @@ def read_adapter(folder: Path, record: AdapterRecord, shapes: dict[str, tuple[in
     wrong = shapes.items() ^ {name: tuple(tensor.shape) for name, tensor in tensors.items()}.items()
     if wrong:
         name = min(wrong)[0]
-        raise AdapterError(f"cannot resume from {folder}: {name} in {WEIGHTS} is absent, strange or of another shape")
+        raise AdapterError(
+            f"cannot resume from {folder}: {name} in {WEIGHTS} is absent, unexpected or of another shape"
+        )
     return tensors
 
 
@@ -92,4 +101,6 @@ def _difference(folder: Path, name: str, saved: Any, asked: Any) -> str:
     if name == "modules":
         return f"the adapter in {folder} is on other modules: give the target_modules that it was made with"
     shown = str(saved)[:60]
-    return f"the adapter in {folder} was made with {name} {shown}, not {asked}: resume with its settings, or start anew"
+    return (
+        f"the adapter in {folder} was made with {name} {shown}, not {asked}: resume with its settings, or start again"
+    )

@@ -1,7 +1,7 @@
-"""Masks in PEFT's SHiRA: the masked entries are trained as an adapter that PEFT saves and loads by itself.
+"""Masks as PEFT's SHiRA adapters: the masked entries are trained as an adapter that PEFT saves and loads by itself.
 
-SHiRA trains r·(n + m) entries of a matrix (n, m), r one whole number for all of them, so that a density can be had only
-as nearly as that allows. Knows nothing of how entries are chosen, nor of training.
+SHiRA trains r·(n + m) entries of each matrix (n, m), with one whole number r for all matrices, so a density is met only
+approximately. Knows nothing of how entries are chosen or trained.
 """
 
 import importlib
@@ -21,7 +21,7 @@ from offprincipal.errors import AdapterError
 
 MaskFunction = Callable[..., Tensor]
 LOG = logging.getLogger("offprincipal")
-_SAID_FROM = 0.01  # relative: how far a density may be from what was asked for without a word
+_WARN_FROM = 0.01  # relative difference from the requested density above which a warning is logged
 
 
 def shira(
@@ -34,22 +34,31 @@ def shira(
     seed: int = 0,
     run: tuple[str | Path, str | Path] | None = None,
 ) -> Any:
-    """A `peft.PeftModel` that trains the first entries of each linear matrix in the order of a mask.
+    """A SHiRA adapter that trains the masked entries of each linear matrix.
 
-    Its `save_pretrained` writes an adapter that `PeftModel.from_pretrained` loads without this package. The base's
-    weights stay as they are; the adapter holds the changes of the masked entries.
+    The base weights are not changed; the adapter holds the changes of the masked entries. `save_pretrained` writes an
+    adapter that `PeftModel.from_pretrained` loads without this package.
 
     Args:
         model: the base, whose targets are `torch.nn.Linear`.
-        kind, target_modules, rank_fraction, seed, run: as of `make_masks`.
-        density: of all targets together, met as nearly as a whole r allows, which is logged where it is another; of one
-            matrix it is r·(n + m)/(n·m).
+        kind, target_modules, rank_fraction, seed, run: as in `make_masks`.
+        density: fraction of the entries of all targets together, 0 < density <= 1; met as closely as a whole r allows.
+            A warning is logged if the difference is above 1 %. The density of one matrix is r·(n + m)/(n·m).
+
+    Returns:
+        A `peft.PeftModel`.
 
     Raises:
         AdapterError: peft is not installed, the model has an adapter already, a target is not a plain
-            `torch.nn.Linear`, no r comes near the density, or what `make_masks` refuses.
+            `torch.nn.Linear`, no r comes near the density, or as in `make_masks`.
+        CheckpointError, NonFiniteTensor: as in `make_masks`.
 
     Source: Bhardwaj et al., SHiRA, arXiv 2406.13175.
+
+    >>> layers = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    >>> adapted = shira(layers, "low_magnitude", 0.25)  # r = 2: 2 · (16 + 16) of 256 entries
+    >>> sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    64
     """
     require_settings(kind, density, "matrix", rank_fraction, run)
     if density is None:
@@ -60,7 +69,7 @@ def shira(
     shapes = [tuple(layer.weight.shape) for layer in layers.values()]
     r = shira_rank(density, shapes)
     held = r * sum(map(sum, shapes)) / sum(map(math.prod, shapes))
-    if abs(held - density) > _SAID_FROM * density:
+    if abs(held - density) > _WARN_FROM * density:
         LOG.warning("SHiRA trains r·(n + m) entries of a matrix: density %.4g, not %.4g, with r = %d", held, density, r)
     masks: dict[torch.nn.Module, Tensor] = {}
     for name, layer in layers.items():
@@ -73,10 +82,14 @@ def shira(
 
 
 def mask_function(masks: Mapping[torch.nn.Module, Tensor]) -> MaskFunction:
-    """What SHiRA asks for the mask of a layer: `mask_fn(base_layer, r, **options)`.
+    """A function for `mask_fn` of `peft.ShiraConfig`, called as `mask_fn(base_layer, r, **options)`.
 
     Args:
-        masks: layer -> bool tensor of the shape of its weight, with r·(n + m) entries set.
+        masks: layer -> bool tensor of the shape of its weight, with r·(n + m) true entries.
+
+    Returns:
+        The function; it returns the mask of a layer, (n, m), in the dtype of its weight. It raises AdapterError if a
+        layer has no mask, or one with another number of entries.
 
     >>> layer = torch.nn.Linear(4, 4)
     >>> mask_function({layer: torch.eye(4) > 0})(layer, 1)
@@ -100,11 +113,17 @@ def mask_function(masks: Mapping[torch.nn.Module, Tensor]) -> MaskFunction:
 
 
 def shira_rank(density: float, shapes: Sequence[tuple[int, ...]]) -> int:
-    """The r at which r·Σ(n + m) is nearest to a share of all entries, of those that SHiRA allows every matrix.
+    """The r whose number of trained entries, r·Σ(n + m), is nearest to a fraction of all entries.
+
+    Args:
+        density: the fraction, 0 < density <= 1.
+        shapes: (n, m) of each matrix.
+
+    Returns:
+        r, at least 1 and at most what SHiRA allows for the smallest matrix, n·m/(n + m).
 
     Raises:
-        AdapterError: even r = 1 is more than half as many entries again as asked for, or the largest r is too few by as
-            much.
+        AdapterError: the nearest r gives less than 2/3 or more than 3/2 of the requested entries.
 
     >>> shira_rank(0.25, [(64, 64), (64, 128)])
     10
@@ -122,8 +141,8 @@ def shira_rank(density: float, shapes: Sequence[tuple[int, ...]]) -> int:
 
 
 def _linear_layers(model: torch.nn.Module, target_modules: str | Sequence[str] | None) -> dict[str, torch.nn.Linear]:
-    """Module name -> layer, of the linear matrices of a model."""
-    found = {}
+    """The layers of a model's linear matrices: module name -> layer."""
+    layers = {}
     for matrix in linear_matrices(model, target_modules):
         layer = matrix.module
         if not isinstance(layer, torch.nn.Linear) or matrix.part.matrix_shape != tuple(layer.weight.shape):
@@ -131,8 +150,8 @@ def _linear_layers(model: torch.nn.Module, target_modules: str | Sequence[str] |
                 f"SHiRA covers plain torch.nn.Linear layers, and {matrix.name} is part of another kind: leave it "
                 "out of target_modules, or train under the mask with SparseAdamW"
             )
-        found[matrix.parameter_name.removesuffix(".weight")] = layer
-    return found
+        layers[matrix.parameter_name.removesuffix(".weight")] = layer
+    return layers
 
 
 def _peft() -> Any:

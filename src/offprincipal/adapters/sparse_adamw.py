@@ -1,6 +1,7 @@
-"""AdamW on a mask: moments, and float32 masters of half-precision weights, are kept for the active entries alone.
+"""AdamW under a mask: moments, and float32 masters of half-precision weights, exist only for the active entries.
 
-An entry outside its mask is never written, by the step or by weight decay. Knows nothing of how masks are chosen.
+Active entries are those that the mask allows to be trained. Other entries are never written, neither by a step nor by
+weight decay. Knows nothing of how masks are chosen.
 """
 
 import math
@@ -20,40 +21,40 @@ from offprincipal.adapters.sparse_shards import gathered, spread
 from offprincipal.checkpoints.roles import WRAPPERS
 from offprincipal.errors import AdapterError
 
-_OWN = ("exp_avg", "exp_avg_sq", "index", "master")  # of the types given here, whatever the parameter's
+_OWN = ("exp_avg", "exp_avg_sq", "index", "master")  # state whose dtype does not follow the parameter's
 
 Named = Iterable[tuple[str, Tensor]]
 
 
 class SparseAdamW(Optimizer):
-    """AdamW that trains, and keeps state for, the masked entries of parameters; all else stays as it is, bit for bit.
+    """AdamW that trains only the masked entries of parameters; all other entries stay bit-identical.
 
-    Each active entry moves exactly as under `torch.optim.AdamW(foreach=False)`, bit for bit, by torch's own operations
-    on gathered entries, on any device. Gradients are clipped, if at all, by whoever calls: the norm of
-    `clip_grad_norm_` counts inactive entries, as it does for a dense optimizer. `zero_grad` clears the gradients of
-    masked parameters alone: call `masks.freeze_others(model)` first, or `model.zero_grad()` in its place.
+    Each active entry is updated bit for bit as by `torch.optim.AdamW(foreach=False)`, by torch's own operations on the
+    gathered entries, on any device. Gradients are not clipped here; the norm that `clip_grad_norm_` computes includes
+    inactive entries, as it does for a dense optimizer. `zero_grad` clears only the gradients of masked parameters: call
+    `masks.freeze_others(model)` first, or use `model.zero_grad()` instead.
 
-    Under FSDP2, by hand or by accelerate, each process keeps the mask and the state of its own shard. In a `state_dict`
-    these become tensors of the parameter's shape, sharded as it is, which `torch.distributed.checkpoint` saves, and
-    loads at any number of processes.
+    With FSDP2, applied directly or by accelerate, each process keeps the mask and state of its own shard. A
+    `state_dict` then holds tensors of the parameter's shape, sharded like the parameter, which
+    `torch.distributed.checkpoint` saves, and loads with any number of processes.
 
-    Half-precision weights have float32 masters. A weight that something else wrote, as loading does, is the truth: its
-    master is taken from it at the next step.
+    Half-precision weights have float32 masters. If something else writes a weight, for example when a checkpoint is
+    loaded, its master is set to the written value at the next step.
 
     Args:
-        params: a module or its `named_parameters()`, compiled or wrapped too, or groups whose `params` are such pairs.
-            Parameters without a mask are left out, and stay as they are.
+        params: a module or its `named_parameters()`, also of a compiled or wrapped module, or groups whose `params` are
+            pairs of name and parameter. Parameters without a mask are ignored and never changed.
         masks: parameter name -> bool tensor of its shape: `Masks`, or any mapping.
-        lr, betas, eps, weight_decay: as of `torch.optim.AdamW`.
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
 
     Attributes:
-        state: for each parameter `step`; `exp_avg` and `exp_avg_sq`, float32, one entry for each active one; `index`,
-            the active entries as 16-bit offsets, or as bits where more than 1/16 are active (`sparse_index`);
-            `master`, float32, for bfloat16 and float16.
+        state: for each parameter `step`; `exp_avg` and `exp_avg_sq`, (active,), float32, or float64 for float64
+            parameters; `index`, the active entries as 16-bit offsets, or as bits if more than 1/16 are active (see
+            `sparse_index`); `master`, (active,), float32, for bfloat16 and float16 parameters.
 
     Raises:
-        AdapterError: parameters come without names, a mask names no parameter or has another shape, a weight is
-            quantised, or a setting is out of range.
+        AdapterError: parameters come without names, there is no mask, a mask names no parameter or has another shape or
+            type, a weight is quantised or not contiguous, or a setting is out of range.
 
     Source: Loshchilov and Hutter, arXiv 1711.05101.
 
@@ -84,15 +85,18 @@ class SparseAdamW(Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As of any optimizer; of named parameters, of which those without a mask are left out.
+        """Add a group of named parameters; those without a mask are ignored.
+
+        Args:
+            param_group: as in torch, with `params` as pairs of name and parameter.
 
         Raises:
-            AdapterError: its parameters have no names, or none has a mask.
+            AdapterError: its parameters have no names, or none of them has a mask.
         """
         if "param_names" not in param_group:
             (param_group,) = _groups_of([param_group], self._masks) or [{"params": []}]
             if not param_group["params"]:
-                raise AdapterError("no parameter of the group has a mask, so that nothing of it would be trained")
+                raise AdapterError("no parameter of the group has a mask, so nothing of it would be trained")
         super().add_param_group(param_group)
 
     @overload
@@ -103,10 +107,16 @@ class SparseAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Move the active entries of every parameter that has a gradient.
+        """Update the active entries of every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss again, as in torch.
+
+        Returns:
+            The loss of the closure, or None.
 
         Raises:
-            AdapterError: a gradient is sparse, or parameters were replaced after the optimizer had stepped.
+            AdapterError: a gradient is a sparse tensor, or parameters were replaced after the first step.
         """
         loss = None
         if closure is not None:
@@ -126,23 +136,24 @@ class SparseAdamW(Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any optimizer: plain tensors and numbers, the masks included; sharded tensors where parameters are."""
+        """The state of any torch optimizer and the active entries; sharded tensors for sharded parameters."""
         self._forget_replaced_parameters()
         for name, parameter in self._named():
             if not self.state[parameter]:
                 self.state[parameter].update(_fresh_state(_local(parameter), self._index(name, parameter)))
-        found = super().state_dict()
-        ids = [i for group in found["param_groups"] for i in group["params"]]
+        content = super().state_dict()
+        ids = [i for group in content["param_groups"] for i in group["params"]]
         for i, (_, parameter) in zip(ids, self._named(), strict=True):
             if isinstance(parameter, DTensor):
-                found["state"][i] = spread(self.state[parameter], parameter)
-        return found
+                content["state"][i] = spread(self.state[parameter], parameter)
+        return content
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where another optimizer with the same masks stopped; also in an optimizer that has not stepped.
+        """Continue from the saved state of an optimizer with the same masks.
 
         Raises:
-            AdapterError: that one had other masks, parameters, types of weights or shards, or was not a SparseAdamW.
+            AdapterError: the state has other masks, parameters, dtypes of weights or shards, or is not of a
+                SparseAdamW.
         """
         self._forget_replaced_parameters()
         named = list(self._named())
@@ -164,7 +175,7 @@ class SparseAdamW(Optimizer):
                         "with"
                     )
         super().load_state_dict({**state_dict, "state": saved})
-        for i, (_, parameter) in zip(ids, named, strict=True):  # torch casts state to the parameter's type
+        for i, (_, parameter) in zip(ids, named, strict=True):  # torch casts state to the dtype of the parameter
             if i in saved:
                 self.state[parameter]["step"] = self.state[parameter]["step"].clone()
                 for key in saved[i].keys() & set(_OWN):
@@ -175,7 +186,7 @@ class SparseAdamW(Optimizer):
             yield from zip(group["param_names"], group["params"], strict=True)
 
     def _forget_replaced_parameters(self) -> None:
-        """Of parameters that sharding has put others in place of, as accelerate does, before the first step."""
+        """Drop the state of parameters that sharding, such as accelerate's, replaced before the first step."""
         present = {id(parameter) for _, parameter in self._named()}
         for parameter in [parameter for parameter in self.state if id(parameter) not in present]:
             if self.state[parameter].get("step", 0) > 0:
@@ -189,7 +200,7 @@ class SparseAdamW(Optimizer):
         return {**super().__getstate__(), "_masks": self._masks}
 
     def _index(self, name: str, parameter: Tensor) -> Tensor:
-        """The active entries of a parameter, or of this process's shard; a collective call where it is sharded."""
+        """The active entries of a parameter, or of this process's shard; a collective call if it is sharded."""
         mask = self._masks[name].to(parameter.device)
         if isinstance(parameter, DTensor):
             shards = distribute_tensor(mask.to(torch.uint8), parameter.device_mesh, parameter.placements)
@@ -198,7 +209,7 @@ class SparseAdamW(Optimizer):
 
 
 def _fresh_state(parameter: Tensor, index: Tensor) -> dict[str, Tensor]:
-    """Moments of zero, and masters equal to the weights where these are of half precision."""
+    """Zero moments, and masters equal to the weights for half-precision parameters."""
     active = count_active(index, parameter.numel())
     kind = _wide(parameter)
     state = {
@@ -213,7 +224,7 @@ def _fresh_state(parameter: Tensor, index: Tensor) -> dict[str, Tensor]:
 
 
 def _step(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    """torch's own AdamW on the active entries, some of them at a time."""
+    """Apply torch's AdamW to the active entries, one block after another."""
     weights, gradients = parameter.detach().view(-1), grad.reshape(-1)
     first = 0
     for entries in blocks_of(state["index"], parameter.numel()):
@@ -227,7 +238,7 @@ def _step(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict
             [state["exp_avg"][here]],
             [state["exp_avg_sq"][here]],
             [],
-            [state["step"].clone()],  # which it raises by one
+            [state["step"].clone()],  # adamw increments it
             foreach=False,
             amsgrad=False,
             beta1=group["betas"][0],
@@ -242,17 +253,17 @@ def _step(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict
 
 
 def _followed(masters: Tensor, stored: Tensor) -> Tensor:
-    """The masters, taken anew where the stored weight is not the master, rounded: something else wrote it."""
+    """The masters, replaced by the stored weight if that is not the rounded master: something else wrote it."""
     return masters.copy_(torch.where(masters.to(stored.dtype) == stored, masters, stored.to(masters.dtype)))
 
 
 def _wide(parameter: Tensor) -> torch.dtype:
-    """What moments and masters are kept in."""
+    """The dtype of moments and masters."""
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
 def _require_own(saved: Mapping[str, Tensor], name: str, parameter: Tensor) -> None:
-    """Raises AdapterError where a saved state is not that of a parameter of this type under a mask."""
+    """Raise AdapterError if a saved state is not SparseAdamW's of a parameter of this dtype."""
     if not {"step", "exp_avg", "exp_avg_sq", "index"} <= saved.keys():
         raise AdapterError(f"the saved state of {name} is of another optimizer: give the state of a SparseAdamW")
     halves = parameter.dtype != _wide(parameter)
@@ -266,15 +277,15 @@ def _require_own(saved: Mapping[str, Tensor], name: str, parameter: Tensor) -> N
 def _masked_groups(
     params: torch.nn.Module | Named | Iterable[dict[str, Any]], masks: Mapping[str, Tensor]
 ) -> list[dict[str, Any]]:
-    """Groups of those parameters that have a mask, with their names; every mask has one."""
+    """Groups of the parameters that have a mask, with their names; every mask must name a parameter."""
     is_model = isinstance(params, torch.nn.Module) or not isinstance(params, Iterable)
     given: list[Any] = list(unwrapped(params).named_parameters() if is_model else cast("Iterable[Any]", params))
     in_groups = bool(given) and isinstance(given[0], dict)
-    found = _groups_of(given if in_groups else [{"params": given}], masks)
-    seen = {name for group in found for name, _ in group["params"]}
+    masked = _groups_of(given if in_groups else [{"params": given}], masks)
+    seen = {name for group in masked for name, _ in group["params"]}
     absent = [name for name in masks if name not in seen]
     if not masks:
-        raise AdapterError("there is no mask, so that nothing would be trained: make_masks makes them")
+        raise AdapterError("there is no mask, so nothing would be trained: make masks with make_masks")
     if absent and in_groups:
         raise AdapterError(
             f"{len(absent)} parameters that have a mask are in no group, the first {absent[0]}: put them into one, or "
@@ -285,18 +296,19 @@ def _masked_groups(
             f"{len(absent)} masks name no parameter, the first {absent[0]}: give masks made from this model, by the "
             "names that its named_parameters() have"
         )
-    return found
+    return masked
 
 
 def _groups_of(groups: Iterable[dict[str, Any]], masks: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """The groups without parameters that have no mask; groups that would be empty are left out."""
     groups = [{**group, "params": list(group["params"])} for group in groups]
     pairs = [pair for group in groups for pair in group["params"]]
     if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
         raise AdapterError(
             "SparseAdamW finds masks by name: give the model or its named_parameters(), not model.parameters()"
         )
-    parallel = all(name.startswith("module.") for name, _ in pairs)  # so DistributedDataParallel names them
-    found = []
+    parallel = all(name.startswith("module.") for name, _ in pairs)  # names under DistributedDataParallel
+    masked = []
     for group in groups:
         chosen = []
         for given, parameter in group["params"]:
@@ -307,11 +319,12 @@ def _groups_of(groups: Iterable[dict[str, Any]], masks: Mapping[str, Tensor]) ->
                 _require_fit(name, parameter, masks[name])
                 chosen.append((name, parameter))
         if chosen:
-            found.append({**group, "params": chosen})
-    return found
+            masked.append({**group, "params": chosen})
+    return masked
 
 
 def _require_fit(name: str, parameter: Tensor, mask: Tensor) -> None:
+    """Raise AdapterError if a mask or its parameter cannot be used."""
     require_trainable_type(name, parameter)
     if mask.dtype != torch.bool or mask.shape != parameter.shape:
         raise AdapterError(
@@ -323,10 +336,10 @@ def _require_fit(name: str, parameter: Tensor, mask: Tensor) -> None:
 
 
 def require_settings(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    """Check settings of AdamW.
+    """Check the settings of AdamW.
 
     Raises:
-        AdapterError: one is out of range.
+        AdapterError: one is not a number or is out of range.
     """
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         if not (math.isfinite(require_number(name, value)) and value >= 0):
@@ -337,5 +350,5 @@ def require_settings(lr: float, betas: tuple[float, float], eps: float, weight_d
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This process's shard of a tensor; the tensor itself where it is not sharded."""
+    """This process's shard of a tensor; the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

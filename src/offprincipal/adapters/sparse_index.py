@@ -1,7 +1,8 @@
-"""Which entries of a parameter are active, in few bytes: a bit for every entry, or 16 bits for every active one.
+"""A compact index of the active entries of a parameter: one bit per entry, or 16 bits per active entry.
 
-Offsets of 16 bits count from the start of a stretch of 65536 entries; before them stands, for each stretch, where its
-offsets stop. At a density below 1/16 they are smaller than bits. Knows nothing of what is done with the entries.
+The parameter is divided into stretches of 65536 entries. The 16-bit form holds, for each stretch, the end of its part
+of the list as an int64, and then the list of offsets of active entries within their stretches. It is smaller than bits
+at densities below 1/16. Knows nothing of how the entries are used.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,13 @@ _WORDS = _AT_ONCE * STRETCH // 64
 
 
 def index_of(mask: Tensor) -> Tensor:
-    """The active entries of a mask: int16, offsets within stretches; or int64, bits; whichever is smaller.
+    """The index of a mask, in the smaller of the two forms.
+
+    Args:
+        mask: bool, any shape, on any device.
+
+    Returns:
+        int16, ends and offsets; or int64, 64 bits to a word. On the device of the mask.
 
     >>> index_of(torch.tensor([True, False, True])), index_of(torch.arange(200) == 70)
     (tensor([5]), tensor([ 1,  0,  0,  0, 70], dtype=torch.int16))
@@ -33,7 +40,14 @@ def index_of(mask: Tensor) -> Tensor:
 
 
 def entries_of(index: Tensor, numel: int) -> Tensor:
-    """The active entries, rising, int64.
+    """The positions of the active entries in the flattened parameter.
+
+    Args:
+        index: from `index_of`.
+        numel: entries of the parameter.
+
+    Returns:
+        int64, (active,), ascending.
 
     >>> entries_of(torch.tensor([5]), 3)
     tensor([0, 2])
@@ -42,7 +56,14 @@ def entries_of(index: Tensor, numel: int) -> Tensor:
 
 
 def blocks_of(index: Tensor, numel: int) -> Iterator[Tensor]:
-    """The active entries in turn, those of some stretches at a time, so that few indices of 64 bits are held at once.
+    """The positions of the active entries in blocks of 16 stretches, so that few int64 positions are held at once.
+
+    Args:
+        index: from `index_of`.
+        numel: entries of the parameter.
+
+    Returns:
+        An iterator over blocks, int64, (active in the block,), ascending.
 
     >>> [block.tolist() for block in blocks_of(index_of(torch.arange(70000) % 40000 == 7), 70000)]
     [[7, 40007]]
@@ -62,7 +83,7 @@ def blocks_of(index: Tensor, numel: int) -> Iterator[Tensor]:
 
 
 def _set_bits(packed: Tensor) -> Tensor:
-    """Which bits of bytes are set, from the lowest of the first on; numpy is seven times as fast as torch on a CPU."""
+    """Positions of the set bits of bytes, least significant bit first; numpy is 7 times as fast as torch on a CPU."""
     if packed.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(np.unpackbits(packed.numpy(), bitorder="little").view(np.bool_)))
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
@@ -70,14 +91,18 @@ def _set_bits(packed: Tensor) -> Tensor:
 
 
 def count_active(index: Tensor, numel: int) -> int:
-    """How many entries are active.
+    """The number of active entries.
+
+    Args:
+        index: from `index_of`.
+        numel: entries of the parameter.
 
     >>> count_active(torch.tensor([5]), 3), count_active(index_of(torch.arange(200) == 70), 200)
     (2, 1)
     """
     if index.dtype == torch.int16:
         return index.numel() - _WORDS_OF_A_STOP * _stretches(numel)
-    words = index.cpu().numpy().view(np.uint64)  # of a signed number the bits of its magnitude would be counted
+    words = index.cpu().numpy().view(np.uint64)  # for signed numbers it would count bits of the absolute value
     return int(np.bitwise_count(words).sum())
 
 

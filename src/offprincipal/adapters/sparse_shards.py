@@ -1,8 +1,8 @@
-"""The state of a shard of a sparsely trained parameter, as sharded checkpoints keep it: of the parameter's shape.
+"""Convert the state of `SparseAdamW` on a sharded parameter between compact tensors and tensors of its shape.
 
-How many entries are active differs from shard to shard, which no sharded tensor can say; dense ones it can, so that
-`torch.distributed.checkpoint` saves each entry once and loads it at any number of processes. They exist only while a
-state dict does. Knows nothing of the optimizer.
+Shards differ in their numbers of active entries, so the compact state cannot be a sharded tensor. Tensors of the
+parameter's shape can: `torch.distributed.checkpoint` saves each entry once, and loads with any number of processes.
+They exist only in a state dict. Knows nothing of the optimizer.
 """
 
 from collections.abc import Mapping
@@ -18,11 +18,15 @@ _OF_ACTIVE_ENTRIES = ("exp_avg", "exp_avg_sq", "master")
 
 
 def spread(state: Mapping[str, Tensor], parameter: DTensor) -> dict[str, Tensor]:
-    """State of the active entries of this process's shard, as tensors sharded as the parameter is.
+    """The state of this process's shard as tensors sharded like the parameter.
+
+    Args:
+        state: key -> tensor, as `SparseAdamW` keeps it.
+        parameter: the sharded parameter.
 
     Returns:
-        the same keys: what belongs to active entries is zero elsewhere, `index` is 1 where an entry is active, uint8;
-        what belongs to none is as it was.
+        The same keys. `exp_avg`, `exp_avg_sq` and `master` have the parameter's shape and are zero at inactive entries;
+        `index` has it too, uint8, 1 at active entries. Other state, such as `step`, is unchanged.
     """
     local = parameter.to_local()
     entries = entries_of(state["index"], local.numel())
@@ -39,21 +43,28 @@ def spread(state: Mapping[str, Tensor], parameter: DTensor) -> dict[str, Tensor]
             stride=parameter.stride(),
         )
 
-    found = {key: dense(value) if key in _OF_ACTIVE_ENTRIES else value for key, value in state.items()}
-    return found | {"index": dense(torch.ones(len(entries), dtype=torch.uint8, device=local.device))}
+    whole_state = {key: dense(value) if key in _OF_ACTIVE_ENTRIES else value for key, value in state.items()}
+    return whole_state | {"index": dense(torch.ones(len(entries), dtype=torch.uint8, device=local.device))}
 
 
 def gathered(state: Mapping[str, Tensor], name: str, shape: torch.Size) -> dict[str, Tensor]:
-    """State as `spread` gives it, or whole as a full state dict holds it, of the active entries alone again.
+    """The inverse of `spread`: state of the parameter's shape, sharded or whole, as compact state of active entries.
 
     Args:
-        name: of the parameter. shape: of this process's shard of it.
+        state: key -> tensor, as `spread` returns it, or with whole tensors, as a full state dict holds it.
+        name: of the parameter, for error messages.
+        shape: of this process's shard.
 
     Returns:
-        the same keys; state that was not spread is as it was.
+        The same keys. State that is compact already is returned as it is.
 
     Raises:
-        AdapterError: it is of another shard.
+        AdapterError: the state has the shape of another shard.
+
+    >>> mask = torch.tensor([[1, 0], [0, 1]], dtype=torch.uint8)
+    >>> state = {"exp_avg": torch.tensor([[0.5, 0.0], [0.0, 2.0]]), "index": mask}
+    >>> gathered(state, "weight", torch.Size([2, 2]))["exp_avg"]
+    tensor([0.5000, 2.0000])
     """
     if "index" not in state or state["index"].dtype != torch.uint8:
         return dict(state)

@@ -1,7 +1,7 @@
-"""Masks of a model: for some of its parameters, which entries may be trained; and the file that keeps them.
+"""Masks of a model, which say what entries of its parameters may be trained, and the file that stores them.
 
-A mask is kept as bits, 64 entries to a word. Masks remember a hash of the weights that they were made from, because a
-mask means nothing on another base. Knows nothing of how entries are chosen or trained.
+A mask is stored as bits, 64 entries to a word. Masks hold a hash of the weights that they were made from, because they
+are meaningless for another base. Knows nothing of how entries are chosen or trained.
 """
 
 import json
@@ -33,13 +33,22 @@ Words = NDArray[np.uint64]
 
 @dataclass(frozen=True, repr=False)
 class Masks(Mapping[str, Tensor]):
-    """Parameter name -> bool tensor of its shape, true where an entry may be trained; unpacked when asked for.
+    """A mapping from parameter names to bool tensors of the parameter's shape, true where an entry may be trained.
+
+    `make_masks` makes them. Masks are stored as bits, and unpacked when read.
 
     Args:
-        words: parameter name -> its mask as `geometry.scan.pack` packs it.
+        words: parameter name -> uint64, (⌈entries/64⌉,), the mask as packed by `offprincipal.geometry.bits.pack`.
         shapes: parameter name -> its shape.
-        base: a hash of the weights of these parameters that the masks were made from.
-        about: how they were made: kind, density and the like; kept in the file for its reader.
+        base: hash of the weights of these parameters from which the masks were made.
+        about: how they were made, such as kind and density; stored in the file as information.
+
+    >>> masks = packed({"weight": torch.tensor([[True, False], [True, True]])}, base="", about={"kind": "random"})
+    >>> masks
+    Masks(random, 1 parameters, density 0.75)
+    >>> masks["weight"]
+    tensor([[ True, False],
+            [ True,  True]])
     """
 
     words: Mapping[str, Words]
@@ -48,7 +57,7 @@ class Masks(Mapping[str, Tensor]):
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return f"Masks({self.about.get('kind', 'of its own')}, {len(self)} parameters, density {self.density:.3g})"
+        return f"Masks({self.about.get('kind', 'custom')}, {len(self)} parameters, density {self.density:.3g})"
 
     def __getitem__(self, name: str) -> Tensor:
         return torch.from_numpy(unpack(self.words[name], math.prod(self.shapes[name]))).view(self.shapes[name])
@@ -60,12 +69,12 @@ class Masks(Mapping[str, Tensor]):
         return len(self.words)
 
     def active(self, name: str) -> int:
-        """How many entries of a parameter may be trained."""
+        """The number of entries of a parameter that may be trained."""
         return int(np.bitwise_count(self.words[name]).sum())
 
     @property
     def density(self) -> float:
-        """Trainable entries over all entries of the parameters that have a mask."""
+        """The fraction of entries that may be trained, over all parameters that have a mask."""
         return sum(map(self.active, self)) / sum(map(math.prod, self.shapes.values()))
 
     @property
@@ -74,9 +83,12 @@ class Masks(Mapping[str, Tensor]):
         return {name: self.active(name) / math.prod(shape) for name, shape in self.shapes.items()}
 
     def require_base(self, model: torch.nn.Module) -> None:
-        """Check that a model has the weights that these masks were made from.
+        """Check that a model has the weights from which these masks were made.
 
-        Under FSDP2 the weights are gathered one by one, so every process must call this.
+        With FSDP2 the weights are gathered one by one, so every process must call this.
+
+        Args:
+            model: also compiled or wrapped.
 
         Raises:
             AdapterError: it lacks one of the parameters, or has other weights.
@@ -88,7 +100,10 @@ class Masks(Mapping[str, Tensor]):
             )
 
     def freeze_others(self, model: torch.nn.Module) -> None:
-        """Let no gradient be computed for parameters without a mask, which `SparseAdamW` does not train either.
+        """Set `requires_grad` of every parameter: true if it has a mask, otherwise false.
+
+        Args:
+            model: that has the parameters with a mask; also compiled or wrapped.
 
         Raises:
             AdapterError: the model lacks a parameter that has a mask.
@@ -98,10 +113,22 @@ class Masks(Mapping[str, Tensor]):
             parameter.requires_grad_(id(parameter) in masked)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: packed bits, and as metadata the shapes, the base's hash and how they were made.
+        """Write a safetensors file: packed bits, and in its metadata the shapes, `base` and `about`.
+
+        Args:
+            path: of the file; an existing one is replaced.
 
         Raises:
             FileError: the file cannot be written.
+
+        >>> import tempfile
+        >>> from offprincipal.adapters import make_masks
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False))
+        >>> masks = make_masks(model, "low_magnitude", 0.25)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     masks.save(f"{folder}/masks.safetensors")
+        ...     Masks.load(f"{folder}/masks.safetensors", model)
+        Masks(low_magnitude, 1 parameters, density 0.25)
         """
         content = {
             "format": _FORMAT,
@@ -114,14 +141,26 @@ class Masks(Mapping[str, Tensor]):
 
     @staticmethod
     def load(path: str | Path, model: torch.nn.Module) -> "Masks":
-        """Read masks for a model that still has the weights that they were made from.
+        """Read masks for a model that has the weights from which they were made.
 
         Args:
-            model: the base, before training; to continue a training, load the masks on the base first.
+            path: of a file that `save` wrote.
+            model: the base before training. To resume training, load the masks with the base before the checkpoint.
+
+        Returns:
+            The masks.
 
         Raises:
             FileError: the file cannot be read, or holds no masks.
-            AdapterError: they were made from another base.
+            AdapterError: the masks were made from another base.
+
+        >>> import tempfile
+        >>> from offprincipal.adapters import make_masks
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     make_masks(base, "random", 0.5).save(f"{folder}/masks.safetensors")
+        ...     Masks.load(f"{folder}/masks.safetensors", base)["0.weight"].sum()
+        tensor(4)
         """
         masks = _read(Path(path))
         try:
@@ -134,6 +173,10 @@ class Masks(Mapping[str, Tensor]):
 def packed(masks: Mapping[str, Tensor], base: str, about: Mapping[str, Any]) -> Masks:
     """Masks from bool tensors.
 
+    Args:
+        masks: parameter name -> bool tensor of its shape, on the CPU.
+        base, about: as in `Masks`.
+
     >>> masks = packed({"weight": torch.tensor([[True, False], [True, True]])}, base="", about={})
     >>> masks.density, masks["weight"].tolist()
     (0.75, [[True, False], [True, True]])
@@ -145,6 +188,10 @@ def packed(masks: Mapping[str, Tensor], base: str, about: Mapping[str, Any]) -> 
 def base_hash(model: torch.nn.Module, names: Iterable[str]) -> str:
     """A hash of the names, shapes and float32 values of some of a model's parameters.
 
+    Args:
+        model: also compiled, wrapped or sharded.
+        names: of the parameters.
+
     Raises:
         AdapterError: the model lacks one of them, or its weights are not loaded.
     """
@@ -155,16 +202,27 @@ def base_hash(model: torch.nn.Module, names: Iterable[str]) -> str:
 
 
 def require_loaded(name: str, weight: Tensor) -> None:
-    """Raises AdapterError if a tensor is on the meta device and so has no values; a subclass may hold them itself."""
+    """Check that a weight has values. Tensor subclasses are not checked, because they may hold values themselves.
+
+    Raises:
+        AdapterError: it is a plain tensor on the meta device.
+    """
     if weight.is_meta and type(weight.data) is Tensor:
         raise AdapterError(f"the weights of {name} are not loaded (meta device): open the model with its weights")
 
 
 def parameters_of(model: torch.nn.Module, names: Iterable[str]) -> dict[str, torch.nn.Parameter]:
-    """The named parameters of a model, by its own names of them, or those that they had before it was wrapped.
+    """Parameters of a model by name.
+
+    Args:
+        model: also compiled or wrapped.
+        names: as the model has them, or as it had them before its modules were wrapped.
+
+    Returns:
+        The given name -> parameter.
 
     Raises:
-        AdapterError: it lacks one of them.
+        AdapterError: the model lacks one of them.
     """
     model = unwrapped(model)
     named = dict(model.named_parameters())
@@ -180,7 +238,7 @@ def parameters_of(model: torch.nn.Module, names: Iterable[str]) -> dict[str, tor
 
 
 def _read(path: Path) -> Masks:
-    """The masks in a file, checked for being whole."""
+    """The masks in a file, after a check that they are complete."""
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
@@ -194,7 +252,7 @@ def _read(path: Path) -> Masks:
         shapes = {str(name): tuple(map(int, shape)) for name, shape in content["shapes"].items()}
         about, base = dict(content["about"]), str(content["base"])
         if not words or shapes.keys() != words.keys():
-            raise ValueError("its masks and their shapes do not belong together")
+            raise ValueError("its masks and its shapes have different names")
         for name, bits in words.items():
             _require_whole(name, bits, shapes[name])
         return Masks({name: words[name] for name in shapes}, shapes, base, about)
@@ -203,7 +261,7 @@ def _read(path: Path) -> Masks:
 
 
 def _require_whole(name: str, words: Any, shape: tuple[int, ...]) -> None:
-    """Raises ValueError where the words are not those of a mask of that shape."""
+    """Raise ValueError if the words are not those of a mask of that shape."""
     numel = math.prod(shape)
     if min(shape, default=0) < 1 or words.dtype != np.uint64 or words.shape != (-(-numel // 64),):
         raise ValueError(f"the mask of {name} is not of shape {shape}")
