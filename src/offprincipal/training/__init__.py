@@ -1,6 +1,6 @@
-"""Training recipes on TRL, matched in everything but the recipe, and the measuring of models on held-out prompts.
+"""Training recipes on TRL with the same settings except for the recipe, and evaluation on held-out prompts.
 
-torch is imported with this package; transformers, TRL and datasets only when a model is opened or trained.
+Importing this package imports torch; transformers, TRL and datasets are imported when a model is opened or trained.
 """
 
 from offprincipal.recipes import RECIPES, Recipe

@@ -1,4 +1,4 @@
-"""Settings of how a model is trained where not whole: the method, and what each method may be told."""
+"""Settings of runs that do not train all weights: the adapter method and its options."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -15,10 +15,12 @@ from offprincipal.plain_settings import NestedSettings
 
 
 class AdapterSettings(NestedSettings):
-    """One method and what it is told; what is left out is as the library's own function has it.
+    """An adapter method and its settings; settings that are None have the defaults of the function in `adapters`.
+
+    The description of each field says what it means; `train --list settings` prints them.
 
     Raises:
-        TrainingError: no such method, or a setting that the method does not have.
+        TrainingError: the method is unknown, does not use a setting, or a value is out of range.
 
     >>> AdapterSettings(method="off_principal", rank=16).model_dump()
     {'method': 'off_principal', 'rank': 16}
@@ -29,30 +31,34 @@ class AdapterSettings(NestedSettings):
     refusal: ClassVar = TrainingError
 
     method: str = Field(description="what is trained; `train --list adapters` has every method")
-    rank: int | None = Field(None, ge=1, description="of LoRA; 8 where not given")
-    alpha: float | None = Field(None, gt=0, description="of LoRA, which is scaled by alpha/rank; the rank if not given")
-    dropout: float | None = Field(None, ge=0, lt=1, description="of LoRA's inputs; 0 where not given")
+    rank: int | None = Field(None, ge=1, description="rank of LoRA; default 8")
+    alpha: float | None = Field(None, gt=0, description="LoRA's update is scaled by alpha/rank; default: the rank")
+    dropout: float | None = Field(None, ge=0, lt=1, description="dropout of LoRA's inputs; default 0")
     target_modules: str | tuple[str, ...] | None = Field(
         None,
-        description="names of modules, endings of them, or a regular expression; every linear layer but the head where "
-        "not given",
+        description="names of modules, their endings after a dot, or a regular expression; default: every linear layer "
+        "but the head",
     )
-    mask: Kind | None = Field(None, description=f"{', '.join(KINDS)}; safe where not given (sparse, shira)")
+    mask: Kind | None = Field(None, description=f"kind of mask: {', '.join(KINDS)}; default safe (sparse, shira)")
     density: float | None = Field(
-        None, gt=0, le=1, description="share of entries that a mask holds; as the mask has it where not given"
+        None, gt=0, le=1, description="fraction of the entries in a mask; the default depends on the mask"
     )
-    scope: Scope | None = Field(None, description="matrix: each has that density; global: all together (sparse)")
-    mask_run: str | None = Field(None, description="the tuned checkpoint whose changes from_run takes")
-    mask_file: str | None = Field(None, description="masks that were saved, of the same base, instead of a kind")
+    scope: Scope | None = Field(
+        None, description="matrix: every matrix has that density; global: all together have it (sparse)"
+    )
+    mask_run: str | None = Field(None, description="tuned checkpoint whose changes the mask from_run takes")
+    mask_file: str | None = Field(None, description="file of saved masks of the same base, instead of mask")
     rank_fraction: float | None = Field(
-        None, gt=0, le=1, description=f"rank of the principal subspaces over min(n, m); {RANK_FRACTION} where not given"
+        None, gt=0, le=1, description=f"rank of the principal subspaces over min(n, m); default {RANK_FRACTION}"
     )
-    retraction: Literal["svd", "newton-schulz"] | None = Field(None, description="of isospectral; svd if not given")
-    momentum: float | None = Field(None, ge=0, lt=1, description="of Muon (isospectral_muon); 0.95 where not given")
+    retraction: Literal["svd", "newton-schulz"] | None = Field(
+        None, description="retraction of isospectral methods; default svd"
+    )
+    momentum: float | None = Field(None, ge=0, lt=1, description="momentum of Muon (isospectral_muon); default 0.95")
 
     @property
     def kind(self) -> Kind:
-        """The kind of mask."""
+        """The kind of mask, with its default."""
         return self.mask or "safe"
 
     @classmethod
@@ -79,5 +85,5 @@ class AdapterSettings(NestedSettings):
         if odd:
             raise TrainingError(f"adapter {self.method} has no setting '{min(odd)}': it has {', '.join(own)}")
         if self.mask_file is not None and len(self.model_dump()) > 2:
-            raise TrainingError("a mask_file tells all of a mask: leave out mask, density, scope and the like")
+            raise TrainingError("a mask_file decides the whole mask: leave out mask, density, scope and the like")
         return self

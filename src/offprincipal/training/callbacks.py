@@ -1,4 +1,4 @@
-"""The trainer's callbacks: what times every step and reports it, keeps an adapter as it is, logs frames' errors."""
+"""Callbacks of the trainer: step times and progress, checkpoints, exact adapters, kept deltas, warnings."""
 
 import logging
 import tempfile
@@ -22,12 +22,12 @@ LOG = logging.getLogger("offprincipal")
 
 
 class Timekeeper(TrainerCallback):
-    """Write each step's seconds into the trainer's log, which its checkpoints keep, and show progress.
+    """Add the seconds of each step to the trainer's log, which its checkpoints contain, and show progress.
 
     Args:
-        show: told of every step.
-        metric: name of the value that is shown.
-        key: its name in the trainer's log.
+        show: called after every step.
+        metric: displayed name of the value that is shown.
+        key: name of this value in the trainer's log.
     """
 
     def __init__(self, show: ShowProgress, metric: str, key: str) -> None:
@@ -52,7 +52,7 @@ class Timekeeper(TrainerCallback):
 
 
 class SaveSlowSteps(TrainerCallback):
-    """Have a checkpoint written minutes after the last one, where steps are so slow that a kill would cost more."""
+    """Write a checkpoint when the last one is five minutes old, so that a kill loses little more than that."""
 
     MOST_LOST = 300.0  # seconds
 
@@ -68,14 +68,14 @@ class SaveSlowSteps(TrainerCallback):
 
 
 class SpareMemory(TrainerCallback):
-    """Give back, after a step, the memory that was freed and kept, where little is left for others."""
+    """After each step, return freed memory to the operating system if little memory is left."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         return_freed_memory_if_scarce()
 
 
 class NoSignal(TrainerCallback):
-    """Say once, and why, that no step so far had a prompt whose completions were judged differently."""
+    """Warn once if in the first steps no prompt had completions with different rewards, so there was no gradient."""
 
     FIRST = 5  # steps
 
@@ -104,7 +104,7 @@ class NoSignal(TrainerCallback):
 
 
 class FrameErrors(TrainerCallback):
-    """Write into the trainer's log how far an isospectral optimizer's frames are from orthonormal after each step."""
+    """Add an isospectral optimizer's `orthogonality_error` to the trainer's log after each step."""
 
     def __init__(self, optimizer: Isospectral) -> None:
         self._optimizer = optimizer
@@ -114,11 +114,13 @@ class FrameErrors(TrainerCallback):
 
 
 class KeepDeltas(TrainerCallback):
-    """Write what the weights have become since the base, stored in bfloat16, every so many steps.
+    """Write the weights every few steps, stored in bfloat16, as deltas from the base.
 
     Args:
-        base: its folder or Hugging Face id; folder: which deltas are written into; every: steps; masters: write the
-            float32 weights beside them too.
+        base: folder or Hugging Face id of the base.
+        folder: for the deltas.
+        every: steps between deltas.
+        masters: also write the float32 weights.
     """
 
     def __init__(self, base: str, folder: Path, every: int, masters: bool) -> None:
@@ -148,9 +150,9 @@ class KeepDeltas(TrainerCallback):
 
 
 class ExactAdapter(TrainerCallback):
-    """Keep the trained parameters of an adapter in each checkpoint, so that a killed run goes on to the same bytes.
+    """Save the trained parameters of an adapter in each checkpoint, so that a killed run continues bit-identically.
 
-    The adapter that a checkpoint has is the plain one, which acts alike but is rounded elsewhere.
+    The trainer's own checkpoint holds the plain adapter, which is equivalent except for rounding.
     """
 
     NAME = "trained.safetensors"
@@ -171,6 +173,7 @@ class ExactAdapter(TrainerCallback):
 
 
 def _trained(model: Any) -> dict[str, Any]:
+    """Name -> parameter, of the parameters that are trained."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 

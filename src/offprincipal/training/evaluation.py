@@ -1,4 +1,4 @@
-"""What a model can do on held-out prompts: greedy and sampled accuracy, pass@k, entropy, and divergence from its base.
+"""Evaluation on held-out prompts: greedy and sampled accuracy, pass@k, token entropy and KL divergence from the base.
 
 Knows tasks and models; knows nothing of recipes or runs.
 """
@@ -25,7 +25,7 @@ _PROMPTS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class _Score:
-    """One prompt's verdicts."""
+    """The verdicts on one prompt's completions."""
 
     task: str
     prompt: str
@@ -45,31 +45,35 @@ def evaluate(
     prompt: PromptSettings | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Measure a model on prompts that no training run sees.
+    """Measure a model on held-out prompts, which no training run uses.
 
     Args:
         model: a folder, a Hugging Face id, `embedded`, or an open model.
-        tasks: names for `open_task`, as a list or a text such as "add,sort@2", in equal shares.
-        prompts: held-out prompts in all.
-        samples: completions sampled for each at temperature 1, beside the greedy one.
-        seed: decides prompts and samples; two models with one seed are compared on the same prompts and noise.
-        reference: the base that the divergence is measured to.
-        max_new_tokens: the longest completion; one that does not end by itself is judged as far as it got.
+        tasks: names for `open_task`, as a list or a string such as "add,sort@2", in equal shares.
+        prompts: total number of held-out prompts.
+        samples: completions sampled per prompt at temperature 1, in addition to the greedy one.
+        seed: of prompts and samples; models that are measured with the same seed get the same prompts and noise.
+        reference: the base for the KL divergence; None: not measured.
+        max_new_tokens: longest completion, in tokens; a completion that reaches it is judged as it is.
         device: `auto`, `cpu` or `cuda`, for models that are opened here.
-        prompt: how problems are put to the model; None: as its tokenizer suggests.
-        trust_remote_code: run the Python code that a checkpoint brings; only of one that you trust.
+        prompt: how problems are presented to the model; None: as its tokenizer suggests.
+        trust_remote_code: run Python code that comes with a checkpoint; only for checkpoints that you trust.
 
     Returns:
-        `greedy_accuracy`, `sampled_accuracy` and `pass_at_k` (k = samples: some sample is right), each with its
-        standard error over distinct prompts (`…_se`), of which a task may hold out fewer than are asked:
-        `distinct_prompts`; `token_entropy` and `kl_to_base`, nats a sampled token, exact over the
-        vocabulary, the latter None without a reference; `tokens_per_completion`; `prompts` and `samples`; and `tasks`:
-        the accuracies, their errors and `prompts` for each task.
+        `greedy_accuracy`, `sampled_accuracy` and `pass_at_k` (with k = samples: at least one sample is right), each
+        with its standard error over distinct prompts (`…_se`); `prompts` and `distinct_prompts`, which is smaller if a
+        task has fewer held-out prompts; `token_entropy` and `kl_to_base`, nats per sampled token, exact over the
+        vocabulary, the latter None without a reference; `tokens_per_completion`; `samples`; and `tasks`: the accuracies
+        with standard errors and both numbers of prompts for each task.
 
     Raises:
-        TaskError: no such task, or it has no held-out prompts.
-        ModelError: no such model, or a prompt does not fit its context.
+        TaskError: a task is unknown or has no held-out prompts.
+        ModelError: the model does not exist, or a prompt does not fit its context.
         TrainingError: a number is below 1, or the reference has another vocabulary.
+
+    >>> measured = evaluate("embedded", "add", prompts=2, samples=1, max_new_tokens=4, device="cpu")
+    >>> measured["prompts"], measured["kl_to_base"], list(measured["tasks"])
+    (2, None, ['add'])
     """
     counts = prompts, samples, max_new_tokens
     if not all(isinstance(count, int) for count in counts) or min(counts) < 1:
@@ -88,7 +92,7 @@ def evaluate(
 
     scores: list[_Score] = []
     tokens, entropy, divergence = 0, 0.0, 0.0
-    other = None if reference is model else base  # a model is nowhere far from itself
+    other = None if reference is model else base  # the divergence of a model from itself is zero
     for asked, batch in _completed(policy, other, asking, problems, samples, max_new_tokens, seed):
         texts = policy.tokenizer.batch_decode(batch.whole, skip_special_tokens=True)
         for place, problem in enumerate(asked):
@@ -119,7 +123,7 @@ def _completed(
     max_new_tokens: int,
     seed: int,
 ) -> Iterator[tuple[list[Problem], Completions]]:
-    """The problems in batches of similar length, each with its completions."""
+    """Batches of problems of similar length, with their completions."""
     encoded = [policy.prompt_ids(asking.prompt(problem), max_new_tokens) for problem in problems]
     order = sorted(range(len(problems)), key=lambda i: len(encoded[i]))
     generator = torch.Generator().manual_seed(seed)
@@ -139,6 +143,7 @@ def _vocabulary(language_model: LanguageModel) -> int:
 
 
 def _accuracies(scores: Sequence[_Score]) -> dict[str, Any]:
+    """The accuracies with their standard errors, and the numbers of prompts."""
     values = {
         "greedy_accuracy": [float(score.greedy) for score in scores],
         "sampled_accuracy": [statistics.fmean(score.sampled) for score in scores],
@@ -153,7 +158,14 @@ def _accuracies(scores: Sequence[_Score]) -> dict[str, Any]:
 
 
 def standard_error(values: Sequence[float], clusters: Sequence[Hashable]) -> float | None:
-    """Of the mean of values that come in clusters, each of which counts as one; None where there is but one.
+    """The standard error of a mean whose values come in clusters; values of one cluster are not independent.
+
+    Args:
+        values: (n,).
+        clusters: (n,), the cluster of each value.
+
+    Returns:
+        In the units of the values; None if there is only one cluster.
 
     Source: the linearised variance of a ratio of cluster totals; without repeats, s/√n.
 

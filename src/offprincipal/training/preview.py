@@ -1,4 +1,4 @@
-"""What a model answers before anything is trained: some held-out prompts, its completions, and their verdicts."""
+"""Preview of a model before training: a few held-out prompts, its completions, and their verdicts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +17,16 @@ from offprincipal.training.settings_by_model import longest_completion
 
 @dataclass(frozen=True)
 class Previewed:
-    """One prompt and what a model made of it.
+    """One prompt and a model's completions of it.
 
     Args:
-        task, prompt: as the model read it; answer: the reference.
-        greedy, sampled: what it wrote, cut at the stop; right: whether the verifier takes either.
-        ended: whether both ended by themselves within the length.
+        task: name of the task.
+        prompt: the text that the model got.
+        answer: the reference answer.
+        greedy: the greedy completion, cut at the stop.
+        sampled: a completion at temperature 1, cut at the stop.
+        right: whether the verifier accepts the greedy and the sampled completion.
+        ended: whether both completions ended within `max_new_tokens`.
     """
 
     task: str
@@ -36,10 +40,12 @@ class Previewed:
 
 @dataclass(frozen=True)
 class Preview:
-    """Some problems put to a model.
+    """A few problems and a model's completions of them.
 
     Args:
-        settings: how, with everything said; max_new_tokens: the longest completion.
+        settings: how the problems were presented, with all defaults resolved.
+        max_new_tokens: longest completion, in tokens.
+        shown: the problems and completions.
     """
 
     settings: PromptSettings
@@ -57,18 +63,26 @@ def preview(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> Preview:
-    """Put some held-out problems of tasks to a model, one greedy and one sampled completion each.
+    """One greedy and one sampled completion of a few held-out problems.
 
     Args:
-        model, device, trust_remote_code: as `open_language_model` takes them; tasks: names for `open_task`.
-        prompt: how problems are put to it; None: as its tokenizer suggests, as in training.
-        count: of problems, the tasks in turn; max_new_tokens: as training would have it where not given.
+        model: a folder, a Hugging Face id, or `embedded`.
+        tasks: names for `open_task`, as a list or a string such as "add,sort@2".
+        prompt: how problems are presented to the model; None: as its tokenizer suggests, as in training.
+        count: number of problems, from the tasks in turn.
+        max_new_tokens: longest completion, in tokens; None: as in training.
+        seed: of problems and samples.
+        device: `auto`, `cpu` or `cuda`.
+        trust_remote_code: run Python code that comes with the checkpoint.
+
+    Returns:
+        The problems, completions and verdicts, with the resolved settings.
 
     Raises:
         TaskError, ModelError: a task, a template or the model is not usable.
 
-    >>> found = preview("embedded", ["add"], count=1)
-    >>> found.settings.template, found.shown[0].task
+    >>> seen = preview("embedded", ["add"], count=1)
+    >>> seen.settings.template, seen.shown[0].task
     ('plain', 'add')
     """
     named = [open_task(name) for name in task_names(tasks)]
@@ -80,14 +94,14 @@ def preview(
     prompts = [asking.prompt(problem) for problem in problems]
     encoded = [opened.prompt_ids(text, longest) for text in prompts]
     with quiet_libraries():
-        found = complete(opened, encoded, 1, longest, torch.Generator().manual_seed(seed))
-    texts = opened.tokenizer.batch_decode(found.whole, skip_special_tokens=True)
+        batch = complete(opened, encoded, 1, longest, torch.Generator().manual_seed(seed))
+    texts = opened.tokenizer.batch_decode(batch.whole, skip_special_tokens=True)
     shown = []
     for place, (problem, text) in enumerate(zip(problems, prompts, strict=True)):
         own = slice(2 * place, 2 * place + 2)
         greedy, sampled = texts[own]
         right = asking.verify(problem, greedy), asking.verify(problem, sampled)
-        ended = None not in found.ends[own]
+        ended = None not in batch.ends[own]
         shown.append(
             Previewed(problem.task, text, problem.answer, asking.cut(greedy), asking.cut(sampled), right, ended)
         )

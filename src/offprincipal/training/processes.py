@@ -1,4 +1,4 @@
-"""One process of several does what only one should; all see its result, or its error."""
+"""Work that only one of several processes may do, such as writing files; all processes get its result or error."""
 
 import importlib
 import os
@@ -12,14 +12,14 @@ from offprincipal.checkpoints.matrices import whole
 from offprincipal.errors import OffPrincipalError
 
 T = TypeVar("T")
-_PATIENCE = timedelta(hours=12)  # for what one process does while the others wait, as measuring a large model
+_PATIENCE = timedelta(hours=12)  # timeout while one process works and the others wait, as for a large model
 
 
 def join(device: str) -> None:
-    """Enter the process group of a launcher such as `accelerate launch` or `torchrun`, if it started several of us.
+    """Join the process group if a launcher such as `accelerate launch` or `torchrun` started several processes.
 
     Args:
-        device: as the settings have it.
+        device: `auto`, `cpu` or `cuda`.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not in_process_group():
         on_cpu = device == "cpu" or not torch.cuda.is_available()
@@ -27,20 +27,23 @@ def join(device: str) -> None:
 
 
 def processes() -> int:
-    """How many there are."""
+    """The number of processes."""
     return torch.distributed.get_world_size() if in_process_group() else 1
 
 
 def is_main() -> bool:
-    """Whether this process is the first, or the only one."""
+    """Whether this process is the first or the only one."""
     return processes() == 1 or torch.distributed.get_rank() == 0
 
 
 def in_main(work: Callable[[], T]) -> T:
-    """What `work` returns in the first process, in every process; all of them call this together.
+    """Call `work` in the first process only and return its result in every process; all processes must call this.
+
+    Args:
+        work: its result must be picklable if there are several processes.
 
     Raises:
-        OffPrincipalError: what `work` raised there.
+        OffPrincipalError: `work` raised it; it is raised in every process.
 
     >>> in_main(lambda: 3)
     3
@@ -56,25 +59,31 @@ def in_main(work: Callable[[], T]) -> T:
     torch.distributed.broadcast_object_list(box, src=0)
     if box[1] is not None:
         raise box[1]
-    found: T = box[0]
-    return found
+    outcome: T = box[0]
+    return outcome
 
 
 def whole_state(model: Any) -> dict[str, torch.Tensor]:
-    """What a model holds, sharded or not, on the CPU of the first process; empty in the others, all of which call this.
+    """The state dict of a model, sharded or not, on the CPU of the first process; all processes must call this.
+
+    Args:
+        model: a torch module.
+
+    Returns:
+        Name -> tensor in the first process; empty in the others.
 
     >>> list(whole_state(torch.nn.Linear(2, 1)))
     ['weight', 'bias']
     """
-    found = {}
+    state = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         gathered = whole(tensor)  # one at a time
         if is_main():
-            found[name] = gathered.cpu().contiguous()
-    return found
+            state[name] = gathered.cpu().contiguous()
+    return state
 
 
 def in_process_group() -> bool:
-    """Whether torch's process group is there, of one process or several."""
+    """Whether torch's process group is initialised, with one process or several."""
     distributed: Any = torch.distributed
     return bool(distributed.is_available() and distributed.is_initialized())

@@ -1,4 +1,4 @@
-"""One line of progress for a run: a live bar on a terminal, a line every tenth of the steps elsewhere."""
+"""Progress of a run: a live bar on a terminal, otherwise a line at every tenth of the steps."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -14,15 +14,15 @@ _LINES = 10
 
 @dataclass(frozen=True)
 class StepReport:
-    """Where a run is, or another stage of a study.
+    """Progress of a run or of another stage of a study.
 
     Args:
-        stage: what it does now.
+        stage: what is being done.
         step: optimizer steps done, or entries measured.
-        steps: optimizer steps in all, or entries.
-        metric: name of the value that tells how it goes: `reward`, `reward_margin` or `loss`; empty where none does.
-        value: that value in the last step; None before the first.
-        seconds_per_step: the mean over this sitting; None before the first.
+        steps: total number of optimizer steps, or of entries.
+        metric: name of the value to display: `reward`, `reward_margin` or `loss`; empty if there is none.
+        value: of the last step; None before the first step.
+        seconds_per_step: mean since the process started or resumed the run; None before the first step.
     """
 
     stage: Literal[
@@ -44,7 +44,10 @@ def silent(report: StepReport) -> None:
 
 @contextmanager
 def terminal_progress(title: str) -> Iterator[ShowProgress]:
-    """What shows a run's progress on standard output, headed by a title.
+    """A function that shows a run's progress on standard output.
+
+    Args:
+        title: shown before the progress.
 
     >>> with terminal_progress("run") as show:
     ...     show(StepReport("training", 5, 10, "reward", 0.25, 2.0))
@@ -69,6 +72,7 @@ def terminal_progress(title: str) -> Iterator[ShowProgress]:
 
 
 def _line_printer(title: str) -> ShowProgress:
+    """A function that prints a line when the stage or the tenth of the steps changes."""
     last: tuple[str, int] | None = None
 
     def show(report: StepReport) -> None:
@@ -82,7 +86,7 @@ def _line_printer(title: str) -> ShowProgress:
 
 
 def describe(report: StepReport) -> str:
-    """Where a run is, in a few words.
+    """A report in a few words.
 
     >>> describe(StepReport("training", 4, 64, "reward", 0.25, 2.0))
     'reward 0.250, 2.00 s/step, 2:00 left'

@@ -1,17 +1,17 @@
-"""One training run in one folder: start, continue after a kill, write the result, and never mix two runs.
+"""One training run in one folder: start it, resume it after a kill, write the result, and never mix two runs.
 
     OUT/config.json, model.safetensors, tokenizer…   the result in bfloat16, as it would be deployed
     OUT/masters/                                     the same tensors in float32, as they were trained
-    OUT/adapter/                                     the adapter, merged into the two above, where one was trained
-    OUT/masks.safetensors                            which entries were trained, where not all were
+    OUT/adapter/                                     the adapter, if one was trained; both models above include it
+    OUT/masks.safetensors                            the masks, if only masked entries were trained
     OUT/run.json                                     the record; written last, so it marks a complete run
-    OUT/monitor.parquet                              what the monitor saw, if asked for
-    OUT/deltas/step_N.delta                          the weights along the way, if asked for
-    OUT/deltas/masters/step_N.safetensors            the same in float32, if asked for
+    OUT/monitor.parquet                              the monitor's table (setting monitor)
+    OUT/deltas/step_N.delta                          weights during training (setting keep_deltas)
+    OUT/deltas/masters/step_N.safetensors            the same in float32 (setting keep_masters)
     OUT/checkpoints/                                 only while the run is not complete
-    OUT/runs/                                        what TensorBoard was told, if asked for
+    OUT/runs/                                        TensorBoard logs (setting report_to)
 
-Several processes that a launcher started train one run: the first holds the folder, measures and writes.
+If a launcher starts several processes, they train one run together; the first locks the folder, measures and writes.
 
 Knows nothing of what the recipes do.
 """
@@ -60,7 +60,7 @@ from offprincipal.versions import versions
 SCHEMA = 1
 LOG = logging.getLogger("offprincipal")
 TENSORBOARD = "runs"
-_MEASURING_SEED = 0  # one for all runs, so that they are measured on the same prompts with the same noise
+_MEASURING_SEED = 0  # the same for all runs, so that they are measured on the same prompts with the same noise
 _ONE_SHARD = 2**60
 _LOGGED = {
     "loss": "loss",
@@ -93,29 +93,38 @@ def train(
     siblings: Iterable[Path] = (),
     **options: Any,
 ) -> RunRecord:
-    """Run a recipe, or continue it where it was killed, or return its record where it is complete.
+    """Train a model by a recipe; resume an interrupted run, or return the record of a complete one.
 
     Args:
-        settings: the run, as `TrainSettings` or a dictionary of them.
-        out: its folder; new, empty, or of a run with the same settings.
+        settings: of the run, as `TrainSettings` or a dictionary.
+        out: folder of the run: new, empty, or of a run with the same settings.
         overwrite: discard a run that is in the folder.
         quiet: show no progress.
-        progress: what shows progress instead of the terminal.
-        siblings: folders of other runs; if one measured the same base alike, its measurement stands for this one's.
-        options: in place of `settings`, any of them by name: `recipe="grpo", tasks="add", steps=40`.
+        progress: function that shows progress instead of the terminal.
+        siblings: folders of other runs; if one evaluated the same base with the same settings, its evaluation is used.
+        options: settings by name, instead of `settings`: `recipe="grpo", tasks="add", steps=40`.
 
     Returns:
-        The record, a dictionary as in `run.json`: `schema`, `settings`, `base`, and `teacher` if there is one;
-        `parameters` of the model and `trained_parameters` (fewer under a mask; an adapter's own), `accuracy` (`before`
-        and `after`, each as `evaluate` returns it, or None), `log` (one entry a step), `seconds` of training over all
-        sittings, `machine`, `versions`; and `stopped` where a condition of `stop_if` ended the training early: which,
-        by what, and when.
+        The record, as in `run.json`: `schema`; `settings`; `base` and, if there is one, `teacher`: where the model is
+        from and a hash of its weights; the number of `parameters` of the model and of `trained_parameters`;
+        `accuracy`, with `before` and `after` as `evaluate` returns them, or None; `log`, one entry per step; `seconds`
+        of training, including steps before a resume; `machine`; `versions`; and `stopped`, only if a condition of
+        `stop_if` ended training: the condition, value and step.
 
     Raises:
         TaskError: a task is not usable.
-        TrainingError: the model or the folder is not usable, the folder holds another run, or training diverged.
-        FileError: another process is training in the folder.
-        ArgumentError: settings are given in two ways, or no folder.
+        ModelError: the model is not usable, or a prompt does not fit its context.
+        AdapterError: the adapter method does not fit the model.
+        TrainingError: a setting or the folder is not usable, the folder holds another run, or training diverged.
+        FileError: a file cannot be read or written, or another process is training in the folder.
+        ArgumentError: settings are given in two ways, or there is no folder.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     settings = {"recipe": "sft_own", "tasks": "add", "steps": 1, "batch": 1, "eval_prompts": 0, "device": "cpu"}
+    ...     record = train(settings, f"{folder}/run", quiet=True)
+    >>> record["settings"]["steps"], len(record["log"])
+    (1, 1)
     """
     settings = _settings_of(settings, options)
     if out is None:
@@ -127,7 +136,7 @@ def train(
     join(settings.device)
     needed: tuple[Split, ...] = ("train", "eval") if settings.eval_prompts else ("train",)
     for name in settings.tasks:
-        require_problems(open_task(name), *needed)  # what cannot be used is refused before a model is opened
+        require_problems(open_task(name), *needed)  # refuse unusable tasks before a model is opened
     require_usable(settings)
     settings = by_the_model(settings)
     folder = Path(out).expanduser()
@@ -153,7 +162,7 @@ def train(
 
 
 def _settings_of(settings: TrainSettings | Mapping[str, Any] | None, options: Mapping[str, Any]) -> TrainSettings:
-    """However they were given."""
+    """Settings from either way to give them."""
     if settings is None:
         return parse_settings(options)
     if not isinstance(settings, TrainSettings | Mapping):
@@ -179,7 +188,7 @@ def _run(settings: TrainSettings, out: Path, show: ShowProgress, siblings: Itera
             models["teacher"] = identify(str(settings.teacher), teacher.model)
         return models
 
-    models = in_main(known)  # before an adapter is put into the base
+    models = in_main(known)  # before an adapter is inserted into the base
     with quiet_libraries():
         opened = RunModels(language_model, prepare(settings, language_model.model), teacher)
 
@@ -225,7 +234,7 @@ def _run(settings: TrainSettings, out: Path, show: ShowProgress, siblings: Itera
 
 
 def _teacher(settings: TrainSettings, language_model: LanguageModel) -> LanguageModel | None:
-    """Opened before anything is measured or written, as it may not fit the model."""
+    """Open the teacher, if there is one, and check that it fits the model, before anything is measured or written."""
     if settings.teacher is None:
         return None
     from offprincipal.training.recipes.distillation import require_one_vocabulary
@@ -236,17 +245,17 @@ def _teacher(settings: TrainSettings, language_model: LanguageModel) -> Language
 
 
 def _measured_by(siblings: Iterable[Path], settings: TrainSettings, base: dict[str, str]) -> dict[str, Any] | None:
-    """What another run found of the same base on the same prompts, which would be found again."""
+    """Another run's evaluation of the same base with the same settings; it would give the same numbers here."""
     alike = ("tasks", "eval_prompts", "eval_samples", "eval_max_new_tokens", "device", "prompt")
     asked = settings.model_dump(mode="json")
     for folder in siblings:
         record: dict[str, Any] = {}
-        with suppress(FileError):  # a damaged record is that run's affair
+        with suppress(FileError):  # a damaged record of another run is no error of this one
             record = _record(folder / RECORD) or {}
         theirs = record.get("settings", {})
         if record.get("base") == base and all(theirs.get(name) == asked.get(name) for name in alike):
-            found: dict[str, Any] | None = record["accuracy"]["before"]
-            return found
+            before: dict[str, Any] | None = record["accuracy"]["before"]
+            return before
     return None
 
 
@@ -273,10 +282,10 @@ def _fit(
     show: ShowProgress,
     monitor: Monitor | None,
 ) -> tuple[list[dict[str, Any]], RunModels]:
-    """Train, from the last whole checkpoint where there is one; the log, one entry a step, and the models afterwards.
+    """Train, from the last complete checkpoint if there is one; the log, one entry per step, and the trained models.
 
-    What the run started from is noted only once its data have proved usable, so that a fault in the settings can be
-    mended in the same folder.
+    The start of the run is recorded only after its data proved usable, so that faulty settings can be corrected in the
+    same folder.
     """
     from offprincipal.training.callbacks import (
         ExactAdapter,
@@ -332,17 +341,17 @@ def _fit(
 
 
 def _say_where(run: Path, last: Path | None) -> None:
-    """What a run that was ended goes on from."""
+    """Log the step from which an interrupted run continues."""
     if last is None:
         LOG.warning(
             "%s was stopped before its first checkpoint and restarts from step 0. Lower save_every to lose less", run
         )
     else:
-        LOG.warning("%s goes on after step %s", run, last.name.rpartition("-")[2])
+        LOG.warning("%s continues after step %s", run, last.name.rpartition("-")[2])
 
 
 def require_trainable_here(opened: RunModels, trainer: Any) -> None:
-    """Refuse what would lose the float32 weights, or what is trained, over several processes."""
+    """Refuse sharding under which float32 weights, adapters or masks could not be trained or saved."""
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
         raise TrainingError(
             "ZeRO-3 keeps weights in pieces that the monitor cannot read: launch with FSDP2, which shards as much, or "
@@ -357,7 +366,7 @@ def require_trainable_here(opened: RunModels, trainer: Any) -> None:
 
 
 def _in_one_piece(settings: TrainSettings, opened: RunModels, trainer: Any) -> RunModels:
-    """The models; in place of a trained one that is sharded, in the first process, another with its weights."""
+    """The models; in the first process, a sharded model is replaced by an unsharded one with its weights."""
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return opened
     state = whole_state(trainer.model)
@@ -375,7 +384,7 @@ def _monitor(settings: TrainSettings, out: Path) -> Monitor | None:
 
 
 def _last_whole_checkpoint(checkpoints: Path) -> Path | None:
-    """The furthest checkpoint whose last-written file is whole; half-written ones are removed."""
+    """The latest complete checkpoint, by the file that is written last; incomplete checkpoints are removed."""
     whole = {}
     for path in checkpoints.glob("checkpoint-*"):
         try:
@@ -386,7 +395,7 @@ def _last_whole_checkpoint(checkpoints: Path) -> Path | None:
 
 
 def _remove_checkpoints(out: Path) -> None:
-    """Remove what only continuing needs; TensorBoard's files, which the trainer keeps there too, are kept."""
+    """Remove files that are only needed to resume; TensorBoard logs in the same folder are kept."""
     if (out / CHECKPOINTS / TENSORBOARD).is_dir():
         shutil.copytree(out / CHECKPOINTS / TENSORBOARD, out / TENSORBOARD, dirs_exist_ok=True)
     (out / base_file.NAME).unlink(missing_ok=True)
@@ -412,7 +421,7 @@ def _complete_record(out: Path, settings: TrainSettings) -> dict[str, Any] | Non
 
 
 def _started(out: Path, settings: TrainSettings, models: dict[str, dict[str, str]]) -> dict[str, Any] | None:
-    """What a killed run in this folder noted when it started."""
+    """What an interrupted run in this folder recorded at its start; None if there is none."""
     started = _record(out / CHECKPOINTS / STARTED)
     if started is None:
         return None
@@ -427,6 +436,7 @@ def _started(out: Path, settings: TrainSettings, models: dict[str, dict[str, str
 
 
 def _require_same(out: Path, record: dict[str, Any], settings: TrainSettings) -> None:
+    """Raise TrainingError if a record has other settings."""
     there, asked = record.get("settings", {}), settings.model_dump(mode="json")
     differing = [name for name in asked | there if there.get(name) != asked.get(name)]
     if differing:
@@ -435,7 +445,7 @@ def _require_same(out: Path, record: dict[str, Any], settings: TrainSettings) ->
 
 
 def _discard(out: Path) -> None:
-    """Remove what makes the folder a run: its record first, so that a kill leaves no record without its weights."""
+    """Remove a run from its folder: the record first, so that a kill leaves no record without weights."""
     if not out.is_dir() or not ((out / RECORD).exists() or (out / CHECKPOINTS).is_dir()):
         return
     (out / RECORD).unlink(missing_ok=True)
@@ -446,10 +456,11 @@ def _discard(out: Path) -> None:
     for name in (MASTERS, ADAPTER, DELTAS, TENSORBOARD):
         shutil.rmtree(out / name, ignore_errors=True)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-    (out / CHECKPOINTS).mkdir()  # the folder stays ours
+    (out / CHECKPOINTS).mkdir()  # marks the folder as that of a run
 
 
 def _require_finite(model: Any, settings: TrainSettings) -> None:
+    """Raise TrainingError if a weight is not finite."""
     for name, tensor in model.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise TrainingError(
@@ -459,9 +470,9 @@ def _require_finite(model: Any, settings: TrainSettings) -> None:
 
 
 def _write_result(settings: TrainSettings, opened: RunModels, out: Path) -> None:
-    """Masters in float32, the stored model in bfloat16, an adapter or masks beside them, every file whole or absent.
+    """Write the float32 masters, the bfloat16 model, and an adapter or masks; every file is complete or absent.
 
-    Ends with a bfloat16 model, whose adapter is merged.
+    Afterwards the model in memory is in bfloat16 and its adapter is merged.
     """
     part = out / CHECKPOINTS / "result"
     shutil.rmtree(part, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Settings of a training run: one set of defaults for every recipe, so that runs are matched unless told otherwise."""
+"""Settings of a training run; all recipes share the same defaults, so that runs can be compared."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -16,7 +16,7 @@ from offprincipal.training.monitor.verdicts import parse_watch
 
 _REWARDED = tuple(name for name, recipe in RECIPES.items() if recipe.learns_from == "groups")
 _PREFERRING = tuple(name for name, recipe in RECIPES.items() if recipe.learns_from == "preferences")
-# which older runs have not
+# Added after the first version: omitted from records if unset, so that older runs are still recognised as the same.
 _LATER = (
     *(
         "teacher",
@@ -40,7 +40,7 @@ _AS_TRL_HAS_IT = {
     "save_steps": "save_every",
     "lr": "learning_rate",
 }
-_TRLS = {  # what these are called here, or why they are not
+_TRLS = {  # options of TRL -> the equivalent here
     "per_device_train_batch_size": "micro_batch, and batch, which is of the whole step",
     "gradient_accumulation_steps": "batch, of the whole step, and micro_batch, of which it is made",
     "num_train_epochs": "steps",
@@ -67,12 +67,12 @@ def _recipe(value: Any) -> Any:
 
 
 def _several(value: Any) -> Any:
-    """One is as good as a list of one."""
+    """A single string as a list of one."""
     return [value] if isinstance(value, str) else value
 
 
 def _tasks(value: Any) -> Any:
-    """Several in one text are as good as a list."""
+    """A string such as "add,sort@2" as a list of names."""
     several = _several(value)
     listed = isinstance(several, list | tuple) and all(isinstance(name, str) for name in several)
     return task_names(several) if listed else value
@@ -83,11 +83,14 @@ Tasks = Annotated[tuple[str, ...], BeforeValidator(_tasks)]
 
 
 class TrainSettings(PlainSettings):
-    """Everything that decides a run's weights, but for the machine; TRL's own names for some settings are taken too.
+    """All settings of a run; together with the machine they determine its weights.
+
+    The description of each field says what it means; `train --list settings` prints them. TRL's names for some
+    settings, such as `max_steps`, are accepted too.
 
     Raises:
-        TrainingError: a value is missing, unknown, of the wrong kind or given under both names, which the message
-            names; the batch does not divide as it must, or the recipe lacks a setting or has one of another's.
+        TrainingError: a setting is missing, unknown, invalid, or given under both names; the batch is not divisible by
+            `rollouts_per_prompt`; or a setting does not belong to the recipe.
 
     >>> TrainSettings(recipe="grpo", tasks=("add",)).learning_rate
     1e-05
@@ -101,23 +104,21 @@ class TrainSettings(PlainSettings):
     )
     model: str = Field(EMBEDDED, description="base model: a folder, a Hugging Face id, or 'embedded'")
     tasks: Tasks = Field(
-        min_length=1, description="tasks, in equal shares: add, sort@2, rg:NAME, hf:DATASET; `--list tasks` has some"
+        min_length=1, description="tasks, in equal shares: add, sort@2, rg:NAME, hf:DATASET; `--list tasks` lists some"
     )
     steps: int = Field(80, ge=1, description="optimizer steps")
     batch: int = Field(
         240,
         ge=1,
-        description="sequences a step: completions sampled for grpo, dr_grpo, rloo, distill and kto; pairs for dpo; "
+        description="sequences per step: sampled completions for grpo, dr_grpo, rloo, distill and kto; pairs for dpo; "
         "examples for sft",
     )
     micro_batch: int | None = Field(
-        None, ge=1, description="at most so many sequences in memory at once; None: the whole batch"
+        None, ge=1, description="largest number of sequences in memory at once; None: the whole batch"
     )
-    rollouts_per_prompt: int = Field(
-        8, ge=2, description="completions sampled for one prompt (all but distill and sft)"
-    )
+    rollouts_per_prompt: int = Field(8, ge=2, description="completions sampled per prompt (all but distill and sft)")
     learning_rate: float = Field(1e-5, gt=0, description="learning rate of AdamW, constant after the warm-up")
-    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="decay of AdamW's first and second moment")
+    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of AdamW's first and second moments")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
@@ -126,64 +127,64 @@ class TrainSettings(PlainSettings):
     max_new_tokens: int = Field(
         8,
         ge=1,
-        description="longest completion that is sampled in training (all but sft); where it is not given, 32 after few "
-        "shots and 512 in chat",
+        description="longest completion in training, in tokens (all but sft); the default is 32 with few-shot prompts "
+        "and 512 with a chat template",
     )
     teacher: str | None = Field(
-        None, description="model that distill learns from, with the base's vocabulary: a folder, an id, or 'embedded'"
+        None, description="teacher of distill, with the base's vocabulary: a folder, a Hugging Face id, or 'embedded'"
     )
     beta: float | None = Field(
-        None, gt=0, description="how closely dpo and kto hold to the base; None: TRL's default, 0.1"
+        None, gt=0, description="strength of the penalty for moving from the base (dpo, kto); None: TRL's default, 0.1"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower steps")
-    seed: int = Field(0, ge=0, lt=2**32, description="decides training prompts and samples, not the measuring")
-    eval_prompts: int = Field(768, ge=0, description="held-out prompts to measure on, before and after; 0: none")
-    eval_samples: int = Field(8, ge=1, description="samples for each held-out prompt")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of training prompts and samples, not of the evaluation")
+    eval_prompts: int = Field(
+        768, ge=0, description="held-out prompts of the evaluation before and after training; 0: no evaluation"
+    )
+    eval_samples: int = Field(8, ge=1, description="completions sampled per held-out prompt")
     eval_max_new_tokens: int = Field(
-        40, ge=1, description="longest completion that is sampled in measuring; where it is not given, 512 in chat"
+        40, ge=1, description="longest completion in the evaluation, in tokens; the default is 512 with a chat template"
     )
-    save_every: int = Field(
-        16, ge=1, description="steps between the checkpoints that a killed run continues from, or 5 minutes if sooner"
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    report_to: Texts = Field((), description="where the Trainer also logs to: trackio, tensorboard, wandb; or [a,b]")
+    save_every: int = Field(16, ge=1, description="steps between checkpoints for resuming, or 5 minutes if sooner")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is a GPU")
+    report_to: Texts = Field((), description="loggers of the Trainer: trackio, tensorboard, wandb; several as [a,b]")
     monitor: Literal["auto"] | Annotated[int, Field(ge=1)] | None = Field(
         None,
-        description="steps between looks at weights and policy, written to monitor.parquet; auto: within 3 % of the "
-        "step time; None: never",
+        description="steps between observations of weights and policy, written to monitor.parquet; auto: as often as "
+        "takes at most 3 % of the step time; None: no monitor",
     )
     stop_if: Texts | None = Field(
-        None, description="conditions of the monitor that end the training, as 'spectral_shift_per_norm > .5'"
+        None, description="monitor conditions that stop training, such as 'spectral_shift_per_norm > .5'"
     )
-    warn_if: Texts | None = Field(None, description="conditions of the monitor that are only reported")
+    warn_if: Texts | None = Field(None, description="monitor conditions that only log a warning")
     keep_deltas: int | None = Field(
         None,
         ge=1,
-        description="steps between the weights that are kept, stored in bfloat16, as deltas from the model: "
-        "deltas/step_N.delta, for `offprincipal trajectory`; None: none",
+        description="steps between saved weights, in bfloat16, as deltas from the model: deltas/step_N.delta, for "
+        "`offprincipal trajectory`; None: none are saved",
     )
     keep_masters: bool = Field(
         False,
-        description="keep the float32 weights of those steps too, in deltas/masters, for `trajectory --masters`, which "
-        "sees what storing in bfloat16 hides",
+        description="also save the float32 weights of those steps, in deltas/masters, for `trajectory --masters`, "
+        "which measures changes that bfloat16 hides",
     )
     trust_remote_code: bool = Field(
-        False, description="execute Python that comes with the model or teacher, where it asks for that"
+        False, description="run Python code that comes with the model or teacher, if they need it"
     )
     prompt: PromptSettings | None = Field(
-        None, description="how problems are put to the model and answers read; None: as the tokenizer suggests"
+        None, description="how problems are presented and answers are read; None: as the tokenizer suggests"
     )
     compute: Literal["float32", "bfloat16"] | None = Field(
         None,
-        description="of the passes, the weights staying float32; None: bfloat16 on GPUs, float32 on CPUs, of which "
-        "some can do either",
+        description="precision of forward and backward passes; weights stay float32; None: bfloat16 on GPUs, float32 "
+        "on CPUs, some of which support bfloat16",
     )
     vllm: Literal["colocate", "server"] | None = Field(
         None,
-        description="sample with vLLM, in the training process or from a server (grpo, dr_grpo, rloo); None: without",
+        description="sample with vLLM, in the training process or on a server (grpo, dr_grpo, rloo); None: without",
     )
     trl: dict[str, Any] = Field(
-        default_factory=dict, description="any option of TRL's configuration for the recipe, as trl.beta=0.04"
+        default_factory=dict, description="any option of TRL's configuration for the recipe, such as trl.beta=0.04"
     )
     adapter: AdapterSettings | None = Field(
         None, description="train an adapter, masked entries or singular frames; None: all weights, by AdamW"
@@ -202,7 +203,7 @@ class TrainSettings(PlainSettings):
     def _unknown(cls, name: str) -> str:
         if ours := _TRLS.get(name):
             return f"there is no such setting; here it is {ours}"
-        otherwise = "`train --list settings` has all, and an option of TRL's is trl.NAME"
+        otherwise = "`train --list settings` has all, and options of TRL are trl.NAME"
         return f"there is no such setting: {meant(name, [*setting_fields(), *_AS_TRL_HAS_IT], otherwise)}"
 
     @model_validator(mode="after")
@@ -243,17 +244,22 @@ class TrainSettings(PlainSettings):
         for text in conditions:
             parse_watch(text)
         if conditions and self.monitor is None:
-            raise TrainingError("stop_if and warn_if are conditions of the monitor: set monitor too, to auto say")
+            raise TrainingError(
+                "stop_if and warn_if are conditions of the monitor: set monitor too, for example to auto"
+            )
         return self
 
     @model_serializer(mode="wrap")
     def _without_what_is_unset(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A run without a monitor, say, is the same run, under the same key, as before there was one."""
+        """Omit unset settings that older versions lack, so that records of older runs match."""
         values: dict[str, Any] = whole(self)
         return {name: value for name, value in values.items() if value not in (None, False, {}) or name not in _LATER}
 
     def sequences_at_once(self, processes: int = 1) -> int:
-        """The largest divisor of a process's share of the batch that is at most `micro_batch`.
+        """Sequences per process in one forward pass: the largest divisor of its share of the batch up to `micro_batch`.
+
+        Args:
+            processes: number of processes that share the batch.
 
         Raises:
             TrainingError: the processes cannot share the batch equally.
@@ -271,12 +277,12 @@ class TrainSettings(PlainSettings):
 
     @property
     def prompts_per_step(self) -> int:
-        """Different prompts in one step."""
+        """Number of different prompts in one step."""
         return self.batch // self.rollouts_per_prompt if self.recipe in _REWARDED else self.batch
 
 
 def setting_fields() -> dict[str, Any]:
-    """Every setting by the name that it is set by, and its pydantic field.
+    """All settings: full name, such as `adapter.rank` -> pydantic field.
 
     >>> "adapter.rank" in setting_fields()
     True
@@ -287,10 +293,13 @@ def setting_fields() -> dict[str, Any]:
 
 
 def parse_settings(values: Mapping[str, Any]) -> TrainSettings:
-    """Settings from a file's or a command line's values.
+    """Settings from the values of a file or a command line.
+
+    Args:
+        values: name -> value; values may be strings.
 
     Raises:
-        TrainingError: as `TrainSettings` raises it.
+        TrainingError: as in `TrainSettings`.
 
     >>> parse_settings({"recipe": "sft_own", "tasks": "add,sort", "steps": "8"}).tasks
     ('add', 'sort')

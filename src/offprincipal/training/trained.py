@@ -1,4 +1,4 @@
-"""What of a model is trained, and by which optimizer: all of it, masked entries, an adapter, or singular frames.
+"""The trained part of a model and its optimizer: all weights, masked entries, an adapter, or singular frames.
 
 Knows models and the package's adapters; knows nothing of tasks, trainers or folders.
 """
@@ -23,13 +23,13 @@ MASKS = "masks.safetensors"
 
 @dataclass(frozen=True)
 class Trained:
-    """What a trainer is given.
+    """The model and the optimizer for a trainer.
 
     Args:
         model: a transformers model, or a PEFT model around it.
-        base_parameters: how many numbers the base has.
+        base_parameters: number of parameters of the base.
         optimizer: None: the trainer's own AdamW.
-        masks: which entries are trained; None: no mask.
+        masks: of the entries that are trained; None: no mask.
     """
 
     model: Any
@@ -39,36 +39,38 @@ class Trained:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether a PEFT adapter is trained, and the base is left as it is."""
+        """Whether a PEFT adapter is trained, so that the base does not change."""
         return hasattr(self.model, "peft_config")
 
     @property
     def parameters(self) -> int:
-        """How many numbers are trained: weights, active entries of masks, or those of an adapter."""
+        """The number of trained parameters: weights, active entries of masks, or parameters of an adapter."""
         if self.masks is not None:
             return sum(map(self.masks.active, self.masks))
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def as_base(self) -> AbstractContextManager[Any]:
-        """While it lasts, the model answers as its base."""
-        found: AbstractContextManager[Any] = self.model.disable_adapter() if self.is_adapter else nullcontext()
-        return found
+        """A context in which the adapter, if there is one, is disabled."""
+        context: AbstractContextManager[Any] = self.model.disable_adapter() if self.is_adapter else nullcontext()
+        return context
 
     def merged(self) -> Any:
-        """The plain transformers model that acts as what was trained; an adapter is used up by it."""
+        """The trained model as a plain transformers model; an adapter is merged into its base and then gone."""
         return self.model.merge_and_unload() if self.is_adapter else self.model
 
     def save_parts(self, folder: Path, base: str) -> None:
-        """Write what a plain model cannot tell: the adapter, or the masks.
+        """Write the adapter or the masks, which the merged model does not contain.
 
         Args:
-            base: what the adapter names as its base, so that it names no folder of this machine that nobody gave.
+            folder: to write into.
+            base: the name that the adapter's configuration records as its base: the one that the user gave, not a
+                folder of this machine.
         """
         if self.is_adapter:
             for config in self.model.peft_config.values():
                 config.base_model_name_or_path = base
             self.model.save_pretrained(folder / ADAPTER)
-            (folder / ADAPTER / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a card
+            (folder / ADAPTER / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         if self.masks is not None:
             self.masks.save(folder / MASKS)
 
@@ -78,9 +80,9 @@ class RunModels:
     """The models of a run.
 
     Args:
-        base: the model and its tokenizer, float32; an adapter was put into it in place.
-        trained: what is trained of it.
-        teacher: of `distill`, float32, with the base's vocabulary.
+        base: the model and its tokenizer, float32; an adapter is inserted into it in place.
+        trained: the part that is trained.
+        teacher: of the recipe `distill`, float32, with the base's vocabulary; None in other recipes.
     """
 
     base: LanguageModel
@@ -89,7 +91,11 @@ class RunModels:
 
 
 def prepare(settings: TrainSettings, model: Any) -> Trained:
-    """What is trained of an open base, which an adapter is put into in place.
+    """Choose the trained part of an open base; an adapter is inserted in place.
+
+    Args:
+        settings: of the run.
+        model: the base, a transformers model.
 
     Raises:
         AdapterError: the method does not cover the model, or a setting does not fit it; the model is unchanged then.
@@ -115,6 +121,7 @@ def prepare(settings: TrainSettings, model: Any) -> Trained:
 
 
 def _masked(settings: TrainSettings, chosen: AdapterSettings, base: Trained, optimizer: dict[str, Any]) -> Trained:
+    """Masked entries, as a SHiRA adapter or by `SparseAdamW`."""
     model = base.model
     options = chosen.model_dump(exclude_none=True, exclude={"method", "mask", "density", "mask_run", "mask_file"})
     options["seed"] = settings.seed

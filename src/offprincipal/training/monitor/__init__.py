@@ -1,6 +1,6 @@
-"""The monitor: weights and policy measured while they are trained, each figure beside its null.
+"""The monitor: measures weights and policy during training, each figure with its null.
 
-`Monitor` serves any loop; transformers is imported only with its callback.
+`Monitor` works in any training loop; transformers is imported only by its callback.
 """
 
 from offprincipal.training.monitor.monitor import Monitor

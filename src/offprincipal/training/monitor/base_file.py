@@ -1,4 +1,4 @@
-"""What a monitor remembers of the model before training, so that a run that was killed is still measured against it."""
+"""The file in which a monitor keeps the model before training, so that a resumed run is measured against it."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,12 +18,12 @@ _WEIGHT, _IDS, _LENGTHS, _COUNTED, _LOG_P = "weight:", "ids", "lengths", "counte
 
 @dataclass
 class Remembered:
-    """The base of a run.
+    """What a monitor keeps of the base of a run.
 
     Args:
-        weights: the watched matrices, by name, as they were.
-        sequences: what divergence is measured on; None where it is not.
-        log_p: (positions, vocabulary), what the base says there.
+        weights: name -> watched matrix, (n, m).
+        sequences: on which divergences are measured; None: they are not measured.
+        log_p: (positions, vocabulary), the base's log-probabilities at the counted tokens of the sequences.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -31,7 +31,7 @@ class Remembered:
     log_p: Tensor | None = None
 
     def write(self, folder: Path) -> None:
-        """Keep it in a folder.
+        """Write the file into a folder.
 
         Raises:
             FileError: the file cannot be written.
@@ -45,13 +45,14 @@ class Remembered:
 
 
 def remembered(folder: Path, names: list[str]) -> Remembered:
-    """The base that a monitor kept in a folder.
+    """Read the base that a monitor kept in a folder.
 
     Args:
+        folder: of the monitor.
         names: of the matrices that are watched now.
 
     Raises:
-        FileError: there is none, or it is of other matrices.
+        FileError: the file cannot be read, or holds other matrices.
     """
     path = folder / NAME
     try:
@@ -63,7 +64,9 @@ def remembered(folder: Path, names: list[str]) -> Remembered:
         ) from error
     weights = {name.removeprefix(_WEIGHT): tensor for name, tensor in tensors.items() if name.startswith(_WEIGHT)}
     if sorted(weights) != sorted(names):
-        raise FileError(f"{path} is of other matrices than are watched now: choose the same, or another folder")
+        raise FileError(
+            f"{path} holds other matrices than are watched now: choose the same matrices, or another folder"
+        )
     if _LOG_P not in tensors:
         return Remembered(weights)
     return Remembered(weights, PaddedSequences(tensors[_IDS], tensors[_LENGTHS], tensors[_COUNTED]), tensors[_LOG_P])

@@ -1,6 +1,6 @@
-"""When to look: every so many steps, or as often as a budget of time allows.
+"""When the monitor observes the model: every N steps, or as often as a time budget allows.
 
-Knows seconds and steps alone.
+Knows only seconds and steps.
 """
 
 from typing import Literal
@@ -8,24 +8,24 @@ from typing import Literal
 from offprincipal.errors import ArgumentError
 
 _ROUND = (1, 2, 5)
-_SOME = 3  # steps, of which one observation is few
-_FAR = 20  # steps, before which a first observation is soon enough
+_SOME = 3  # steps; in a run of at least this many, one observation is few
+_FAR = 20  # steps; a first observation before this one needs no warning
 
 
 class Cadence:
-    """Which steps are observed.
+    """Decides which steps are observed.
 
-    With a number it is every multiple of that. With `auto` it is the multiples of the smallest of 1, 2, 5, 10, 20, 50
-    and so on at which an observation, at the mean cost of those so far, takes at most the budget's share of the steps'
-    own time; and none that would lift the share of the whole run above it. So a run that is repeated on the same
-    machine mostly looks at the same steps, but is not bound to.
+    With a number N these are the multiples of N. With `auto` they are the multiples of the smallest of 1, 2, 5, 10, 20,
+    50, … at which observing, at the mean cost of the observations so far, takes at most the budget's share of the time
+    of the steps. An observation that would raise the share of the whole run above the budget is skipped. When a run is
+    repeated on the same machine, mostly the same steps are observed; this is not guaranteed.
 
     Args:
         every: steps between observations, or `auto`.
-        budget: share of the training's own time that observing may take, at most all of it.
+        budget: largest time of observing as a share of the training's own time, above 0 and at most 1.
 
     Raises:
-        ArgumentError: either is out of range.
+        ArgumentError: an argument is out of range.
     """
 
     def __init__(self, every: int | Literal["auto"], budget: float) -> None:
@@ -43,25 +43,25 @@ class Cadence:
 
     @property
     def share(self) -> float | None:
-        """Seconds spent observing over those of training; None before the first step."""
+        """Seconds of observing divided by seconds of training; None before the first step."""
         return self.spent / self.trained if self.trained > 0 else None
 
     def expect(self, seconds: float) -> None:
-        """What an observation is estimated to take before the first was made."""
+        """Add to the estimated seconds of an observation, which is used until the first one is made."""
         self._estimate += seconds
 
     def add_step(self, seconds: float) -> None:
-        """A step of training took so long."""
+        """Record the seconds of a training step."""
         self.trained += seconds
         self._steps += 1
 
     def add_cost(self, seconds: float, observed: bool) -> None:
-        """Observing took so long, or looking whether to."""
+        """Record the seconds of an observation, or of the decision not to observe."""
         self.spent += seconds
         self._observations += observed
 
     def missed(self) -> str | None:
-        """Why a run of some steps was observed once at most, in words; None where it was more often, or as asked.
+        """A message if `auto` observed a run of several steps at most once; None otherwise.
 
         >>> cadence = Cadence("auto", 0.03)
         >>> for _ in range(20): cadence.add_step(0.05)
@@ -74,7 +74,7 @@ class Cadence:
         return f"Only {self._observations} of {self._steps} steps were observed ({self._times()})"
 
     def idle(self) -> str | None:
-        """Said once, after some steps: that the first observation is far off; None where it is not, or at other steps.
+        """A message, once after the third step, if the first observation will be at step 20 or later; else None.
 
         >>> cadence = Cadence("auto", 0.03)
         >>> cadence.expect(0.3)
@@ -94,7 +94,7 @@ class Cadence:
 
     @property
     def _cost(self) -> float:
-        """Seconds of an observation: the mean of those so far, or the estimate."""
+        """Seconds of an observation: the mean so far, or the estimate."""
         return self.spent / self._observations if self._observations else self._estimate
 
     def _times(self) -> str:
@@ -102,7 +102,7 @@ class Cadence:
         return f"steps of {step:.2g} s, observations of {self._cost:.2g} s, a budget of {100 * self.budget:.3g} %"
 
     def due(self, step: int) -> bool:
-        """Whether the state after this step is to be observed.
+        """Whether the model is observed after this step.
 
         >>> cadence = Cadence("auto", 0.03)
         >>> cadence.expect(0.3); cadence.add_step(2.5)
@@ -124,7 +124,7 @@ class Cadence:
 
 
 def _round_up(number: float) -> int:
-    """The smallest of 1, 2, 5, 10, 20, 50, … that is no smaller.
+    """The smallest of 1, 2, 5, 10, 20, 50, … that is at least the number.
 
     >>> _round_up(0.1), _round_up(3.2), _round_up(60.0)
     (1, 5, 100)

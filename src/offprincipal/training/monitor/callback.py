@@ -1,4 +1,4 @@
-"""A monitor as the callback of a transformers or TRL trainer."""
+"""The monitor as a callback of a transformers or TRL trainer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,27 +13,28 @@ from offprincipal.training.monitor.table import DIVERGENCES
 from offprincipal.training.processes import in_main
 
 _PREFIX = "offprincipal/"
-_TOLD = (
+_LOGGED = (
     "kl_step",
     "kl_cumulative",
     "relative_update_norm",
     "unchanged_fraction",
     "spectral_shift",
-)  # all is in the file
-_IGNORED = -100  # the label of a token that is not learned
+)  # sent to the trainer's loggers; the table has all figures
+_IGNORED = -100  # label of tokens that do not count in the loss
 
 
 class MonitorCallback(TrainerCallback):
-    """Starts a monitor with the training, observes after every optimizer step, and ends the training if it says so.
+    """Starts a monitor when training begins, observes after optimizer steps, and stops training on its conditions.
 
-    A monitor that was started by hand and has seen no step keeps its base; else the model is the base at step 0, and
-    the base of a run that goes on is what the monitor's folder holds. Where no sequences were given, divergences are
-    measured on the first training batch, at the tokens that it is trained on: a rollout's completion, an example's
-    labels.
+    If `start` was called before training, that base is kept. Otherwise the base is the model at step 0, or, in a
+    resumed run, the one in the monitor's folder. If the monitor has no sequences, divergences are measured on the first
+    training batch, at the tokens that count in the loss: the completions of rollouts, or the labels of examples.
+
+    Args:
+        monitor: the monitor.
 
     Attributes:
-        trainer: whose loggers are told a few of the figures, and those that conditions are on; None: only the table is
-            written.
+        trainer: whose loggers get a few figures and those in conditions; None: only the table is written.
     """
 
     def __init__(self, monitor: Observer) -> None:
@@ -67,8 +68,8 @@ class MonitorCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         row = self._monitor.observe(state.global_step, model, last=state.global_step >= state.max_steps)
         if row:
-            told = dict.fromkeys((*_TOLD, *self._monitor.judged))
-            self._tell({_PREFIX + name: row[name] for name in told if row.get(name) is not None})
+            logged = dict.fromkeys((*_LOGGED, *self._monitor.judged))
+            self._log({_PREFIX + name: row[name] for name in logged if row.get(name) is not None})
         if row.get("stopped"):
             control.should_training_stop = True
 
@@ -78,7 +79,7 @@ class MonitorCallback(TrainerCallback):
             LOG.warning("%s", missed)
 
     def _take(self, module: Any, positional: Any, named: dict[str, Any]) -> None:
-        """The first forward pass that is learned from: sampling and scoring run without gradients."""
+        """Keep the token ids of the first forward pass with gradients: sampling and scoring run without them."""
         if "input_ids" not in named:
             named = _rollout(positional)
         ids, labels, kept = (named.get(name) for name in ("input_ids", "labels", "logits_to_keep"))
@@ -88,10 +89,10 @@ class MonitorCallback(TrainerCallback):
         if labels is not None and labels.shape == ids.shape:
             counted = labels != _IGNORED
         elif isinstance(kept, int) and 1 < kept <= ids.shape[1]:
-            counted[:, : 1 - kept] = False  # what is scored, and the token before it
-        found = unpadded(ids, counted, named.get("attention_mask"))
-        if any(any(row[1:]) for row in found[1]):
-            self._seen = found
+            counted[:, : 1 - kept] = False  # the logits kept are those of the completion and of the token before it
+        batch = unpadded(ids, counted, named.get("attention_mask"))
+        if any(any(row[1:]) for row in batch[1]):
+            self._seen = batch
 
     def _warn_of_no_divergences(self, why: str | OffPrincipalError) -> None:
         judged = set(DIVERGENCES) & set(self._monitor.judged)
@@ -102,8 +103,8 @@ class MonitorCallback(TrainerCallback):
             self._hook.remove()
             self._hook = None
 
-    def _tell(self, values: dict[str, float]) -> None:
-        """Into the trainer's own log, past what TRL's trainers add to it, without losing the log that is due."""
+    def _log(self, values: dict[str, float]) -> None:
+        """Log by `Trainer.log`, since TRL's overrides add and clear their own metrics; a log that is due stays due."""
         if self.trainer is None:
             return
         due = self.trainer.control.should_log
@@ -112,7 +113,7 @@ class MonitorCallback(TrainerCallback):
 
 
 def _rollout(arguments: Sequence[Any]) -> dict[str, Any]:
-    """As a forward pass names them, the prompts and completions that TRL's distillation hands to its loss instead."""
+    """The inputs of TRL's distillation loss, which has prompts and completions, named as those of a forward pass."""
     for given in arguments:
         if (
             isinstance(given, dict)

@@ -1,4 +1,4 @@
-"""How far a policy moved on fixed sequences: exact divergences over the vocabulary, from one forward pass.
+"""KL divergences between policies on fixed sequences, exact over the vocabulary, from one forward pass each.
 
 Knows language models and token ids; knows nothing of weights, steps or files.
 """
@@ -17,17 +17,17 @@ from offprincipal.models.divergence import kl_per_token
 from offprincipal.training.processes import in_process_group
 
 MOST_SEQUENCES, MOST_TOKENS = 16, 64
-_MOST_NUMBERS = 1 << 26  # float32 log-probabilities that are kept of one policy: 256 MiB
+_MOST_NUMBERS = 1 << 26  # most float32 log-probabilities of one policy in memory: 256 MiB
 
 
 @dataclass(frozen=True)
 class PaddedSequences:
-    """Token sequences of several lengths, padded on the right.
+    """Token sequences of different lengths, padded on the right.
 
     Args:
         ids: (s, length), int64.
-        lengths: (s,), int64, at least 2 each.
-        counted: (s, length), bool: tokens whose prediction counts; never padding, nor the first of a sequence.
+        lengths: (s,), int64, at least 2.
+        counted: (s, length), bool: tokens whose prediction counts; never padding or the first token of a sequence.
     """
 
     ids: Tensor
@@ -43,19 +43,19 @@ class PaddedSequences:
 def sequences_of(
     rows: Sequence[Sequence[int]], vocabulary: int | None = None, counted: Sequence[Sequence[bool]] | None = None
 ) -> PaddedSequences:
-    """The sequences that divergence is measured on.
+    """The sequences on which divergences are measured.
 
-    At most 16 rows, spread evenly over those given, and the last 64 tokens of each; fewer where 256 MiB of float32
-    log-probabilities would not hold them.
+    At most 16 rows are taken, spread evenly over those given, with the last 64 tokens of each; fewer if their float32
+    log-probabilities would need more than 256 MiB.
 
     Args:
-        rows: token ids; a row in which no token counts is left out.
-        vocabulary: entries of the model's vocabulary; None: not known, no bound on memory.
-        counted: as `rows`, which tokens count, those of completions say; None: all but the first of each row, which
-            nothing predicts.
+        rows: token ids; rows in which no token counts are left out.
+        vocabulary: size of the model's vocabulary; None: unknown, so memory is not bounded.
+        counted: of the shape of `rows`, the tokens that count, such as those of completions; None: all but the first of
+            each row, which is not predicted.
 
     Raises:
-        ArgumentError: no token of any row counts, or one is not in the vocabulary.
+        ArgumentError: no token counts, or a token is not in the vocabulary.
 
     >>> sequences_of([[5, 6, 7], [8, 9], [1]]).counted
     tensor([[False,  True,  True],
@@ -83,7 +83,15 @@ def sequences_of(
 
 
 def unpadded(ids: Tensor, values: Tensor, mask: Tensor | None) -> tuple[list[list[int]], list[list[bool]]]:
-    """The rows of a padded batch, and of values of its shape, without the padding.
+    """The rows of a padded batch without the padding.
+
+    Args:
+        ids: (s, length), int64.
+        values: (s, length), bool.
+        mask: (s, length), true at tokens; None: there is no padding.
+
+    Returns:
+        The rows of `ids`, and those of `values`.
 
     >>> unpadded(torch.tensor([[0, 5, 6]]), torch.tensor([[False, False, True]]), torch.tensor([[0, 1, 1]]))
     ([[5, 6]], [[False, True]])
@@ -94,7 +102,7 @@ def unpadded(ids: Tensor, values: Tensor, mask: Tensor | None) -> tuple[list[lis
 
 
 def vocabulary_of(model: Any) -> int | None:
-    """Entries of a transformers model's vocabulary; None of another kind of module."""
+    """Size of a transformers model's vocabulary; None for other modules."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     size = getattr(text, "vocab_size", None)
@@ -102,25 +110,26 @@ def vocabulary_of(model: Any) -> int | None:
 
 
 def log_probabilities(model: Any, sequences: PaddedSequences) -> Tensor:
-    """What a policy says of every token that counts, given those before it; its mode and all random states stay.
+    """The next-token log-probabilities of a policy at every counted token, given the tokens before it.
 
-    It is read in the precision of the weights, also in a training that computes in bfloat16 by autocast: rounding the
-    activations to bfloat16 would by itself make a divergence of some 1e-5, far above that of one step. Every process
-    of a sharded model calls it together.
+    They are computed in the precision of the weights even if training uses bfloat16 autocast: rounding of the
+    activations to bfloat16 causes a divergence of about 1e-5, far above that of one step. The mode of the model and all
+    random states are restored. All processes of a sharded model must call this.
 
     Args:
-        model: called with `input_ids` and `attention_mask`; gives logits, (s, length, vocabulary), or something that
-            has them as `.logits`.
+        model: called with `input_ids` and `attention_mask`; returns logits, (s, length, vocabulary), or an object with
+            them as `.logits`.
+        sequences: the tokens.
 
     Returns:
-        float32, (positions, vocabulary), on the model's device.
+        float32, (positions, vocabulary), on the model's device; one position for each counted token.
 
     Raises:
-        ModelError: the model gives no logits for that, or those of a decoder that reads something else.
+        ModelError: the model returns no logits for these inputs, or is an encoder–decoder.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ModelError(
-            f"{type(model).__name__} is an encoder and a decoder, so that no sequence alone tells what it says next"
+            f"{type(model).__name__} is an encoder and a decoder, so one sequence does not determine its predictions"
         )
     device = next(iter(model.parameters())).device
     inputs: dict[str, Any] = {"input_ids": sequences.ids.to(device), "attention_mask": sequences.mask.to(device)}
@@ -129,20 +138,22 @@ def log_probabilities(model: Any, sequences: PaddedSequences) -> Tensor:
     with undisturbed(model), in_precision_of_weights(model):
         try:
             output = model(**inputs)
-        except Exception as error:  # whatever a model raises where it wants other inputs
+        except Exception as error:  # any error that a model raises if it needs other inputs
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"{type(model).__name__} takes no input_ids and attention_mask alone: {reason}") from error
+            raise ModelError(
+                f"{type(model).__name__} cannot be called with only input_ids and attention_mask: {reason}"
+            ) from error
         logits = getattr(output, "logits", output)
         if not isinstance(logits, Tensor) or logits.ndim != 3:
             raise ModelError(
                 f"{type(model).__name__} gives no logits for input_ids and attention_mask: monitor it without sequences"
             )
-        found: Tensor = logits[:, :-1][sequences.counted[:, 1:].to(device)].float().log_softmax(-1)
-    return found
+        log_p: Tensor = logits[:, :-1][sequences.counted[:, 1:].to(device)].float().log_softmax(-1)
+    return log_p
 
 
 def mean_divergence(log_p: Tensor, log_q: Tensor) -> float | None:
-    """KL(p‖q) in nats, the mean over positions; None where it is not finite.
+    """KL(p‖q) in nats, mean over positions; None if it is not finite.
 
     Args:
         log_p, log_q: (positions, vocabulary).
@@ -157,7 +168,7 @@ def mean_divergence(log_p: Tensor, log_q: Tensor) -> float | None:
 
 @contextmanager
 def undisturbed(model: Any) -> Iterator[None]:
-    """Evaluation without gradients; afterwards every module's mode and every random state are as before."""
+    """A context of evaluation without gradients; afterwards module modes and random states are restored."""
     modes = [(module, module.training) for module in model.modules()]
     cuda: Any = torch.cuda
     devices = [cuda.current_device()] if cuda.is_available() and cuda.is_initialized() else []
@@ -173,10 +184,10 @@ def undisturbed(model: Any) -> Iterator[None]:
 
 @contextmanager
 def in_precision_of_weights(model: Any) -> Iterator[None]:
-    """Forward passes in the weights' own precision, whatever surrounds them, and past accelerate's own autocast.
+    """A context of forward passes in the precision of the weights: without autocast, including accelerate's.
 
-    accelerate replaces `forward` of a model that it prepares by one that enters autocast, and keeps the former beside
-    it. FlashAttention takes 16 bits alone, so that in its place float32 weights attend by torch's kernel.
+    accelerate replaces `forward` of a model by one that enters autocast, and keeps the original as
+    `_original_forward`. FlashAttention needs 16-bit inputs, so models with float32 weights use torch's attention here.
     """
     weight = next(iter(model.parameters()))
     wrapped = [(module, module.forward) for module in model.modules() if "_original_forward" in vars(module)]
@@ -194,12 +205,12 @@ def in_precision_of_weights(model: Any) -> Iterator[None]:
     finally:
         for module, forward in wrapped:
             module.forward = forward
-        for config, kernel in flash:  # the whole model's before those of its parts, which it sets too
+        for config, kernel in flash:  # the whole model first, because setting it also sets its parts
             config._attn_implementation = kernel
 
 
 def _reshard(model: Any) -> None:
-    """A forward pass without a backward leaves an FSDP2 root gathered, which its next step must not find."""
+    """Shard FSDP2 modules again: a forward pass without a backward pass leaves the root gathered."""
     if not in_process_group():
         return
     from torch.distributed.fsdp import FSDPModule

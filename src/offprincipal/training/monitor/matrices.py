@@ -1,7 +1,7 @@
-"""The matrices of a model that is being trained: which to watch, and what each holds now.
+"""The matrices of a model in training that a monitor watches, and their current values.
 
-A matrix is watched as it acts: an adapter's change is added to its frozen base, a sharded one is gathered, a fused one
-is split. Knows nothing of metrics.
+The effective matrix is watched: an adapter's update is added to its frozen base, a sharded matrix is gathered, and a
+fused one is split. Knows nothing of metrics.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,36 +18,39 @@ from offprincipal.errors import ArgumentError, TrainingError
 
 @dataclass(frozen=True)
 class WatchedMatrix(ModelMatrix):
-    """One matrix of a model that is being trained.
+    """One matrix of a model in training.
 
     Args:
-        adapter: the PEFT layer around the module; None where there is none.
+        adapter: the PEFT layer around the module; None if there is none.
     """
 
     adapter: Any = None
 
     def now(self) -> Tensor:
-        """(n, m), as it acts now, in the type that it is trained in; every process of a sharded model calls it."""
+        """The effective matrix, (n, m), in the trained dtype, or in float32 if there is an adapter.
+
+        All processes of a sharded model must call it.
+        """
         if self.adapter is None:
             return self.weight()
-        acting = whole(self.parameter).float()
+        effective = whole(self.parameter).float()
         for name in _active(self.adapter):
-            acting = acting + whole(self.adapter.get_delta_weight(name)).float()  # SHiRA's change is a sparse tensor
-        return self.part.cut(acting)
+            effective = effective + whole(self.adapter.get_delta_weight(name)).float()  # sparse tensor for SHiRA
+        return self.part.cut(effective)
 
 
 def watched_matrices(model: Any, patterns: Sequence[str] | None = None) -> list[WatchedMatrix]:
-    """The matrices to watch.
+    """Choose the matrices to watch.
 
     Args:
-        model: a torch module, sharded by FSDP2, wrapped, with adapters of LoRA or SHiRA, or plain.
+        model: a torch module; may be sharded by FSDP2, wrapped, or have LoRA or SHiRA adapters.
         patterns: shell-style patterns of names, such as `*.q_proj.weight`; None: one linear matrix of each role, spread
             over the layers from the first to the last.
 
     Raises:
-        ArgumentError: a pattern is that of no linear matrix.
-        TrainingError: the model's weights cannot be read one by one: flattened, partitioned or quantized; or an adapter
-            is of a kind whose change is not known.
+        ArgumentError: a pattern matches no linear matrix.
+        TrainingError: the weights are flattened, partitioned or quantized, so matrices cannot be read; or the update of
+            an adapter is not additive.
 
     >>> layer = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4), "up_proj": torch.nn.Linear(4, 8)})
     >>> model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer])})
@@ -60,7 +63,7 @@ def watched_matrices(model: Any, patterns: Sequence[str] | None = None) -> list[
     if not linear:
         raise TrainingError(
             f"{type(model).__name__} has no linear matrix that can be watched: its weights are flattened (FSDP1), "
-            "partitioned (DeepSpeed ZeRO-3), or named in no way that is known; shard it with FSDP2, or not at all"
+            "partitioned (DeepSpeed ZeRO-3), or their names are unknown; shard it with FSDP2, or not at all"
         )
     for pattern in patterns or ():
         if not any(fnmatchcase(matrix.name, pattern) for matrix in linear):
@@ -75,16 +78,16 @@ def watched_matrices(model: Any, patterns: Sequence[str] | None = None) -> list[
 
 
 def _matrices(model: Any) -> Iterator[WatchedMatrix]:
-    """Every matrix, each with the adapter around it."""
+    """All matrices, each with the adapter around it."""
     modules = dict(model.named_modules())
-    for found in matrices_of(model):
-        owner, wrapped, _ = found.parameter_name.rpartition(".base_layer.")
+    for matrix in matrices_of(model):
+        owner, wrapped, _ = matrix.parameter_name.rpartition(".base_layer.")
         adapter = modules[owner] if wrapped else None
-        yield WatchedMatrix(found.part, found.parameter_name, found.module, found.attribute, adapter)
+        yield WatchedMatrix(matrix.part, matrix.parameter_name, matrix.module, matrix.attribute, adapter)
 
 
 def _spread(linear: Sequence[WatchedMatrix]) -> list[WatchedMatrix]:
-    """One matrix of each role, their layers evenly spaced from the first to the last; the first expert of several."""
+    """One matrix of each role, in layers evenly spaced from the first to the last; of experts the first."""
     layers = sorted({matrix.part.place.layer or 0 for matrix in linear})
     roles = [role for role in LINEAR_ROLES if any(matrix.part.place.role == role for matrix in linear)]
     chosen = []
@@ -96,6 +99,7 @@ def _spread(linear: Sequence[WatchedMatrix]) -> list[WatchedMatrix]:
 
 
 def _require_readable(matrix: WatchedMatrix) -> None:
+    """Raise TrainingError if the matrix is quantized, or its adapter's update is not added to the base."""
     weight, adapter = matrix.parameter, matrix.adapter
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise TrainingError(
@@ -113,12 +117,12 @@ def _require_readable(matrix: WatchedMatrix) -> None:
 
 
 def _added_by(adapter: Any) -> Any:
-    """What one layer trains for each of its adapters, where their changes are added to the base: LoRA's or SHiRA's."""
+    """The parameters of a layer by adapter name, if it is a LoRA or SHiRA layer; otherwise None."""
     return getattr(adapter, "lora_A", getattr(adapter, "shira_weight", None))
 
 
 def _active(adapter: Any) -> list[str]:
-    """The adapters of one layer that are switched on and present there."""
+    """Names of the active adapters of a layer."""
     if getattr(adapter, "disable_adapters", False):
         return []
     return [name for name in adapter.active_adapters if name in _added_by(adapter)]

@@ -1,4 +1,4 @@
-"""Watch a model's weights and policy while it is trained, in any loop or by a Trainer's callback."""
+"""`Monitor`: measures a model's weights and policy during training, in any loop or as a Trainer's callback."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,23 +10,30 @@ if TYPE_CHECKING:
 
 
 class Monitor(Observer):
-    """Measures a model while it is trained, each figure beside its null, and may end the training.
+    """Measures a model during training, each figure with its null, and can stop the training.
 
     Args:
-        out: folder for `monitor.parquet` and, for continuing, `monitor.base.safetensors`; made if absent.
+        out: folder for `monitor.parquet` and, to resume, `monitor.base.safetensors` and `monitor.walk.safetensors`;
+            created if absent.
         matrices: shell-style patterns of names; None: one linear matrix of each role, spread over the layers.
-        every: steps between observations; `auto`: as often as the budget allows (`Cadence` says how).
-        budget: share of the training's own time that `auto` may take.
-        rank_fraction: rank of the principal subspaces over min(rows, columns).
-        sequences: token ids that divergences are measured on, at most 16 of them and the last 64 tokens of each; None:
-            the completions in the first training batch under a Trainer, no divergences in other loops.
-        stop_if: conditions, such as `spectral_shift_per_norm > .5` (of any matrix, or of all) or `pooled kl_step > .1`;
-            when one holds, or a watched weight is no longer finite, the training is to end.
-        warn_if: conditions that are only reported.
+        every: steps between observations; `auto`: as often as the budget allows, see `Cadence`.
+        budget: largest time of observing with `auto`, as a share of the training's own time.
+        rank_fraction: rank of the principal subspaces divided by min(rows, columns).
+        sequences: token ids on which divergences are measured, at most 16 sequences and the last 64 tokens of each.
+            None: the completions in the first training batch under a Trainer; no divergences in other loops.
+        stop_if: conditions, such as `spectral_shift_per_norm > .5`, which holds if any matrix or the pooled value
+            fulfils it, or `pooled kl_step > .1`. Training should stop if one holds, or if there is a condition and a
+            watched weight is not finite.
+        warn_if: conditions that only log a warning.
+
+    Attributes:
+        out: the folder.
+        step: the last step that was passed to `start` or `observe`; None before `start`.
+        stopped: the condition of `stop_if` that held at the last observation, with the value; None if none did.
 
     Raises:
-        ArgumentError: a condition, the cadence or the budget is not usable.
-        FileError: the folder cannot be made.
+        ArgumentError: a condition, `every`, `budget`, `rank_fraction` or `sequences` is not usable.
+        FileError: the folder cannot be created.
 
     >>> import tempfile
     >>> layer = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8, bias=False)})
@@ -42,7 +49,10 @@ class Monitor(Observer):
     _callback: "MonitorCallback | None" = None
 
     def callback(self) -> "MonitorCallback":
-        """A transformers TrainerCallback that starts, observes and stops; it writes the table, but tells no logger."""
+        """A transformers TrainerCallback that observes, writes the table and stops training; it logs to no logger.
+
+        Every call returns the same callback.
+        """
         from offprincipal.training.monitor.callback import MonitorCallback  # imports transformers
 
         if self._callback is None:
@@ -50,15 +60,18 @@ class Monitor(Observer):
         return self._callback
 
     def attach(self, trainer: Any) -> "Monitor":
-        """Watch a transformers or TRL trainer, and tell its loggers (`report_to`), as `offprincipal/spectral_shift`.
+        """Watch a transformers or TRL trainer; its loggers (`report_to`) get figures as `offprincipal/spectral_shift`.
 
-        Once more for the same trainer, it does nothing.
+        A second call with the same trainer does nothing.
+
+        Args:
+            trainer: before `train()` is called.
 
         Returns:
             The monitor itself.
 
         Raises:
-            ArgumentError: it is not a trainer that takes callbacks, or the monitor watches another one already.
+            ArgumentError: the object is not a trainer that takes callbacks, or the monitor watches another trainer.
         """
         if not hasattr(trainer, "callback_handler"):
             raise ArgumentError(

@@ -1,6 +1,6 @@
-"""What one matrix shows against its base while it is trained: figures of a comparison, those that a look can afford.
+"""Figures of one matrix against its base during training: those metrics of a comparison that are fast enough.
 
-The base is decomposed once; each later look starts from that. Knows nothing of models, steps or files.
+The base is decomposed once; every observation starts from that. Knows nothing of models, steps or files.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from offprincipal.measures import pair
 from offprincipal.measures.columns import METRICS, Column
 from offprincipal.measures.settings import MatrixSettings
 
-_IN_FLOAT64_UP_TO = 1024  # min(n, m) up to which a matrix is worked on in float64, which tells the smallest first step
+_IN_FLOAT64_UP_TO = 1024  # min(n, m) up to which float64 is used, which resolves even the smallest first steps
 _REHEARSED_STEP = 1e-3
 _MASTERS = (torch.float32, torch.float64)
 
@@ -42,11 +42,11 @@ _METRICS = tuple(metric for metric in METRICS if any(column.name in _WATCHED for
 
 
 class MonitoredBase:
-    """One matrix before training, decomposed.
+    """One matrix before training, with its decomposition.
 
     Args:
-        name: of the matrix; it fixes the Gaussian update of the nulls.
-        weight: (n, m), in the type that it is trained in; not to be changed where it is on the CPU.
+        name: of the matrix; it seeds the Gaussian update of the nulls.
+        weight: (n, m), in the trained dtype; if it is on the CPU, it is not copied and must not be changed later.
         rank_fraction: rank of the principal subspace over min(n, m).
 
     Raises:
@@ -56,7 +56,7 @@ class MonitoredBase:
     def __init__(self, name: str, weight: Tensor, rank_fraction: float) -> None:
         settings = MatrixSettings(
             rank_fraction=rank_fraction,
-            exact_up_to=0,  # by warm starts, whatever the size
+            exact_up_to=0,  # warm starts at every size
             float64_up_to=_IN_FLOAT64_UP_TO,
             stored_null=False,
             device="cuda" if weight.is_cuda else "cpu",
@@ -65,28 +65,31 @@ class MonitoredBase:
         bits.require_storable(array)
         self._dtype = weight.dtype
         self._base = pair.BaseMatrix(name, array, settings)
-        self._base.spectral.svd  # noqa: B018  # before the first step, not in it
+        self._base.spectral.svd  # noqa: B018  # decompose now, not during the first step
 
     def figures(self, weight: Tensor) -> Row:
-        """Every figure of the matrix as it is now; None where one is undefined, none at all where it is not finite.
+        """The figures of the current matrix.
 
         Args:
-            weight: (n, m), in the type of the base.
+            weight: (n, m), in the dtype of the base.
+
+        Returns:
+            Column -> value, None if undefined; empty if the matrix holds NaN or infinity.
         """
         now = as_array(weight.detach().cpu())
-        found = pair.MatrixPair(self._base, now, now if weight.dtype in _MASTERS else None)
+        matrices = pair.MatrixPair(self._base, now, now if weight.dtype in _MASTERS else None)
         try:
-            found.scan  # noqa: B018  # finds what is not finite before anything else is done
+            matrices.scan  # noqa: B018  # raises if the matrix is not finite
         except NonFiniteTensor:
             return {}
-        row: Row = {"k": found.spectral.k, "solver": found.spectral.svd.solver}
+        row: Row = {"k": matrices.spectral.k, "solver": matrices.spectral.svd.solver}
         for metric in _METRICS:
-            values = zip(metric.columns, metric.measure(found), strict=True)
+            values = zip(metric.columns, metric.measure(matrices), strict=True)
             row |= {column.name: value for column, value in values if column.name in _WATCHED}
         return row
 
     def rehearse(self) -> None:
-        """Measure a small random update, so that what is compiled or loaded on first use is, and its time is known."""
+        """Measure a small random update, to compile and load everything before training and to estimate the time."""
         values = self._base.spectral.values
         generator = self._base.spectral.generator("rehearsal")
         norm = _REHEARSED_STEP * torch.linalg.vector_norm(values).item()

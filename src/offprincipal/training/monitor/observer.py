@@ -1,6 +1,6 @@
-"""Watch a model's weights and policy while it is trained: what it is measured against, when, and what follows.
+"""The monitor without trainers: it keeps the base, decides when to observe, measures, and evaluates conditions.
 
-Knows modules and steps; knows nothing of any trainer (`monitor.monitor` does), nor how a figure is computed.
+Knows modules and steps; knows nothing of trainers, which `monitor.monitor` adds, or of how figures are computed.
 """
 
 import logging
@@ -37,10 +37,12 @@ LOG = logging.getLogger("offprincipal.monitor")
 
 
 class Observer:
-    """What a `Monitor` is of any loop; its arguments are told there.
+    """The part of `Monitor` that works in any training loop; its arguments are described there.
 
     Attributes:
-        attached: whether a Trainer's callback drives it, which gives sequences, and says at the end what was missed.
+        out, step, stopped: as in `Monitor`.
+        attached: whether a Trainer's callback calls it; the callback gives sequences and reports at the end if too few
+            steps were observed.
     """
 
     def __init__(
@@ -92,23 +94,30 @@ class Observer:
 
     @property
     def wants_sequences(self) -> bool:
-        """Whether no sequences were given or remembered, so that divergences are not measured yet."""
+        """Whether there are no sequences yet, so that divergences are not measured."""
         return self._sequences is None
 
     def start(self, model: Any, step: int = 0) -> None:
-        """Take the model as the base, or go on with the base of a run that was killed.
+        """Take the model as the base, or continue with the base of a run that was interrupted.
 
         Args:
-            model: the module that is trained, prepared for it (sharded, wrapped), or an opened language model.
-            step: optimizer steps done. At 0 the model is the base, and the table that a former run left in the folder
-                is put aside, as `monitor-1.parquet`; later, the base is what that run left, and its rows beyond the
-                step are dropped.
+            model: the module that is trained, after it was sharded or wrapped for training; or an opened language
+                model.
+            step: optimizer steps done. At 0 the model is the base, and a table of another run in the folder is renamed
+                to `monitor-1.parquet` and so on. At later steps the base and the table are read from the folder, and
+                rows after this step are dropped.
 
         Raises:
-            ArgumentError, TrainingError: no such matrices, or they cannot be watched; or a condition is on divergences,
-                and there are no sequences to measure them on, nor a Trainer whose first batch would be taken.
+            ArgumentError, TrainingError: no matrix matches, or matrices cannot be watched; or a condition needs
+                divergences, and there are neither sequences nor a Trainer whose first batch would be used.
             NonFiniteTensor: a matrix holds NaN or infinity.
-            FileError: the base of a run that goes on is not in the folder.
+            FileError: the base of the interrupted run cannot be read from the folder.
+
+        >>> import tempfile
+        >>> monitor = Observer(tempfile.mkdtemp())
+        >>> monitor.start(torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8)}))
+        >>> monitor.step
+        0
         """
         began = time.perf_counter()
         model = module_of(model)
@@ -127,25 +136,37 @@ class Observer:
         self.begin_step()
 
     def begin_step(self) -> None:
-        """The next step begins now; what passed since the last observation is not counted as the step's time."""
+        """Mark the begin of a step, so that the time since the last observation does not count as time of the step."""
         self._since = time.perf_counter()
 
     @torch.no_grad()
     def observe(self, step: int, model: Any, *, last: bool = False) -> dict[str, Any]:
-        """Measure the model after an optimizer step, if this one is due or the last; call it after every step.
+        """Measure the model if this step is due or is the last; call it after every optimizer step.
 
-        Every process of a sharded model calls it. Leaves weights, modes, gradients and random states as they are.
+        All processes of a sharded model must call it. Weights, modes, gradients and random states are not changed.
 
         Args:
-            step: optimizer steps done, counting from 1.
-            last: whether no other follows; it is measured whatever the budget says, but its `kl_step` only if due.
+            step: optimizer steps done, from 1.
+            model: as in `start`.
+            last: whether this is the last step; it is observed regardless of the budget, but with `kl_step` only if it
+                was due.
 
         Returns:
-            The pooled row of `monitor.parquet`; empty where the step is not due. Its `stopped` says why training is to
-            end, and is None where it is not.
+            The pooled row of `monitor.parquet`; empty if the step is not observed. Its `stopped` is the reason to stop
+            training, or None.
 
         Raises:
-            ArgumentError: `start` was not called, or the step was observed already.
+            ArgumentError: `start` was not called, or the step is not after the last one.
+            FileError: the table cannot be written.
+
+        >>> import tempfile
+        >>> layer = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8)})
+        >>> monitor = Observer(tempfile.mkdtemp(), every=1, stop_if=["relative_update_norm > 0.1"])
+        >>> monitor.start(layer)
+        >>> with torch.no_grad():
+        ...     _ = layer["q_proj"].weight.mul_(1.5)
+        >>> monitor.observe(1, layer)["stopped"]
+        'relative_update_norm > 0.1: 0.5 in q_proj.weight, at step 1'
         """
         if self.step is None:
             raise ArgumentError("this monitor has no base yet: call start(model) before the first step")
@@ -161,12 +182,12 @@ class Observer:
             self._prepare(model, after)
         self._cadence.add_cost(time.perf_counter() - began, observed=due)
         if not self.attached and is_main() and (idle := self._cadence.idle()):
-            LOG.warning("%s", idle)  # a Trainer's callback says at the end what was missed; a loop's end is not known
+            LOG.warning("%s", idle)  # a callback reports at the end of training, which is not known in other loops
         self.begin_step()
         return row
 
     def missed(self) -> str | None:
-        """What the budget left out, where it left so much that the run was hardly watched; None where it did not.
+        """A message if the budget allowed at most one observation in a run of several steps; None otherwise.
 
         >>> import tempfile
         >>> Observer(tempfile.mkdtemp(), every=2).missed()
@@ -180,15 +201,17 @@ class Observer:
     def measure_on(
         self, rows: Sequence[Sequence[int]], model: Any, counted: Sequence[Sequence[bool]] | None = None
     ) -> None:
-        """Measure divergences on these sequences from now on; the model still is the base.
+        """Measure divergences on these sequences from now on; call it while the model is still the base.
 
         Args:
-            rows: token ids; with several processes, those of the first are taken.
-            counted: which of them count; None: all but the first of each row.
+            rows: token ids; with several processes, those of the first process are used.
+            model: as in `start`.
+            counted: of the shape of `rows`, the tokens that count; None: all but the first of each row.
 
         Raises:
-            ArgumentError: no token counts.
-            ModelError: the model gives no logits.
+            ArgumentError: no token counts, or a token is not in the model's vocabulary.
+            ModelError: the model returns no logits.
+            FileError: the base's log-probabilities cannot be written.
         """
         began = time.perf_counter()
         model = module_of(model)
@@ -206,33 +229,33 @@ class Observer:
 
     @property
     def judged(self) -> list[str]:
-        """The metrics that conditions are on."""
+        """The metrics in `stop_if` and `warn_if`."""
         return [watch.threshold.metric for watch in (*self._stop_if, *self._warn_if)]
 
     def _require_divergences(self, known: bool) -> None:
-        """Refuse conditions on divergences that nothing will measure, where no Trainer's first batch is waited for."""
+        """Refuse conditions on divergences if there are no sequences and no Trainer whose first batch gives them."""
         asked = [metric for metric in self.judged if metric in DIVERGENCES]
         if asked and not known and not self.attached:
             raise ArgumentError(
-                f"{asked[0]} is not measured without sequences, so that its condition would never hold: give "
-                "sequences=[…], lists of token ids, to the monitor, or attach it to a Trainer first, whose first batch "
-                "it takes"
+                f"{asked[0]} is not measured without sequences, so its condition would never hold: give "
+                "sequences=[…], lists of token ids, to the monitor, or attach it to a Trainer before, to use its first "
+                "batch"
             )
 
     def _remember(self, model: Any) -> None:
-        """Keep the base's matrices, in the first process, and what it says of the sequences that were given."""
+        """Keep the matrices of the base, in the first process, and its log-probabilities on given sequences."""
         readable = []
         for matrix in self._matrices:
             try:
                 weight = matrix.now()
-            except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # of an adapter that nothing knows
-                LOG.warning("%s is not watched: what it is now cannot be read (%s)", matrix.name, error)
+            except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # from an unknown kind of adapter
+                LOG.warning("%s is not watched: its current value cannot be read (%s)", matrix.name, error)
                 continue
             readable.append(matrix)
             if is_main():
                 self._base.weights[matrix.name] = weight.clone()
         if not readable:
-            raise TrainingError("none of the matrices to watch can be read as it is now: choose others")
+            raise TrainingError("none of the matrices to watch can be read: choose others")
         self._matrices = readable
         in_main(lambda: self._open_table(0))
         if self._given is not None:
@@ -263,7 +286,7 @@ class Observer:
         self._cadence.expect(time.perf_counter() - began)
 
     def _prepare(self, model: Any, log_p: Tensor | None) -> None:
-        """Settle whether the next step is due; if so, keep what the policy says before it."""
+        """Decide whether the next step is due; if so, keep the policy's log-probabilities before it."""
         step = self.step or 0
         due = self._cadence.due(step + 1)
         self._due = in_main(lambda: due) if self._cadence.every == "auto" else due
@@ -272,7 +295,7 @@ class Observer:
             self._before = log_probabilities(model, self._sequences) if log_p is None else log_p
 
     def _look(self, step: int, model: Any, began: float) -> tuple[dict[str, Any], Tensor | None]:
-        """Measure, record and judge; the row that every process sees, and what the policy says now."""
+        """Measure and record; the pooled row, the same in every process, and the policy's log-probabilities."""
         after = None if self._sequences is None else log_probabilities(model, self._sequences)
         rows: list[dict[str, Any]] = []
         sketch = np.zeros(BUCKETS)
@@ -296,11 +319,11 @@ class Observer:
         }
 
     def _way(self, step: int, rows: list[dict[str, Any]], sketch: Any) -> dict[str, Any]:
-        """Whether the run goes straight ahead, or as a random walk would; nothing of weights that are not finite."""
+        """Straightness and rank-1 share with their random-walk nulls; empty if a weight is not finite."""
         return dict(self._walk.add(step, sketch)) if all("update_norm" in row for row in rows) else {}
 
     def _record(self, step: int, rows: list[dict[str, Any]], divergences: Row, began: float) -> dict[str, Any]:
-        """Pool, judge and write the rows of one step."""
+        """Pool the rows of one step, evaluate the conditions, and write the rows."""
         seconds = self._cadence.spent + time.perf_counter() - began
         whole: dict[str, Any] = {"step": step, **pooled(rows), **divergences, "monitor_seconds": seconds}
         whole["monitor_share"] = seconds / self._cadence.trained if self._cadence.trained > 0 else None

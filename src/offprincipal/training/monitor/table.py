@@ -1,7 +1,7 @@
-"""The file of a monitor: one row a step and matrix, and a pooled row a step, with each column's meaning and unit.
+"""The table of a monitor: one row per step and matrix, and a pooled row per step; columns have a meaning and a unit.
 
-The whole table is written anew under a temporary name and renamed, so that a kill leaves the rows before it. Knows
-nothing of models or how figures come about.
+The whole table is rewritten under a temporary name and then renamed, so that a kill does not lose earlier rows. Knows
+nothing of models or of how figures are computed.
 """
 
 import itertools
@@ -26,12 +26,15 @@ LOG = logging.getLogger("offprincipal")
 Row = Mapping[str, Any]
 
 _OF_THE_RUN = {
-    "kl_step": ("KL of the policy after this step from that before it, mean over tokens", "nats"),
-    "kl_cumulative": ("KL of the policy from the base, mean over tokens", "nats"),
+    "kl_step": ("KL divergence of the policy after this step from the one before it, mean over tokens", "nats"),
+    "kl_cumulative": ("KL divergence of the policy from the base, mean over tokens", "nats"),
     **WALK,
-    "monitor_seconds": ("time spent observing so far, in this sitting", "seconds"),
-    "monitor_share": ("the same over the training's own time", "1"),
-    "setup_seconds": ("time spent decomposing bases before the first step, in this sitting; in no share", "seconds"),
+    "monitor_seconds": ("time spent observing, since training was started or resumed", "seconds"),
+    "monitor_share": ("the same, divided by the training's own time", "1"),
+    "setup_seconds": (
+        "time spent on the base before the first step, at the last start or resume; in no share",
+        "seconds",
+    ),
 }
 DIVERGENCES = ("kl_step", "kl_cumulative")
 _FIRST = ("step", *DIVERGENCES, "relative_update_norm", "unchanged_fraction", "spectral_shift", "straightness")
@@ -44,7 +47,7 @@ _INTEGERS = {
     "cols": "columns of the matrix",
     "numel": "entries; of all watched matrices in a pooled row",
     "k": "rank of the principal subspace",
-    "kl_tokens": "tokens that divergence is a mean over",
+    "kl_tokens": "number of tokens in the mean of the divergences",
 }
 _TEXTS = {
     "tensor": "the matrix; null in the pooled row",
@@ -71,11 +74,12 @@ class MonitorTable:
     """The rows so far, in memory and in the file.
 
     Args:
-        folder: that holds the file; after_step: rows beyond it are dropped, since training goes on from there; at 0 a
-            file with rows is put aside, as `monitor-1.parquet`, and so on.
+        folder: of the file.
+        after_step: step from which training continues; later rows are dropped. At 0 an existing file is renamed to
+            `monitor-1.parquet`, or the next free number.
 
     Raises:
-        FileError: the file is no table of a monitor.
+        FileError: the file is not a table of a monitor.
     """
 
     def __init__(self, folder: Path, after_step: int) -> None:
@@ -84,20 +88,20 @@ class MonitorTable:
         if after_step == 0:
             self._put_aside()
         elif self.path.exists():
-            found = _read(self.path)
-            self._table = found.filter(pa.compute.less_equal(found["step"], after_step))
+            rows = _read(self.path)
+            self._table = rows.filter(pa.compute.less_equal(rows["step"], after_step))
 
     def _put_aside(self) -> None:
-        """What another run left here is kept, under a number."""
+        """Rename the table of another run in this folder, so that it is kept."""
         if not self.path.exists():
             return
         numbered = (self.path.with_stem(f"{self.path.stem}-{number}") for number in itertools.count(1))
         aside = next(path for path in numbered if not path.exists())
         self.path.rename(aside)
-        LOG.warning("%s held what another run's monitor saw: it is %s now", self.path.parent, aside.name)
+        LOG.warning("%s held the monitor table of another run: it is %s now", self.path.parent, aside.name)
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Keep rows; they outlive this process.
+        """Add rows and write the file.
 
         Raises:
             FileError: the file cannot be written.
@@ -108,10 +112,10 @@ class MonitorTable:
 
 
 class MonitorRows(Tabular, list[dict[str, Any]]):
-    """The rows that a monitor wrote, in the order of steps; a step's pooled row, with tensor None, is its last."""
+    """The rows that a monitor wrote, in the order of steps; the last row of each step is the pooled one."""
 
     def to_arrow(self, table: str = "") -> pa.Table:
-        """The rows as they lie in `monitor.parquet`."""
+        """The rows as in `monitor.parquet`."""
         return pa.Table.from_pylist(list(self), schema=SCHEMA)
 
     def _shown(self) -> Any:
@@ -120,35 +124,51 @@ class MonitorRows(Tabular, list[dict[str, Any]]):
 
 
 def read_monitor(folder: str | Path) -> MonitorRows:
-    """The rows that a monitor wrote.
+    """The rows that a monitor wrote, in the order of steps; the last row of each step is the pooled one.
 
     Args:
-        folder: the monitor's, or that of a training run that was monitored.
+        folder: the `out` of the monitor, or that of a training run that was monitored.
+
+    Returns:
+        One dictionary per step and matrix, column -> value; `tensor` is None in pooled rows. The schema of
+        `monitor.parquet` holds the meaning and unit of each column.
 
     Raises:
-        FileError: the folder holds none.
+        FileError: the folder has no table of a monitor.
+
+    >>> import tempfile
+    >>> from offprincipal.training.monitor import Monitor
+    >>> layer = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8)})
+    >>> monitor = Monitor(tempfile.mkdtemp(), every=1)
+    >>> monitor.start(layer)
+    >>> _ = monitor.observe(1, layer)
+    >>> [(row["step"], row["tensor"], row["update_norm"]) for row in read_monitor(monitor.out)]
+    [(1, 'q_proj.weight', 0.0), (1, None, 0.0)]
     """
     return MonitorRows(_read(Path(folder) / MONITOR).to_pylist())
 
 
 def pooled(rows: Sequence[Row]) -> dict[str, Any]:
-    """One row over all matrices, each metric pooled as `compare` pools it.
+    """One row over all matrices, with each metric pooled as in `compare`.
+
+    Args:
+        rows: one per matrix.
 
     >>> two = [{"numel": 1, "update_norm": 3.0, "base_norm": 1.0}, {"numel": 3, "update_norm": 4.0, "base_norm": 0.0}]
-    >>> found = pooled(two)
-    >>> found["numel"], found["update_norm"], found["spectral_shift"]
+    >>> row = pooled(two)
+    >>> row["numel"], row["update_norm"], row["spectral_shift"]
     (4, 5.0, None)
     """
     whole = [{column.name: row.get(column.name) for column in COLUMNS} | {"linear": True, **row} for row in rows]
-    found = {name: value.value for name, value in pool_run(whole).items()}
-    return {"numel": sum(row["numel"] for row in rows)} | found
+    values = {name: value.value for name, value in pool_run(whole).items()}
+    return {"numel": sum(row["numel"] for row in rows)} | values
 
 
 def _read(path: Path) -> Any:
     try:
-        found = pq.read_table(ordinary(path))
-        if not {"step", "tensor"} <= set(found.column_names):
-            raise ValueError(f"it has the columns {', '.join(found.column_names)[:200]}")
-        return pa.Table.from_pylist(found.to_pylist(), schema=SCHEMA)  # another version's has other columns
+        table = pq.read_table(ordinary(path))
+        if not {"step", "tensor"} <= set(table.column_names):
+            raise ValueError(f"it has the columns {', '.join(table.column_names)[:200]}")
+        return pa.Table.from_pylist(table.to_pylist(), schema=SCHEMA)  # other versions have other columns
     except (OSError, pa.ArrowException, ValueError) as error:
         raise FileError(f"cannot read {path}: {error}. Give a folder that a monitor wrote, or an empty one") from error

@@ -1,4 +1,4 @@
-"""Conditions on what a monitor measures: on any matrix, or on the pooled value alone."""
+"""Conditions on the figures of a monitor, for any matrix or only for the pooled value."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,25 +12,30 @@ _POOLED = "pooled "
 
 @dataclass(frozen=True)
 class Watch:
-    """A condition that is looked at whenever a model is observed.
+    """A condition that is evaluated at every observation.
 
     Args:
         threshold: metric, operator and number.
-        pooled: whether only the value over all matrices counts; else that of any matrix counts too.
+        pooled: true: only the pooled value over all matrices counts; false: also the value of each matrix.
     """
 
     threshold: Threshold
     pooled: bool
 
     def held(self, rows: Sequence[Mapping[str, Any]], pooled: Mapping[str, Any]) -> str | None:
-        """What fulfils the condition, the furthest value first; None where nothing does."""
+        """A message with the most extreme value that fulfils the condition; None if no value does.
+
+        Args:
+            rows: one per matrix.
+            pooled: the pooled row.
+        """
         metric = self.threshold.metric
-        looked_at = [pooled] if self.pooled else [*rows, pooled]
-        found = [row for row in looked_at if self.threshold.held_by_value(row.get(metric))]
-        if not found:
+        candidates = [pooled] if self.pooled else [*rows, pooled]
+        holding = [row for row in candidates if self.threshold.held_by_value(row.get(metric))]
+        if not holding:
             return None
-        furthest = max(found, key=lambda row: row[metric] if ">" in self.threshold.operator else -row[metric])
-        tensors = [row for row in found if row.get("tensor")]
+        furthest = max(holding, key=lambda row: row[metric] if ">" in self.threshold.operator else -row[metric])
+        tensors = [row for row in holding if row.get("tensor")]
         at = f"at step {pooled['step']}"
         if not furthest.get("tensor"):
             return f"{self.threshold}: pooled value {furthest[metric]:.6g}, {at}"
@@ -39,10 +44,13 @@ class Watch:
 
 
 def parse_watch(text: str) -> Watch:
-    """The condition that a text states, such as `spectral_shift_per_norm > .5` or `pooled kl_cumulative > 1`.
+    """Parse a condition.
+
+    Args:
+        text: such as `spectral_shift_per_norm > .5` or `pooled kl_cumulative > 1`.
 
     Raises:
-        ArgumentError: it is no condition, or names nothing that a monitor measures.
+        ArgumentError: it is not a condition, or a monitor does not measure the metric.
 
     >>> watch = parse_watch("kl_cumulative > 1")
     >>> watch.held([], {"step": 7, "kl_cumulative": 1.5})

@@ -1,8 +1,8 @@
-"""Whether a run that goes on moves straight ahead or as a random walk would, without its checkpoints being kept.
+"""Whether a run moves straight or like a random walk, estimated during training without keeping checkpoints.
 
-Each observation leaves a count sketch of the displacement of all watched matrices: entries are dealt out to buckets
-with random signs, always the same ones, and summed. Inner products of sketches are those of displacements on the
-average, off by √(2/b) of the product of their norms in b buckets. Knows nothing of models.
+Each observation stores a count sketch of the displacement of all watched matrices: every entry is added, with a fixed
+random sign, to a fixed random one of b buckets. Inner products of sketches are unbiased estimates of those of the
+displacements, with a standard error of about √(2/b) of the product of the norms. Knows nothing of models.
 """
 
 import zlib
@@ -21,27 +21,28 @@ from offprincipal.geometry import walks
 
 NAME = "monitor.walk.safetensors"
 BUCKETS = 8192
-LEAST = 3  # observations: of fewer every run looks straight
+LEAST = 3  # observations; with fewer, every run looks straight
 _BLOCK = 1 << 20
 _FIGURES = ("straightness", "rank1_share")
 COLUMNS = {
-    "straightness": ("distance from the base over the length of the path, of all watched matrices", "1"),
-    "straightness_random_walk_null": ("the same of a random walk of the same steps", "1"),
-    "rank1_share": ("share of the displacements along their first direction", "1"),
-    "rank1_share_random_walk_null": ("the same of a random walk of the same steps", "1"),
+    "straightness": ("distance from the base divided by the path length, over all watched matrices", "1"),
+    "straightness_random_walk_null": ("the same for a random walk with the same step lengths", "1"),
+    "rank1_share": ("share of the displacements along their first principal direction", "1"),
+    "rank1_share_random_walk_null": ("the same for a random walk with the same step lengths", "1"),
 }
 
 Floats = NDArray[Any]
 
 
 def sketch_of(name: str, displacement: Floats) -> NDArray[np.float64]:
-    """The count sketch of a matrix's displacement; that of several is the sum of theirs.
+    """The count sketch of a matrix's displacement; the sketch of several matrices is the sum of theirs.
 
     Args:
-        name: fixes how entries are dealt out; displacement: of any shape.
+        name: of the matrix; it seeds buckets and signs.
+        displacement: any shape.
 
     Returns:
-        (8192,).
+        float64, (8192,), in the units of the displacement.
 
     Source: Charikar, Chen and Farach-Colton 2002.
 
@@ -49,25 +50,25 @@ def sketch_of(name: str, displacement: Floats) -> NDArray[np.float64]:
     >>> round(float(np.linalg.norm(sketch_of("w", moved)) / np.linalg.norm(moved)), 1)
     1.0
     """
-    found = np.zeros(BUCKETS)
-    dealt = np.random.default_rng(zlib.crc32(name.encode("utf-8", "surrogatepass")))
+    sketch = np.zeros(BUCKETS)
+    generator = np.random.default_rng(zlib.crc32(name.encode("utf-8", "surrogatepass")))
     flat = displacement.reshape(-1)
     for first in range(0, len(flat), _BLOCK):
         part = flat[first : first + _BLOCK]
-        places = dealt.integers(0, 2 * BUCKETS, len(part), np.uint16)
-        found += np.bincount(places >> 1, np.where(places & 1, -part, part), BUCKETS)
-    return found
+        places = generator.integers(0, 2 * BUCKETS, len(part), np.uint16)
+        sketch += np.bincount(places >> 1, np.where(places & 1, -part, part), BUCKETS)
+    return sketch
 
 
 class SketchedWalk:
     """The sketches so far, in memory and in a file.
 
     Args:
-        folder: that holds the file; after_step: observations beyond it are dropped, since training goes on from there;
-            at 0 the file goes.
+        folder: of the file.
+        after_step: step from which training continues; later observations are dropped. At 0 the file is deleted.
 
     Raises:
-        FileError: the file is no sketch of a monitor.
+        FileError: the file does not hold sketches of a monitor.
     """
 
     def __init__(self, folder: Path, after_step: int) -> None:
@@ -82,13 +83,18 @@ class SketchedWalk:
             kept = steps <= after_step
             self._steps, self._sketches = steps[kept].tolist(), sketches[kept]
         else:
-            self._known = False  # the way so far is not
+            self._known = False  # earlier observations are missing
 
     def add(self, step: int, sketch: Floats) -> dict[str, float | None]:
-        """Keep the sketch of an observation, and say what the way so far is like; None where it cannot be told.
+        """Add the sketch of an observation and write the file.
 
         Args:
+            step: optimizer steps done.
             sketch: (8192,), of all matrices.
+
+        Returns:
+            Straightness and rank-1 share of the path so far, with their nulls; None with fewer than 3 observations, or
+            if earlier ones are missing.
 
         Raises:
             FileError: the file cannot be written.
@@ -113,10 +119,10 @@ class SketchedWalk:
 
 def _read(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     try:
-        found = load_file(path)
-        steps, sketches = found["steps"], found["sketches"]
+        content = load_file(path)
+        steps, sketches = content["steps"], content["sketches"]
         if sketches.shape != (len(steps), BUCKETS) or not np.isfinite(sketches).all():
-            raise ValueError("it is of another shape, or holds what is no number")
+            raise ValueError("it has another shape, or holds NaN or infinity")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise FileError(f"cannot read {path}: {error}. Give a folder that a monitor wrote, or an empty one") from error
     return steps, sketches.astype(np.float32)

@@ -1,6 +1,6 @@
-"""The recipes, each a thin choice of TRL trainer and data; every trainer shares the settings that matter to the update.
+"""The recipes: each chooses a TRL trainer and its data; all share the settings that affect the update.
 
-Knows nothing of resuming or records, and of the run's folder only where checkpoints go.
+Knows nothing of resuming or records, and of the run's folder only the place of checkpoints.
 """
 
 import importlib
@@ -29,16 +29,15 @@ def build_trainer(
 
     Args:
         settings: the run.
-        opened: the base, what is trained of it, in place, and the teacher.
-        checkpoints: where the trainer keeps the checkpoint that it can continue from; `dpo` and `kto` keep there what
-            they sample, and make the folder for it.
+        opened: the base, its trained part, and the teacher.
+        checkpoints: folder of the trainer's checkpoints; `dpo` and `kto` create it and keep their samples there.
         callbacks: transformers TrainerCallbacks.
-        show: told of the sampling that `dpo` and `kto` begin with.
+        show: gets the progress of the sampling with which `dpo` and `kto` begin.
 
     Raises:
         TaskError: a task is unknown or has no reference answers to learn from.
         ModelError: a prompt or example does not fit the context.
-        TrainingError: TRL refuses an option, or the base's completions are all alike to a verifier.
+        TrainingError: TRL refuses an option, or too few of the base's completions are right or wrong for preferences.
     """
     run = RecipeRun(
         settings,
@@ -62,17 +61,17 @@ def build_trainer(
 
 
 def builder_of(recipe: Recipe) -> Callable[[RecipeRun], Any]:
-    """What makes TRL's trainer of a recipe."""
+    """The function that makes a recipe's trainer."""
     module, _, function = RECIPES[recipe].build.partition(".")
-    found: Callable[[RecipeRun], Any] = getattr(importlib.import_module(f"{__name__}.{module}"), function)
-    return found
+    builder: Callable[[RecipeRun], Any] = getattr(importlib.import_module(f"{__name__}.{module}"), function)
+    return builder
 
 
 def require_usable(settings: TrainSettings) -> None:
-    """Check what can be told before a model is opened and measured.
+    """Check TRL's options and the loggers, before a model is opened and measured.
 
     Raises:
-        TrainingError: a logger of `report_to` is not installed, or TRL has no such option.
+        TrainingError: a logger of `report_to` is not installed, or TRL does not have an option.
     """
     require_options(settings.trl, getattr(importlib.import_module("trl"), RECIPES[settings.recipe].configuration))
     available = importlib.import_module("transformers.integrations").get_available_reporting_integrations()

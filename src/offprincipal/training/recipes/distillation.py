@@ -1,4 +1,4 @@
-"""On-policy distillation: a teacher's next-token distribution, on completions that the student samples itself."""
+"""On-policy distillation: the student learns a teacher's next-token distributions on its own completions."""
 
 import importlib
 from typing import Any
@@ -9,7 +9,7 @@ from offprincipal.training.recipes.run import RecipeRun, dataset
 
 
 def distill(run: RecipeRun) -> Any:
-    """Reverse KL(student‖teacher) of every token, exact, at the sampling temperature (arXiv 2306.13649)."""
+    """Minimise the exact reverse KL(student‖teacher) at every token, at the sampling temperature (arXiv 2306.13649)."""
     trl: Any = importlib.import_module("trl")
     teacher = run.teacher
     assert teacher is not None, "the settings require a teacher"
@@ -27,7 +27,14 @@ def distill(run: RecipeRun) -> Any:
 
 
 def require_one_vocabulary(student: LanguageModel, teacher: LanguageModel, source: str) -> None:
-    """Raises TrainingError where student and teacher do not give every token the same number."""
+    """Check that student and teacher have the same token ids.
+
+    Args:
+        source: the teacher's name, for the message.
+
+    Raises:
+        TrainingError: their vocabularies differ.
+    """
     sizes = [int(m.model.config.get_text_config().vocab_size) for m in (student, teacher)]
     if sizes[0] != sizes[1] or student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
         raise TrainingError(

@@ -1,7 +1,7 @@
-"""Completions that the base samples of training problems, judged by the tasks' verifiers, and kept with the run.
+"""Preference data: completions of training problems by the base, judged by the tasks' verifiers.
 
-Deterministic in the seed. What was sampled lies beside the trainer's checkpoints until the run is complete, so that a
-killed run continues on the same data. Knows nothing of losses.
+Deterministic given the seed. The samples are kept in the folder of checkpoints until the run is complete, so that an
+interrupted run continues with the same data. Knows nothing of losses.
 """
 
 import itertools
@@ -26,15 +26,15 @@ from offprincipal.training.recipes.run import RecipeRun
 
 KEPT = "judged.parquet"
 _PROMPTS_AT_ONCE = 64
-_TRIAL = 512  # prompts after which the share that tells anything is judged
-_LEAST_SHARE = 0.02  # of prompts with both a verified and a failed completion: below, a pair costs fifty prompts
+_TRIAL = 512  # prompts after which sampling stops if too few of them give a pair
+_LEAST_SHARE = 0.02  # smallest share of prompts with a verified and a failed completion: one pair in 50 prompts
 
 Columns = dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
 class _Answered:
-    """A prompt's tokens and, of each of its completions, the tokens and whether it was verified."""
+    """The tokens of a prompt and of its completions, and whether each completion was verified."""
 
     prompt_ids: list[int]
     completions: list[list[int]]
@@ -44,10 +44,15 @@ class _Answered:
 def kept_or_sampled(
     run: RecipeRun, base: LanguageModel, sample: Callable[[RecipeRun, LanguageModel], Columns]
 ) -> Columns:
-    """What an earlier sitting of the run sampled, or what is sampled and kept now.
+    """The samples that the run kept before it was interrupted; otherwise new samples, which are then kept.
+
+    Args:
+        run: the run.
+        base: the model that samples.
+        sample: `sampled_pairs` or `sampled_examples`.
 
     Raises:
-        TrainingError: there is too little to tell apart.
+        TrainingError: there are too few pairs, or all completions have the same verdict.
         ModelError: a prompt and its completion do not fit into the context.
         FileError: the sample cannot be written.
     """
@@ -70,12 +75,15 @@ def kept_or_sampled(
 
 
 def sampled_pairs(run: RecipeRun, base: LanguageModel) -> Columns:
-    """A verified and a failed completion for each of steps · batch prompts, the first of either kind.
+    """The first verified and the first failed completion for each of steps · batch prompts.
 
-    Prompts without both are passed over, and others are drawn in their place.
+    Prompts without both are skipped and replaced by others.
 
     Returns:
-        `prompt_ids`, `chosen_ids`, `rejected_ids`: tokens.
+        `prompt_ids`, `chosen_ids`, `rejected_ids`: token ids.
+
+    Raises:
+        TrainingError: fewer than 2 % of the prompts have both.
     """
     wanted = run.settings.steps * run.settings.batch
     columns: Columns = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
@@ -87,26 +95,29 @@ def sampled_pairs(run: RecipeRun, base: LanguageModel) -> Columns:
             columns["prompt_ids"].append(answered.prompt_ids)
             columns["chosen_ids"].append(answered.completions[answered.verdicts.index(True)])
             columns["rejected_ids"].append(answered.completions[answered.verdicts.index(False)])
-        found = len(columns["prompt_ids"])
-        if found == wanted:
+        pairs = len(columns["prompt_ids"])
+        if pairs == wanted:
             return columns
-        if drawn >= _TRIAL and found < _LEAST_SHARE * drawn:
+        if drawn >= _TRIAL and pairs < _LEAST_SHARE * drawn:
             break
         if drawn % _PROMPTS_AT_ONCE == 0:
-            _show(run, found)
+            _show(run, pairs)
     share = verified / (drawn * run.settings.rollouts_per_prompt)
     raise TrainingError(
-        f"{found} of {drawn} training prompts got both a verified and a failed completion from {run.settings.model}, "
+        f"{pairs} of {drawn} training prompts got both a verified and a failed completion from {run.settings.model}, "
         f"and {share:.1%} of all completions are verified: too few pairs for dpo. Choose harder or easier tasks, or "
         "another temperature, rollouts_per_prompt or max_new_tokens"
     )
 
 
 def sampled_examples(run: RecipeRun, base: LanguageModel) -> Columns:
-    """steps · batch completions, rollouts_per_prompt of each prompt, with their verdicts.
+    """steps · batch completions, rollouts_per_prompt for each prompt, with their verdicts.
 
     Returns:
-        `prompt_ids`, `completion_ids`: tokens; `label`: whether it was verified.
+        `prompt_ids`, `completion_ids`: token ids; `label`: whether the completion was verified.
+
+    Raises:
+        TrainingError: all completions have the same verdict.
     """
     wanted = run.settings.steps * run.settings.batch
     columns: Columns = {"prompt_ids": [], "completion_ids": [], "label": []}
@@ -122,14 +133,14 @@ def sampled_examples(run: RecipeRun, base: LanguageModel) -> Columns:
     if all(columns["label"]) or not any(columns["label"]):
         verdict = "verified" if columns["label"][0] else "failed"
         raise TrainingError(
-            f"all {wanted} completions sampled from {run.settings.model} are {verdict}: kto has nothing to tell apart. "
+            f"all {wanted} completions sampled from {run.settings.model} are {verdict}, but kto needs both kinds. "
             "Choose harder or easier tasks, or another temperature or max_new_tokens"
         )
     return columns
 
 
 def _answered(run: RecipeRun, base: LanguageModel) -> Iterator[_Answered]:
-    """Training prompts without end, the tasks in turn, each with its sampled completions."""
+    """An endless stream of training prompts, from the tasks in turn, with sampled completions."""
     settings = run.settings
     stream = _endless(run.tasks, settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -144,7 +155,9 @@ def _answered(run: RecipeRun, base: LanguageModel) -> Iterator[_Answered]:
         whole = batch.whole
         texts = base.tokenizer.batch_decode(whole, skip_special_tokens=True)
         for place, (problem, prompt_ids) in enumerate(zip(asked, prompts, strict=True)):
-            own = range(place * (1 + samples) + 1, (place + 1) * (1 + samples))  # the first of each is the greedy one
+            own = range(
+                place * (1 + samples) + 1, (place + 1) * (1 + samples)
+            )  # skips the greedy completion, which comes first
             verdicts = [run.prompting.verify(problem, texts[i]) for i in own]
             yield _Answered(prompt_ids, [whole[i] for i in own], verdicts)
 
@@ -154,8 +167,8 @@ def _endless(tasks: Mapping[str, Task], seed: int) -> Iterator[Problem]:
     return (next(stream) for stream in streams)
 
 
-def _show(run: RecipeRun, found: int) -> None:
-    run.show(StepReport("sampling preferences", found // run.settings.batch, run.settings.steps, "loss"))
+def _show(run: RecipeRun, sampled: int) -> None:
+    run.show(StepReport("sampling preferences", sampled // run.settings.batch, run.settings.steps, "loss"))
 
 
 def _hash(base: LanguageModel) -> bytes:

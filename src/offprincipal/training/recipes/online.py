@@ -12,7 +12,7 @@ RIGHT, WRONG = 1.0, -1.0
 
 
 def grpo(run: RecipeRun) -> Any:
-    """DAPO's token-level loss (arXiv 2503.14476); advantages are in standard deviations of the prompt's rewards."""
+    """GRPO with DAPO's token-level loss (arXiv 2503.14476); advantages are scaled by the group's standard deviation."""
     trl: Any = importlib.import_module("trl")
     return _trainer(run, trl.GRPOTrainer, trl.GRPOConfig, loss_type="dapo")
 
@@ -27,12 +27,13 @@ def rloo(run: RecipeRun) -> Any:
     """REINFORCE leave-one-out (arXiv 2402.14740): the baseline is the mean reward of the prompt's other completions."""
     trl: Any = importlib.import_module("trl")
     trainer = _trainer(run, trl.RLOOTrainer, trl.RLOOConfig)
-    if "ref" in getattr(trainer.model, "peft_config", ()):  # TRL's, for a KL term that this loss does not have
+    if "ref" in getattr(trainer.model, "peft_config", ()):  # TRL adds it for a KL term, which this loss does not have
         trainer.model.delete_adapter("ref")
     return trainer
 
 
 def _trainer(run: RecipeRun, trainer: Any, configuration: Any, **loss: Any) -> Any:
+    """A trainer with the options of its loss, after a check that every prompt fits the context."""
     run.require_room(run.language_model)
     settings = run.settings
     if settings.vllm is not None:

@@ -1,7 +1,7 @@
-"""Preference recipes: completions that the base samples before the first step, told apart by the tasks' verifiers.
+"""Preference recipes, on completions that the base samples before the first step and that verifiers judge.
 
-There is no preference data for verifiable tasks; the verifier is the judge. The reference policy is a frozen copy of
-the base, opened anew, so that it does not matter how the trained model is wrapped.
+Verifiable tasks have no preference data, so the verifiers decide. The reference policy is a frozen second copy of the
+base, so that it is independent of how the trained model is wrapped.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from offprincipal.training.recipes.run import RecipeRun, dataset
 
 
 def dpo(run: RecipeRun) -> Any:
-    """Direct preference optimization (arXiv 2305.18290), the sigmoid loss, on pairs of one prompt."""
+    """Direct preference optimization (arXiv 2305.18290) with the sigmoid loss, on pairs for the same prompt."""
     trl: Any = importlib.import_module("trl")
     reference = _reference(run)
     pairs = kept_or_sampled(run, reference, sampled_pairs)
@@ -26,10 +26,10 @@ def dpo(run: RecipeRun) -> Any:
 
 
 def kto(run: RecipeRun) -> Any:
-    """Kahneman-Tversky optimization (arXiv 2402.01306): each completion against a reference point that all share.
+    """Kahneman-Tversky optimization (arXiv 2402.01306): each completion is compared with a common reference point.
 
-    The reference point is a KL that TRL estimates within a micro-batch, on prompts with the completion of the example
-    before: the examples of a step are shuffled, so that those seldom are of one prompt.
+    The reference point is a KL divergence that TRL estimates in each micro-batch, from prompts paired with the
+    completion of the previous example. The examples of a step are shuffled, so that the two seldom share a prompt.
     """
     trl: Any = importlib.import_module("trl")
     reference = _reference(run)
@@ -55,11 +55,12 @@ def _beta(run: RecipeRun) -> dict[str, float]:
 
 
 def _taking_tokens(trainer: Any) -> Any:
-    """The trainer, but for data of the tokens that were sampled: decoded and tokenized again they could be others."""
+    """The trainer for data that are tokens already: decoding and tokenizing again could give other tokens."""
     return type(trainer.__name__, (trainer,), {"_prepare_dataset": lambda self, data, *_: data})
 
 
 def _shuffled_steps(columns: Columns, batch: int, seed: int) -> Columns:
+    """The examples, shuffled within each step."""
     size = len(columns["label"])
     chance = random.Random(seed)
     order: list[int] = []
@@ -69,6 +70,6 @@ def _shuffled_steps(columns: Columns, batch: int, seed: int) -> Columns:
 
 
 def _of_the_one_before(completions: list[Any], micro_batch: int) -> list[Any]:
-    """In each micro-batch, to every example the completion of the one before, and to the first that of the last."""
+    """For each example the completion of the previous one in its micro-batch; for the first that of the last."""
     micro_batches = [completions[start : start + micro_batch] for start in range(0, len(completions), micro_batch)]
     return [completion for part in micro_batches for completion in (part[-1], *part[:-1])]

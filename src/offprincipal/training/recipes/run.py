@@ -1,4 +1,4 @@
-"""What every recipe starts from: the model, the problems of all steps, and the arguments that runs are matched in.
+"""What all recipes share: the model, the problems of all steps, and the arguments of TRL's trainers.
 
 Knows nothing of losses.
 """
@@ -22,7 +22,7 @@ from offprincipal.training.progress import ShowProgress
 from offprincipal.training.settings import TrainSettings
 
 LOG = logging.getLogger("offprincipal")
-# options of TRL that settings of ours decide
+# options of TRL -> the setting here that determines them
 DECIDED = {
     "output_dir": "--out",
     "max_steps": "steps",
@@ -52,17 +52,17 @@ DECIDED = {
 
 @dataclass(frozen=True)
 class RecipeRun:
-    """What every recipe starts from.
+    """The input of every recipe.
 
     Args:
-        settings: the run's.
-        language_model: what is trained.
-        teacher: what `distill` learns from; None in other recipes.
-        prompting: how the tasks' problems are put to the model.
-        checkpoints: where the trainer keeps the checkpoint that it can continue from.
-        show: told of whatever takes long before the first step.
-        arguments: of any of TRL's configurations.
-        trainer: of any of TRL's trainers.
+        settings: of the run.
+        language_model: the trained model.
+        teacher: of `distill`; None in other recipes.
+        prompting: how the tasks' problems are presented to the model.
+        checkpoints: folder of the trainer's checkpoints.
+        show: gets the progress of long work before the first step.
+        arguments: those of every TRL configuration.
+        trainer: arguments of every TRL trainer.
     """
 
     settings: TrainSettings
@@ -76,31 +76,37 @@ class RecipeRun:
 
     @property
     def tasks(self) -> Mapping[str, Task]:
-        """By name."""
+        """Name -> task."""
         return self.prompting.tasks
 
     @cached_property
     def problems(self) -> Sequence[Problem]:
-        """Those of all steps, in order, the tasks in turn."""
+        """The problems of all steps in order, from the tasks in turn."""
         size = self.settings.steps * self.settings.prompts_per_step
         return mixture(list(self.tasks.values()), "train", size, self.settings.seed)
 
     @cached_property
     def prompts(self) -> list[str]:
-        """Of those, as the model reads them."""
+        """The text of each problem as the model gets it."""
         return [self.prompting.prompt(problem) for problem in self.problems]
 
     def require_room(self, *language_models: LanguageModel) -> None:
-        """Raises ModelError where a problem and the longest completion of it exceed a model's context."""
+        """Raise ModelError if a prompt and its longest completion exceed the context of a model."""
         for prompt in self.prompts:
             for language_model in language_models:
                 language_model.prompt_ids(prompt, self.settings.max_new_tokens)
 
     def configured(self, configuration: Any, **own: Any) -> Any:
-        """One of TRL's configurations: the shared arguments, the recipe's own, and over both what the user set.
+        """A TRL configuration with the shared arguments, those of the recipe, and the user's `trl.NAME` options.
+
+        Later ones override earlier ones.
+
+        Args:
+            configuration: class of the configuration.
+            own: arguments of the recipe.
 
         Raises:
-            TrainingError: TRL has no such option, refuses its value, or a setting of ours decides it.
+            TrainingError: TRL does not have an option or refuses its value, or a setting here determines it.
         """
         given = self.settings.trl
         require_options(given, configuration)
@@ -115,10 +121,14 @@ class RecipeRun:
 
 
 def require_options(given: Mapping[str, Any], configuration: Any) -> None:
-    """Check options of one of TRL's configurations by name.
+    """Check the names of options of a TRL configuration.
+
+    Args:
+        given: option -> value.
+        configuration: class of the configuration.
 
     Raises:
-        TrainingError: it has no such option, or a setting of ours decides it.
+        TrainingError: the configuration does not have an option, or a setting here determines it.
     """
     known = {field.name for field in fields(configuration)}
     for name in given:
@@ -130,7 +140,7 @@ def require_options(given: Mapping[str, Any], configuration: Any) -> None:
 
 
 def shared_arguments(settings: TrainSettings, language_model: LanguageModel, checkpoints: Path) -> dict[str, Any]:
-    """What any of TRL's configurations is told, so that runs differ in the recipe alone."""
+    """The arguments of every TRL configuration, so that runs differ only in their recipe."""
     on_cuda = language_model.device.type == "cuda"
     micro_batch = settings.sequences_at_once(processes())
     return {
@@ -162,20 +172,20 @@ def shared_arguments(settings: TrainSettings, language_model: LanguageModel, che
 
 
 def computes_in_bfloat16(settings: TrainSettings, on_cuda: bool) -> bool:
-    """Whether the forward and backward passes run in bfloat16, the weights staying float32; said where they cannot."""
+    """Whether forward and backward passes run in bfloat16; a warning is logged if the machine cannot do so."""
     if settings.compute == "float32":
         return False
-    there = torch.cuda.is_bf16_supported() if on_cuda else bfloat16_on_cpu()
-    if not there:
-        LOG.warning("compute=bfloat16 is not to be had on this machine: it is computed in float32")
-    return bool(there)
+    supported = torch.cuda.is_bf16_supported() if on_cuda else bfloat16_on_cpu()
+    if not supported:
+        LOG.warning("compute=bfloat16 is not supported on this machine: it is computed in float32")
+    return bool(supported)
 
 
 def bfloat16_on_cpu() -> bool:
-    """Whether this processor multiplies in bfloat16 itself."""
+    """Whether this processor has bfloat16 instructions."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def dataset(columns: dict[str, Any]) -> Any:
-    """A data set of the `datasets` library, in the order given."""
+    """A `datasets.Dataset` with the rows in the given order."""
     return importlib.import_module("datasets").Dataset.from_dict(columns)

@@ -12,28 +12,28 @@ _IGNORED = -100
 
 
 def sft_teacher(run: RecipeRun) -> Any:
-    """The tasks' traces in a teacher's format.
+    """Train on the tasks' traces, in a teacher's format.
 
     Raises:
-        TaskError: a task's traces are its answers, so that this would be `sft_own`.
+        TaskError: a task's traces equal its answers, so this would be `sft_own`.
     """
     for name, task in run.tasks.items():
         own = [problem for problem in run.problems if problem.task == name]
         if own and all(task.teacher_trace(problem).strip() == problem.answer.strip() for problem in own):
             raise TaskError(
-                f"task '{name}' has no traces, only answers, so that sft_teacher would be sft_own: give an answer "
-                "column that has the working and then #### and the answer, as GSM8K's, or train sft_own"
+                f"task '{name}' has no traces, only answers, so sft_teacher would be the same as sft_own: give an "
+                "answer column with the reasoning, then #### and the answer, as in GSM8K, or train sft_own"
             )
     return _trainer(run, lambda task, problem: task.teacher_trace(problem))
 
 
 def sft_own(run: RecipeRun) -> Any:
-    """The tasks' reference answers."""
+    """Train on the tasks' reference answers."""
     return _trainer(run, _own_answer)
 
 
 def _trainer(run: RecipeRun, learn: Callable[[Task, Problem], str]) -> Any:
-    """Cross-entropy on the completion alone, end of sequence included; the prompt is tokenized as for sampling."""
+    """Cross-entropy on the completion only, including its end token; the prompt is tokenized as for sampling."""
     trl: Any = importlib.import_module("trl")
     learned = [run.prompting.completion(learn(run.tasks[p.task], p)) for p in run.problems]
     examples = _by_length(list(zip(run.prompts, learned, strict=True)), run.settings.batch)
@@ -52,7 +52,7 @@ def _trainer(run: RecipeRun, learn: Callable[[Task, Problem], str]) -> Any:
 
 
 def _by_length(examples: Sequence[tuple[str, str]], batch: int) -> list[tuple[str, str]]:
-    """The examples of each step from short to long, so that micro-batches are padded little; steps stay as they are."""
+    """Sort the examples within each step by length, so that micro-batches have little padding."""
     steps = [examples[start : start + batch] for start in range(0, len(examples), batch)]
     return [example for step in steps for example in sorted(step, key=lambda e: len(e[0]) + len(e[1]))]
 
