@@ -1,7 +1,7 @@
 """Interventions: rotate or reorder a model's weights without changing its function, and undo that after training.
 
-What training does to the weights in other coordinates shows whether it follows the geometry of the base. torch is
-imported with this package; transformers only when a model is opened.
+Training the same function in other coordinates shows whether updates follow the geometry of the base. Importing this
+package imports torch; transformers is imported when a model is opened.
 """
 
 from offprincipal.interventions.applying import intervene

@@ -1,4 +1,4 @@
-"""Change a model's weights but not its function, prove it, and write it with a record of the change."""
+"""Change a model's weights but not its function, verify that, and write the model with a record of the change."""
 
 from collections.abc import Iterable
 from operator import index
@@ -42,28 +42,29 @@ def intervene(
 ) -> InterventionRecord:
     """Rotate or reorder a model's weights without changing its function, and write it as a Hugging Face folder.
 
-    Reordering comes first, then the rotation of values, then that of the residual stream. Everything is computed in
+    Heads and neurons are reordered first, then values are rotated, then the residual stream. Everything is computed in
     float64 and rounded once.
 
     Args:
-        model: a folder, a Hub id, or `embedded`: Llama, Mistral, Qwen2, Qwen3, or Gemma.
+        model: a folder, a Hub id, or `embedded`; of the type Llama, Mistral, Qwen2, Qwen3, or Gemma.
         out: folder of the result; absent, empty, or with `overwrite` one that was written by an intervention.
-        rotate: layers whose values are rotated, by one block per key-value head: numbers from 0, or a text such as
-            "0,4-7" or "all".
-        permute: layers whose heads and neurons are reordered, in the same form.
-        residual: rotate the residual stream, with the norms' gains folded into the matrices that read it. A head that
-            was tied to the embedding is stored separately.
+        rotate: layers whose attention values are rotated, with one random rotation per key-value head: numbers from 0,
+            or a string such as "0,4-7" or "all".
+        permute: layers whose heads and MLP neurons are reordered, in the same form.
+        residual: rotate the residual stream. The gains of norms are folded into the matrices that read their output,
+            and a head that was tied to the embedding is stored separately.
         matrix: `haar` (uniform) or `hadamard` (with random signs).
         seed: random seed; each layer and kind uses its own stream.
-        dtype: type of the stored result: float32, bfloat16 or float16; by default that of the model.
+        dtype: dtype of the stored result: float32, bfloat16 or float16; by default that of the model.
         overwrite: replace an intervention in the folder.
 
     Returns:
         The record, as in `intervention.json`.
 
     Raises:
-        InterventionError: a layer is out of range, the architecture is not supported or does not allow it, layers share
-            weights, or the float64 logits differ from those of the model. Nothing is written then.
+        InterventionError: nothing is requested, a setting is unknown or out of range, the architecture is not supported
+            or does not allow the request, layers share weights, a weight is NaN, infinite or too large for `dtype`, or
+            the float64 logits differ from those of the model. Nothing is written then.
         FileError: the folder is not free or cannot be written.
         ModelError, CheckpointError: the model cannot be opened.
 
@@ -92,23 +93,23 @@ def intervene(
     return record
 
 
-DECISIVE = ("python", "offprincipal", "torch", "transformers")  # packages that figures depend on
+DECISIVE = ("python", "offprincipal", "torch", "transformers")  # packages on which the figures depend
 
 
 def require_dtype(dtype: str | None) -> None:
-    """Raises InterventionError if weights cannot be stored in a type."""
+    """Raise InterventionError if `dtype` is not None and weights cannot be stored in it."""
     if dtype is not None and dtype not in DTYPES:
         raise InterventionError(f"cannot store weights in dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
 
 
 def _written(part: Path, opened: OpenedModel, request: Request, dtype: str) -> InterventionRecord:
-    """Prove the intervention, write the model, and measure it as it was written."""
+    """Check that the function is unchanged, write the model, and measure the written model."""
     model = opened.language_model.model
     uniform = random_tokens(opened.vocabulary, opened.length, request.seed)
-    said = logits(model, opened.weights, uniform)
+    before = logits(model, opened.weights, uniform)
     plan = plan_of(request, opened.architecture, opened.weights)
     after = plan.apply(opened.weights)
-    difference = require_equal(logits(model, after, uniform), said, "this intervention")
+    difference = require_equal(logits(model, after, uniform), before, "this intervention")
     write_model(part, opened.language_model, rounded(after, dtype), dtype)
     del after
 
@@ -129,7 +130,7 @@ def _written(part: Path, opened: OpenedModel, request: Request, dtype: str) -> I
 
 
 def _listed(layers: Any) -> tuple[int, ...] | None:
-    """Layers in order, each once; None for all."""
+    """Layers in ascending order, without repeats; None for all."""
     if isinstance(layers, str):
         layers = parse_layers(layers)
     if isinstance(layers, str):

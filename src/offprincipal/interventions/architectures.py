@@ -1,6 +1,6 @@
-"""What interventions need to know about an architecture: which tensors write and read each axis, and what norms do.
+"""Architectures: which tensors write and read each axis of a model, and how its norms work.
 
-One entry per model type. The rest follows from the tensors' names and the configuration's sizes.
+There is one entry per model type; the rest follows from tensor names and the sizes in the configuration.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,11 +17,11 @@ LAST_NORM = "model.norm.weight"
 
 @dataclass(frozen=True)
 class _Kind:
-    """What the norms of a model type do.
+    """The norms of a model type.
 
     Args:
-        gain_offset: added to a norm's stored weight to make its gain; Gemma stores the gain less one.
-        norms_after_blocks: whether a block's output is normed on its way into the residual stream.
+        gain_offset: gain minus stored weight of a norm; 1 for Gemma, which stores the gain minus one.
+        norms_after_blocks: whether the output of a block is normalised before it is added to the residual stream.
     """
 
     gain_offset: float = 0.0
@@ -37,7 +37,7 @@ _KINDS = {
     "gemma2": _Kind(gain_offset=1.0, norms_after_blocks=True),
     "gemma3_text": _Kind(gain_offset=1.0, norms_after_blocks=True),
 }
-# Where a block's output is not normed, these norms feed these projections and nothing else.
+# In models without norms after blocks, each of these norms feeds only these projections.
 _READERS = {"input_layernorm": ("q", "k", "v"), "post_attention_layernorm": ("gate", "up")}
 
 
@@ -46,8 +46,11 @@ class Architecture:
     """Sizes of a model, and the names of its tensors by layer and role.
 
     Args:
-        kind: the model type, as `config.json` names it.
-        layers, heads, kv_heads, head_size, hidden, neurons: how many there are.
+        kind: `model_type` of `config.json`.
+        layers, heads, kv_heads: their numbers.
+        head_size: entries of a head.
+        hidden: entries of the residual stream.
+        neurons: of an MLP.
         names: of all tensors.
     """
 
@@ -62,40 +65,40 @@ class Architecture:
 
     @property
     def gain_offset(self) -> float:
-        """Added to a norm's stored weight to make its gain."""
+        """Gain minus stored weight of a norm."""
         return _KINDS[self.kind].gain_offset
 
     def rows(self, layer: int, role: str) -> list[str]:
-        """The tensors whose first axis is a projection's output: its weight, and its bias where it has one."""
+        """The tensors whose first axis is the output of a projection: its weight and, if there is one, its bias."""
         weight = self._weight(layer, role)
         bias = weight.removesuffix(".weight") + ".bias"
         return [weight, bias] if bias in self.names else [weight]
 
     def columns(self, layer: int, role: str) -> list[str]:
-        """The tensors whose second axis is a projection's input."""
+        """The tensors whose second axis is the input of a projection."""
         return [self._weight(layer, role)]
 
     def readers(self) -> dict[str, list[str]]:
-        """Each norm on the residual stream, with the tensors that read what it gives.
+        """The norms that read the residual stream: name -> names of the tensors that read its output.
 
         Raises:
-            InterventionError: a block's output is normed too, so that the stream cannot be rotated.
+            InterventionError: outputs of blocks are normalised too, so the residual stream cannot be rotated.
         """
         if _KINDS[self.kind].norms_after_blocks:
             raise InterventionError(
                 f"the residual stream of {self.kind} cannot be rotated: its norms after attention and MLP multiply "
-                "each coordinate by a gain of its own on the way into the stream, and no next matrix can take these "
-                "gains up. --rotate and --permute preserve its function"
+                "each coordinate by its own gain before it is added to the stream, and these gains cannot be folded "
+                "into a matrix. --rotate and --permute preserve its function"
             )
-        found = {
+        readers = {
             f"model.layers.{layer}.{norm}.weight": [name for role in roles for name in self.columns(layer, role)]
             for layer in range(self.layers)
             for norm, roles in _READERS.items()
         }
-        return {**found, LAST_NORM: [HEAD]}
+        return {**readers, LAST_NORM: [HEAD]}
 
     def writers(self) -> list[str]:
-        """The tensors whose first axis is written into the residual stream, but for the embedding."""
+        """The tensors whose first axis is added to the residual stream, except the embedding."""
         return [name for layer in range(self.layers) for role in ("o", "down") for name in self.rows(layer, role)]
 
     def _weight(self, layer: int, role: str) -> str:
@@ -104,10 +107,14 @@ class Architecture:
 
 
 def require_kind(config: Mapping[str, Any], source: str) -> str:
-    """The model type of a configuration, where interventions know it.
+    """The model type of a configuration, after a check that interventions support it.
+
+    Args:
+        config: content of `config.json`.
+        source: for messages.
 
     Raises:
-        InterventionError: they do not, or the weights are quantised.
+        InterventionError: the model type is not supported, or the weights are quantised.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in _KINDS:
@@ -130,7 +137,7 @@ def architecture_of(kind: str, config: Any, names: Iterable[str], source: str) -
         source: for messages.
 
     Raises:
-        InterventionError: it has tensors that the model type does not have, or lacks some.
+        InterventionError: tensors of the model type are missing, or there are others.
     """
     heads = int(config.num_attention_heads)
     architecture = Architecture(

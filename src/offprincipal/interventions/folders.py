@@ -13,18 +13,20 @@ from offprincipal.models.quiet import quiet_libraries
 
 
 def write_model(folder: Path, opened: LanguageModel, weights: Weights, dtype: str, *, tokenizer: bool = True) -> None:
-    """An ordinary Hugging Face folder: configuration, weights in one file, generation settings, tokenizer.
+    """Write a Hugging Face folder: configuration, weights in one file, generation settings, tokenizer.
 
     Args:
+        folder: to write into; created if absent.
         opened: the model whose configuration and tokenizer are written.
-        weights: as they are stored; with a head of its own where the model's was tied and no longer is.
-        dtype: what they are stored in.
+        weights: to be stored; they include a head only if it is not tied to the embedding.
+        dtype: of the weights, for `config.json`.
+        tokenizer: whether to write the tokenizer, if there is one.
     """
     folder.mkdir(exist_ok=True)
     with quiet_libraries():
         opened.model.config.save_pretrained(folder)
         if opened.model.generation_config is not None:
-            # save_pretrained refuses what many published models hold, such as a temperature without do_sample
+            # save_pretrained refuses settings of many published models, such as a temperature without do_sample
             opened.model.generation_config.to_json_file(folder / "generation_config.json")
         if tokenizer and opened.tokenizer is not None:
             opened.tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""A model opened for an intervention: of a known architecture, complete, and without shared layers."""
+"""Open a model for an intervention, after checks that its architecture is known and its weights are complete."""
 
 import hashlib
 from collections import defaultdict
@@ -19,16 +19,16 @@ _PREFIX = "model."  # missing if a model was saved without its head
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model and what interventions need of it.
+    """A model opened for an intervention.
 
     Args:
-        source: as the user named it; a folder in full.
-        folder: where its files are, if it is a folder.
+        source: the name that the user gave; folders as absolute paths.
+        folder: of its files; None if it is not a folder.
         language_model: in float32.
-        weights: those of the model, float32, by name; without the head where it is tied.
+        weights: name -> tensor, float32; without the head if it is tied to the embedding.
         architecture: sizes and names.
-        dtype: what most of its weights are stored in.
-        identity: of its weights, as training runs note it.
+        dtype: the dtype in which most of its weights are stored.
+        identity: source and hash of its weights, as in the records of training runs.
     """
 
     source: str
@@ -41,21 +41,24 @@ class OpenedModel:
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that the model knows."""
+        """Size of the vocabulary."""
         return int(self.language_model.model.get_input_embeddings().weight.shape[0])
 
     @property
     def length(self) -> int:
-        """Tokens of a sequence that the model is tried on."""
+        """Tokens of a sequence on which the model is checked."""
         return min(LENGTH, self.language_model.context or LENGTH)
 
 
 def open_model(source: str | Path) -> OpenedModel:
     """Open a model.
 
+    Args:
+        source: a folder, a Hub id, or `embedded`.
+
     Raises:
-        InterventionError: its architecture is not supported, it lacks tensors or has others, or it contains NaN or
-            infinity.
+        InterventionError: its architecture is not supported, it lacks tensors or has others, weights are stored in
+            float64, or one is NaN or infinite.
         ModelError, CheckpointError: it cannot be opened, or is an adapter.
     """
     name = model_name(source)
@@ -82,10 +85,13 @@ def open_model(source: str | Path) -> OpenedModel:
 
 
 def require_own_layers(opened: OpenedModel, layers: set[int]) -> None:
-    """Refuse layers that share a weight matrix with another layer.
+    """Check that layers do not share a weight matrix with another layer.
+
+    Args:
+        layers: that are to be changed.
 
     Raises:
-        InterventionError: one does; the message names both.
+        InterventionError: two matrices are identical; the message names both.
     """
     holders = defaultdict(list)
     for name, tensor in opened.weights.items():
@@ -100,7 +106,7 @@ def require_own_layers(opened: OpenedModel, layers: set[int]) -> None:
 
 
 def _require_all_stored(checkpoint: Checkpoint, names: set[str]) -> None:
-    """Refuse a checkpoint that does not store all of the model's tensors: transformers would initialise the rest."""
+    """Refuse a checkpoint that lacks tensors, which transformers would initialise, has others, or is in float64."""
     stored = {name if name in names else _PREFIX + name for name in checkpoint.tensors if not name.endswith(_BUFFER)}
     lacking = sorted(names - stored)
     if lacking:

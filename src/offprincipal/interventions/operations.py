@@ -1,4 +1,4 @@
-"""What can be done to one axis of a tensor and undone again: rotate it in blocks, permute it, scale it.
+"""Invertible linear maps along one axis of a tensor: block rotations, permutations and scalings.
 
 Tensors in, tensors out; knows nothing of models.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Operation(Protocol):
-    """A linear map along one axis."""
+    """An invertible linear map along one axis."""
 
     def along(self, x: Tensor, axis: int) -> Tensor:
         """The tensor with the map applied to every vector along an axis; same shape."""
@@ -20,16 +20,17 @@ class Operation(Protocol):
 
     @property
     def inverse(self) -> "Operation":
-        """The map that takes it back."""
+        """The inverse map."""
         ...
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """A block-diagonal orthogonal matrix.
+    """Multiplication by a block-diagonal orthogonal matrix.
 
     Args:
-        blocks: float64, (g, d, d), each orthogonal; block b turns entries b·d to (b + 1)·d of the axis.
+        blocks: float64, (g, d, d), each orthogonal; entries b·d to (b + 1)·d − 1 of the axis are
+            multiplied by block b from the left.
 
     >>> quarter = Rotation(torch.tensor([[[0.0, -1.0], [1.0, 0.0]]], dtype=torch.float64))
     >>> quarter.along(torch.tensor([1.0, 0.0, ], dtype=torch.float64), 0)
@@ -55,7 +56,7 @@ class Permutation:
     """A reordering.
 
     Args:
-        order: int64, (n,): entry i of the result is entry order[i] of what is given.
+        order: int64, (n,): entry i of the result is entry order[i] of the input.
 
     >>> Permutation(torch.tensor([2, 0, 1])).along(torch.tensor([10.0, 20.0, 30.0]), 0)
     tensor([30., 10., 20.])
@@ -73,10 +74,13 @@ class Permutation:
 
 @dataclass(frozen=True)
 class Scaling:
-    """A diagonal matrix.
+    """Multiplication by a diagonal matrix.
 
     Args:
-        factors: float64, (n,); none is zero where the inverse is wanted.
+        factors: float64, (n,); not zero if the inverse is used.
+
+    >>> Scaling(torch.tensor([2.0, 4.0])).inverse.along(torch.tensor([1.0, 1.0]), 0)
+    tensor([0.5000, 0.2500])
     """
 
     factors: Tensor
@@ -98,25 +102,25 @@ class Step:
 
 
 def applied(steps: Sequence[Step], x: Tensor) -> Tensor:
-    """The tensor after all steps, in their order."""
+    """The tensor after all steps, in order."""
     for step in steps:
         x = step.operation.along(x, step.axis)
     return x
 
 
 def taken_back(steps: Sequence[Step], x: Tensor) -> Tensor:
-    """The tensor that the steps turn into this one."""
+    """The tensor from which the steps give this one: their inverses in reverse order."""
     for step in reversed(steps):
         x = step.operation.inverse.along(x, step.axis)
     return x
 
 
 def by_heads(order: Tensor, size: int) -> Permutation:
-    """A reordering of heads, as one of their entries.
+    """A permutation of heads as a permutation of entries.
 
     Args:
         order: int64, (heads,).
-        size: entries a head.
+        size: entries per head.
 
     >>> by_heads(torch.tensor([1, 0]), 2).order
     tensor([2, 3, 0, 1])

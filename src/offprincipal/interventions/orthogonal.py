@@ -34,7 +34,8 @@ def random_orthogonal(n: int, matrix: str, generator: torch.Generator) -> Tensor
 def haar(n: int, generator: torch.Generator) -> Tensor:
     """A draw from the uniform distribution over the orthogonal group; float64, (n, n).
 
-    The Q of a Gaussian matrix's QR, with the signs that make R's diagonal positive: without them it is not uniform.
+    It is Q of the QR decomposition of a Gaussian matrix, with signs that make R's diagonal positive; without these
+    signs the distribution is not uniform.
 
     Source: Mezzadri, How to generate random matrices from the classical compact groups, 2007.
     """
@@ -44,7 +45,9 @@ def haar(n: int, generator: torch.Generator) -> Tensor:
 
 
 def randomized_hadamard(n: int, generator: torch.Generator) -> Tensor:
-    """H·diag(s)/√n with random signs s: every entry is ±1/√n, so it spreads each coordinate evenly; float64, (n, n).
+    """H·diag(s)/√n with random signs s, where H is a Hadamard matrix; float64, (n, n).
+
+    Every entry is ±1/√n, so each coordinate is spread evenly over all coordinates.
 
     Raises:
         InterventionError: no Hadamard matrix of that order is constructed here.
@@ -56,11 +59,11 @@ def randomized_hadamard(n: int, generator: torch.Generator) -> Tensor:
 def hadamard(n: int) -> Tensor:
     """A Hadamard matrix: entries ±1, orthogonal rows; float64, (n, n).
 
-    Sylvester's doubling of order 1, or of an order that Paley's constructions over a prime field give. That covers
-    powers of two, and such orders as 12, 20, 28, 96, 192, 896, 1536, 2560.
+    It is built by Paley's constructions over prime fields and by Sylvester's doubling. They cover powers of two, and
+    orders such as 12, 20, 28, 96, 192, 896, 1536, 2560.
 
     Raises:
-        InterventionError: these give none of that order; beyond 2, none exists unless 4 divides n.
+        InterventionError: they do not give this order; above 2, no Hadamard matrix exists unless 4 divides n.
 
     >>> hadamard(2)
     tensor([[ 1.,  1.],
@@ -87,7 +90,7 @@ def _sylvester_or_paley(n: int) -> Tensor | None:
 
 
 def _paley(n: int) -> Tensor | None:
-    """Paley's first construction for n = p + 1, p ≡ 3 mod 4, or his second for n = 2(p + 1), p ≡ 1 mod 4."""
+    """Paley's first construction for n = p + 1, p ≡ 3 mod 4, or the second for n = 2(p + 1), p ≡ 1 mod 4."""
     if _is_prime(n - 1) and (n - 1) % 4 == 3:
         return torch.eye(n, dtype=torch.float64) + _bordered(n - 1, -1.0)
     p = n // 2 - 1
@@ -99,7 +102,7 @@ def _paley(n: int) -> Tensor | None:
 
 
 def _bordered(p: int, below: float) -> Tensor:
-    """The quadratic residues' matrix of order p with a border: ones above, `below` at the left, zero in the corner."""
+    """Paley's Jacobsthal matrix of order p with a border: ones above, `below` on the left, zero in the corner."""
     symbol = torch.full((p,), -1.0, dtype=torch.float64)
     symbol[torch.arange(p) ** 2 % p] = 1.0
     symbol[0] = 0.0

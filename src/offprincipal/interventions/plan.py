@@ -1,8 +1,9 @@
-"""From a request to the operations on each tensor. Knows the function's symmetries; reads no file.
+"""The plan of an intervention: the operations on each tensor that leave a model's function unchanged. Reads no file.
 
-ROTATE: the values of a key-value head live in a space that v alone writes and o alone reads: a rotation cancels there.
-PERMUTE: attention sums over heads and the MLP over neurons, so their order does not matter.
-ROTATE-RESIDUAL: RMSNorm divides by a length, which no rotation changes, once its gains are folded into what reads it.
+Rotation of values: the values of a key-value head are written only by v and read only by o, so that a rotation in one
+cancels in the other. Permutation: attention sums over heads and the MLP over neurons, so their order does not matter.
+Rotation of the residual stream: RMSNorm divides by a norm, which rotations preserve; its gains are folded into the
+matrices that read its output.
 """
 
 from collections import defaultdict
@@ -31,14 +32,14 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be done to a model.
+    """The operations that are requested for a model.
 
     Args:
         rotate: layers whose values are rotated.
         permute: layers whose heads and neurons are reordered.
         residual: whether the residual stream is rotated.
         matrix: `haar` or `hadamard`.
-        seed: of all draws; each kind and layer draws from a generator of its own.
+        seed: of all random draws; each kind of operation and layer has its own generator.
     """
 
     rotate: tuple[int, ...] = ()
@@ -50,12 +51,12 @@ class Request:
 
 @dataclass
 class Plan:
-    """What is done to each tensor, in order.
+    """The operations on each tensor.
 
     Args:
-        steps: by tensor's name; tensors without any stay as they are.
-        readers: norms whose gains are folded into the tensors that read them, which are named.
-        gain_offset: added to a norm's stored weight to make its gain.
+        steps: tensor name -> operations in order; other tensors are unchanged.
+        readers: norm name -> names of the tensors into which its gain is folded.
+        gain_offset: gain minus stored weight of a norm.
     """
 
     steps: dict[str, list[Step]] = field(default_factory=lambda: defaultdict(list))
@@ -63,26 +64,28 @@ class Plan:
     gain_offset: float = 0.0
 
     def add(self, names: list[str], axis: int, operation: Operation) -> None:
-        """Do something to an axis of some tensors, after all that is done to them already."""
+        """Append an operation on an axis to the steps of tensors."""
         for name in names:
             self.steps[name].append(Step(axis, operation))
 
     def before(self, weights: Weights) -> Weights:
-        """The weights that it is applied to: a tied head is separate if it will differ from the embedding."""
+        """The weights before the intervention; a tied head is added if it will differ from the embedding."""
         return weights | {HEAD: weights[EMBEDDING]} if HEAD in self.steps and HEAD not in weights else weights
 
     def apply(self, weights: Weights) -> Weights:
-        """The weights after the intervention: float64, but for tensors that it leaves alone, which are shared."""
+        """The weights after the intervention: changed tensors in float64, unchanged ones without a copy."""
         given = self.before(weights)
-        done = {name: applied(self.steps[name], x.double()) if name in self.steps else x for name, x in given.items()}
-        return done | {norm: torch.full_like(weights[norm], 1 - self.gain_offset) for norm in self.readers}
+        changed = {
+            name: applied(self.steps[name], x.double()) if name in self.steps else x for name, x in given.items()
+        }
+        return changed | {norm: torch.full_like(weights[norm], 1 - self.gain_offset) for norm in self.readers}
 
     def take_back(self, name: str, x: Tensor) -> Tensor:
-        """A tensor, or an update of it, in the coordinates from before the intervention."""
+        """A tensor, or an update of it, in the coordinates before the intervention."""
         return taken_back(self.steps[name], x.double()) if name in self.steps else x
 
     def fold(self, weights: Weights) -> Weights:
-        """An intervened and trained model's weights, with the gains that training gave to folded norms folded too."""
+        """Weights trained after the intervention, with trained changes of folded gains also folded into the readers."""
         folded = dict(weights)
         for norm, readers in self.readers.items():
             for name in readers:
@@ -95,9 +98,9 @@ def plan_of(request: Request, architecture: Architecture, weights: Mapping[str, 
     """The plan of a request for a model.
 
     Args:
-        request: what is asked, its layers in range.
+        request: with layers in range.
         architecture: of the model.
-        weights: of the model; the gains that are folded are read from them.
+        weights: of the model; the gains to be folded are read from them.
 
     Raises:
         InterventionError: the architecture does not allow it, or no Hadamard matrix of its size is constructed.
@@ -115,7 +118,7 @@ def plan_of(request: Request, architecture: Architecture, weights: Mapping[str, 
 def _permute(plan: Plan, request: Request, architecture: Architecture, layer: int) -> None:
     """Reorder key-value groups, the query heads within each, and the MLP's neurons."""
     generator = generator_of(request.seed, "permute", layer)
-    share = architecture.heads // architecture.kv_heads  # query heads a key-value head
+    share = architecture.heads // architecture.kv_heads  # query heads per key-value head
     groups = torch.randperm(architecture.kv_heads, generator=generator)
     within = torch.stack([torch.randperm(share, generator=generator) for _ in range(architecture.kv_heads)])
     heads = (groups[:, None] * share + within).flatten()  # (heads,)
@@ -131,7 +134,7 @@ def _permute(plan: Plan, request: Request, architecture: Architecture, layer: in
 
 
 def _rotate(plan: Plan, request: Request, architecture: Architecture, layer: int) -> None:
-    """Rotate the values of each key-value head, and what each of its query heads passes on."""
+    """Rotate the values of each key-value head, and the inputs of o from its query heads."""
     generator = generator_of(request.seed, "rotate", layer)
     size, share = architecture.head_size, architecture.heads // architecture.kv_heads
     drawn = [random_orthogonal(size, request.matrix, generator) for _ in range(architecture.kv_heads)]
@@ -141,7 +144,7 @@ def _rotate(plan: Plan, request: Request, architecture: Architecture, layer: int
 
 
 def _rotate_residual(plan: Plan, request: Request, architecture: Architecture, weights: Mapping[str, Tensor]) -> None:
-    """Fold the norms' gains, and rotate everything that writes to the residual stream or reads from it."""
+    """Fold the gains of norms, and rotate all tensors that write to the residual stream or read from it."""
     plan.readers = architecture.readers()
     generator = generator_of(request.seed, "residual")
     rotation = Rotation(random_orthogonal(architecture.hidden, request.matrix, generator)[None])

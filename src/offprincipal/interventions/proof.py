@@ -1,7 +1,7 @@
-"""Whether two sets of weights are the same function: logits in float64, and their divergence if they are not.
+"""Whether two sets of weights give the same function: compare float64 logits, and measure KL divergences.
 
-transformers computes norms and some softmaxes in float32 whatever the weights are; in here it does not, so that float64
-means float64. Knows nothing of what was done to the weights.
+transformers computes norms and some softmaxes in float32 regardless of the weights; here they are computed in float64
+too. Knows nothing of what was done to the weights.
 """
 
 from collections.abc import Iterator
@@ -24,13 +24,13 @@ LENGTH = 32
 
 @torch.no_grad()
 def logits(model: Any, weights: dict[str, Tensor], ids: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """What a model says with other weights than its own.
+    """The logits of a model with other weights.
 
     Args:
-        model: a transformers model; only its code and configuration count.
-        weights: by name; without the head where it is tied.
+        model: a transformers model; its own weights are not used.
+        weights: name -> tensor; without the head if it is tied to the embedding.
         ids: int64, (sequences, length).
-        dtype: what is computed in.
+        dtype: of the computation.
 
     Returns:
         float64, (sequences, length, vocabulary).
@@ -39,15 +39,19 @@ def logits(model: Any, weights: dict[str, Tensor], ids: Tensor, dtype: torch.dty
     cast = {name: x.to(dtype) for name, x in weights.items()}
     with InFloat64() if dtype is torch.float64 else nullcontext():
         output = torch.func.functional_call(model, cast, (), arguments, tie_weights=HEAD not in cast)
-    found: Tensor = output.logits
-    return found.double()
+    computed: Tensor = output.logits
+    return computed.double()
 
 
 def require_equal(ours: Tensor, theirs: Tensor, what: str) -> float:
-    """The largest difference of two sets of logits over the largest logit.
+    """The largest difference between two sets of logits, divided by the largest logit; checked to be rounding.
+
+    Args:
+        ours, theirs: float64, of one shape.
+        what: was done to the weights, as the subject of the message.
 
     Raises:
-        InterventionError: it is above 1e-9, or not finite.
+        InterventionError: the relative difference is above 1e-9 or not finite.
 
     >>> require_equal(torch.tensor([2.0, 1.0]), torch.tensor([2.0, 1.0]), "nothing")
     0.0
@@ -62,7 +66,7 @@ def require_equal(ours: Tensor, theirs: Tensor, what: str) -> float:
 
 
 def divergence(reference: Tensor, other: Tensor) -> float:
-    """KL(reference‖other) per token, in nats, the mean over all positions.
+    """KL(reference‖other) in nats per token, mean over all positions.
 
     Args:
         reference, other: logits, float64, (…, vocabulary).
@@ -74,13 +78,13 @@ def divergence(reference: Tensor, other: Tensor) -> float:
 
 
 def random_tokens(vocabulary: int, length: int, seed: int) -> Tensor:
-    """Sequences of uniform tokens; int64, (8, length)."""
+    """Sequences of uniformly random tokens; int64, (8, length)."""
     return torch.randint(vocabulary, (SEQUENCES, length), generator=generator_of(seed, "tokens"))
 
 
 @torch.no_grad()
 def sampled_tokens(model: Any, length: int, seed: int) -> Tensor:
-    """Sequences that a model samples itself at temperature 1, after one uniform token; int64, (8, length)."""
+    """Sequences sampled from a model at temperature 1 after one uniformly random token; int64, (8, length)."""
     generator = generator_of(seed, "samples")
     ids = random_tokens(model.get_input_embeddings().weight.shape[0], 1, seed)
     for _ in range(length - 1):

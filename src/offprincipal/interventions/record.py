@@ -1,7 +1,6 @@
-"""The record of an intervention, `intervention.json`: what was done, to which weights, and evidence that the function
-is unchanged.
+"""The record of an intervention, `intervention.json`: operations, hashes of weights, and measured differences.
 
-A record that is read is input like any other: every field that is used is checked.
+When a record is read, every field that is used is checked.
 """
 
 from collections.abc import Mapping
@@ -25,15 +24,18 @@ class InterventionRecord:
     """The record of an intervention.
 
     Args:
-        base: `source`, as it was given, and `weights_blake2b`, a hash of its names and weights as float32.
+        base: `source`, the model's name or path, and `weights_blake2b`, a hash of its names and weights as float32.
         architecture: the model type.
         request: the requested operations, layers, matrix and seed.
-        dtype: the type in which the weights are stored.
+        dtype: dtype of the stored weights.
         result: `weights_blake2b` of the stored weights; a run that was trained from them records the same hash.
-        proof: `logits_relative_difference` in float64, over `sequences` of `length` uniform tokens; `kl_stored`, the KL
-            per token in nats due to storing, over as many tokens sampled from the base; `kl_computed`, the KL there of
-            computing the base's own logits in that type.
-        versions: of Python and of the packages that decide the figures.
+        proof: `logits_relative_difference`, in float64, over `sequences` sequences of `length` uniformly random tokens;
+            `kl_stored`, the KL divergence from the base due to storing the result, in nats per token, over as many
+            tokens sampled from the base; `kl_computed`, the same for the base computed in `dtype`.
+        versions: of Python and of the packages on which the figures depend.
+
+    >>> InterventionRecord({}, "llama", Request(rotate=(0,)), "bfloat16", {}, {}, {}).as_json()["request"]["rotate"]
+    (0,)
     """
 
     base: Mapping[str, str]
@@ -45,15 +47,36 @@ class InterventionRecord:
     versions: Mapping[str, str]
 
     def as_json(self) -> dict[str, Any]:
-        """As it is written."""
+        """The content of `intervention.json`."""
         return {"schema": SCHEMA, **asdict(self)}
 
 
 def read_record(source: str | Path) -> InterventionRecord:
-    """Read the record from its file, or from the folder that `intervene` wrote.
+    """Read the record of an intervention.
+
+    Args:
+        source: `intervention.json`, or the folder that `intervene` wrote.
+
+    Returns:
+        The record.
 
     Raises:
         InterventionError: there is no record, or it is invalid; the message names the field.
+
+    >>> import json, tempfile
+    >>> written = InterventionRecord(
+    ...     base={"source": "embedded", "weights_blake2b": "0"},
+    ...     architecture="qwen3",
+    ...     request=Request(rotate=(0,)),
+    ...     dtype="bfloat16",
+    ...     result={"weights_blake2b": "1"},
+    ...     proof={"logits_relative_difference": 0.0},
+    ...     versions={},
+    ... )
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = (Path(folder) / INTERVENTION).write_text(json.dumps(written.as_json()))
+    ...     read_record(folder) == written
+    True
     """
     path = Path(source).expanduser()
     path = path / INTERVENTION if path.is_dir() else path
@@ -82,7 +105,11 @@ def read_record(source: str | Path) -> InterventionRecord:
 
 
 def require_request(request: Request, layers: int | None = None) -> None:
-    """Check a request, also against the number of a model's layers if it is known.
+    """Check a request.
+
+    Args:
+        request: the operations.
+        layers: number of layers of the model; None: unknown, so layers are not checked against it.
 
     Raises:
         InterventionError: nothing is requested, or a layer, the matrix or the seed is out of range.
@@ -101,14 +128,14 @@ def require_request(request: Request, layers: int | None = None) -> None:
 
 
 def _request(content: dict[str, Any], path: Path) -> Request:
-    found = _one_of(content, "request", dict, path)
+    fields = _one_of(content, "request", dict, path)
     try:
         request = Request(
-            rotate=tuple(_one_of(found, "rotate", list, path)),
-            permute=tuple(_one_of(found, "permute", list, path)),
-            residual=_one_of(found, "residual", bool, path),
-            matrix=_one_of(found, "matrix", str, path),
-            seed=_one_of(found, "seed", int, path),
+            rotate=tuple(_one_of(fields, "rotate", list, path)),
+            permute=tuple(_one_of(fields, "permute", list, path)),
+            residual=_one_of(fields, "residual", bool, path),
+            matrix=_one_of(fields, "matrix", str, path),
+            seed=_one_of(fields, "seed", int, path),
         )
         require_request(request)
     except InterventionError as error:
@@ -117,6 +144,7 @@ def _request(content: dict[str, Any], path: Path) -> Request:
 
 
 def _one_of(content: dict[str, Any], key: str, kind: type, path: Path, allowed: tuple[str, ...] | None = None) -> Any:
+    """The value of a key, checked to be of a type and, if given, among the allowed values."""
     value = content.get(key)
     if type(value) is not kind or (allowed is not None and value not in allowed):
         raise InterventionError(f"{path} is not a usable record: {key} is {value!r}. Give what `intervene` wrote")
@@ -124,13 +152,13 @@ def _one_of(content: dict[str, Any], key: str, kind: type, path: Path, allowed: 
 
 
 def _words(content: dict[str, Any], key: str, keys: tuple[str, ...], path: Path) -> dict[str, str]:
-    found = _one_of(content, key, dict, path)
-    return {word: _one_of(found, word, str, path) for word in keys}
+    fields = _one_of(content, key, dict, path)
+    return {word: _one_of(fields, word, str, path) for word in keys}
 
 
 def _numbers(content: dict[str, Any], key: str, path: Path) -> dict[str, float | int]:
-    found: dict[str, float | int] = _one_of(content, key, dict, path)
-    for word, value in found.items():
+    numbers: dict[str, float | int] = _one_of(content, key, dict, path)
+    for word, value in numbers.items():
         if type(value) not in (int, float) or not abs(value) < float("inf"):
             raise InterventionError(f"{path} is not a usable record: {word} is {value!r}. Give what `intervene` wrote")
-    return found
+    return numbers

@@ -1,4 +1,4 @@
-"""From float64 to what is stored, rounded once. Knows nothing of models."""
+"""Round float64 weights to the stored dtype, once. Knows nothing of models."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,14 @@ from offprincipal.interventions.plan import Weights
 
 
 def rounded(weights: Weights, dtype: str) -> Weights:
-    """The weights as they are stored in a type.
+    """The weights rounded to a dtype.
+
+    Args:
+        weights: name -> tensor.
+        dtype: `float32`, `bfloat16` or `float16`.
 
     Raises:
-        InterventionError: one is too large for it.
+        InterventionError: a value is too large for the dtype.
     """
     stored = {name: rounded_once(x, getattr(torch, dtype)) for name, x in weights.items()}
     for name, x in stored.items():
@@ -21,10 +25,10 @@ def rounded(weights: Weights, dtype: str) -> Weights:
 
 
 def rounded_once(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest number of a type, ties to even.
+    """The nearest value of a dtype, ties to even.
 
-    torch goes from float64 to a 16-bit type by way of float32, and what becomes a tie there is rounded twice. Here the
-    way is rounded to odd, which keeps a tie from arising.
+    torch converts float64 to 16-bit dtypes through float32, so values that float32 rounds to a tie are rounded twice.
+    Here the intermediate float32 value is rounded to odd, which never makes a tie.
 
     Source: Boldo and Melquiond, Emulation of FMA and correctly rounded sums, 2008, on rounding to odd.
 

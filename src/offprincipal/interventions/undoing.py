@@ -1,8 +1,8 @@
 """Map a model that was trained after an intervention back to the coordinates of its base.
 
-The *update*, the trained weights minus the intervened ones as they were stored, is mapped back and added to the base.
-Mapping the weights themselves back would put them off the base's grid, since the intervention rounded them, and every
-entry would count as changed by training.
+The *update*, the trained weights minus the stored intervened weights, is mapped back and added to the base. If the
+weights themselves were mapped back, the rounding of the intervention would change every entry, and each would count as
+changed by training.
 """
 
 from dataclasses import dataclass
@@ -34,11 +34,11 @@ from offprincipal.models import hash_of, open_language_model
 from offprincipal.versions import versions
 
 SCHEMA = 1
-_LEAST_CORRELATION = 0.5  # of a trained matrix with the one that it was trained from
+_LEAST_CORRELATION = 0.5  # between a trained matrix and the one from which it was trained
 
 
 @dataclass(frozen=True)
-class _Made:
+class _Repeated:
     """A repeated intervention.
 
     Args:
@@ -54,7 +54,7 @@ class _Made:
     stored: Weights
 
     def kept_all_digits(self, name: str) -> bool:
-        """Whether a tensor was stored without rounding, as one that was only reordered is."""
+        """Whether a tensor was stored without rounding, for example because it was only reordered."""
         return torch.equal(self.exact[name].double(), self.stored[name].double())
 
 
@@ -70,35 +70,49 @@ def undo(
 ) -> dict[str, Any]:
     """Write a model that was trained after an intervention in the coordinates of the base.
 
-    By default the update is mapped back and added to the base: W = W0 + T⁻¹(W1 − Q(T W0)), with T the intervention
-    and Q its rounding. A tensor that the intervention did not round is restored bit for bit. Changes of folded gains
-    have no counterpart in the base's norms, and are moved into the matrices that read them.
+    By default the update is mapped back and added to the base: W = W0 + T⁻¹(W1 − Q(T W0)), where T is the intervention
+    and Q its rounding. Tensors that the intervention did not round are mapped back themselves, bit for bit. Changes
+    of folded gains cannot be moved to the base's norms; they are folded into the matrices that read the norms' output.
 
-    If the trained model has float32 masters, these are mapped back, and the stored weights are the masters rounded, as
-    if training had stored its masters in the base's coordinates. Otherwise the update is the one that the grid of the
-    intervened weights let through.
+    If the trained model has float32 masters, they are mapped back, and the stored weights are the rounded results, as
+    if training had stored its masters in the base's coordinates. Otherwise only changes that are visible in the stored
+    intervened weights are mapped back.
 
     Args:
         record: `intervention.json`, or its folder.
-        model: the trained model.
+        model: the trained model: a folder or a Hub id.
         out: folder of the result; absent, empty, or with `overwrite` one that was written by an intervention.
         base: the model to which the intervention was applied; by default the one that the record names.
-        dtype: type of the stored result; by default that of the trained model, but float32 if it has no masters and the
-            intervention rounded any tensor.
-        exact: map the weights themselves back: this preserves the trained model's function to the last digit, but the
-            intervention's rounding counts as change.
+        dtype: dtype of the stored result: float32, bfloat16 or float16; by default that of the trained model, but
+            float32 if it has no masters and the intervention rounded any tensor.
+        exact: map the weights themselves back. The function of the trained model is then preserved to float64
+            rounding, but the intervention's rounding counts as change.
         overwrite: replace an intervention in the folder.
 
     Returns:
-        The content of `undo.json`: `record`, `model`, `exact`, `dtype`, `result`, `versions` and `proof`, in which
-        `logits_relative_difference` compares the result with the weights that were mapped back, without the
-        intervention's rounding unless `exact`, in float64; and `kl_stored` is KL(trained‖stored result) per token in
-        nats.
+        The content of `undo.json`: `schema`, `record`, `model`, `exact`, `dtype`, `result`, `versions` and `proof`, in
+        which `logits_relative_difference` compares the result in float64 with the weights that were mapped back,
+        without the intervention's rounding unless `exact`; `kl_stored` is KL(trained‖stored result) in nats per token,
+        over `sequences` sequences of `length` tokens sampled from the trained model.
 
     Raises:
-        InterventionError: there is no record, it does not belong to the base or to the model, the base is no longer
-            where the record names it, gains that were folded are zero, or the logits differ. Nothing is written then.
+        InterventionError: there is no record, it does not belong to the base or the model, the base cannot be opened
+            from the source in the record, folded gains are zero, a value is too large for `dtype`, or the logits
+            differ. Nothing is written then.
+        FileError: the folder is not free or cannot be written.
         ModelError, CheckpointError: a model cannot be opened.
+
+    >>> import tempfile
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from offprincipal.interventions import intervene
+    >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model.save_pretrained(f"{folder}/base")
+    ...     _ = intervene(f"{folder}/base", f"{folder}/rotated", rotate=[0])
+    ...     content = undo(f"{folder}/rotated", f"{folder}/rotated", f"{folder}/back")  # without training in between
+    >>> content["result"]["weights_blake2b"] == content["record"]["base"]["weights_blake2b"]
+    True
     """
     if isinstance(record, InterventionRecord):
         raise InterventionError("give the folder that `intervene` wrote: the model in it is needed too")
@@ -106,16 +120,16 @@ def undo(
     require_dtype(dtype)
     opened = open_model(base) if base is not None else _named_base(written.base["source"])
     place = Path(record).expanduser()
-    made = _made_anew(written, opened, place if place.is_dir() else place.parent)
+    repeated = _repeated(written, opened, place if place.is_dir() else place.parent)
     trained = open_model(model)
-    _require_trained_from(trained, opened, made)
+    _require_trained_from(trained, opened, repeated)
     masters = None if trained.folder is None else _masters(open_checkpoint(trained.folder), trained)
     moved = trained.weights if masters is None else masters
-    kept_all = masters is not None or all(map(made.kept_all_digits, made.stored))
+    kept_all = masters is not None or all(map(repeated.kept_all_digits, repeated.stored))
     chosen = dtype or (trained.dtype if kept_all else "float32")
 
-    result = _brought_back(made, moved, exact)
-    difference = _proved(trained, moved, made, result, exact)
+    result = _mapped_back(repeated, moved, exact)
+    difference = _proved(trained, moved, repeated, result, exact)
     single = rounded(result, "float32")
     stored = rounded(single, chosen)  # from the masters, so that they round to it
     kept = (opened.folder, trained.folder, place if place.is_dir() else place.parent)
@@ -147,14 +161,16 @@ def _named_base(source: str) -> OpenedModel:
         ) from error
 
 
-def _made_anew(record: InterventionRecord, base: OpenedModel, folder: Path) -> _Made:
-    """The intervention of a record, repeated.
+def _repeated(record: InterventionRecord, base: OpenedModel, folder: Path) -> _Repeated:
+    """Repeat the intervention of a record.
 
     Args:
-        folder: the record's folder. If this machine rounds differently, the intervened model in it is used.
+        record: of the intervention.
+        base: the model to which it was applied.
+        folder: of the record; if this machine rounds differently, the intervened model in it is used.
 
     Raises:
-        InterventionError: the record is of other weights, or its intervention cannot be repeated or undone.
+        InterventionError: the record is of another base, or its intervention cannot be repeated or undone.
     """
     if base.identity["weights_blake2b"] != record.base["weights_blake2b"]:
         raise InterventionError(
@@ -171,12 +187,12 @@ def _made_anew(record: InterventionRecord, base: OpenedModel, folder: Path) -> _
     exact = plan.apply(base.weights)
     stored = rounded(exact, record.dtype)
     if hash_of(_with_head(stored)) != record.result["weights_blake2b"]:
-        stored = _beside(record, folder, exact)
-    return _Made(plan.before(base.weights), plan, exact, {name: stored[name] for name in exact})
+        stored = _stored_with_record(record, folder, exact)
+    return _Repeated(plan.before(base.weights), plan, exact, {name: stored[name] for name in exact})
 
 
-def _beside(record: InterventionRecord, folder: Path, exact: Weights) -> Weights:
-    """The intervened weights in the record's folder, if they differ from the recorded intervention only by rounding."""
+def _stored_with_record(record: InterventionRecord, folder: Path, exact: Weights) -> Weights:
+    """The intervened weights in the record's folder, if they differ from the repeated ones only by rounding."""
     if (folder / "config.json").is_file():
         weights: Weights = open_language_model(folder, "cpu", tokenizer=False).model.state_dict()
         step = torch.finfo(getattr(torch, record.dtype))
@@ -194,21 +210,21 @@ def _beside(record: InterventionRecord, folder: Path, exact: Weights) -> Weights
     )
 
 
-def _require_trained_from(trained: OpenedModel, base: OpenedModel, made: _Made) -> None:
+def _require_trained_from(trained: OpenedModel, base: OpenedModel, repeated: _Repeated) -> None:
     """Refuse a model that cannot have been trained from the intervened one."""
     if trained.architecture.kind != base.architecture.kind:
         raise InterventionError(
             f"{trained.source} is of architecture {trained.architecture.kind}, and the record of "
             f"{base.architecture.kind}: give the record of the model that it was trained from"
         )
-    for name in sorted(made.stored.keys() | trained.weights.keys()):
-        ours, theirs = made.stored.get(name), trained.weights.get(name)
+    for name in sorted(repeated.stored.keys() | trained.weights.keys()):
+        ours, theirs = repeated.stored.get(name), trained.weights.get(name)
         if ours is None or theirs is None or ours.shape != theirs.shape:
             raise InterventionError(
                 f"{trained.source} does not fit the record: {name} is in only one of them, or has another shape. "
                 "Give the record of the model that it was trained from"
             )
-    for name, ours in made.stored.items():
+    for name, ours in repeated.stored.items():
         if ours.dim() == 2 and (correlation := _correlation(trained.weights[name], ours)) < _LEAST_CORRELATION:
             raise InterventionError(
                 f"{trained.source} was not trained from the model of the record: its {name} has a correlation of "
@@ -222,22 +238,22 @@ def _correlation(x: torch.Tensor, y: torch.Tensor) -> float:
     return float(x @ y / (x.norm() * y.norm())) if bool(y.any()) and bool(x.any()) else 1.0
 
 
-def _brought_back(made: _Made, weights: Weights, exact: bool) -> Weights:
+def _mapped_back(repeated: _Repeated, weights: Weights, exact: bool) -> Weights:
     """Trained weights in the base's coordinates; float64 for tensors that the intervention changed."""
-    folded = made.plan.fold(weights)
+    folded = repeated.plan.fold(weights)
     back = {}
     for name, x in folded.items():
-        if name in made.plan.readers:
-            back[name] = made.base[name]
-        elif exact or made.kept_all_digits(name):
-            back[name] = made.plan.take_back(name, x)
+        if name in repeated.plan.readers:
+            back[name] = repeated.base[name]
+        elif exact or repeated.kept_all_digits(name):
+            back[name] = repeated.plan.take_back(name, x)
         else:
-            update = x.double() - made.stored[name].double()
-            back[name] = made.base[name].double() + made.plan.take_back(name, update)
+            update = x.double() - repeated.stored[name].double()
+            back[name] = repeated.base[name].double() + repeated.plan.take_back(name, update)
     return back
 
 
-def _proved(trained: OpenedModel, moved: Weights, made: _Made, result: Weights, exact: bool) -> float:
+def _proved(trained: OpenedModel, moved: Weights, repeated: _Repeated, result: Weights, exact: bool) -> float:
     """Relative difference of the result's float64 logits from those of the weights that were mapped back.
 
     Raises:
@@ -247,13 +263,15 @@ def _proved(trained: OpenedModel, moved: Weights, made: _Made, result: Weights, 
     uniform = random_tokens(trained.vocabulary, trained.length, 0)
     expected = moved
     if not exact:
-        folded = made.plan.fold(moved)
-        expected = {name: x.double() - made.stored[name].double() + made.exact[name] for name, x in folded.items()}
-    return require_equal(logits(model, result, uniform), logits(model, expected, uniform), "bringing it back")
+        folded = repeated.plan.fold(moved)
+        expected = {
+            name: x.double() - repeated.stored[name].double() + repeated.exact[name] for name, x in folded.items()
+        }
+    return require_equal(logits(model, result, uniform), logits(model, expected, uniform), "mapping it back")
 
 
 def _cost(trained: OpenedModel, stored: Weights) -> dict[str, float | int]:
-    """KL of the stored result from the trained model, and the tokens over which it is measured."""
+    """KL divergence of the stored result from the trained model, and the tokens over which it is measured."""
     model = trained.language_model.model
     sampled = sampled_tokens(model, trained.length, 0)
     kl = divergence(logits(model, trained.weights, sampled), logits(model, stored, sampled))
@@ -261,29 +279,29 @@ def _cost(trained: OpenedModel, stored: Weights) -> dict[str, float | int]:
 
 
 def _masters(checkpoint: Checkpoint, trained: OpenedModel) -> Weights | None:
-    """The float32 masters of a trained model, if it has any.
+    """The float32 masters of a trained model; None if there are none.
 
     Raises:
-        InterventionError: they do not round to its weights, so they are of another model.
+        InterventionError: they do not round to its weights, so they belong to another model.
     """
     masters = checkpoint.masters()
     if masters is None:
         return None
-    found = {
+    weights = {
         name: torch.from_numpy(masters.read(name).astype("float32")).reshape(info.shape)
         for name, info in masters.tensors.items()
     }
-    for name in sorted(found.keys() | trained.weights.keys()):
-        ours, theirs = found.get(name), trained.weights.get(name)
+    for name in sorted(weights.keys() | trained.weights.keys()):
+        ours, theirs = weights.get(name), trained.weights.get(name)
         stored = checkpoint.tensors[name].dtype if name in checkpoint.tensors else trained.dtype
         if ours is None or theirs is None or not torch.equal(ours.to(getattr(torch, stored)).float(), theirs):
             raise InterventionError(
                 f"the masters of {trained.source} do not round to its {name}, so they belong to another model: remove "
                 "its masters folder, or save both again"
             )
-    return found
+    return weights
 
 
 def _with_head(weights: Weights) -> Weights:
-    """The weights as in a model's state dict: a tied head under both its names."""
+    """The weights as in a model's state dict, with a tied head under its own name too."""
     return weights if HEAD in weights else weights | {HEAD: weights[EMBEDDING]}
