@@ -1,4 +1,4 @@
-"""Reports: the tables of a comparison, and the verdicts of a study, in words and as one HTML file.
+"""Reports: comparisons and studies as tables and sentences on the terminal, and as one HTML file.
 
-Nothing is imported here: words for the terminal need none of what draws the page.
+Nothing is imported here, so that the terminal does not load the libraries of the page.
 """

@@ -1,10 +1,10 @@
 """A model card's section about what training did to the weights, for the README of a model on the Hugging Face Hub.
 
-    CARD/README.md             the section, with metadata; put into the card that is there already, or made anew
+    CARD/README.md             the section, with metadata; inserted into an existing card, or in a new one
     CARD/offprincipal.svg      its figure: the anatomy of each run
-    CARD/offprincipal.jsonl    a line a pair of base and run, of one form for all, so that many can be collected
+    CARD/offprincipal.jsonl    one line per pair of base and run, in a fixed form, so that many can be collected
 
-Names are anyone's: they are text in Markdown and in the figure, and no path of this machine is among them.
+Names are untrusted: they are escaped in Markdown and in the figure. Paths of this machine are left out.
 """
 
 import json
@@ -28,7 +28,7 @@ from offprincipal.reports.words import decisions, plain, warnings_of
 README, FIGURE, PAIRS = "README.md", "offprincipal.svg", "offprincipal.jsonl"
 PAIR_SCHEMA = 1
 _BEGIN, _END = "<!-- offprincipal: begin -->", "<!-- offprincipal: end -->"
-_LONGEST = 24  # letters of a name in the figure
+_LONGEST = 24  # characters of a name in the figure
 _MARKED = re.compile(r"([\\`*_{}\[\]<>|~$&#])")
 _TAG = "offprincipal"
 _METADATA = re.compile(r"\ufeff?---[ \t]*\r?\n(|.*?\n)---[ \t]*(?:\r?\n|$)", re.DOTALL)
@@ -41,13 +41,14 @@ def write_card(
     """Write the section, its figure and its pairs into a folder.
 
     Args:
-        summary: `summary.json` of a comparison.
-        out: the folder; made if absent. A README.md in it is kept around the section.
-        base_model: the base's id on the Hub, which is named in place of a folder, and in metadata that name none.
-        existing: the model card to put the section into, or "" for none; None for the one that is in the folder.
+        summary: the content of `summary.json` of a comparison.
+        out: the folder; created if absent. The rest of a README.md in it is kept.
+        base_model: the base's id on the Hub; it replaces the name of the base, and is added to metadata without
+            `base_model`.
+        existing: the model card into which the section is inserted, "" for none; None: the one in the folder.
 
     Returns:
-        The README.
+        The path of the README.
 
     Raises:
         FileError: the summary is damaged, or a file cannot be written.
@@ -75,18 +76,19 @@ def _write(path: Path, text: str) -> None:
 
 
 def push_card(summary: Mapping[str, Any], repo: str, out: Path, base_model: str | None = None) -> str:
-    """Put the section into a model's card on the Hub, as a pull request.
+    """Insert the section into a model's card on the Hub, as a pull request.
 
     Args:
-        repo: the model, `org/name`; a token that may open pull requests is where huggingface_hub looks for one.
-        out: the folder that the files are written into first.
-        base_model: as `write_card` takes it.
+        summary: the content of `summary.json` of a comparison.
+        repo: the model, `org/name`. huggingface_hub must have a token that may open pull requests.
+        out: the folder into which the files are written first.
+        base_model: as in `write_card`.
 
     Returns:
-        The address of the pull request.
+        The URL of the pull request.
 
     Raises:
-        FileError: the Hub does not take it, or a file cannot be written.
+        FileError: the Hub refuses the pull request, or a file cannot be written.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -96,23 +98,23 @@ def push_card(summary: Mapping[str, Any], repo: str, out: Path, base_model: str 
         commit = HfApi().create_commit(
             repo,
             [CommitOperationAdd(name, str(out / name)) for name in files],
-            commit_message="Say what training did to the weights",
-            commit_description="Measured with offprincipal, each figure beside the null that would explain it away.",
+            commit_message="Describe what training did to the weights",
+            commit_description="Measured with offprincipal, each figure with the null that would explain it away.",
             create_pr=True,
         )
     except FileError:
         raise
-    except Exception as error:  # the Hub's own errors, and those of any connection
+    except Exception as error:  # errors of the Hub or of the connection
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FileError(
-            f"cannot open a pull request for {repo}: {reason}. The section is in {out}; see that the model exists, and "
-            "that `hf auth login` or HF_TOKEN has a token with write access to discussions"
+            f"cannot open a pull request for {repo}: {reason}. The section is in {out}; check that the model exists, "
+            "and that `hf auth login` or HF_TOKEN has a token with write access to discussions"
         ) from error
     return str(commit.pr_url)
 
 
 def _card_of(repo: str) -> str:
-    """The card of a model on the Hub; "" where the Hub says that it has none, and not where it cannot be asked."""
+    """The card of a model on the Hub; "" if the Hub reports that there is none. Other errors are raised."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -125,11 +127,11 @@ def _card_of(repo: str) -> str:
 
 
 def section(summary: Mapping[str, Any], with_figure: bool) -> str:
-    """The section in Markdown: the figures, the ladder, what decides, the notes, and the command that makes it again.
+    """The section in Markdown: figures, ladder of nulls, a sentence per run, notes, and the command to reproduce it.
 
     Args:
-        summary: as `without_paths` gives it.
-        with_figure: whether the figure lies beside it.
+        summary: as from `without_paths`.
+        with_figure: whether to link the figure.
     """
     parts = [
         "## What training did to the weights",
@@ -149,14 +151,14 @@ def section(summary: Mapping[str, Any], with_figure: bool) -> str:
 
 
 def with_section(card: str, text: str, base_model: str | None = None) -> str:
-    """A model card with the section in it: in place of the one that is there, else at its end; tagged.
+    """A model card with the section: in place of an earlier one, otherwise at the end.
 
-    Nothing else of the card is changed, its metadata neither.
+    The metadata get the tag `offprincipal`. Everything else is unchanged.
 
     Args:
-        card: the card, metadata included; empty for none.
-        text: as `section` gives it.
-        base_model: named in the metadata where they name none.
+        card: the card with its metadata; empty for none.
+        text: as from `section`.
+        base_model: added to the metadata if they have no `base_model`.
     """
     block = _METADATA.match(card)
     metadata = _mapping(block[1]) if block else None
@@ -174,41 +176,41 @@ def with_section(card: str, text: str, base_model: str | None = None) -> str:
 
 
 def _mapping(text: str) -> dict[str, Any] | None:
-    """Metadata, or None where a text is none, such as what stands between two rules."""
+    """Metadata as a dictionary; None if the text is not metadata, such as text between two horizontal rules."""
     try:
-        found = yaml.safe_load(text)
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         return None
-    return {} if found is None else found if isinstance(found, dict) else None
+    return {} if content is None else content if isinstance(content, dict) else None
 
 
 def _tagged(front: str, metadata: Mapping[str, Any]) -> str:
-    """Metadata with our tag, every other line as it was; as they are where their tags are written in an unusual way."""
+    """Metadata with our tag and all other lines unchanged; unchanged if the tags are in an unusual form."""
     tags = metadata.get("tags")
     own = [tags] if isinstance(tags, str) else list(tags) if isinstance(tags, list) else []
     if _TAG in own:
         return front
     wanted = {**metadata, "tags": [*own, _TAG]}
     listed = _LISTED_TAGS.search(front)
-    found = [_with_lines(front, {"tags": wanted["tags"]}, "tags")]
+    candidates = [_with_lines(front, {"tags": wanted["tags"]}, "tags")]
     if listed:
         indent = re.match(r"[ \t]*", listed[1])
-        found.insert(0, f"{front[: listed.end()]}{indent[0] if indent else ''}- {_TAG}\n{front[listed.end() :]}")
-    return next((text for text in found if _mapping(text) == wanted), front)
+        candidates.insert(0, f"{front[: listed.end()]}{indent[0] if indent else ''}- {_TAG}\n{front[listed.end() :]}")
+    return next((text for text in candidates if _mapping(text) == wanted), front)
 
 
 def _with_lines(front: str, values: Mapping[str, Any], key: str) -> str:
-    """Metadata with a key's line in place of the one it has, or at the end."""
+    """Metadata in which the line of a key is replaced, or added at the end."""
     lines = yaml.safe_dump(dict(values), allow_unicode=True, sort_keys=False)
-    changed, found = re.subn(rf"^{key}:.*\n", lambda _: lines, front, count=1, flags=re.MULTILINE)
-    return changed if found else front + lines
+    changed, count = re.subn(rf"^{key}:.*\n", lambda _: lines, front, count=1, flags=re.MULTILINE)
+    return changed if count else front + lines
 
 
 def pair_rows(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """One row a run: who is compared with whom, by what versions and arguments, and every pooled figure.
+    """One row per run: base, tuned model, versions, arguments, and every pooled figure.
 
-    Fields: `schema`, `base` and `tuned` (ids, with a revision behind an @ where one was given, or folders), `run`,
-    `arguments`, `versions`, and `metrics`: name -> `value`, `low`, `high`, as docs/metrics.md defines them.
+    Fields: `schema`, `base` and `tuned` (folders, or ids with `@` and a revision if one was given), `run`, `arguments`,
+    `versions`, and `metrics`: name -> `value`, `low`, `high`, as docs/metrics.md defines them.
     """
     for name, run in summary["runs"].items():
         yield {
@@ -223,7 +225,7 @@ def pair_rows(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def anatomy_svg(summary: Mapping[str, Any]) -> str:
-    """The anatomy of each run as bars, as the report draws it; empty where no entries were located."""
+    """The anatomy of each run as bars, as in the report; an empty string if location was not measured."""
     masks = anatomy(summary)
     if not masks:
         return ""
@@ -258,7 +260,7 @@ def _reach(run: Mapping[str, Any]) -> float:
 
 
 def _bar(run: Mapping[str, Any], middle: float, scale: float, y: float) -> Iterator[str]:
-    """Parts to the right of chance one after another, and so to the left; a line where they add up to."""
+    """The bar of a run: positive parts to the right of chance, negative ones to the left, and a line at their sum."""
     ends = {True: middle, False: middle}
     for part, (_, colour) in zip(run["parts"], ANATOMY_PARTS, strict=True):
         if part:
@@ -281,7 +283,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _text(text: str) -> str:
-    """Text as Markdown shows it letter by letter."""
+    """Text with Markdown's special characters escaped."""
     return _MARKED.sub(r"\\\1", plain(text).replace("\n", " "))
 
 

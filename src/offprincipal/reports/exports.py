@@ -1,6 +1,6 @@
-"""Tables of the page as data: numbers in full, a column each, one row of titles; what a CSV of the page holds.
+"""Tables of the page as data for CSV files: full numbers, one per column, with a row of titles.
 
-Reads what the page shows and computes no metric. Columns have the names of `summary.json`.
+Reads what the page shows; computes no metric. Columns have the names of `summary.json`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,11 +13,15 @@ _SIDES = ("as_published", "controlled")
 
 
 def tables(summary: Mapping[str, Any], study: Mapping[str, Any] | None, data: Mapping[str, Any]) -> dict[str, Table]:
-    """Table of the page -> its titles and rows.
+    """The tables.
 
     Args:
-        summary: `summary.json`; study: the content of `study.json`, if there is one.
-        data: what the page draws: `training`, and `fine_tuning` of such a study.
+        summary: the content of `summary.json`.
+        study: the content of `study.json`; None if there is none.
+        data: the data of the page, with `training` and `fine_tuning`.
+
+    Returns:
+        Name of the table -> its titles and rows.
     """
     found = {"runs": _runs(summary), "location": _location(summary), "pairs": _of_dicts(summary["pairs"])}
     if study:
@@ -59,7 +63,7 @@ def _runs(summary: Mapping[str, Any]) -> Table:
 
 
 def _location(summary: Mapping[str, Any]) -> Table:
-    """A row a run and mask: what was measured, its interval, every rung, and the score test."""
+    """One row per run and mask: the measured overlap, its interval, every rung of the ladder, and the score test."""
     rungs = list(nulls.RUNG_TITLES)
     rows: Table = [["run", "mask", "low", "high", *rungs, "z"]]
     for name, run in summary["runs"].items():
@@ -89,7 +93,7 @@ def _claim(claim: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_dicts(rows: Iterable[Mapping[str, Any]]) -> Table:
-    """Rows with the keys of all of them as titles."""
+    """A table of dictionaries; its titles are the keys of all of them."""
     every: Sequence[Mapping[str, Any]] = list(rows)
     titles = list(dict.fromkeys(key for row in every for key in row))
     return [titles, *([row.get(title) for title in titles] for row in every)]

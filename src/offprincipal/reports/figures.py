@@ -1,8 +1,8 @@
-"""Figures: the tables of a comparison, thinned to what the page draws.
+"""Data of the page's figures: the tables of a comparison, reduced to what is drawn.
 
-Everything here ends as JSON that is embedded once; the page's script turns it into Plotly figures and draws again when
-the reader chooses another run, metric or matrix. Sums and means for display only: no metric is computed here. Names
-pass through untouched; the page escapes them.
+The results are JSON, embedded once in the page; its script draws Plotly figures from them, again when the reader
+chooses another run, metric or matrix. Only sums and means for display are computed here, no metrics. Names are not
+changed; the page escapes them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +38,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Curve:
-    """A thinned curve: the values that are drawn, and their positions in the whole."""
+    """A thinned curve: the values that are drawn, and their positions in the full curve."""
 
     positions: NDArray[np.int64]
     values: Array
@@ -49,7 +49,7 @@ Curves = Mapping[tuple[str, str | None, str], Curve]
 
 @dataclass(frozen=True)
 class Chosen:
-    """The matrices whose curves the page carries, and how many there were to choose from."""
+    """The matrices whose curves are in the page, and the number of matrices from which they were chosen."""
 
     tensors: tuple[str, ...]
     available: int
@@ -59,9 +59,13 @@ ANATOMY_PARTS = (*PARTS.items(), NOT_TOLD_APART)  # with their colours
 
 
 def anatomy(summary: Mapping[str, Any]) -> list[Json]:
-    """Per mask and run how far the overlap is from chance, in points, and what each null explains of it.
+    """For each mask and run, the distance of the overlap from chance and its parts, in percentage points.
 
-    What lies between nulls that are not next to each other, since one between is undefined, is not told apart.
+    Each step from one null to the next is a part. If a null between is undefined, the steps around it are one part,
+    named "not told apart".
+
+    Args:
+        summary: the content of `summary.json`.
     """
     figures = []
     for mask in ("principal", "low_magnitude"):
@@ -72,7 +76,7 @@ def anatomy(summary: Mapping[str, Any]) -> list[Json]:
 
 
 def _explained(metrics: Mapping[str, Mapping[str, Any]], mask: str) -> Json:
-    """How far what was measured is from chance, and of each of `ANATOMY_PARTS` how much of it."""
+    """The distance of a measured overlap from chance, and each of `ANATOMY_PARTS`, in percentage points."""
     steps = steps_up(shares(lambda name: metrics.get(name, {}).get("value"), mask))
     parts: dict[str, float] = {}
     for spanned, gap in steps:
@@ -83,27 +87,31 @@ def _explained(metrics: Mapping[str, Mapping[str, Any]], mask: str) -> Json:
 
 
 def overlaps(summary: Mapping[str, Any]) -> list[Json]:
-    """Per mask and run the pooled overlap at the default density, beside both nulls."""
+    """For each mask and run, the pooled overlap at the default density, chance, and the rounding null."""
     figures = []
     for mask, title in MASKS.items():
         rows = []
         for run in summary["runs"].values():
-            found = run["metrics"].get(f"{mask}_overlap", {})
+            overlap = run["metrics"].get(f"{mask}_overlap", {})
             nulls = {
                 name: run["metrics"].get(f"{mask}_overlap_{suffix}", {}).get("value")
                 for name, suffix in (("random", "random"), ("rounding", "rounding_null"))
             }
-            rows.append({key: found.get(key) for key in ("value", "low", "high")} | nulls)
+            rows.append({key: overlap.get(key) for key in ("value", "low", "high")} | nulls)
         if any(row["value"] is not None for row in rows):
             figures.append({"title": title, "runs": rows})
     return figures
 
 
 def sweep(masks: pa.Table, runs: Sequence[str]) -> list[Json]:
-    """Per mask and run the overlap over the sweep of densities, pooled by the number of changed entries.
+    """For each mask and run, the overlap at each density, pooled over matrices by the number of changed entries.
 
-    Over the matrices where the rounding null is known, so that a curve and its null are of the same entries; over all
-    where it is known of none.
+    Only matrices with a known rounding null are pooled, so that a curve and its null are of the same entries; if it is
+    known for none, all matrices are pooled.
+
+    Args:
+        masks: columns of `masks.parquet`.
+        runs: names of the runs.
     """
     columns = ("overlap", "overlap_random", "overlap_rounding_null")
     known = pc.is_valid(masks["overlap_rounding_null"])
@@ -130,7 +138,7 @@ def _line(rows: Sequence[Mapping[str, Any]], columns: Iterable[str]) -> Json:
 
 
 def heatmaps(matrices: pa.Table, runs: Sequence[str]) -> Json:
-    """Every metric as role × layer for every run: the mean over the matrices of a cell, such as a layer's experts.
+    """Every metric of every run by role and layer; the mean if a cell has several matrices, such as experts.
 
     Nulls are among them, each known to its metric by its place, and are not listed themselves.
     """
@@ -143,10 +151,10 @@ def heatmaps(matrices: pa.Table, runs: Sequence[str]) -> Json:
     rows = cells.to_pylist()
     layers = sorted({row["layer"] for row in rows}, key=lambda layer: (layer is None, layer))
     roles = sorted({row["role"] for row in rows}, key=_role_order)
-    found = {(row["run"], row["role"], row["layer"]): row for row in rows}
+    cell_of = {(row["run"], row["role"], row["layer"]): row for row in rows}
 
     def grid(run: str, column: str) -> list[list[float | None]]:
-        return [_short(found.get((run, role, layer), {}).get(column) for layer in layers) for role in roles]
+        return [_short(cell_of.get((run, role, layer), {}).get(column) for layer in layers) for role in roles]
 
     return {
         "layers": [_layer_name(layer) for layer in layers],
@@ -162,7 +170,7 @@ def _layer_name(layer: int | None) -> str:
 
 
 def _places(matrices: pa.Table) -> Mapping[str, Json]:
-    """Tensor -> its role, and its layer as the heatmap names it."""
+    """Tensor -> its role, and its layer as named in the heatmap."""
     rows = matrices.select(["tensor", "role", "layer"]).to_pylist()
     return {row["tensor"]: {"role": row["role"], "layer": _layer_name(row["layer"])} for row in rows}
 
@@ -188,8 +196,9 @@ def choose_matrices(matrices: pa.Table, columns: Sequence[str], limit: int) -> C
     """The matrices with the largest value of any of `columns` in any run, in the order of the table.
 
     Args:
+        matrices: columns of `matrices.parquet`.
         columns: metrics; those that the table lacks are ignored.
-        limit: how many to keep.
+        limit: number of matrices.
     """
     present = [column for column in columns if column in matrices.schema.names]
     if not present:
@@ -202,10 +211,16 @@ def choose_matrices(matrices: pa.Table, columns: Sequence[str], limit: int) -> C
 
 
 def read_curves(path: Path, tensors: Sequence[str], points: int, whole: str | None = None) -> Curves:
-    """The curves of some matrices, by matrix, run and curve, each thinned to at most `points`; a few rows at a time.
+    """Read the curves of some matrices, a few rows at a time, and thin each to at most `points` values.
 
     Args:
+        path: `curves.parquet`.
+        tensors: names of the matrices.
+        points: largest number of values per curve.
         whole: name of a curve that is not thinned.
+
+    Returns:
+        (matrix, run, curve) -> the curve.
     """
     wanted = ds.dataset(path).scanner(
         columns=["tensor", "run", "curve", "values"],
@@ -223,7 +238,7 @@ def read_curves(path: Path, tensors: Sequence[str], points: int, whole: str | No
 
 
 def spectra(matrices: pa.Table, path: Path, runs: Sequence[str]) -> Json:
-    """Singular values of base and runs, their shifts, and the principal angles beside the stored null's largest."""
+    """Singular values of base and runs, their shifts, and the principal angles with the largest of the stored null."""
     angles = ("principal_angle_left_max_deg", "principal_angle_right_max_deg")
     chosen = choose_matrices(matrices, (*angles, "spectral_shift"), SPECTRUM_MATRICES)
     points = FINE_POINTS if len(chosen.tensors) <= STRIPE_MATRICES else COARSE_POINTS
@@ -251,7 +266,7 @@ def spectra(matrices: pa.Table, path: Path, runs: Sequence[str]) -> Json:
 
 
 def stripes(matrices: pa.Table, path: Path, runs: Sequence[str]) -> Json:
-    """Change rates of rows and columns beside the spacing null, for the most dispersed matrices."""
+    """Change rates of rows and columns with the spacing null, for the matrices with the largest dispersion."""
     measured = ("row_dispersion", "column_dispersion")
     chosen = choose_matrices(matrices, measured, STRIPE_MATRICES)
     curves = read_curves(path, chosen.tensors, FINE_POINTS)
@@ -279,19 +294,19 @@ def stripes(matrices: pa.Table, path: Path, runs: Sequence[str]) -> Json:
 
 
 def _lookup(matrices: pa.Table, columns: Sequence[str]) -> Mapping[tuple[str, str], list[float | None]]:
-    """(tensor, run) -> the values of some columns; None where the table lacks the column."""
+    """(tensor, run) -> the values of some columns; None for columns that the table lacks."""
     present = [name for name in columns if name in matrices.schema.names]
     rows = matrices.select(["tensor", "run", *present]).to_pylist()
     return {(row["tensor"], row["run"]): _short(row.get(name) for name in columns) for row in rows}
 
 
 def _drawn(curve: Curve | None) -> Json | None:
-    """Positions are counted from 1, as singular values are."""
+    """A curve as JSON, with positions counted from 1, as for singular values."""
     return None if curve is None else {"x": (curve.positions + 1).tolist(), "y": _short(curve.values.tolist())}
 
 
 def _difference(curve: Curve | None, whole: Curve | None) -> Json | None:
-    """A curve minus another that was not thinned, where both are; what is known of a tail may end earlier in one."""
+    """A curve minus another one that is not thinned, as far as both reach; None if one is missing."""
     if curve is None or whole is None:
         return None
     positions = curve.positions[curve.positions < len(whole.values)]
@@ -306,7 +321,7 @@ def _thinned(curve: Curve | None, points: int) -> Curve | None:
 
 
 def _evenly(length: int, points: int) -> NDArray[np.int64]:
-    """Positions to draw: evenly spread over a curve, both ends among them."""
+    """Positions to draw, evenly spread over a curve, with both ends."""
     return np.unique(np.linspace(0, length - 1, min(points, length)).round().astype(np.int64))
 
 

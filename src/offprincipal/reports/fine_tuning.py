@@ -1,6 +1,6 @@
-"""The figures of fine-tuning methods: what the stages behind C11 and C12 left, grouped as their claims group it.
+"""Data of the figures of fine-tuning methods, from the stages of claims C11 and C12, in the groups of these claims.
 
-Ends as JSON, as `reports.figures` does; the console's tables are made of it too. Means for display only.
+The results are JSON, as in `reports.figures`, and are also used by the tables of the terminal. Means for display only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,13 +37,14 @@ Json = dict[str, Any]
 
 
 def fine_tuning_figures(folder: Path, study: Mapping[str, Any] | None) -> Json:
-    """What page and console show of fine-tuning methods; without a study of them nothing.
+    """Data of the figures of fine-tuning methods; empty without a study of them.
 
     Args:
-        folder: of the study; study: the content of `study.json`.
+        folder: of the study.
+        study: the content of `study.json`; None if there is none.
 
     Raises:
-        FileError: a table that the study names is not there.
+        FileError: a table that the study names cannot be read.
     """
     sources: Mapping[str, Sequence[str]] = (study or {}).get("sources") or {}
 
@@ -56,11 +57,11 @@ def fine_tuning_figures(folder: Path, study: Mapping[str, Any] | None) -> Json:
 
 
 def masks(outcomes: Sequence[Row], kl_curves: Sequence[Row]) -> Json:
-    """Full fine-tuning and every mask: each seed's KL curve and the mean, the area to the full one, and the accuracy.
+    """Full fine-tuning and every mask: KL curves of each seed and their mean, area to the full curve, and accuracy.
 
     Returns:
-        Nothing unless there is a full run and a mask; else `masks`, the full run first; `other_seeds`: the areas
-        between full runs of two seeds; `base`: accuracy before training.
+        Empty unless there are a full run and a mask. Otherwise `masks`, the full runs first; `other_seeds`: areas
+        between the curves of full runs with different seeds; `base`: accuracy before training.
     """
     runs = runs_by_mask(outcomes)
     if FULL not in runs or len(runs) == 1:
@@ -102,11 +103,12 @@ def _line(curve: Curve) -> Json:
 
 
 def sweeps(outcomes: Sequence[Row]) -> Json:
-    """Low-rank methods by rank and seed over learning rates, and the runs at matched rates beside what they match.
+    """Learning-rate sweeps of low-rank methods by rank and seed, and the runs at matched learning rates.
 
     Returns:
-        Nothing unless there is a sweep; else `groups`, one a method and rank, with a sweep a seed; `matched`;
-        `base`: accuracy before training; `least`: the accuracy below which a run has collapsed.
+        Empty unless there is a sweep. Otherwise `groups`, one for each method and rank, with a sweep for each seed;
+        `matched`, as from `matched`; `base`: accuracy before training; `least`: the accuracy below which a run has
+        collapsed.
     """
     groups = []
     for method in dict.fromkeys(row["method"] for row in outcomes):
@@ -126,12 +128,12 @@ def sweeps(outcomes: Sequence[Row]) -> Json:
 
 
 def _sweep(seed: int, sweep: Sequence[Row]) -> Json:
-    found = stable_run(sweep)
-    at = found or {}
+    highest = stable_run(sweep)
+    at = highest or {}
     return {
         "seed": seed,
-        "runs": [_tried(row) | {"highest": found is not None and row["run"] == found["run"]} for row in sweep],
-        "stable": (found or sweep[0])["learning_rate"],
+        "runs": [_tried(row) | {"highest": highest is not None and row["run"] == highest["run"]} for row in sweep],
+        "stable": (highest or sweep[0])["learning_rate"],
         "open": open_end(sweep),
         "best": short(best_accuracy(sweep)),
         "shift": short(at.get("spectral_shift")),
@@ -140,16 +142,16 @@ def _sweep(seed: int, sweep: Sequence[Row]) -> Json:
 
 
 def matched(outcomes: Sequence[Row]) -> list[Json]:
-    """Each run at a matched rate, what it matches, and its method's accuracy where the rate itself is the same."""
+    """Each run at a matched rate, the run that it matches, and its method's accuracy at the rate of the latter."""
     by_run = {row["run"]: row for row in outcomes}
     at_rate = {_place(row, row["learning_rate"]): row for row in outcomes if row["matched_by"] is None}
-    found = []
+    pairs = []
     for row in outcomes:
         like = by_run.get(row["matched_to"])
         if row["matched_by"] is None or like is None:
             continue
         at_equal_rate = at_rate.get(_place(row, like["learning_rate"]))
-        found.append(
+        pairs.append(
             {
                 "by": row["matched_by"],
                 "size": SIZES.get(row["matched_by"], row["matched_by"]),
@@ -163,11 +165,11 @@ def matched(outcomes: Sequence[Row]) -> list[Json]:
                 "at_equal_rate": at_equal_rate and short(at_equal_rate["sampled_accuracy"]),
             }
         )
-    return found
+    return pairs
 
 
 def _place(row: Row, rate: float) -> tuple[str, int | None, int, float]:
-    """What a run of a sweep is known by."""
+    """The key of a run in a sweep: method, rank, seed and learning rate."""
     return row["method"], row["rank"], row["seed"], rate
 
 
@@ -176,7 +178,7 @@ def _title(row: Row) -> str:
 
 
 def _label(method: str) -> str:
-    """As a table of any version's runs has it."""
+    """The label of a method; its name if this version does not know it."""
     return ADAPTER_METHODS[method].label if method in ADAPTER_METHODS else str(method)
 
 

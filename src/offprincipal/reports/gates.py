@@ -14,16 +14,16 @@ _MASKS = ("principal", "low_magnitude")
 
 
 def gates_tables(content: Mapping[str, Any]) -> Group:
-    """Divergence, the curve, the norm bound, the curvature with its paired tests, and what storing hides.
+    """Tables of the divergence, its curve, the norm bound, curvature with paired tests, and what storing hides.
 
     Args:
-        content: `gates.json`.
+        content: the content of `gates.json`.
     """
     runs = content["runs"]
     parts: list[RenderableType] = [
-        "Gate I: divergence KL(tuned‖base) of the policy as stored, nats a token",
+        "Gate I: divergence KL(tuned‖base) of the stored policy, nats per token",
         _divergence_table(runs),
-        "KL over ½ΔᵀFΔ along the line from the base (1 where the second order says all)",
+        "KL divided by ½ΔᵀFΔ along the line from the base (1 if the second order suffices)",
         _curve_table(runs),
         "norm bound ‖Δ‖_F(θ) ≤ √(2K), up to higher order",
         _bound_table(runs),
@@ -34,13 +34,18 @@ def gates_tables(content: Mapping[str, Any]) -> Group:
             _curvature_table(entry),
         ]
     if any(entry.get("hidden_fraction") for entry in runs.values()):
-        parts += ["Gate III: what storing in bfloat16 hides of the update, beside both nulls", _hidden_table(runs)]
         parts += [
-            "the update in four storage formats: points of share in a mask beyond its density, and beyond what "
-            "rounding to that format alone puts there",
+            "Gate III: the part of the update that storing in bfloat16 hides, with both nulls",
+            _hidden_table(runs),
+        ]
+        parts += [
+            "the update in four storage formats: share of the changed entries in a mask minus its density, and minus "
+            "what rounding to that format alone gives, in percentage points",
             _sweep_table(runs),
         ]
-    parts.append("ratio: of a direction to the one below it; batches: for 80 % power at 5 %, paired")
+    parts.append(
+        "ratio: of a direction to the one below it; units wanted: batches or draws for 80 % power at 5 %, paired"
+    )
     for name, entry in runs.items():
         parts += [f"{shown(name)}: {shown(warning)}" for warning in entry["warnings"]]
     return Group(*parts)
@@ -81,7 +86,7 @@ def _curve_table(runs: Mapping[str, Any]) -> Table:
 
 def _hidden_table(runs: Mapping[str, Any]) -> Table:
     table = Table("run", box=SIMPLE)
-    for title in ("hidden, %", "95 % interval", "Gaussian update", "same steps, dealt out"):
+    for title in ("hidden, %", "95 % interval", "Gaussian update", "same steps, shuffled"):
         table.add_column(title, justify="right")
     for name, entry in runs.items():
         if hidden := entry.get("hidden_fraction"):

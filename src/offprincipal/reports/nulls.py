@@ -1,6 +1,6 @@
-"""Which null stands beside which figure, and the ladder of nulls: one table for page, terminal, card and notebook.
+"""The null of each figure, and the ladder of nulls: one table for page, terminal, card and notebook.
 
-Knows names and words; computes nothing but differences of shares that are there.
+Knows names and words; computes only differences of given shares.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,34 +11,34 @@ from typing import Any
 from offprincipal.measures.columns import RUNGS
 from offprincipal.measures.pooling import STEPS
 
-NULL_WORDS = {  # ending of a null's name -> what it is
+NULL_WORDS = {  # ending of a null's name -> description
     "_isotropic_null": "a Gaussian update of equal norm",
     "_stored_null": "a Gaussian update of equal norm, stored alike",
     "_rounding_null": "rounding alone",
 }
-ENDINGS = (*(f"_{rung}" for rung in RUNGS), "")  # of a mask's overlap, from chance to what was measured
+ENDINGS = (*(f"_{rung}" for rung in RUNGS), "")  # of the names of overlaps, from chance to the measured one
 RUNG_TITLES = {step: "chance" if step == "random" else step for step in STEPS}
-PARTS = {  # what the step up to each rung but the first explains -> its colour
+PARTS = {  # name of the step up to each rung but the first -> its colour
     "precision": "#7d8795",
     "magnitude": "#b8932c",
     "neurons": "#4aa3b8",
     "beyond all nulls": "#c24d52",
 }
-MARK = "†"  # behind a figure that is not of every matrix
-NOT_TOLD_APART = ("not told apart", "#b4bbc5")  # where a rung between is undefined
+MARK = "†"  # after a figure that does not include every matrix
+NOT_TOLD_APART = ("not told apart", "#b4bbc5")  # several steps together, because a rung between is undefined
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure that every table of runs has.
+    """A figure in the tables of runs.
 
     Args:
         title: in narrow tables, without its unit.
-        metric: of `summary.json`.
-        null: how the name of its null ends; None where it has none.
-        kind: how it is written: `percent`, `number` or `degrees`.
-        about: what the title does not say.
-        page: its title on the page; empty where another table of the page has it.
+        metric: name in `summary.json`.
+        null: ending of the name of its null; None if it has none.
+        kind: format: `percent`, `number` or `degrees`.
+        about: explanation of the title.
+        page: title on the page; empty if another table of the page has the figure.
     """
 
     title: str
@@ -50,17 +50,17 @@ class Figure:
 
     @property
     def null_metric(self) -> str | None:
-        """The name of its null."""
+        """Name of its null in `summary.json`; None if it has none."""
         return None if self.null is None else f"{self.metric}{self.null}"
 
     @property
     def names(self) -> tuple[str, str | None]:
-        """The figure's and its null's."""
+        """The names of the figure and of its null."""
         return self.metric, self.null_metric
 
     @property
     def null_words(self) -> str:
-        """What its null is."""
+        """Description of its null; empty if it has none."""
         return NULL_WORDS[self.null] if self.null else ""
 
 
@@ -85,14 +85,24 @@ FIGURES = (
 
 
 def shares(value: Callable[[str], float | None], mask: str) -> list[float | None]:
-    """What each rung of the ladder puts into a mask, from chance to what was measured; None where undefined."""
+    """The overlap with a mask at each rung of the ladder, from chance to the measured one; None if undefined.
+
+    Args:
+        value: metric -> its value, or None.
+        mask: `principal` or `low_magnitude`.
+    """
     return [value(f"{mask}_overlap{ending}") for ending in ENDINGS]
 
 
 def steps_up(rungs: Sequence[float | None]) -> list[tuple[tuple[str, ...], float]]:
-    """What explains how far the last rung is from the first, and how much of it each explains.
+    """The steps up the ladder: the parts of the difference between its last and its first rung.
 
-    A step over undefined rungs has every part that it spans: they cannot be told apart.
+    Args:
+        rungs: as from `shares`.
+
+    Returns:
+        (names, difference) of each step. A step over undefined rungs has the names of all parts that it spans. Empty if
+        the first or the last rung is undefined.
 
     >>> steps_up([0.5, None, 0.25, 0.5, 0.75])
     [(('precision', 'magnitude'), -0.25), (('neurons',), 0.25), (('beyond all nulls',), 0.25)]
@@ -105,7 +115,7 @@ def steps_up(rungs: Sequence[float | None]) -> list[tuple[tuple[str, ...], float
 
 
 def listed(words: Sequence[str], last: str = "and") -> str:
-    """Words as a sentence lists them.
+    """Words as a list in a sentence.
 
     >>> listed(["a"]), listed(["a", "b", "c"])
     ('a', 'a, b and c')
@@ -114,24 +124,24 @@ def listed(words: Sequence[str], last: str = "and") -> str:
 
 
 def measured(summary: Mapping[str, Any]) -> list[Figure]:
-    """The figures that any run was asked for."""
+    """The figures that were measured of any run."""
     runs = [run["metrics"] for run in summary["runs"].values()]
     return [figure for figure in FIGURES if any(figure.metric in metrics for metrics in runs)]
 
 
 def matrices_of(metrics: Mapping[str, Mapping[str, Any]], figure: Figure) -> tuple[int, int] | None:
-    """Of how many matrices a figure and its null are, and of how many they could be; None where it is of all of them.
+    """The number of matrices in a figure and its null, and the number of all matrices; None if they are equal.
 
-    Where an angle is smaller than its error bound, for one, it is undefined, and its matrix is not pooled.
+    Matrices in which a figure is undefined, such as an angle below its error bound, are not pooled.
     """
-    known = [found for name in figure.names if (found := metrics.get(name or "", {})).get("value") is not None]
-    counts = [found.get("matrices", 0) for found in known]
+    known = [pooled for name in figure.names if (pooled := metrics.get(name or "", {})).get("value") is not None]
+    counts = [pooled.get("matrices", 0) for pooled in known]
     whole = metrics.get("relative_update_norm", {}).get("matrices")
     return (min(counts), whole) if counts and whole and min(counts) < whole else None
 
 
 def caption(summary: Mapping[str, Any]) -> str:
-    """What the figures of a comparison are whose titles do not say it, and the null of each that has one."""
+    """Explanations of the figures of a comparison, and of their nulls."""
     about: dict[str, list[str]] = {}
     nulls: dict[str, list[str]] = {}
     for figure in measured(summary):
@@ -146,7 +156,7 @@ def caption(summary: Mapping[str, Any]) -> str:
 
 
 def parts_of_all(summary: Mapping[str, Any]) -> str:
-    """Which marked figures are of how many matrices; empty where all are of all."""
+    """The number of matrices in each figure that does not include all of them; empty if there is none."""
     runs, said = [run["metrics"] for run in summary["runs"].values()], []
     for figure in measured(summary):
         counts = sorted({pair for metrics in runs if (pair := matrices_of(metrics, figure))})

@@ -1,6 +1,6 @@
-"""Numbers as a reader should meet them: few digits, percent where natural, a dash where undefined.
+"""Formats of numbers: few digits, percent for shares, a dash for undefined values.
 
-Knows nothing of metrics: one number in, one text out; or one shorter number, for what a page draws.
+Knows nothing of metrics: one number in, one text out; or one shorter number, for figures.
 """
 
 import math
@@ -13,7 +13,7 @@ _NEGATIVE = re.compile(r"(?<![\w.)-])-(?=\.?\d)")
 
 
 def short(value: float | None) -> float | None:
-    """A number to the digits that a figure can show, so that the page stays small; None where it is not finite.
+    """A number with the four significant digits that a figure can show; None if it is None or not finite.
 
     >>> short(0.123456), short(None)
     (0.1235, None)
@@ -22,9 +22,9 @@ def short(value: float | None) -> float | None:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Significant digits, with an exponent where the number is far from 1.
+    """A number with `digits` significant digits, with an exponent if it is far from 1.
 
-    A whole number that counts something is shown whole.
+    Integers are counts, and are shown with all digits.
 
     >>> number(0.27303), number(5.6997e-06), number(-1664.2), number(12), number(None)
     ('0.273', '5.70e-6', '−1,664', '12', '–')
@@ -43,7 +43,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def percent(value: float | None) -> str:
-    """One decimal, two below 1 % and above 99 %, more where a share would read as 0 or 1; the space does not break.
+    """A share in percent: one decimal, two below 1 % and above 99 %, more if it would read as 0 or 100 %.
 
     >>> print(percent(0.26), percent(1.0), percent(0.99996), percent(1e-9), percent(None), sep=", ")
     26.0 %, 100 %, 99.996 %, <0.0001 %, –
@@ -60,7 +60,7 @@ def percent(value: float | None) -> str:
 
 
 def bare(text: str) -> str:
-    """A number without its unit, which stands above its column.
+    """A formatted number without its unit, for a column whose title has the unit.
 
     >>> bare(percent(0.26)), bare(degrees(1.5)), bare(points(0.01))
     ('26.0', '1.50', '+1.00')
@@ -78,7 +78,8 @@ def points(value: float | None) -> str:
 
 
 def degrees(value: float | None) -> str:
-    """
+    """An angle in degrees.
+
     >>> degrees(0.011284), degrees(None)
     ('0.0113°', '–')
     """
@@ -86,7 +87,7 @@ def degrees(value: float | None) -> str:
 
 
 def decimals(value: float | None, places: int = 2) -> str:
-    """A number between -1 and 1, such as a cosine.
+    """A number between −1 and 1, such as a cosine, with a fixed number of decimals.
 
     >>> decimals(-0.123), decimals(None)
     ('−0.12', '–')
@@ -95,7 +96,7 @@ def decimals(value: float | None, places: int = 2) -> str:
 
 
 def as_kind(value: float | None, kind: str) -> str:
-    """A number as a figure of that kind is written: `percent`, `degrees` or `number`.
+    """A number in the format of a kind of figure: `percent`, `degrees` or `number`.
 
     >>> as_kind(1.5, "degrees"), as_kind(None, "percent")
     ('1.50°', '–')
@@ -104,7 +105,7 @@ def as_kind(value: float | None, kind: str) -> str:
 
 
 def signed(value: float | None, decimals: int = 1) -> str:
-    """A number whose sign matters, such as z; one that reads as zero has none.
+    """A number with its sign, such as z; without a sign if it reads as zero.
 
     >>> signed(0.204), signed(-12.34), signed(-0.02), signed(None)
     ('+0.2', '−12.3', '0.0', '–')
@@ -116,7 +117,7 @@ def signed(value: float | None, decimals: int = 1) -> str:
 
 
 def estimate(value: float | None, low: float | None, high: float | None) -> str:
-    """A value and its interval, all to the digit that the interval makes meaningful.
+    """A value with its interval, with as many decimals as the width of the interval justifies.
 
     >>> estimate(-0.09, -0.1, -0.08)
     '−0.090 [−0.100, −0.080]'
@@ -154,5 +155,6 @@ def _unsigned_zero(text: str) -> str:
 
 
 def _minus(text: str) -> str:
+    """A number with a true minus sign, except in its exponent."""
     head, _, exponent = text.partition("e")
     return head.replace("-", "−") + (f"e{exponent}" if exponent else "")

@@ -1,6 +1,6 @@
-"""One figure as a page of its own; and what pages are made of.
+"""Write a figure as a page, and the parts of pages.
 
-Pages hold Plotly's bundle of cartesian charts, a third of the whole.
+Pages contain Plotly's bundle for cartesian charts, which has a third of the size of the full one.
 """
 
 import gzip
@@ -24,13 +24,13 @@ PLOTLY = "vendor/plotly-cartesian.min.js.gz"
 
 
 def asset(name: str) -> str:
-    """A file of a page: style sheet, script or template."""
+    """The content of an asset of pages: style sheet, script or template."""
     content = resources.files("offprincipal.reports").joinpath(WEB, name).read_bytes()
     return (gzip.decompress(content) if name.endswith(".gz") else content).decode()
 
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
-    """A table whose first column names its rows; everything in it is text."""
+    """An HTML table whose first column names its rows; all cells are escaped."""
 
     def line(cells: Sequence[str], first: str, rest: str) -> str:
         tags = [first, *[rest] * (len(cells) - 1)]
@@ -45,13 +45,16 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str 
 
 
 def write_page(out: Path, figure: Any, title: str, above: str = "") -> Path:
-    """Write a Plotly figure as one HTML file that needs no other, whole or not at all.
+    """Write a Plotly figure as one self-contained HTML file; the file is complete or not written.
 
     Args:
-        title: plain text, of whatever letters. above: HTML that stands over the figure.
+        out: the HTML file.
+        figure: of Plotly.
+        title: plain text; it is escaped.
+        above: HTML above the figure.
 
     Raises:
-        FileError: it cannot be written.
+        FileError: the file cannot be written.
     """
     page = str(figure.to_html(include_plotlyjs=False, full_html=True, config={"displaylogo": False}))
     head = f"<head><title>{html.escape(plain(title))}</title>{_STYLE}<script>{asset(PLOTLY)}</script>"

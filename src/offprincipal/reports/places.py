@@ -1,4 +1,4 @@
-"""What a summary says of places on this machine, as it may be shared: no path, and a command that makes it again."""
+"""A summary prepared for sharing: without paths of this machine, and with the command that reproduces it."""
 
 import os
 import shlex
@@ -12,7 +12,7 @@ from offprincipal.measures.settings import FROM_FILES, MatrixSettings, as_in_fil
 from offprincipal.reports.words import place_name
 
 _PLACES = ("source", "masters")
-_DEEP = 3  # parts of a path, the root among them, of which the last may be named
+_DEEP = 3  # parts of a common folder, including the root, from which relative paths may be shown
 _OPTIONS = (
     *("metrics", "rank_fraction", "alpha", "null_draws", "seed", "include_embeddings", "strict"),
     *("solver", "tolerance", "device", "expect"),
@@ -20,10 +20,13 @@ _OPTIONS = (
 
 
 def without_paths(summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary without this machine's paths, since a page is made to be shared.
+    """The summary without absolute paths of this machine.
 
-    They are as seen from the folder that all of them lie in; where that is a machine's own, as `/home`, their last
-    parts alone.
+    Paths become relative to the folder that contains all of them. If that folder has fewer than three parts, such as
+    `/home`, only the last part of each path is kept.
+
+    Args:
+        summary: the content of `summary.json`.
     """
     runs = summary["runs"]
     places = [run[key] for run in runs.values() for key in _PLACES if key in run]
@@ -35,7 +38,7 @@ def without_paths(summary: dict[str, Any]) -> dict[str, Any]:
             return place
         return place_name(place) if len(common.parts) < _DEEP else str(Path(place).relative_to(common))
 
-    def said(text: str) -> str:
+    def cleaned(text: str) -> str:
         for path in sorted(map(str, paths), key=len, reverse=True):
             text = text.replace(path, named(path))
         return text
@@ -43,14 +46,14 @@ def without_paths(summary: dict[str, Any]) -> dict[str, Any]:
     shown = {
         name: run
         | {key: named(run[key]) for key in _PLACES if key in run}
-        | {"warnings": [said(warning) for warning in run.get("warnings", ())]}
+        | {"warnings": [cleaned(warning) for warning in run.get("warnings", ())]}
         for name, run in runs.items()
     }
     return summary | {"base": named(summary["base"]), "runs": shown}
 
 
 def reproducing(summary: Mapping[str, Any]) -> str:
-    """What makes the comparison again: every option that is not as it usually is."""
+    """The command that reproduces a comparison, with every option that differs from its default."""
     runs = [f"{name}={run['source']}" for name, run in summary["runs"].items()]
     usual = as_in_files(asdict(CompareSettings()) | asdict(MatrixSettings()))
     options: list[str] = []
@@ -71,9 +74,9 @@ def reproducing(summary: Mapping[str, Any]) -> str:
         if name in usual and name not in _OPTIONS and value != _as_written(usual[name])
     }
     in_python = ", ".join(f"{name}={value!r}" for name, value in more.items())
-    return f"{command}\n# and what only Python can set: offprincipal.compare(…, {in_python})" if more else command
+    return f"{command}\n# and settings that only Python has: offprincipal.compare(…, {in_python})" if more else command
 
 
 def _as_written(value: Any) -> Any:
-    """A setting as `summary.json` has it."""
+    """A setting as in `summary.json`."""
     return list(value) if isinstance(value, tuple) else value

@@ -1,6 +1,6 @@
-"""Figures for papers and notebooks, by matplotlib, from what the report's figures are drawn from.
+"""Figures for papers and notebooks by matplotlib, from the same data as the report's figures.
 
-Sizes and letters are those of a page in two columns: 6.9 inches across, 8 points. Text stays text in PDF and SVG.
+Sizes fit a page of two columns, 6.9 inches wide, with 8-point letters. Text stays text in PDF and SVG.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE, COLUMN = 6.9, 3.35  # inches
-_HIGHEST = 9.0  # of a page
-_LEGEND = 3  # runs beside each other
+_HIGHEST = 9.0  # largest height on a page, inches
+_LEGEND = 3  # runs in a row of a legend
 _MARKERS = dict(zip(SYMBOLS, ("o", "D", "^", "*"), strict=True))
-_LOWEST = 1.8
+_LOWEST = 1.8  # smallest height, inches
 FORMATS = ("pdf", "svg", "png")
 _STYLE: Any = {
     "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7,
@@ -40,7 +40,7 @@ _GREY, _INK = "#9aa3ad", "#1f2733"
 
 
 def _look(colour: str, marker: str, filled: bool = True) -> dict[str, Any]:
-    """Of one mark, in a panel and in its legend."""
+    """The style of a marker, in a panel and in its legend."""
     shape = {"marker": marker, "markersize": 5, "markeredgewidth": 0.7, "linestyle": ""}
     return shape | {"color": colour, "markerfacecolor": colour if filled else "none"}
 
@@ -48,19 +48,26 @@ def _look(colour: str, marker: str, filled: bool = True) -> dict[str, Any]:
 _RING, _DIAMOND = _look(_INK, "o", filled=False), _look(_INK, "D", filled=False)
 
 
-_MOST_PAIRS = int((_HIGHEST - 0.6) / 0.16)
+_MOST_PAIRS = int((_HIGHEST - 0.6) / 0.16)  # of runs, on a page
 
 
 class NothingToDraw(ArgumentError):
-    """A comparison did not measure what a figure shows."""
+    """A comparison did not measure the data of a figure."""
 
 
 class Plots:
-    """The figures of a comparison: `result.plot.anatomy()`, each a `matplotlib.figure.Figure`.
+    """The figures of a comparison, such as `result.plot.anatomy()`; each is a `matplotlib.figure.Figure`.
+
+    Every method raises NothingToDraw if its data were not measured, and ArgumentError if matplotlib is not installed.
 
     Args:
-        summary: `summary.json`.
-        matrices: reads columns of `matrices.parquet` as a table.
+        summary: the content of `summary.json`.
+        matrices: returns columns of `matrices.parquet` as a table.
+
+    >>> rungs = {"": 0.3, "_random": 0.5, "_rounding_null": 0.4, "_spacing_null": 0.35, "_margin_null": 0.32}
+    >>> metrics = {f"principal_overlap{ending}": {"value": value} for ending, value in rungs.items()}
+    >>> Plots({"runs": {"grpo": {"metrics": metrics}}}, lambda: pa.table({})).anatomy().axes[0].get_title()
+    'principal weights'
     """
 
     def __init__(self, summary: Mapping[str, Any], matrices: Callable[[], pa.Table]) -> None:
@@ -72,7 +79,11 @@ class Plots:
         return list(PLOTS)
 
     def anatomy(self) -> "Figure":
-        """How far the changed entries lie from chance in either mask, and what each rung of the ladder explains."""
+        """The distance from chance of the overlap with each mask, decomposed along the ladder of nulls.
+
+        Raises:
+            NothingToDraw: location was not measured, or nothing changed.
+        """
         masks = self._measured(figures.anatomy(self._summary), "location")
         with _figure(len(masks), 0.6 + 0.2 * len(self._runs), sharey=True) as (figure, axes):
             for axis, mask in zip(axes, masks, strict=True):
@@ -91,7 +102,11 @@ class Plots:
         return figure
 
     def overlaps(self) -> "Figure":
-        """The share of the changed entries in each mask, beside chance and what rounding alone would put there."""
+        """The share of the changed entries in each mask, with chance and the rounding null.
+
+        Raises:
+            NothingToDraw: location was not measured, or nothing changed.
+        """
         masks = self._measured(figures.overlaps(self._summary), "location")
         with _figure(len(masks), 0.6 + 0.2 * len(self._runs), sharey=True) as (figure, axes):
             for axis, mask in zip(axes, masks, strict=True):
@@ -106,9 +121,12 @@ class Plots:
         return figure
 
     def agreement(self) -> "Figure":
-        """The Jaccard index of the changed entries of two runs each, beside chance and each rung of the ladder.
+        """The Jaccard index of the changed entries of each pair of runs, with chance and the rounding and margin nulls.
 
-        Of more pairs than a page has room for, those furthest from what the ladder explains, which is said below them.
+        If there are more pairs than fit on a page, those furthest from the margin null are drawn, and a note says so.
+
+        Raises:
+            NothingToDraw: there are not two runs, or location was not measured.
         """
         every = self._measured(self._summary["pairs"], "location, of two runs or more")
         kept = sorted(sorted(range(len(every)), key=lambda i: -agreement_left_over(every[i]))[:_MOST_PAIRS])
@@ -131,12 +149,15 @@ class Plots:
         return figure
 
     def layers(self, metric: str = "unchanged_fraction") -> "Figure":
-        """A figure by role and layer, a panel a run, on one scale: the mean over the matrices of a cell.
+        """A metric by role and layer, with a panel for each run and one scale; the mean if a cell has several matrices.
 
-        Panels stand in as many columns as keep the figure on a page.
+        Panels are arranged in as many columns as needed for the figure to fit on a page.
+
+        Args:
+            metric: a column of `matrices.parquet`.
 
         Raises:
-            NothingToDraw: it was not measured.
+            NothingToDraw: the metric was not measured.
         """
         heat = figures.heatmaps(self._matrices(), self._runs)
         names = [about["name"] for about in heat["metrics"]]
@@ -156,20 +177,21 @@ class Plots:
             step = max(1, len(heat["layers"]) // 12)
             for axis in axes[-columns:]:
                 axis.set_xticks(range(0, len(heat["layers"]), step), heat["layers"][::step])
-                axis.tick_params(labelbottom=True)  # of a column that ends above the others, too
+                axis.tick_params(labelbottom=True)  # also in columns with fewer panels
                 axis.set_xlabel("layer")
             unit = heat["metrics"][place]["unit"]
             figure.colorbar(drawn, ax=axes, label=metric if unit == "1" else f"{metric}, {unit}", aspect=40)
         return figure
 
     def against_null(self, metric: str = "spectral_shift", null: str = "stored") -> "Figure":
-        """Every linear matrix of every run: what was measured over what a null would show; on the line they are alike.
+        """The measured value of every linear matrix against its null, on logarithmic axes; on the line they are equal.
 
         Args:
-            metric: a figure of `matrices.parquet`; null: one of its nulls, as `runs[…].<metric>.nulls` names them.
+            metric: a column of `matrices.parquet`.
+            null: one of its nulls, as named in `runs[…].<metric>.nulls`.
 
         Raises:
-            NothingToDraw: either was not measured.
+            NothingToDraw: the metric or its null was not measured.
         """
         table = self._matrices()
         if metric not in table.column_names:
@@ -179,31 +201,32 @@ class Plots:
         null = null.removesuffix("_null")
         if null not in nulls:
             raise NothingToDraw(f"{metric} has no null '{null}': it has {', '.join(nulls) or 'none'}")
-        beside = nulls[null]
-        rows = table.select(["run", metric, beside]).to_pylist()
-        known = [row for row in rows if row[metric] and row[beside] and row[metric] > 0 and row[beside] > 0]
-        self._measured(known, "it, beside its null")
+        expected = nulls[null]
+        rows = table.select(["run", metric, expected]).to_pylist()
+        known = [row for row in rows if row[metric] and row[expected] and row[metric] > 0 and row[expected] > 0]
+        self._measured(known, f"{metric} with this null")
         lines = -(-len(self._runs) // _LEGEND)  # of the legend, above a square
         with _figure(1, COLUMN + 0.2 + 0.16 * lines, width=COLUMN) as (figure, (axis,)):
             for place, run in enumerate(self._runs):
-                own = [(row[beside], row[metric]) for row in known if row["run"] == run]
+                own = [(row[expected], row[metric]) for row in known if row["run"] == run]
                 colour, label = COLOURS[place % len(COLOURS)], self._labels[place]
                 marker = _MARKERS[SYMBOLS[place // len(COLOURS) % len(SYMBOLS)]]
                 places = zip(*own, strict=True) if own else ([], [])
                 axis.scatter(*places, s=6, alpha=0.6, linewidths=0, color=colour, marker=marker, label=label)
-            ends = [f(r[name] for r in known for name in (metric, beside)) for f in (min, max)]
+            ends = [f(r[name] for r in known for name in (metric, expected)) for f in (min, max)]
             axis.plot(ends, ends, color=_INK, linewidth=0.6)
             room = [ends[0] / 1.5, ends[1] * 1.5]
-            axis.set(xscale="log", yscale="log", xlabel=beside, ylabel=metric, xlim=room, ylim=room, box_aspect=1)
+            axis.set(xscale="log", yscale="log", xlabel=expected, ylabel=metric, xlim=room, ylim=room, box_aspect=1)
             for each in (axis.xaxis, axis.yaxis):
                 each.set_minor_formatter("")
             figure.legend(loc="outside upper center", ncols=_LEGEND, markerscale=2)
         return figure
 
-    def _measured(self, found: Sequence[Any], what: str) -> Sequence[Any]:
-        if not found:
+    def _measured(self, data: Sequence[Any], what: str) -> Sequence[Any]:
+        """The data; raises NothingToDraw if there are none."""
+        if not data:
             raise NothingToDraw(f"nothing to draw: this comparison has not measured {what}, or nothing changed")
-        return found
+        return data
 
     def _name_rows(self, axis: Any) -> None:
         axis.set_yticks(range(len(self._labels)))
@@ -215,14 +238,27 @@ PLOTS = ("anatomy", "overlaps", "agreement", "layers", "against_null")
 
 
 def write_plots(folder: Path, formats: Sequence[str], out: Path | None = None) -> list[Path]:
-    """Write every figure of a comparison's or study's folder that can be drawn, in each format.
+    """Write every figure of a comparison or study that can be drawn, in each format.
 
     Args:
-        formats: of `FORMATS`; out: the folder for them; by default `figures` in the folder.
+        folder: that `offprincipal compare` or `offprincipal study` wrote.
+        formats: of `FORMATS`: pdf, svg, png.
+        out: the folder for the figures; by default `figures` in the folder.
+
+    Returns:
+        Paths of the files.
 
     Raises:
         ArgumentError: a format is unknown, or matplotlib is not installed.
-        FileError: the folder holds no comparison, or one that is damaged, or a file cannot be written.
+        FileError: the folder holds no comparison or a damaged one, no figure can be drawn, or a file cannot be written.
+
+    >>> import tempfile
+    >>> from offprincipal import compare
+    >>> base, tuned = (torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8)}) for _ in range(2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = compare(base, tuned, out=f"{folder}/out")
+    ...     [path.name for path in write_plots(Path(folder) / "out", ["svg"])]
+    ['anatomy.svg', 'overlaps.svg', 'layers.svg', 'against_null.svg']
     """
     odd = [name for name in formats if name not in FORMATS]
     if odd or not formats:
@@ -247,7 +283,7 @@ def _save(figure: "Figure", path: Path) -> Path:
 
 
 def _drawn(figure: "Figure", kind: str, dpi: int = 300) -> bytes:
-    """A figure as a file of that kind, which is the same whenever it is drawn."""
+    """The bytes of a figure in a format, without dates, so that they are reproducible."""
     import matplotlib
 
     dateless: dict[str, Any] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
@@ -261,7 +297,7 @@ def _drawn(figure: "Figure", kind: str, dpi: int = 300) -> bytes:
 def _figure(
     panels: int, height: float, width: float = PAGE, columns: int | None = None, **shared: bool
 ) -> Iterator[tuple["Figure", Sequence[Any]]]:
-    """A figure and its panels, each so high, in so many columns, in our style; no window, no global state."""
+    """A figure and its panels in our style; `height` is of a row, in inches. No window and no global state are used."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -275,15 +311,16 @@ def _figure(
         for unused in axes[panels:]:
             unused.remove()
         yield figure, axes[:panels]
-        figure._repr_png_ = partial(_drawn, figure, "png", 110)  # for notebooks, whatever backend they have
+        figure._repr_png_ = partial(_drawn, figure, "png", 110)  # for notebooks, with any backend
 
 
-def _with_interval(axis: Any, row: int, found: Mapping[str, Any], colour: str, factor: float) -> None:
-    if found.get("value") is None:
+def _with_interval(axis: Any, row: int, pooled: Mapping[str, Any], colour: str, factor: float) -> None:
+    """Draw a value with its interval."""
+    if pooled.get("value") is None:
         return
-    if None not in (found.get("low"), found.get("high")):
-        axis.plot([factor * found["low"], factor * found["high"]], [row, row], color=colour, linewidth=1)
-    axis.plot(factor * found["value"], row, ".", color=colour, markersize=6)
+    if None not in (pooled.get("low"), pooled.get("high")):
+        axis.plot([factor * pooled["low"], factor * pooled["high"]], [row, row], color=colour, linewidth=1)
+    axis.plot(factor * pooled["value"], row, ".", color=colour, markersize=6)
 
 
 def _legend(figure: Any, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:

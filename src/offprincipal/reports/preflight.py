@@ -1,4 +1,4 @@
-"""A preflight on the terminal, in words, and as a figure. Reads and formats; computes nothing of its own."""
+"""A preflight as a table and sentences on the terminal, and as a figure. Reads and formats; computes no metric."""
 
 import html
 from collections.abc import Callable, Mapping
@@ -20,10 +20,10 @@ _CURVE = 120  # points
 
 
 def preflight_table(content: Mapping[str, Any]) -> Table:
-    """One row a role.
+    """The shares of weights that steps change, one row per role.
 
     Args:
-        content: `preflight.json`.
+        content: the content of `preflight.json`.
     """
     planned = f"{content['steps']:,} steps of {content['learning_rate']:g}"
     table = Table(
@@ -47,35 +47,35 @@ def preflight_table(content: Mapping[str, Any]) -> Table:
 
 
 def preflight_sentences(content: Mapping[str, Any]) -> list[str]:
-    """What the table comes to."""
+    """A summary of the table."""
     whole = next(row for row in content["roles"] if row["role"] == ALL)
     step, storage, half = f"{content['learning_rate']:g}", content["storage"], whole["steps_to_half_masters"]
     if whole["moved_by_one_step"] is None:
         return ["The base has no weights."]
     moved = numbers.percent(whole["moved_by_one_step"])
-    said = [
+    sentences = [
         f"Stored in {storage} after every step, steps of {step} move {moved} of the weights, however many are taken: "
         "the rest are rounded back each time."
     ]
     if half is not None:
         kept = f"half of the weights have moved after {half:,} steps of one sign."
-        said.append(f"Float32 masters keep what is rounded away: {kept}")
+        sentences.append(f"Float32 masters keep what is rounded away: {kept}")
     stuck = [
         row["role"] for row in content["roles"] if row["parameters"] and (row["moved_masters_random_signs"] or 0) < 1e-3
     ]
     if stuck and ALL not in stuck:
-        said.append(
+        sentences.append(
             f"Of {', '.join(stuck)} fewer than one in a thousand have moved after {content['steps']:,} steps of random "
             "signs even so: their weights are too large for this learning rate."
         )
-    return said
+    return sentences
 
 
 def write_figure(out: Path, found: Preflight) -> Path:
-    """Write one HTML file: the share moved by the length of a step, and over the steps of a run.
+    """Write one HTML file: the share of weights that change by step length, and over the steps of a run.
 
     Raises:
-        FileError: it cannot be written.
+        FileError: the file cannot be written.
     """
     return write_page(out, _figure(found), f"offprincipal preflight: {place_name(found.base)}")
 

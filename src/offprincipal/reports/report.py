@@ -1,7 +1,7 @@
-"""The report: one HTML file that holds everything it shows, for somebody who has not read the paper.
+"""The report: one self-contained HTML file, for readers who do not know the paper.
 
-Reads tables, chooses what to show and renders the template. Nothing in the file refers to the network, and a content
-security policy keeps it so: the browser runs the two scripts whose hashes it names and no other.
+Reads tables, chooses what to show and renders the template. Nothing in the file refers to the network, and its content
+security policy allows only the two scripts whose hashes it lists.
 """
 
 import base64
@@ -41,10 +41,17 @@ from offprincipal.reports.theory import theory_figures
 from offprincipal.tables import read_summary
 
 COLOURS = ("#3b6fb6", "#d9772b", "#3f9a6c", "#a855a0", "#b8932c", "#c24d52", "#4aa3b8", "#7a6f5d", "#6d62c4", "#8a9a3b")
-SYMBOLS = ("circle", "diamond", "triangle-up", "star")  # of the runs of the first colours, of those of the second, …
+SYMBOLS = ("circle", "diamond", "triangle-up", "star")  # the next one each time the colours start again
 WIDE, NARROW = 26, 18  # letters of a run's name that a figure has room for, on a wide and on a narrow screen
 CHECKPOINT_KEYS = ("greedy_accuracy", "sampled_accuracy", "pass_at_k", "token_entropy", "kl_to_base")
-_SCRIPTS = ("core.js", "runs.js", "matrices.js", "theory.js", "fine_tuning.js", "start.js")  # one scope, in this order
+_SCRIPTS = (
+    "core.js",
+    "runs.js",
+    "matrices.js",
+    "theory.js",
+    "fine_tuning.js",
+    "start.js",
+)  # joined into one script, in this order
 _SWEEP_COLUMNS = ("run", "mask", "alpha", "overlap", "overlap_random", "overlap_rounding_null", "changed_count")
 
 
@@ -54,8 +61,8 @@ def write_report(out: Path, comparison: Path, study: dict[str, Any] | None = Non
     Args:
         out: the HTML file to write.
         comparison: a folder that `offprincipal compare` wrote.
-        study: the content of `study.json`; its claims and runs come first. What its claims were judged from beside the
-            comparison lies in folders beside that of the comparison.
+        study: the content of `study.json`; its claims and runs come first. Other data of its claims are read from the
+            folders next to that of the comparison.
 
     Returns:
         `out`.
@@ -77,7 +84,7 @@ _DAMAGE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, Val
 
 @contextmanager
 def damage_reported(folder: Path) -> Iterator[None]:
-    """Tables and summaries may be anyone's: whatever cannot be drawn of them is their damage, and is said so."""
+    """Report any error in reading tables and summaries, which are untrusted, as a FileError about damage."""
     try:
         yield
     except (*_DAMAGE, RecursionError, TemplateError) as error:
@@ -101,7 +108,10 @@ def write_report_of(folder: Path) -> Path:
     """Write `report.html` into a folder that `offprincipal compare` or `offprincipal study` wrote.
 
     Args:
-        folder: holds `summary.json`, or `study.json` beside the folder of the comparison that it names.
+        folder: holds `summary.json`, or `study.json` and the folder of its comparison.
+
+    Returns:
+        The path of the page.
 
     Raises:
         FileError: the folder lacks a table, or the page cannot be written.
@@ -111,10 +121,10 @@ def write_report_of(folder: Path) -> Path:
 
 
 def require_comparison(folder: Path) -> None:
-    """Check that a folder of ours holds a comparison, and not something else.
+    """Refuse a folder that holds other results and no comparison.
 
     Raises:
-        FileError: it holds something else; the message says what.
+        FileError: it holds other results; the message says which.
     """
     held = next((what for name, what in _OTHERS.items() if (folder / name).exists()), None)
     if held and not (folder / SUMMARY).exists():
@@ -122,10 +132,10 @@ def require_comparison(folder: Path) -> None:
 
 
 def comparison_in(folder: Path) -> Path:
-    """The folder of the comparison that a folder holds, or that its study judges.
+    """The folder itself if it holds a comparison, or the folder of the comparison of its study.
 
     Raises:
-        FileError: `study.json` is damaged.
+        FileError: `study.json` is damaged, or the folder holds other results.
     """
     path = folder / STUDY
     if not path.exists():
@@ -198,10 +208,15 @@ def _figures(comparison: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_columns(comparison: Path, table: str, columns: tuple[str, ...] | None = None) -> pa.Table:
-    """One table of a comparison by columns, since a large model has too many rows to hold as dicts.
+    """Read a table of a comparison as columns; as dictionaries, the rows of a large model would need too much memory.
+
+    Args:
+        comparison: folder of the comparison.
+        table: name of the table, such as `matrices`.
+        columns: None: all.
 
     Raises:
-        FileError: it is not there, or damaged.
+        FileError: the table does not exist or is damaged.
     """
     path = comparison / f"{table}.parquet"
     try:
@@ -211,7 +226,7 @@ def read_columns(comparison: Path, table: str, columns: tuple[str, ...] | None =
 
 
 def _trained(run: Mapping[str, Any]) -> dict[str, Any]:
-    """A study's run with every key that the page asks for, None where the study does not say."""
+    """A run of a study with every key that the page needs; None for those that the study lacks."""
     keys = ("name", "recipe", "tasks", "seed", "steps", "batch", "learning_rate", "seconds")
     ends = (*CHECKPOINT_KEYS, "sampled_accuracy_se")
     moments = {when: {key: (run.get(when) or {}).get(key) for key in ends} for when in ("before", "after")}
@@ -273,7 +288,7 @@ def _is_measured(summary: Mapping[str, Any], figure: nulls.Figure) -> bool:
 
 
 def _packed(data: Any) -> str:
-    """JSON as the page's script reads it: a quarter of its size, and no name in it can be taken for markup."""
+    """Data as compressed, base64-encoded JSON: smaller, and names in it cannot be taken for markup."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
@@ -290,7 +305,7 @@ def _filters() -> dict[str, Callable[..., str]]:
 
 
 def _script(source: str) -> Markup:
-    """A script as the browser will hash it: a parser turns every line end into a line feed."""
+    """A script with line feeds only, because HTML parsers convert line ends before the browser hashes it."""
     return Markup(source.replace("\r\n", "\n").replace("\r", "\n"))
 
 

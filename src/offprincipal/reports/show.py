@@ -1,4 +1,4 @@
-"""`offprincipal show`: what a folder of ours holds, printed as the command that wrote it did."""
+"""`offprincipal show`: print the results in a folder as the command that wrote it did."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -36,24 +36,24 @@ _WATCHED = (
     ("spectral shift", "spectral_shift"),
 )
 _JOURNALS = {JOURNAL: "comparison", TRAJECTORY_JOURNAL: "trajectory"}
-_ROWS = 12  # of a monitor's, the last among them
+_ROWS = 12  # rows of a monitor's table, at most, with the last one
 
 
 def parts_of(folder: Path, explain: bool = False) -> Iterator[RenderableType]:
-    """Tables, and sentences as plain text, of everything that a folder holds.
+    """Tables, and sentences as plain text, of all results in a folder.
 
     Args:
-        folder: what any of our commands wrote; a run may hold what a monitor saw, too.
-        explain: say of every figure what its nulls say, and of every claim what was found.
+        folder: written by any command of this package; the folder of a run may also hold a monitor's table.
+        explain: also give the nulls of every figure, and the details of every claim.
 
     Raises:
-        FileError: it holds nothing of ours, or what it holds is damaged.
+        FileError: the folder holds no results, or a file is damaged.
     """
     for name in _files_in(folder):
         with damage_reported(folder / name):
             yield from _KINDS[name](folder / name)
             yield from _EXPLAINED[name](read_json(folder / name)) if explain and name in _EXPLAINED else ()
-    for path in sorted(folder.glob("study-*.json")):  # of other profiles in the same folder
+    for path in sorted(folder.glob("study-*.json")):  # other profiles in the same folder
         with damage_reported(path):
             yield from _study(path)
             yield from terminal.claims_sentences(read_json(path)) if explain else ()
@@ -118,15 +118,15 @@ def _monitor(path: Path) -> Iterator[RenderableType]:
     for row in rows[::-1][::every][::-1]:
         table.add_row(str(row["step"]), *(_beside_null(row, title, name) for title, name in _WATCHED))
     yield table
-    yield "in brackets: a Gaussian update of the same length in the same matrices; KL in nats a token"
+    yield "in brackets: a Gaussian update of the same length in the same matrices; KL in nats per token"
     if warned := [row for row in rows if row["warned"]]:
         yield f"warned at {len(warned)} of {len(rows)} observed steps, at first: {warned[0]['warned']}"
     if (stopped := rows[-1]["stopped"] if rows else None) and not (path.parent / RECORD).is_file():
-        yield f"stopped early: {stopped}"  # of a run, its record says it
+        yield f"stopped early: {stopped}"  # otherwise the record of the run says so
 
 
 def _beside_null(row: dict[str, Any], title: str, name: str) -> str:
-    """A figure of the monitor, and its isotropic null where it has one."""
+    """A figure of the monitor with its isotropic null, if it has one."""
     factor = 100 if "%" in title else 1
     value, null = (None if row.get(key) is None else factor * row[key] for key in (name, f"{name}_isotropic_null"))
     return number(value) if null is None else f"{number(value)} ({number(null)})"
@@ -157,10 +157,10 @@ _EXPLAINED: dict[str, Callable[[Any], Iterable[str]]] = {
 
 
 def as_json(folder: Path) -> dict[str, Any]:
-    """The JSON files of a folder by name.
+    """The JSON files of a folder: name -> content.
 
     Raises:
-        FileError: it holds none of ours.
+        FileError: the folder holds no results.
     """
     return {name: read_json(folder / name) for name in _files_in(folder, ".json")}
 
@@ -169,7 +169,7 @@ def _files_in(folder: Path, suffix: str = "") -> list[str]:
     found = [name for name in _KINDS if name.endswith(suffix) and (folder / name).is_file()]
     if not found and (folder / CHECKPOINTS).is_dir():
         raise FileError(
-            f"{folder} holds a run that is not complete: `offprincipal train` with the same settings goes on with it"
+            f"{folder} holds a run that is not complete: `offprincipal train` with the same settings resumes it"
         )
     unfinished = next((what for journal, what in _JOURNALS.items() if (folder / journal).is_file()), None)
     if not found and unfinished:

@@ -1,4 +1,4 @@
-"""Tables for the terminal, and for a notebook, from the same files as the report.
+"""Tables for the terminal and for notebooks, from the same files as the report.
 
 Reads and formats; computes no metric.
 """
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from offprincipal.measures.columns import Metric
     from offprincipal.training.preview import Preview
 
-_SCREEN = 80  # columns that every terminal has
-_WIDEST = 24  # letters that a column keeps for itself
+_SCREEN = 80  # characters per line on every terminal
+_WIDEST = 24  # largest width of a column, in characters
 LADDER_COLUMNS = ("run", "mask", *RUNG_TITLES.values(), "z")
 LADDER = "each null from left to right knows one thing more; z: how far beyond margins, in standard errors"
 _VERDICTS = {
@@ -38,15 +38,15 @@ _VERDICTS = {
 
 
 def _lean() -> Table:
-    """A table that spends few columns on itself."""
+    """A table with little padding."""
     return Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
 
 
 def comparison_table(summary: Mapping[str, Any]) -> Group:
-    """Figures × runs, each value with its null in brackets; where that is too wide, runs × figures, in several tables.
+    """Figures × runs, each value with its null in brackets; if that is too wide, runs × figures in several tables.
 
     Args:
-        summary: `summary.json`.
+        summary: the content of `summary.json`.
     """
     head, rows = ["", *short_names(list(summary["runs"]))], figure_rows(summary)
     if sum(_widths(head, rows)) > _SCREEN:
@@ -56,10 +56,10 @@ def comparison_table(summary: Mapping[str, Any]) -> Group:
 
 
 def comparison_html(summary: Mapping[str, Any]) -> str:
-    """What a notebook shows of a comparison: the same tables, and one sentence a run, as HTML.
+    """A comparison in a notebook: the same tables, and one sentence per run, as HTML.
 
     Args:
-        summary: `summary.json`. Names in it are shown as text.
+        summary: the content of `summary.json`. Names in it are escaped.
     """
     parts = ["<p>What training did to the weights (null in brackets)</p>"]
     parts.append(html_table(["", *summary["runs"]], figure_rows(summary)))
@@ -74,7 +74,7 @@ def comparison_html(summary: Mapping[str, Any]) -> str:
 def _blocks(
     head: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> Iterator[tuple[Sequence[str], Sequence[Sequence[str]]]]:
-    """A table as several, each with the first column and as many of the others as a screen has room for."""
+    """A table divided into several, each with the first column and as many others as fit on the screen."""
     widths, end = _widths(head, rows), 1
     while end < len(head):
         start, room = end, _SCREEN - widths[0]
@@ -86,13 +86,13 @@ def _blocks(
 
 
 def _widths(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
-    """What the columns of a table take with the space between them, the words of a title below each other."""
+    """Widths of the columns with the space between them; the words of a title are stacked."""
     titles = [max(map(len, title.split()), default=0) for title in head]
     return [min(max([title, *(len(row[i]) for row in rows)]), _WIDEST) + 2 for i, title in enumerate(titles)]
 
 
 def _table_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Each column as wide as its cells, or as a title's longest word."""
+    """A table with columns as wide as their cells, or as the longest word of their title."""
     table = _lean()
     for place, (title, width) in enumerate(zip(head, _widths(head, rows), strict=True)):
         table.add_column(shown(title), justify="right" if place else "left", width=width - 2, overflow="fold")
@@ -102,21 +102,21 @@ def _table_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 
 def run_labels(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Run -> what tables and sentences call it."""
+    """Run -> its name in tables and sentences."""
     return dict(zip(summary["runs"], short_names(list(summary["runs"])), strict=True))
 
 
 def figure_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    """Each figure that was measured: what it is, and for each run its value with its null in brackets."""
+    """For each measured figure: its title, and the value of each run with its null in brackets."""
     runs = summary["runs"].values()
     return [[_titled(figure), *(_with_null(run, figure) for run in runs)] for figure in measured(summary)]
 
 
 def ladder_tables(summary: Mapping[str, Any]) -> list[Any]:
-    """Where the changed entries lie, rung by rung of the ladder of nulls, in percent: nothing where none was located.
+    """Tables of the overlap with each mask at every rung of the ladder of nulls, in percent; none if not measured.
 
     Args:
-        summary: `summary.json`.
+        summary: the content of `summary.json`.
     """
     labels = run_labels(summary)
     head, rows = [title for title in LADDER_COLUMNS if title != "mask"], anatomy_rows(summary)
@@ -129,7 +129,7 @@ def ladder_tables(summary: Mapping[str, Any]) -> list[Any]:
 
 
 def anatomy_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    """For each run and mask the cells of `LADDER_COLUMNS`."""
+    """For each run and mask, the cells of `LADDER_COLUMNS`."""
     rows = []
     for name, run in summary["runs"].items():
         for mask in ("principal", "low_magnitude"):
@@ -143,12 +143,12 @@ def anatomy_rows(summary: Mapping[str, Any]) -> list[list[str]]:
 
 
 def proof_lines(proof: Mapping[str, float], dtype: str, *, undone: bool) -> list[str]:
-    """What proves an intervention, or that it was undone, beside what its figures may be compared with.
+    """The measured differences of an intervention or of its undoing, each with a reference value.
 
     Args:
-        proof: as `intervention.json` or `undo.json` holds it.
-        dtype: what the weights were stored in.
-        undone: whether it was undone.
+        proof: from `intervention.json` or `undo.json`.
+        dtype: of the stored weights.
+        undone: whether the intervention was undone.
     """
     stored, whose = number(proof["kl_stored"], 2), "the trained model" if undone else "the base"
     computed = "the rounding" if undone else f"computing the base in {dtype} costs {number(proof['kl_computed'], 2)}"
@@ -162,7 +162,7 @@ def runs_table(study: Mapping[str, Any]) -> Group:
     """Training runs with their held-out figures before and after.
 
     Args:
-        study: `study.json`, or anything with its `runs`.
+        study: the content of `study.json`; only `runs` is used.
     """
     table = _lean()
     table.add_column("run")
@@ -180,13 +180,13 @@ def runs_table(study: Mapping[str, Any]) -> Group:
 
 
 def fine_tuning_tables(figures: Mapping[str, Any]) -> list[Group]:
-    """What fine-tuning runs came to: a table of masks and one of low-rank methods, each where there are such runs.
+    """Results of fine-tuning runs: a table of masks and one of low-rank methods, each if there are such runs.
 
     Args:
-        figures: as of `reports.fine_tuning`.
+        figures: as from `reports.fine_tuning`.
     """
-    found = {"masks": _masks_table, "sweeps": _sweeps_table}
-    return [table(figures[name]) for name, table in found.items() if name in figures]
+    tables = {"masks": _masks_table, "sweeps": _sweeps_table}
+    return [table(figures[name]) for name, table in tables.items() if name in figures]
 
 
 def _masks_table(figures: Mapping[str, Any]) -> Group:
@@ -239,10 +239,10 @@ def _matched_table(matched: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def claims_table(study: Mapping[str, Any]) -> Group:
-    """A row a claim: the verdict and effect of either side, and how many blind studies its rule decides.
+    """One row per claim: verdict and effect, as published and controlled, and the blind studies that its rule decides.
 
     Args:
-        study: `study.json`.
+        study: the content of `study.json`.
     """
     table = _lean()
     table.add_column("claim", overflow="fold")
@@ -260,10 +260,10 @@ def claims_table(study: Mapping[str, Any]) -> Group:
 
 
 def claims_sentences(study: Mapping[str, Any]) -> Iterator[str]:
-    """Of each claim what it says, its control, and of either side the effect with its interval and what was found.
+    """For each claim its statement and control; as published and controlled, the verdict and effect with its interval.
 
     Args:
-        study: `study.json`.
+        study: the content of `study.json`.
     """
     for claim in study["claims"]:
         yield f"{_claim(claim)}. {claim['statement']}. Control: {claim['controlled']['control']}."
@@ -285,7 +285,7 @@ def _blind(counts: Mapping[str, int] | None) -> str:
 
 
 def choices_table(titles: Sequence[str], choices: Iterable[Sequence[str]]) -> Table:
-    """What can be chosen, a row each: its name, and what is said of it under the titles."""
+    """One row per choice: its name, and its descriptions in the columns of the titles."""
     table = _lean()
     for title in titles:
         table.add_column(title)
@@ -311,7 +311,7 @@ def settings_table(fields: Mapping[str, Any]) -> Table:
 
 
 def metrics_table(metrics: Iterable["Metric"]) -> Table:
-    """Every figure by group: its name, what it means, and its unit."""
+    """All figures by group: name, meaning and unit."""
     table = _lean()
     for title in ("figure", "what it is"):
         table.add_column(title, overflow="fold")
@@ -327,7 +327,7 @@ def metrics_table(metrics: Iterable["Metric"]) -> Table:
 
 
 def metrics_json(metrics: Iterable["Metric"]) -> dict[str, dict[str, str]]:
-    """The same as data: figure -> its group, what it means, its unit and its source."""
+    """The same as data: figure -> group, meaning, unit and source."""
     return {
         column.name: {"group": metric.group, "meaning": column.meaning, "unit": column.unit, "source": metric.source}
         for metric in metrics
@@ -336,7 +336,7 @@ def metrics_json(metrics: Iterable["Metric"]) -> dict[str, dict[str, str]]:
 
 
 def profiles_table(profiles: Iterable[tuple[str, str, str, int]]) -> Table:
-    """Shipped studies: their names, what they ask, their base, and how many runs they train."""
+    """Included studies: name, question, base, and number of training runs."""
     table = _lean()
     for title in ("profile", "what it asks", "base"):
         table.add_column(title)
@@ -360,7 +360,7 @@ def tasks_table(tasks: Iterable[Task]) -> Table:
 
 
 def preview_lines(found: "Preview") -> list[str]:
-    """How problems were put to a model, each prompt whole, what it wrote, and what that comes to."""
+    """How problems were presented, each prompt with its completions, and the number of right ones."""
     how = ", ".join(f"{name} {value!r}" for name, value in found.settings.model_dump().items())
     lines = [f"asked with {how}; at most {found.max_new_tokens} tokens"]
     for one in found.shown:
@@ -390,13 +390,13 @@ def _judgement(judged: Mapping[str, Any]) -> str:
 
 
 def _titled(figure: Figure) -> str:
-    """Its title with its unit, which its cells leave out."""
+    """A figure's title with its unit, which its cells leave out."""
     unit = {"percent": ", %", "degrees": ", °", "number": ""}[figure.kind]
     return f"{figure.title}{unit}"
 
 
 def _with_null(run: Mapping[str, Any], figure: Figure) -> str:
-    """A figure, marked where it is not of every matrix, and its null in brackets."""
+    """A figure with its null in brackets; marked if it does not include every matrix."""
     metrics = metrics_of(run)
     found, null = (bare(as_kind(metrics.get(name or "", {}).get("value"), figure.kind)) for name in figure.names)
     mark = MARK if matrices_of(run["metrics"], figure) else ""
@@ -404,7 +404,7 @@ def _with_null(run: Mapping[str, Any], figure: Figure) -> str:
 
 
 def _span(values: Iterable[float | None], text: Callable[[float | None], str] = number) -> str:
-    """The lowest and the highest of those that are known."""
+    """The lowest and the highest of the defined values."""
     known = [value for value in values if value is not None]
     if not known:
         return text(None)
@@ -413,17 +413,17 @@ def _span(values: Iterable[float | None], text: Callable[[float | None], str] = 
 
 
 def _rate(value: float | None) -> str:
-    """A learning rate as it was set."""
+    """A learning rate as it was given."""
     return number(None) if value is None else f"{value:g}"
 
 
 def _in_percent(value: float | None) -> str:
-    """Of a column whose title says so."""
+    """A share in percent without the sign, for a column whose title has it."""
     return bare(percent(value))
 
 
 def delta_lines(made: "Made") -> list[str]:
-    """What a delta came to."""
+    """The size of a delta and its number of changed entries."""
     share = made.changed / made.entries if made.entries else 0.0
     lines = [
         f"{made.path}: {made.bytes:,} bytes, {_beside_weights(made.bytes, made.whole)} ({made.whole:,})",
@@ -441,14 +441,14 @@ def delta_lines(made: "Made") -> list[str]:
 
 
 def _beside_weights(size: int, whole: int) -> str:
-    """How a file's size stands beside that of the weights."""
+    """The size of a file relative to that of the weights."""
     if size <= whole:
         return f"{whole / max(size, 1):,.1f} times less than the weights take"
     return f"{size / max(whole, 1):,.2f} times what the weights take"
 
 
 def as_shown_json(content: Mapping[str, Any]) -> str:
-    """JSON that a terminal can show: what is not printable in a name is written as its number.
+    """JSON that is safe on a terminal: characters that are not printable are written as escapes.
 
     >>> print(as_shown_json({"grpo\\x9b31m": "ü"}))
     {

@@ -1,6 +1,6 @@
-"""The theory's figures: what the stages behind C7–C10 left, thinned to what the page draws.
+"""Data of the figures of theory, from the stages of claims C7–C10, reduced to what the page draws.
 
-Ends as JSON, as `reports.figures` does. Sums over matrices for display only: no metric is computed here.
+The results are JSON, as in `reports.figures`. Only sums over matrices for display are computed here, no metrics.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,34 +21,35 @@ Row = Mapping[str, Any]
 
 
 def theory_figures(folder: Path, study: Mapping[str, Any] | None) -> Json:
-    """What the page draws of the theory's claims; without a study of them nothing.
+    """Data of the figures of theory; empty without a study of these claims.
 
     Args:
-        folder: of the study; study: the content of `study.json`.
+        folder: of the study.
+        study: the content of `study.json`; None if there is none.
 
     Raises:
-        FileError: a table that the study names is not there.
+        FileError: a table that the study names cannot be read.
     """
     sources: Mapping[str, Sequence[str]] = (study or {}).get("sources") or {}
     places = {source: [folder / Path(stage).name for stage in stages] for source, stages in sources.items()}
-    found: Json = {}
+    drawn: Json = {}
     if places.get("agreement"):
-        found["agreement"] = agreement([row for at in places["agreement"] for row in read_table(at, "agreement")])
+        drawn["agreement"] = agreement([row for at in places["agreement"] for row in read_table(at, "agreement")])
     if places.get("precision"):
         runs = read_json(places["precision"][0] / PRECISION)["runs"]
-        found["precision"] = precision(runs)
-        found["steps"] = steps(runs)
+        drawn["precision"] = precision(runs)
+        drawn["steps"] = steps(runs)
     watched = [*places.get("watched_rl", ()), *places.get("watched_sft", ())]
     if watched:
-        found["kl"] = [kl_of_steps(at.name, read_table(at, "monitor")) for at in watched]
+        drawn["kl"] = [kl_of_steps(at.name, read_table(at, "monitor")) for at in watched]
     if places.get("bounds"):
-        found["bounds"] = bounds(read_table(places["bounds"][0], "matrices"))
-    return found
+        drawn["bounds"] = bounds(read_table(places["bounds"][0], "matrices"))
+    return drawn
 
 
 def agreement(rows: Sequence[Row]) -> list[Json]:
-    """For each intervention and layer, its intervened and its untouched matrices: the Jaccard index and both nulls."""
-    found = []
+    """The Jaccard index with both nulls, for each intervention and layer, of intervened and of untouched matrices."""
+    figures = []
     for intervention in dict.fromkeys(row["intervention"] for row in rows):
         groups: dict[tuple[int, bool], list[Row]] = {}
         for row in rows:
@@ -60,8 +61,8 @@ def agreement(rows: Sequence[Row]) -> list[Json]:
             | {"undone": jaccards(of(group, UNDONE))["measured"]}
             for (layer, touched), group in sorted(groups.items())
         ]
-        found.append({"title": intervention, "points": points})
-    return found
+        figures.append({"title": intervention, "points": points})
+    return figures
 
 
 def of(rows: Sequence[Row], view: str) -> list[Row]:
@@ -70,7 +71,7 @@ def of(rows: Sequence[Row], view: str) -> list[Row]:
 
 
 def jaccards(rows: Sequence[Row]) -> dict[str, float | None]:
-    """The Jaccard index over matrices by counts, as measured and as each null expects it."""
+    """The Jaccard index pooled over matrices by counts: measured, and as expected by each null."""
     changed = sum(row["changed_a"] + row["changed_b"] for row in rows)
     both = {
         "measured": sum(row["intersection"] for row in rows),
@@ -81,27 +82,27 @@ def jaccards(rows: Sequence[Row]) -> dict[str, float | None]:
 
 
 def precision(runs: Mapping[str, Any]) -> list[Json]:
-    """For each run and format, over step lengths: what is unchanged, and the location bias beyond both nulls."""
+    """For each run and format, by step length: the unchanged share, and the location bias beyond both nulls."""
     columns = {
         "unchanged": "unchanged_fraction",
         "bias": "principal_bias",
         "beyond": "principal_bias_beyond_precision",
         "by_size": "principal_distance_bias",
     }
-    found = []
+    figures = []
     for run, entry in runs.items():
         lines = []
         for name, title in FORMATS.items():
             rows = [row for row in entry["precision_sweep"] if row["format"] == name]
             line = {key: [short(row[column]["value"]) for row in rows] for key, column in columns.items()}
             lines.append({"title": title, "step": [row["step_length"] for row in rows], **line})
-        found.append({"run": run, "formats": [line for line in lines if line["step"]]})
-    return found
+        figures.append({"run": run, "formats": [line for line in lines if line["step"]]})
+    return figures
 
 
 def steps(runs: Mapping[str, Any]) -> list[Json]:
-    """For each run the histogram of |ΔW|/ULP over all spacings, beside both nulls, and what bfloat16 hides."""
-    found = []
+    """For each run, the histogram of |ΔW|/ULP over all spacings with both nulls, and the hidden fraction."""
+    figures = []
     for run, entry in runs.items():
         rows = entry["ulp_histogram"]
         entries = sum(row["entries"] for row in rows) or 1
@@ -113,19 +114,19 @@ def steps(runs: Mapping[str, Any]) -> list[Json]:
                 ("permuted", "octaves_permuted_null"),
             )
         }
-        found.append({"run": run, "hidden": entry["hidden_fraction"], **shares})
-    return found
+        figures.append({"run": run, "hidden": entry["hidden_fraction"], **shares})
+    return figures
 
 
 def kl_of_steps(run: str, rows: Sequence[Row]) -> Json:
-    """One watched run: its divergence at each step, and from the base."""
+    """KL divergences of a monitored run at each observed step: from the step before, and from the base."""
     seen = [row for row in rows if row["tensor"] is None and row["kl_cumulative"] is not None and row["step"] > 0]
     columns = {"step": "step", "kl_step": "kl_step", "kl_cumulative": "kl_cumulative", "length": "relative_update_norm"}
     return {"run": run} | {key: [short(row[column]) for row in seen] for key, column in columns.items()}
 
 
 def bounds(rows: Sequence[Row]) -> Json:
-    """For each bound and run, the share of the bound that each matrix used."""
+    """For each bound and run, the tightness of each matrix: its value divided by the bound."""
     runs = list(dict.fromkeys(row["run"] for row in rows))
     return {
         "runs": runs,

@@ -1,7 +1,6 @@
-"""A finished comparison in an experiment tracker: a run each, its pooled figures as scalars beside their nulls.
+"""Send a finished comparison to an experiment tracker: a tracker run for each run, with pooled figures as scalars.
 
-Training runs report through the Trainer's own `report_to`; this is for what is measured afterwards. Places on this
-machine are named as in the page that is made to be shared.
+Training runs use the Trainer's own `report_to`; this is for comparisons. Paths are shortened by `without_paths`.
 """
 
 import re
@@ -22,58 +21,59 @@ def report_comparison(summary: Mapping[str, Any], to: str, out: Path, project: s
     """Send every run's pooled figures to a tracker.
 
     Args:
-        summary: as `summary.json` has it. to: `tensorboard`, `trackio` or `wandb`, which has to be installed.
-        out: folder of the comparison; TensorBoard's files go into its `tensorboard`.
-        project: as trackio and wandb call a group of runs.
+        summary: the content of `summary.json`.
+        to: `tensorboard`, `trackio` or `wandb`; it must be installed.
+        out: folder of the comparison; TensorBoard's files go into its subfolder `tensorboard`.
+        project: name of the group of runs in trackio and wandb.
 
     Returns:
-        Where they are, in words.
+        A text that says where the figures are.
 
     Raises:
-        ArgumentError: there is no such tracker, or it is not installed.
-        FileError: it did not take them.
+        ArgumentError: the tracker is unknown or not installed.
+        FileError: the tracker reported an error.
     """
     require_tracker(to)
     try:
         return TRACKERS[to](without_paths(dict(summary)), out, project)
-    except Exception as error:  # whatever a tracker of others raises: no account, no network, a full disk
+    except Exception as error:  # any error of a tracker: no account, no network, a full disk
         again = shlex.join(["offprincipal", "report", str(out), "--report-to", to])
         raise FileError(
-            f"{to} did not take the comparison, which is whole: {str(error).rstrip('.')}. Try again by {again}"
+            f"{to} did not accept the comparison, which is written: {str(error).rstrip('.')}. Try again by {again}"
         ) from error
 
 
 def require_tracker(name: str) -> None:
-    """Check that there is such a tracker, and that it is installed.
+    """Check that a tracker is known and installed.
 
     Raises:
-        ArgumentError: there is none, or it is not.
+        ArgumentError: it is not.
     """
     if name not in TRACKERS:
         raise ArgumentError(f"no tracker '{name}': choose one of {', '.join(TRACKERS)}")
     spec = find_spec(name)
-    if spec is None or spec.origin is None:  # a folder of that name, such as W&B leaves behind, is no package
+    if spec is None or spec.origin is None:  # a plain folder of that name, such as W&B creates, is not a package
         raise ArgumentError(f"{name} is not installed: pip install {name}, or leave --report-to out")
 
 
 def scalars_of(run: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of one run, by name, with the ends of their intervals; undefined ones are left out.
+    """The figures of one run by name, with the ends of their intervals; undefined values are left out.
 
     >>> scalars_of({"metrics": {"rate": {"value": 0.5, "low": 0.4, "high": None}}, "anatomy": None})
     {'rate': 0.5, 'rate/low': 0.4}
     """
-    found: dict[str, float] = {}
+    scalars: dict[str, float] = {}
     for name, pooled in run["metrics"].items():
         values = {name: pooled["value"], f"{name}/low": pooled.get("low"), f"{name}/high": pooled.get("high")}
-        found |= {key: float(value) for key, value in values.items() if value is not None}
-    return found
+        scalars |= {key: float(value) for key, value in values.items() if value is not None}
+    return scalars
 
 
 def _to_tensorboard(summary: dict[str, Any], out: Path, project: str) -> str:
     writer: Any = import_module("torch.utils.tensorboard").SummaryWriter
     taken: set[str] = set()
     for name, run in summary["runs"].items():
-        folder_name = re.sub(r"[^\w-]", "_", name)  # no path out of it
+        folder_name = re.sub(r"[^\w-]", "_", name)  # so that names cannot form paths
         while folder_name in taken:
             folder_name += "_"
         taken.add(folder_name)
@@ -86,7 +86,7 @@ def _to_tensorboard(summary: dict[str, Any], out: Path, project: str) -> str:
 
 
 def _to_wandbs_interface(package: str) -> Callable[[dict[str, Any], Path, str], str]:
-    """Of W&B, and of trackio, which has the same."""
+    """A function that sends figures to W&B, or to trackio, which has the same interface."""
 
     def send(summary: dict[str, Any], out: Path, project: str) -> str:
         tracker = import_module(package)

@@ -1,4 +1,4 @@
-"""A trajectory on the terminal, in words, and as a page of figures. Reads and formats; computes nothing of its own."""
+"""A trajectory as tables and sentences on the terminal, and as a page of figures. Formats; computes no metric."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -32,16 +32,16 @@ _OVERLAPS = {
     "own_cosines_null": ("its own cosines alone", "dot"),
 }
 _SIDES = {"left": "#0b6e99", "right": "#c2570c"}
-_LINES = 24  # of a table
-_CELLS = 100  # a side that a heatmap shows at most
+_LINES = 24  # most rows of a table
+_CELLS = 100  # most cells on a side of a heatmap
 _METHODS = ("#0b6e99", "#c2570c", "#1c2733")
 
 
 def trajectory_table(content: Mapping[str, Any]) -> Group:
-    """The whole model beside the walks, then one row a checkpoint, then one a role; of one checkpoint nothing.
+    """The whole model with its nulls, then one row per checkpoint and one per role; empty for a single checkpoint.
 
     Args:
-        content: `trajectory.json`.
+        content: the content of `trajectory.json`.
     """
     whole = content["pooled"]
     if len(content["steps"]) < 2:
@@ -79,7 +79,7 @@ def trajectory_table(content: Mapping[str, Any]) -> Group:
 
 
 def beside_rows(content: Mapping[str, Any]) -> list[list[str]]:
-    """Each figure of the whole model, as `BESIDE_COLUMNS` head it behind its name."""
+    """For each figure of the whole model its title and the cells of `BESIDE_COLUMNS`."""
     whole = content["pooled"]
     rows = [
         [title, *(numbers.number(whole[name][key]) for key in ("value", *_NULLS))] for name, title in FIGURES.items()
@@ -115,7 +115,7 @@ def _held_out_table(content: Mapping[str, Any]) -> Table:
 
 
 def trajectory_sentences(content: Mapping[str, Any]) -> list[str]:
-    """What the tables come to."""
+    """A summary of the tables in sentences."""
     whole, count = content["pooled"], len(content["steps"])
     if whole["path_length"] == 0:
         return ["No weight moved at any checkpoint."]
@@ -153,7 +153,7 @@ def trajectory_sentences(content: Mapping[str, Any]) -> list[str]:
 
 
 def _overlap_sentences(content: Mapping[str, Any]) -> list[str]:
-    """Whether the leading directions are found early; nothing where none were looked at."""
+    """Whether the leading directions are found early; empty if subspaces were not compared."""
     found = content["pooled"]["subspace_overlap"]
     if found is None:
         return []
@@ -171,7 +171,7 @@ def _overlap_sentences(content: Mapping[str, Any]) -> list[str]:
 
 
 def _prediction_sentences(content: Mapping[str, Any]) -> list[str]:
-    """How the predicted model is to be taken; nothing where none was asked for."""
+    """How accurate predicted models are; empty if none was requested."""
     wanted, rows = content["prediction"], content["held_out"]
     if not wanted or not rows:
         return []
@@ -190,14 +190,14 @@ def write_figure(out: Path, content: Mapping[str, Any]) -> Path:
     """Write one HTML file: distance from the base, cosines of the steps, shares, the path, and predictions.
 
     Raises:
-        FileError: it cannot be written.
+        FileError: the file cannot be written.
     """
     title = f"offprincipal trajectory: {place_name(content['base'])}"
     return write_page(out, figure_of(content), title, summary_html(content))
 
 
 def summary_html(content: Mapping[str, Any]) -> str:
-    """What the tables come to, and each figure beside its nulls, as HTML; names are text."""
+    """The sentences, and each figure with its nulls, as HTML; names are escaped."""
     said = [*content["warnings"], *trajectory_sentences(content)]
     text = "".join(f"<p>{html.escape(plain(sentence))}</p>" for sentence in said)
     several = len(content["steps"]) > 1
@@ -205,7 +205,7 @@ def summary_html(content: Mapping[str, Any]) -> str:
 
 
 def figure_of(content: Mapping[str, Any]) -> graph_objects.Figure:
-    """Every panel, of the whole model at first; a menu shows a role's or a layer's in its place."""
+    """All panels, first of the whole model; a menu selects a role or a layer instead."""
     overlap = content["pooled"]["subspace_overlap"]
     titles = (
         "distance from the base",
@@ -228,7 +228,7 @@ def figure_of(content: Mapping[str, Any]) -> graph_objects.Figure:
     chosen = {"the whole model": content["pooled"]}
     chosen |= {plain(role): found for role, found in content["by_role"].items()}
     chosen |= {f"layer {layer}": found for layer, found in content["by_layer"].items()}
-    of: list[str | None] = []  # of each trace, by whose choice it is shown; None: always
+    of: list[str | None] = []  # for each trace, the choice that shows it; None: always shown
     for name, found in chosen.items():
         before = len(figure.data)
         _add_way(figure, found, content["steps"], shown=name == "the whole model")
@@ -262,7 +262,7 @@ def _beside(axis: Any) -> dict[str, Any]:
 
 
 def _add_way(figure: graph_objects.Figure, found: Mapping[str, Any], steps: Sequence[float], shown: bool) -> None:
-    """The panels of one choice: distances, cosines, the path and shares of components, and shared directions."""
+    """Add the panels of one choice: distances, cosines, the path, shares of components, and shared directions."""
     reached, squares = [], 0.0
     for increment in found["increments"]:
         squares += increment**2
@@ -284,7 +284,7 @@ def _add_way(figure: graph_objects.Figure, found: Mapping[str, Any], steps: Sequ
         cells = [row[some] for row in found["increment_cosine"][some]]
         cells = [[None if i == j else c for j, c in enumerate(row)] for i, row in enumerate(cells)]
         most = max((abs(c) for row in cells for c in row if c is not None), default=1.0) or 1.0
-        scale |= {"zmin": -most, "zmax": most}  # of the others: each step's with itself is 1
+        scale |= {"zmin": -most, "zmax": most}  # without the diagonal, where each step's cosine with itself is 1
         figure.add_heatmap(z=cells, x=labels[some], y=labels[some], colorbar=bar, row=1, col=2, **scale)
     for key, name, colour in (("components", "run", _RUN), ("components_random_walk_null", "random walk", _WALK)):
         x, y = zip(*([[0.0, 0.0], *found[key]]), strict=True)
@@ -348,7 +348,7 @@ def _add_held_out(figure: graph_objects.Figure, rows: Sequence[Mapping[str, Any]
 
 
 def _some_of(steps: Sequence[float]) -> list[tuple[int, float]]:
-    """Steps with their places, at most as many as a screen has room for, evenly, the first and the last among them."""
+    """Steps with their positions, at most `_LINES`, evenly spread, with the first and the last."""
     count = len(steps)
     places = range(count) if count <= _LINES else [round(i * (count - 1) / (_LINES - 1)) for i in range(_LINES)]
     return [(place, steps[place]) for place in places]

@@ -1,15 +1,17 @@
-"""Words: what a comparison found, in plain sentences, every figure beside the null that would explain it away.
+"""Sentences: the results of a comparison in plain words, every figure with the null that would explain it away.
 
-Reads the pooled values of `summary.json` and computes no metric. The rules are fixed here:
+Reads the pooled values of `summary.json` and computes no metric. The rules of the wording are fixed here:
 
-- *beyond that*, that is spacings, rows and columns, is said only where |z|, the score test against the margin null,
-  exceeds `Z_BEYOND`, and never without the size of the effect, because millions of entries make the smallest
-  difference significant;
-- *about* that of a random update of equal norm, stored alike (the stored null), is within a factor of `ABOUT` of it;
-- of n pairs of runs one is told of where its z is beyond what `Z_BEYOND` is for one pair, and its gap `TINY` or more;
-- a run's one sentence names precision, magnitude or neurons where that rung moves a share by `TINY` or more, and says
-  which of them cannot be told apart where a rung between is undefined;
-- runs share a sentence only where no number in it is more than `_APART` times another run's.
+- An effect *beyond that*, that is beyond spacings, rows and columns, is reported only if |z|, the score test against
+  the margin null, exceeds `Z_BEYOND`, and always with its size, because with millions of entries the smallest
+  difference is significant.
+- A figure is *about* that of a random update of equal norm, stored alike (the stored null), if it is within a factor of
+  `ABOUT` of it.
+- A pair of runs is reported if its gap is `TINY` or more and its |z| exceeds `Z_BEYOND` with Bonferroni's correction
+  for the number of pairs.
+- The sentence of a run names precision, magnitude or neurons if that rung changes a share by `TINY` or more, and says
+  which of them cannot be told apart because a rung between them is undefined.
+- Runs share a sentence only if no number in it is more than `_APART` times that of another run.
 """
 
 import math
@@ -29,14 +31,14 @@ from offprincipal.reports.numbers import degrees, number, percent, points, signe
 Z_BEYOND = 3.0
 TINY, SMALL = 0.01, 0.05
 ABOUT = 1.25
-_SAME = 1 - 1e-12  # the cosine of two updates that are one
+_SAME = 1 - 1e-12  # smallest cosine of two updates that are considered equal
 _NOTHING = "none of the metrics that a sentence could be about was measured"
 ASK = " (--explain has each)"
-_NOTABLE = 3  # pairs of runs that are told of unasked
-_FEW = 3  # runs that have a sentence each
-_MOST_NAMES = 6  # of runs that share a sentence
+_NOTABLE = 3  # most pairs of runs that have their own sentence
+_FEW = 3  # most runs that have a sentence each
+_MOST_NAMES = 6  # most names in a shared sentence
 _BLIND = "a random update of equal norm"
-_APART, _NOTES_APART = 2.0, 10.0  # times that a number of runs that share a sentence, or a note, may differ
+_APART, _NOTES_APART = 2.0, 10.0  # largest ratio of numbers in a shared sentence, or in a shared note
 _OFF_GRID = "undefined here, since the base's weights are not bfloat16 numbers, so that precision cannot be told apart"
 _BEYOND = tuple(PARTS)[-1]
 _LENGTHS = {
@@ -56,16 +58,16 @@ def verdict_paragraph(summary: Mapping[str, Any]) -> list[str]:
     """One paragraph for each run, then one sentence for each pair of runs.
 
     Args:
-        summary: the content of `summary.json`. Metrics that were not measured, or are undefined, are left out.
+        summary: the content of `summary.json`. Metrics that were not measured or are undefined are left out.
 
     Returns:
-        Plain text without markup; control characters in names are replaced, so that a terminal can show it.
+        Plain text without markup. Control characters in names are replaced, so that it is safe on a terminal.
     """
     return list(run_paragraphs(summary).values()) + [pair_sentence(pair) for pair in summary["pairs"]]
 
 
 def run_paragraphs(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Run -> what it did to the weights."""
+    """Run -> its paragraph."""
     return {
         name: run_paragraph(
             name,
@@ -78,10 +80,13 @@ def run_paragraphs(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def run_paragraph(name: str, metrics: Metrics, differing: int = 0, alone: int = 0) -> str:
-    """What one run did to the weights: how much, how far, and where.
+    """A paragraph on what one run did to the weights: how many changed, how far, and where.
 
     Args:
-        differing: tensors that differ from the base's and are not measured; alone: those that one of the two alone has.
+        name: of the run.
+        metrics: name -> pooled value.
+        differing: number of tensors that differ from the base's but are not measured.
+        alone: number of tensors that only the base or only the run has.
     """
     value = _reader(metrics)
     if is_unchanged(metrics):
@@ -92,18 +97,18 @@ def run_paragraph(name: str, metrics: Metrics, differing: int = 0, alone: int = 
 
 
 def decisions(summary: Mapping[str, Any], more: str = "", labels: Mapping[str, str] | None = None) -> list[str]:
-    """One sentence a run: how much changed, and whether precision, neurons or length explain it, or more is left.
+    """One sentence per run: how many weights changed, and which of precision, neurons and length explain it.
 
-    Of more than a few runs, those of which the same is to be said, with nearly the same numbers, share theirs. Then one
-    for each of the few pairs of runs whose agreement is furthest from what the nulls explain, and one for all others.
+    If there are more than a few runs, those with the same words and similar numbers share a sentence. Then follow one
+    sentence for each of the few pairs of runs whose agreement is furthest from the nulls, and one for all other pairs.
 
     Args:
         summary: the content of `summary.json`.
-        more: where the reader finds a sentence on every pair.
-        labels: run -> what to call it; None: its name.
+        more: appended to sentences on several pairs; says where the reader finds a sentence on each.
+        labels: run -> its name in sentences; None: the names of the runs.
 
     Returns:
-        As of `verdict_paragraph`, which says all of it.
+        As from `verdict_paragraph`, which gives the full text.
     """
     runs, labels = summary["runs"], labels or {}
     still = {name for name, run in runs.items() if is_unchanged(run["metrics"])}
@@ -120,7 +125,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _notable_pairs(pairs: Sequence[Mapping[str, Any]], more: str, labels: Mapping[str, str]) -> list[str]:
-    """The pairs whose agreement the nulls do not explain, the furthest first; then one sentence on the others."""
+    """Sentences on the pairs whose agreement the nulls do not explain, the furthest first; then one on the others."""
     named = [{**pair, **{run: labels.get(pair[run], pair[run]) for run in ("run_a", "run_b")}} for pair in pairs]
     named.sort(key=lambda pair: (_is_one(pair), agreement_left_over(pair)), reverse=True)
     beyond = _z_of_several(len(pairs))
@@ -145,7 +150,7 @@ def _notable_pairs(pairs: Sequence[Mapping[str, Any]], more: str, labels: Mappin
 
 
 def _z_of_several(tests: int) -> float:
-    """The |z| that `Z_BEYOND` becomes where the largest of several is looked at: Bonferroni's.
+    """The threshold for |z| that replaces `Z_BEYOND` for several tests, by Bonferroni's correction.
 
     >>> round(_z_of_several(1), 6), round(_z_of_several(190), 2)
     (3.0, 4.34)
@@ -155,7 +160,7 @@ def _z_of_several(tests: int) -> float:
 
 
 def _is_one(pair: Mapping[str, Any]) -> bool:
-    """Whether two runs hold the same values."""
+    """Whether two runs have equal weights."""
     return pair["jaccard"] == 1 and (pair.get("update_cosine") or 0) >= _SAME
 
 
@@ -169,7 +174,7 @@ def _decided(metrics: Metrics) -> list[str]:
 
 
 def _changed(value: _Reader) -> str:
-    """How many of the weights changed, beside how many an update of equal length would have changed."""
+    """The share of weights that changed, with the share that a random update of equal norm would have changed."""
     unchanged, null = value("unchanged_fraction"), value("unchanged_fraction_isotropic_null")
     if unchanged is None:
         return ""
@@ -180,7 +185,7 @@ def _changed(value: _Reader) -> str:
 
 
 def _where(value: _Reader) -> str:
-    """What explains where the changed entries lie, in principal and low-magnitude masks."""
+    """Which nulls explain the overlaps of the changed entries with the principal and the low-magnitude mask."""
     steps = {mask: steps_up(shares(value, mask)) for mask in MASKS}
     known = [mask for mask, found in steps.items() if found]
     if not known:
@@ -205,13 +210,13 @@ def _where(value: _Reader) -> str:
 
 
 def _explaining(steps: Sequence[tuple[tuple[str, ...], float]]) -> list[str]:
-    """Precision, magnitude and neurons where they move a share; those that cannot be told apart as one."""
+    """Those of precision, magnitude and neurons that change a share; several that cannot be told apart are one."""
     moving = {parts for parts, gap in steps if _BEYOND not in parts and abs(gap) >= TINY}
     return [listed(parts, "or") for parts in sorted(moving, key=lambda parts: list(PARTS).index(parts[0]))]
 
 
 def _how_far(value: _Reader, blind: str) -> str:
-    """Whether spectrum, subspaces and the energy in them are what a random update of equal norm makes of them."""
+    """How spectral shift, principal angle and energy compare with those of a random update of equal norm."""
     ratios = {}
     for words, name in _LENGTHS.items():
         found, null = value(name), value(f"{name}_stored_null")
@@ -228,13 +233,13 @@ def _how_far(value: _Reader, blind: str) -> str:
 
 
 def agreement_left_over(pair: Mapping[str, Any]) -> float:
-    """How far the agreement of two runs is from what the ladder explains; 0 where z does not tell it from that."""
+    """Distance of the Jaccard index of two runs from its margin null; 0 if z does not exceed `Z_BEYOND`."""
     found, null, z = (pair[f"jaccard{suffix}"] for suffix in ("", "_margin_null", "_z"))
     return abs(found - null) if None not in (found, null, z) and abs(z) > Z_BEYOND else 0.0
 
 
 def pair_sentence(pair: Mapping[str, Any]) -> str:
-    """How far two runs changed the same entries, beside every rung of the ladder of nulls."""
+    """A sentence on the agreement of two runs' changed entries, with every rung of the ladder of nulls."""
     names = f"{plain(pair['run_a'])} and {plain(pair['run_b'])}"
     found, nulls = pair["jaccard"], [pair.get(f"jaccard_{rung}") for rung in RUNGS]
     if _is_one(pair):
@@ -252,7 +257,7 @@ def pair_sentence(pair: Mapping[str, Any]) -> str:
 def _beside_ladder(
     found: float, nulls: Sequence[float | None], z: float | None, gives: str, text: Callable[[float | None], str]
 ) -> str:
-    """What chance, rounding, spacing and margins would have given, and what that leaves; why one is undefined."""
+    """The values at every rung of the ladder, and what is left; for an undefined rung the reason."""
     chance, rounding, spacing, margins = nulls
     said = f"chance alone {gives.format(text(chance))}"
     if margins is None:
@@ -265,10 +270,13 @@ def _beside_ladder(
 
 
 def answers(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Over all runs: what precision explains, what length explains, and what is left to geometry.
+    """Answers over all runs: what precision explains, what length explains, and what is left for geometry.
+
+    Args:
+        summary: the content of `summary.json`.
 
     Returns:
-        Heading -> sentence; the answers whose metrics were not measured are left out.
+        Heading -> sentence; answers whose metrics were not measured are left out.
     """
     changed = [metrics_of(run) for run in summary["runs"].values() if not is_unchanged(run["metrics"])]
     if not changed:
@@ -287,7 +295,7 @@ def answers(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def contract_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Each expectation of a contract, how many tensors it names, and whether a run kept it."""
+    """Each expectation of a contract: whether a run kept it, and how many of its tensors break it."""
     return [
         plain(
             f"{'kept' if each['held'] else 'BROKEN'} by {name}: {each['pattern']}: {each['expected']} "
@@ -299,9 +307,9 @@ def contract_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def warnings_of(summary: Mapping[str, Any]) -> list[str]:
-    """What a reader has to know of how the runs were read and measured: each once, with the runs that it is about.
+    """Notes on how the runs were read and measured, each with the runs that it concerns.
 
-    Those that differ in numbers alone, of one order of magnitude, are one, from the least to the largest.
+    Notes that differ only in numbers, by at most a factor of `_NOTES_APART`, are merged and show the range.
     """
     runs = summary["runs"]
     found = _alike([(name, warning) for name, run in runs.items() for warning in run["warnings"]], _NOTES_APART)
@@ -313,9 +321,9 @@ _NAMES_A_TENSOR = re.compile(r"\w\.\w+\.\w")
 
 
 def _alike(said: Iterable[tuple[str, str]], apart: float) -> list[tuple[list[str], str]]:
-    """What is said of runs, each once with the runs that it is said of.
+    """Merge the texts of runs: each different text once, with its runs.
 
-    Texts that differ in numbers alone are one, where no number is more than `apart` times another's.
+    Texts that differ only in numbers are merged if no number is more than `apart` times another's.
     """
     found: list[tuple[str, dict[str, str]]] = []
     for name, text in said:
@@ -330,7 +338,7 @@ def _alike(said: Iterable[tuple[str, str]], apart: float) -> list[tuple[list[str
 
 
 def _near(texts: Iterable[str], apart: float) -> bool:
-    """Whether texts that differ in numbers alone have none that differ by more than a factor."""
+    """Whether the numbers of texts that differ only in numbers differ by at most a factor."""
     columns = zip(*map(_NUMBER.findall, texts), strict=False)
     return all(_size(max(column, key=_size)) <= apart * _size(min(column, key=_size)) for column in columns)
 
@@ -340,7 +348,7 @@ def _size(written: str) -> float:
 
 
 def _ranged(texts: Iterable[str]) -> str:
-    """Texts that differ in numbers alone as one, with the least and the largest of each.
+    """One text for texts that differ only in numbers, with the smallest and the largest of each.
 
     >>> _ranged(["3 matrices, right to 1e-6", "3 matrices, right to 2e-5"])
     '3 matrices, right to 1e-6 to 2e-5'
@@ -350,21 +358,21 @@ def _ranged(texts: Iterable[str]) -> str:
     ends = iter([sorted(set(column), key=_size) for column in columns])
 
     def both(_: Any) -> str:
-        found = next(ends)
-        return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
+        numbers = next(ends)
+        return numbers[0] if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
     return _NUMBER.sub(both, first) if others else first
 
 
 def is_unchanged(metrics: Metrics) -> bool:
-    """Whether a run left every weight as it was, once stored in bfloat16."""
+    """Whether no weight of a run changed, once both are stored in bfloat16."""
     value = _reader(metrics)
     unchanged = value("unchanged_fraction")
     return unchanged == 1 if unchanged is not None else value("relative_update_norm") == 0
 
 
 def plain(name: str) -> str:
-    """A name without control characters, safe to print.
+    """A name with its control characters replaced, safe to print.
 
     >>> plain("grpo\\x1b[31m")
     'grpo�[31m'
@@ -373,12 +381,12 @@ def plain(name: str) -> str:
 
 
 def shown(name: object) -> str:
-    """The same of every line, for a table of rich, whose markup it is no part of."""
+    """The same for a cell of a rich table: every line is made safe, and rich's markup is escaped."""
     return escape("\n".join(map(plain, str(name).split("\n"))))
 
 
 def place_name(source: str) -> str:
-    """What a page to be shared calls a checkpoint: the last part of an absolute path; an id or relative path as it is.
+    """The name of a checkpoint on pages that are shared: the last part of an absolute path; otherwise unchanged.
 
     >>> place_name("/home/me/runs/grpo"), place_name("Qwen/Qwen3-0.6B")
     ('grpo', 'Qwen/Qwen3-0.6B')
@@ -387,7 +395,7 @@ def place_name(source: str) -> str:
 
 
 def effect_size(gap: float) -> str:
-    """The word for a difference between two shares.
+    """A word for the size of a difference between two shares.
 
     >>> effect_size(0.002), effect_size(-0.03), effect_size(0.2)
     ('tiny', 'small', 'large')
@@ -396,9 +404,9 @@ def effect_size(gap: float) -> str:
 
 
 def metrics_of(run: Mapping[str, Any]) -> Metrics:
-    """A run's pooled figures; shares of masks and their nulls as its anatomy has them, where it has them.
+    """A run's pooled figures, in which overlaps and their nulls are replaced by those of its anatomy, if it has one.
 
-    The anatomy is of the matrices where every null is defined, so that differences compare the same entries.
+    The anatomy includes only matrices in which every null is defined, so that differences compare the same entries.
     """
     metrics = dict(run["metrics"])
     for mask, rungs in (run.get("anatomy") or {}).items():
@@ -413,12 +421,12 @@ def metrics_of(run: Mapping[str, Any]) -> Metrics:
 
 
 def beyond(run: Mapping[str, Any], mask: str) -> float | None:
-    """How far a mask's overlap is from the margin null, None where either is undefined."""
+    """The difference of a mask's overlap from the margin null; None if either is undefined."""
     return _difference(mask, _reader(metrics_of(run)))
 
 
 def tally(claims: Sequence[Mapping[str, Any]]) -> str:
-    """How the claims of a study came out, as published and with their controls."""
+    """A sentence with the numbers of verdicts on a study's claims, as published and with their controls."""
     sides = [_counted([claim[side]["verdict"] for claim in claims]) for side in ("as_published", "controlled")]
     return f"Of {len(claims)} claims, as published: {sides[0]}; with the control: {sides[1]}." if claims else ""
 
@@ -543,7 +551,7 @@ def _known(name: str, readers: Sequence[_Reader]) -> list[float]:
 
 
 def _gap(mask: str, value: _Reader) -> float | None:
-    """The difference from the margin null where it is beyond chance."""
+    """The difference from the margin null if |z| exceeds `Z_BEYOND`; otherwise None."""
     z = value(f"{mask}_z")
     return _difference(mask, value) if z is not None and abs(z) > Z_BEYOND else None
 
@@ -579,7 +587,7 @@ def _length_answer(readers: Sequence[_Reader]) -> str:
 
 
 def _left_unchanged(readers: Sequence[_Reader]) -> str:
-    """How many weights stayed, beside how many would have: of the run where that differs most."""
+    """The unchanged share with its null, of the run in which they differ most."""
     names = ("unchanged_fraction", "unchanged_fraction_isotropic_null")
     known = [
         (found, null) for found, null in (map(r, names) for r in readers) if found is not None and null is not None
@@ -595,7 +603,7 @@ def _left_unchanged(readers: Sequence[_Reader]) -> str:
 
 
 def _compared(ratios: Sequence[float]) -> str:
-    """How ratios to a null compare with 1; empty where the runs differ in that."""
+    """How ratios to a null compare with 1; empty if the runs differ in that."""
     if all(1 / ABOUT <= ratio <= ABOUT for ratio in ratios):
         return "about"
     if all(ratio < 1 / ABOUT for ratio in ratios):
@@ -625,7 +633,7 @@ def _preference(enrichments: Sequence[float]) -> str:
 
 
 def _times(ratio: float) -> str:
-    """Two decimals around 1, so that 0.98 and 1.02 read alike."""
+    """A ratio with two decimals if it is near 1, so that 0.98 and 1.02 have the same form."""
     return f"{ratio:.2f}" if 0.1 <= ratio < 10 else number(ratio)
 
 
