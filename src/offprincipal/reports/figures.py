@@ -28,8 +28,9 @@ MASKS = {
     "safe": "safe weights",
     "random": "a random mask",
 }
-STRIPE_MATRICES = 64
-SPECTRUM_MATRICES = 256
+_ANGLES = ("principal_angle_left_max_deg", "principal_angle_right_max_deg")
+SPECTRUM_COLUMNS, SPECTRUM_MATRICES = (*_ANGLES, "spectral_shift"), 256  # the matrices with the largest of these
+STRIPE_COLUMNS, STRIPE_MATRICES = ("row_dispersion", "column_dispersion"), 64
 FINE_POINTS, COARSE_POINTS = 256, 64
 
 Json = dict[str, Any]
@@ -210,11 +211,11 @@ def choose_matrices(matrices: pa.Table, columns: Sequence[str], limit: int) -> C
     return Chosen(tuple(row["tensor"] for row in per_tensor if row["tensor"] in kept), len(per_tensor))
 
 
-def read_curves(path: Path, tensors: Sequence[str], points: int, whole: str | None = None) -> Curves:
+def read_curves(source: Path | pa.Table, tensors: Sequence[str], points: int, whole: str | None = None) -> Curves:
     """Read the curves of some matrices, a few rows at a time, and thin each to at most `points` values.
 
     Args:
-        path: `curves.parquet`.
+        source: `curves.parquet`, or what it holds.
         tensors: names of the matrices.
         points: largest number of values per curve.
         whole: name of a curve that is not thinned.
@@ -222,7 +223,7 @@ def read_curves(path: Path, tensors: Sequence[str], points: int, whole: str | No
     Returns:
         (matrix, run, curve) -> the curve.
     """
-    wanted = ds.dataset(path).scanner(
+    wanted = ds.dataset(source).scanner(
         columns=["tensor", "run", "curve", "values"],
         filter=ds.field("tensor").isin(pa.array(tensors, pa.string())),
         batch_size=64,
@@ -237,13 +238,12 @@ def read_curves(path: Path, tensors: Sequence[str], points: int, whole: str | No
     return curves
 
 
-def spectra(matrices: pa.Table, path: Path, runs: Sequence[str]) -> Json:
+def spectra(matrices: pa.Table, source: Path | pa.Table, runs: Sequence[str]) -> Json:
     """Singular values of base and runs, their shifts, and the principal angles with the largest of the stored null."""
-    angles = ("principal_angle_left_max_deg", "principal_angle_right_max_deg")
-    chosen = choose_matrices(matrices, (*angles, "spectral_shift"), SPECTRUM_MATRICES)
+    chosen = choose_matrices(matrices, SPECTRUM_COLUMNS, SPECTRUM_MATRICES)
     points = FINE_POINTS if len(chosen.tensors) <= STRIPE_MATRICES else COARSE_POINTS
-    curves = read_curves(path, chosen.tensors, points, whole="singular_values_base")
-    nulls = _lookup(matrices, tuple(f"{name}_stored_null" for name in angles))
+    curves = read_curves(source, chosen.tensors, points, whole="singular_values_base")
+    nulls = _lookup(matrices, tuple(f"{name}_stored_null" for name in _ANGLES))
     places = _places(matrices)
 
     def of_run(tensor: str, run: str) -> Json:
@@ -265,12 +265,11 @@ def spectra(matrices: pa.Table, path: Path, runs: Sequence[str]) -> Json:
     }
 
 
-def stripes(matrices: pa.Table, path: Path, runs: Sequence[str]) -> Json:
+def stripes(matrices: pa.Table, source: Path | pa.Table, runs: Sequence[str]) -> Json:
     """Change rates of rows and columns with the spacing null, for the matrices with the largest dispersion."""
-    measured = ("row_dispersion", "column_dispersion")
-    chosen = choose_matrices(matrices, measured, STRIPE_MATRICES)
-    curves = read_curves(path, chosen.tensors, FINE_POINTS)
-    dispersion = _lookup(matrices, measured) if chosen.tensors else {}
+    chosen = choose_matrices(matrices, STRIPE_COLUMNS, STRIPE_MATRICES)
+    curves = read_curves(source, chosen.tensors, FINE_POINTS)
+    dispersion = _lookup(matrices, STRIPE_COLUMNS) if chosen.tensors else {}
     places = _places(matrices)
 
     def of_side(tensor: str, side: str) -> Json:
