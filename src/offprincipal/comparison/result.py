@@ -116,7 +116,7 @@ class Comparison(Tabular):
 
     @property
     def plot(self) -> "Plots":
-        """Figures by matplotlib: `result.plot.anatomy()`, `overlaps`, `agreement`, `layers` and `against_null`."""
+        """Figures by matplotlib, such as `result.plot.anatomy()`; `dir(result.plot)` lists them."""
         from offprincipal.reports.plots import Plots
 
         return Plots(self.summary, self.to_arrow)
