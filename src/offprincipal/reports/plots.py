@@ -41,6 +41,7 @@ class Plots:
         runs: the runs to draw; all by default.
 
     >>> from offprincipal.comparison import compare
+    >>> _ = torch.manual_seed(0)
     >>> base, tuned = (torch.nn.Linear(32, 32, dtype=torch.bfloat16) for _ in range(2))
     >>> compare(base, {"rl": tuned}, metrics=("location",)).plot  # doctest: +NORMALIZE_WHITESPACE
     Figures of 1 run: anatomy(), overlaps(), sweep(), agreement(), layers(), against_null(), spectra(), stripes();
@@ -79,6 +80,7 @@ class Plots:
             ArgumentError: a run was not compared.
 
         >>> from offprincipal.comparison import compare
+        >>> _ = torch.manual_seed(0)
         >>> base, a, b = (torch.nn.Linear(32, 32, dtype=torch.bfloat16) for _ in range(3))
         >>> result = compare(base, {"rl": a, "sft": b}, metrics=("location",))
         >>> [label.get_text() for label in result.plot.among("sft").anatomy().axes[0].get_yticklabels()]
@@ -99,6 +101,7 @@ class Plots:
             NothingToDraw: the changed entries were not located.
 
         >>> from offprincipal.comparison import compare
+        >>> _ = torch.manual_seed(0)
         >>> base, tuned = (torch.nn.Linear(32, 32, dtype=torch.bfloat16) for _ in range(2))
         >>> figure = compare(base, {"rl": tuned}, metrics=("location", "subspace")).plot.anatomy()
         >>> [axis.get_title() for axis in figure.axes]
@@ -113,6 +116,7 @@ class Plots:
             NothingToDraw: the changed entries were not located.
 
         >>> from offprincipal.comparison import compare
+        >>> _ = torch.manual_seed(0)
         >>> base, tuned = (torch.nn.Linear(32, 32, dtype=torch.bfloat16) for _ in range(2))
         >>> figure = compare(base, {"rl": tuned}, metrics=("location", "subspace")).plot.overlaps()
         >>> [axis.get_title() for axis in figure.axes]
@@ -129,6 +133,7 @@ class Plots:
             NothingToDraw: the changed entries were not located.
 
         >>> from offprincipal.comparison import compare
+        >>> _ = torch.manual_seed(0)
         >>> base, tuned = (torch.nn.Linear(32, 32, dtype=torch.bfloat16) for _ in range(2))
         >>> figure = compare(base, {"rl": tuned}, metrics=("location",)).plot.sweep()
         >>> [axis.get_title() for axis in figure.axes if axis.get_title()]
@@ -145,6 +150,7 @@ class Plots:
             NothingToDraw: the changed entries of no two runs were located.
 
         >>> from offprincipal.comparison import compare
+        >>> _ = torch.manual_seed(0)
         >>> base, a, b = (torch.nn.Linear(32, 32, dtype=torch.bfloat16) for _ in range(3))
         >>> figure = compare(base, {"rl": a, "sft": b}, metrics=("location",)).plot.agreement()
         >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
@@ -162,6 +168,7 @@ class Plots:
             NothingToDraw: it was not measured.
 
         >>> from offprincipal.comparison import compare
+        >>> _ = torch.manual_seed(0)
         >>> base, tuned = (torch.nn.Linear(32, 32, dtype=torch.bfloat16) for _ in range(2))
         >>> figure = compare(base, {"rl": tuned}, metrics=("changes",)).plot.layers()
         >>> [axis.get_title(loc="left") for axis in figure.axes]
@@ -180,6 +187,7 @@ class Plots:
             NothingToDraw: either was not measured.
 
         >>> from offprincipal.comparison import compare
+        >>> _ = torch.manual_seed(0)
         >>> base, tuned = (torch.nn.Linear(32, 32, dtype=torch.bfloat16) for _ in range(2))
         >>> figure = compare(base, {"rl": tuned}, metrics=("spectrum",)).plot.against_null()
         >>> figure.axes[0].get_ylabel()
@@ -201,6 +209,7 @@ class Plots:
             ArgumentError: they were not of this matrix.
 
         >>> from offprincipal.comparison import compare
+        >>> _ = torch.manual_seed(0)
         >>> base, tuned = (torch.nn.Linear(32, 32, dtype=torch.bfloat16) for _ in range(2))
         >>> figure = compare(base, {"rl": tuned}, metrics=("spectrum",)).plot.spectra("weight")
         >>> [axis.get_title() for axis in figure.axes]
@@ -221,6 +230,7 @@ class Plots:
             ArgumentError: they were not in this matrix.
 
         >>> from offprincipal.comparison import compare
+        >>> _ = torch.manual_seed(0)
         >>> base, tuned = (torch.nn.Linear(32, 32, dtype=torch.bfloat16) for _ in range(2))
         >>> figure = compare(base, {"rl": tuned}, metrics=("location",)).plot.stripes()
         >>> [axis.get_xlabel() for axis in figure.axes]
@@ -254,6 +264,7 @@ def write_plots(folder: Path, formats: Sequence[str], out: Path | None = None) -
 
     >>> import tempfile
     >>> from offprincipal.comparison import compare
+    >>> _ = torch.manual_seed(0)
     >>> base, tuned = (torch.nn.Linear(32, 32, dtype=torch.bfloat16) for _ in range(2))
     >>> folder = compare(base, {"rl": tuned}, metrics=("changes",)).write(tempfile.mkdtemp())
     >>> [path.name for path in write_plots(folder, ["pdf"])]

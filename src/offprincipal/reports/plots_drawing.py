@@ -261,7 +261,9 @@ def measured(found: Sequence[Any], what: str) -> Sequence[Any]:
         NothingToDraw: it is nothing.
     """
     if not found:
-        raise NothingToDraw(f"nothing to draw: this comparison has not measured {what}, or nothing changed")
+        raise NothingToDraw(
+            f"nothing to draw: this comparison has not measured {what}, or it is undefined, as where nothing changed"
+        )
     return found
 
 
