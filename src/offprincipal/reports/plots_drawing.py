@@ -14,8 +14,8 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from offprincipal.errors import ArgumentError, install_command
+from offprincipal.reports.names import short_names
 from offprincipal.reports.numbers import number
-from offprincipal.reports.terminal import short_names
 from offprincipal.reports.words import plain
 
 if TYPE_CHECKING:
