@@ -285,7 +285,6 @@ def test_axes_have_words_and_no_names_of_fields(result: Comparison) -> None:
     assert below(layers).startswith("layer null: rounding alone")
     words = {
         "principal_z": "principal z: its score test against the margin null, in standard deviations",
-        "spectral_shift_stored_null_sd": "spectral shift stored null sd: standard deviation of that over draws",
         "principal_energy_isotropic": "share of the update's energy in both principal subspaces for an isotropic",
     }
     for metric, said in words.items():

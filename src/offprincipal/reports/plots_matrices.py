@@ -50,8 +50,10 @@ def layers(matrices: pa.Table, names: Sequence[str], every: Sequence[str], metri
         raise NothingToDraw(f"no figure '{metric}' was measured of these runs: {_hint(metric, known)}")
     about = heat["metrics"][known.index(metric)]
     sides = [heat["values"][known.index(metric)]]
-    if about["null"] is not None:
-        sides.append(heat["values"][about["null"]])
+    null_words = ""
+    if about["nulls"]:
+        at, null_words = about["nulls"][0]
+        sides.append(heat["values"][at])
     rows, columns = _filled(sides)
     height = 0.42 + _ROLE * len(rows)
     lines = max(1, int((HIGHEST - _AROUND) / height))
@@ -73,7 +75,7 @@ def layers(matrices: pa.Table, names: Sequence[str], every: Sequence[str], metri
         _name_layers(axes, across, [heat["layers"][j] for j in columns])
         words = folded(_words(metric), 0.85 * figure.get_figheight())
         figure.colorbar(drawn, ax=axes, label="\n".join(words), aspect=40)
-        notes = [f"null: {about['null_words']}"] if len(sides) > 1 else []
+        notes = [f"null: {null_words}"] if null_words else []
         if len(finite) < sum(len(row) for grid in grids for row in grid):
             notes.append("white: undefined, or no such matrix")
         below(figure, "layer", [*notes, *runs.notes])
