@@ -46,6 +46,8 @@ from offprincipal.gates.updates import Tuned
 from offprincipal.models import model_name
 from offprincipal.models.fisher import Batch, batches_within, logit_derivatives, logit_variances
 from offprincipal.models.float64 import computing_in
+from offprincipal.tasks import open_task
+from offprincipal.tasks.prompting import prompting
 
 ESTIMATORS = ("forward", "label", "score", "hessian")
 DIRECTIONS = (*UPDATE_DIRECTIONS, *RANDOM_DIRECTIONS)
@@ -81,7 +83,8 @@ class Study:
         self.language_model = open_for_derivatives(base, settings)
         self.model = self.language_model.model
         checkpoint = open_checkpoint(model_name(base))
-        prompts = task_prompts(tasks, settings.batches * settings.prompts_per_batch, settings.seed)
+        asking = prompting(None, self.language_model.tokenizer, map(open_task, tasks))
+        prompts = task_prompts(asking, settings.batches * settings.prompts_per_batch, settings.seed)
         encoded = encode_prompts(self.language_model, prompts, settings.max_new_tokens)
         room = settings.max_new_tokens
         self.sequences = sample_continuations(self.language_model, encoded, room, settings.seed, "base")
