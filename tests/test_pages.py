@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
+from documented import blocks, commands, made_small
 from safetensors.torch import load_file, save_file
 from test_cli import call
-from test_recipe_pages import blocks, commands, made_small
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -69,7 +69,7 @@ def test_the_readme_snippet_runs(tiny_model: Path, monkeypatch: pytest.MonkeyPat
     exec(compile(snippet, "README.md", "exec"), {})
 
 
-SNIPPETS = ["adapters", "interventions", "monitor", "theory", "trajectories"]
+SNIPPETS = ["adapters", "interventions", "monitor", "theory", "trajectories", "trl"]
 
 
 def test_every_page_with_python_is_run() -> None:

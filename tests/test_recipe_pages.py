@@ -1,9 +1,7 @@
 """Every command of docs/recipes runs as it stands there, but for the models, the data, their sizes and the GPU."""
 
 import json
-import re
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig
+from documented import blocks, commands, made_small
 from ranks import write_ranks
 from test_cli import call
 from test_prompting import model_at
@@ -20,49 +19,6 @@ from zero_ranks import write_zero
 from offprincipal.checkpoints import open_checkpoint
 
 PAGES = sorted((Path(__file__).parents[1] / "docs" / "recipes").glob("*.md"))
-SMALLER = {
-    "--steps": "2",
-    "--batch": "8",
-    "--rank": "2",
-    "max_new_tokens": "3",
-    "eval_max_new_tokens": "3",
-    "eval_prompts": "2",
-    "micro_batch": "4",
-    "keep_deltas": "1",
-    "monitor": "1",
-}
-ON_GPUS = ("vllm", "trl.vllm_gpu_memory_utilization")
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-
-
-def commands(page: Path) -> list[list[str]]:
-    """The arguments of every `offprincipal`, whichever launcher starts it."""
-    lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
-    words = [shlex.split(line, comments=True) for line in lines]
-    return [line[line.index("offprincipal") + 1 :] for line in words if "offprincipal" in line]
-
-
-def made_small(arguments: Sequence[str], folders: dict[str, str]) -> list[str]:
-    """The command on a tiny model: the same options, smaller numbers, and without what only a GPU has."""
-    found: list[str] = []
-    for word in arguments:
-        key, equals, value = word.partition("=")
-        before = found[-1] if found else ""
-        if before == "--set" and key in ON_GPUS:
-            found.pop()
-        elif before == "--set" and key in SMALLER:
-            found.append(f"{key}={SMALLER[key]}")
-        elif before in SMALLER:
-            found.append(SMALLER[before])
-        else:
-            place = value if equals and before not in ("--set", "--task") else word
-            root = next((root for root in folders if place == root or place.startswith(root + "/")), None)
-            changed = place if root is None else folders[root] + place[len(root) :]
-            found.append(f"{key}={changed}" if place is value else changed)
-    return found
 
 
 def as_verl_leaves_it(model: Path, folder: Path) -> None:
@@ -104,9 +60,8 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pyt
     as_other_trainers_leave_it(model, tmp_path / "runs")
     folders = {"Qwen/Qwen3-0.6B": str(model), "Qwen/Qwen3-1.7B": str(model)}
     folders["hf:openai/gsm8k?config=main"] = f"hf:{tmp_path / 'data.jsonl'}"
-    found = commands(page)
-    assert len(found) >= 1
-    for arguments in found:
+    assert commands(page)
+    for arguments in commands(page):
         given = made_small(arguments, folders)
         assert call(monkeypatch, *given) == 0, shlex.join(given)
 
