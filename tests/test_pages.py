@@ -14,6 +14,8 @@ from documented import blocks, commands, made_small
 from safetensors.torch import load_file, save_file
 from test_cli import call
 
+import offprincipal
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -108,13 +110,30 @@ def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert list(names["result"].runs) == ["rl", "sft"] and len(names["frame"]) == len(names["result"].matrices)
 
 
-def test_what_the_library_page_names_is_there() -> None:
-    page = (DOCS / "api.md").read_text()
-    named = re.findall(r"^::: (\S+)\n(?:    options:\n      members: \[(.*?)\])?", page, re.MULTILINE)
-    assert len(named) == page.count(":::") > 20
-    for module, members in named:
-        opened = importlib.import_module(module)
-        assert [name for name in members.split(", ") if name and not hasattr(opened, name)] == [], module
+LIBRARY = re.findall(r"^### (\w+)\n\n(.+)\n\n::: (\S+)", (DOCS / "api.md").read_text(), re.MULTILINE)
+
+
+def test_the_library_page_has_the_public_names_and_what_the_pages_use() -> None:
+    """One heading, one sentence and one entry for each; nothing of a module's inside."""
+    paths = [path for _, _, path in LIBRARY]
+    assert (DOCS / "api.md").read_text().count(":::") == len(paths) == len(set(paths))
+    assert [path for name, _, path in LIBRARY if path.rpartition(".")[2] != name] == []
+    documented = [resolved(path) for path in paths]
+    assert {name for name in offprincipal.__all__ if getattr(offprincipal, name) not in documented} == set()
+    assert {name for name in imported_by_pages() if resolved(name) not in documented} == set()
+
+
+def resolved(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def imported_by_pages() -> set[str]:
+    """What the snippets import or call, by its name with its package's."""
+    text = "\n".join(block for page in [*PAGES, ROOT / "README.md"] for block in blocks(page, "python"))
+    imports = re.findall(r"^from (offprincipal[\w.]*) import (.+)$", text, re.MULTILINE)
+    named = {f"{module}.{name.strip()}" for module, names in imports for name in names.split(",")}
+    return named | set(re.findall(r"\boffprincipal\.\w+(?=\()", text))
 
 
 def test_every_command_is_in_the_documentation() -> None:
