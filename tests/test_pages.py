@@ -3,10 +3,12 @@
 import importlib
 import json
 import re
+import runpy
 import shlex
 import shutil
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -108,6 +110,56 @@ def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     for cell in code:
         exec(compile(cell, "tutorial.ipynb", "exec"), names)
     assert list(names["result"].runs) == ["rl", "sft"] and len(names["frame"]) == len(names["result"].matrices)
+
+
+def test_every_section_that_explains_a_figure_has_a_picture_of_it(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawn by the script, loading nothing, in light and dark, and said in words for those who cannot see it."""
+    sections = re.split(r"^## ", (DOCS / "reading.md").read_text(), flags=re.MULTILINE)[1:]
+    explaining = [section for section in sections if "**What" in section]
+    assert len(explaining) == 7 and all("**Null" in section and "**Trap" in section for section in explaining)
+    shown = [re.findall(r"!\[([^\]]+)\]\((reading_\w+)\.svg\)", section) for section in explaining]
+    assert [len(found) for found in shown] == [1] * 7 and all(len(alt) > 80 for ((alt, _),) in shown)
+    script = ["draw_reading.py", "--base", str(tiny_model), "--out", str(tmp_path), "--only", "unchanged", "verdicts"]
+    monkeypatch.setattr("sys.argv", script)
+    figures = runpy.run_path(str(ROOT / "scripts" / "draw_reading.py"), run_name="__main__")["FIGURES"]
+    assert [name for ((_, name),) in shown] == [f"reading_{name}" for name in figures]
+    for drawn in [*tmp_path.glob("*.svg"), *(DOCS / f"reading_{name}.svg" for name in figures)]:
+        text = drawn.read_text()
+        assert ElementTree.fromstring(text).tag.endswith("svg") and "prefers-color-scheme: dark" in text
+        links = re.findall(r"(?:href|src)=\"([^#][^\"]*)|url\(([^#][^)]*)", text)
+        assert "<script" not in text and "@import" not in text and links == []
+    assert len(list(tmp_path.glob("*.svg"))) == 2
+
+
+def test_the_glossary_has_the_terms_of_every_table() -> None:
+    """Of comparisons and pages, of the ladder of nulls, of trajectories and of verdicts."""
+    from offprincipal.reports import nulls, trajectory
+
+    titles = [title for each in nulls.FIGURES for title in (each.title, each.page) if title]
+    titles += [*nulls.RUNG_TITLES.values(), *nulls.PARTS, nulls.NOT_TOLD_APART[0], *trajectory.FIGURES.values()]
+    titles += ["gone back", "blind", "verdict", "stripes", "token entropy", "greedy", "pass@k", "drift", "role", "z"]
+    glossary = (DOCS / "glossary.md").read_text()
+    terms = re.findall(r"^\| ([^|]+) \|", glossary, re.MULTILINE)[1:]
+    assert terms == sorted(terms, key=str.lower)
+    words = {"largest principal angle": "principal angle", "angle left": "angle", "angle right": "angle"}
+    assert [title for title in titles if words.get(title, title).lower() not in glossary.lower()] == []
+    assert "step length" not in glossary
+
+
+PRIVATE = (
+    r"\b(masters|principal weights|safe (?:mask|weights)|low-magnitude|blind (?:updates?|stud(?:y|ies))|anatomy|ladder|"
+    r"(?:rounding|spacing|margin|scaled|isotropic|stored|shuffled) null|nulls)\b"
+)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
+def test_a_page_leads_to_the_glossary_where_it_first_uses_a_term_of_ours(page: Path) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`|^#.*?$|!\[[^\]]*\]", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    first = re.search(PRIVATE, text)
+    if first and page.stem not in ("glossary", "index"):  # the start page's table has it
+        assert "glossary.md)" in text[: text.index("\n", first.end())], first[0]
 
 
 LIBRARY = re.findall(r"^### (\w+)\n\n(.+)\n\n::: (\S+)", (DOCS / "api.md").read_text(), re.MULTILINE)
