@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -195,3 +196,17 @@ def test_every_command_is_in_the_documentation() -> None:
     names = {command.name or command.callback.__name__ for command in shown if command.callback}
     text = "".join(page.read_text() for page in [*PAGES, ROOT / "README.md"])
     assert {name for name in names if not re.search(rf"offprincipal {name}\b", text)} == set()
+
+
+def test_the_changelog_has_each_kind_of_change_once_and_its_new_names_are_there() -> None:
+    unreleased = (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1]
+    kinds = re.findall(r"^### (.+)$", unreleased, re.MULTILINE)
+    assert kinds == ["Added", "Changed", "Renamed", "Removed", "Fixed", "Security"]
+    table = unreleased.partition("*modules of `offprincipal`*")[2].partition("*files, words, fields*")[0]
+    new = [
+        name
+        for row in re.findall(r"^\| .+ \| (.+) \|$", table, re.MULTILINE)
+        for name in re.findall(r"`([\w.]+)`", row)
+    ]
+    modules = [name for name in new if name != "offprincipal.preflight" and not name.startswith("c0")]
+    assert len(modules) > 20 and [name for name in modules if not find_spec(f"offprincipal.{name}")] == []
