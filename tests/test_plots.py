@@ -273,7 +273,7 @@ def test_an_unknown_matrix_is_told_those_that_are_like_it(result: Comparison) ->
 def test_axes_have_words_and_no_names_of_fields(result: Comparison) -> None:
     against: Any = result.plot.against_null("principal_angle_left_max_deg")
     assert against.axes[0].get_ylabel().replace("\n", " ") == "largest left principal angle, degrees"
-    stored = "largest left principal angle after a Gaussian update of equal length, stored alike, degrees"
+    stored = "largest left principal angle after a Gaussian update of equal norm, stored alike, degrees"
     assert below(against) == stored
     overlap: Any = result.plot.against_null("principal_overlap", "rounding")
     mask = "share of the changed entries in the principal mask"

@@ -225,7 +225,8 @@ def compare(
     from offprincipal.measures.columns import GROUPS
     from offprincipal.measures.contract import broken_phrases, read_contract
     from offprincipal.memory import parse_size
-    from offprincipal.reports.terminal import as_shown_json, comparison_table, ladder_tables, run_labels
+    from offprincipal.reports.names import run_labels
+    from offprincipal.reports.terminal import as_shown_json, comparison_table, ladder_tables
     from offprincipal.reports.trackers import report_comparison, require_tracker
     from offprincipal.reports.words import ASK, contract_lines, decisions, verdict_paragraph, warnings_of
 
@@ -257,7 +258,7 @@ def compare(
                 say(f"measured before, not again: {', '.join(found.measured_before)} (--no-cache measures all)")
             if explain:
                 Console().print(*ladder_tables(found.summary), sep="\n")
-            labels = run_labels(found.summary)
+            labels = run_labels(found.summary["runs"])
             for sentence in verdict_paragraph(found.summary) if explain else decisions(found.summary, ASK, labels):
                 say(sentence, soft_wrap=False)
             say(f"tables{' and report' if report else ''}: {out}")

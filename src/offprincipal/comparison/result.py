@@ -128,10 +128,11 @@ class Comparison(Tabular):
     def _shown(self) -> Any:
         from rich.console import Group
 
-        from offprincipal.reports.terminal import comparison_table, run_labels
+        from offprincipal.reports.names import run_labels
+        from offprincipal.reports.terminal import comparison_table
         from offprincipal.reports.words import decisions
 
-        return Group(comparison_table(self.summary), *decisions(self.summary, labels=run_labels(self.summary)))
+        return Group(comparison_table(self.summary), *decisions(self.summary, labels=run_labels(self.summary["runs"])))
 
     def _repr_html_(self) -> str:
         from offprincipal.reports.terminal import comparison_html

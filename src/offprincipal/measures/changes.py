@@ -147,7 +147,7 @@ class TensorPair:
 
     @once
     def gaussian_scale(self) -> float:
-        """σ of the Gaussian update of equal length before storing: from masters where they were kept, else solved."""
+        """σ of the Gaussian update of equal norm before storing: from masters where they were kept, else solved."""
         size = math.sqrt(max(self.numel, 1))
         if self.counts.masters_square is not None:
             return math.sqrt(self.counts.masters_square) / size
@@ -157,7 +157,7 @@ class TensorPair:
 
     @once
     def unchanged_isotropic(self) -> float | None:
-        """Share of the entries that a Gaussian update of equal length would leave."""
+        """Share of the entries that a Gaussian update of equal norm would leave."""
         sigma = self.gaussian_scale
         if self.numel == 0 or sigma == 0 or self.counts.on_grid:
             return nulls.unchanged_isotropic(self.counts.entries, sigma)

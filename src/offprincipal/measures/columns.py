@@ -158,7 +158,7 @@ def _stripes(pair: MatrixPair) -> tuple[Number, ...]:
 
 _NULLS = (
     ("_isotropic_null", " after a Gaussian update of equal norm"),
-    ("_stored_null", " after a Gaussian update of equal length, stored alike"),
+    ("_stored_null", " after a Gaussian update of equal norm, stored alike"),
     ("_shuffled_null", " after its own steps, shuffled over the matrix and stored alike"),
 )
 _SPREAD = "standard deviation of that over draws"
@@ -208,7 +208,7 @@ _ENERGIES: tuple[tuple[str, str, str, Pool], ...] = (
     ("", "share of the update's energy in", "1", "parameters"),
     ("_isotropic", "the same for an isotropic update, in", "1", "parameters"),
     ("_enrichment", "measured over isotropic energy, in", "times", "parameters"),
-    ("_stored_null", "the same for a Gaussian update of equal length, stored alike, in", "1", "parameters"),
+    ("_stored_null", "the same for a Gaussian update of equal norm, stored alike, in", "1", "parameters"),
     ("_stored_null_sd", "standard deviation of that over draws, in", "1", "none"),
 )
 
@@ -230,7 +230,7 @@ METRICS: tuple[Metric, ...] = (
         (
             Column(
                 "unchanged_fraction_isotropic_null",
-                "the same after a Gaussian update of equal length",
+                "the same after a Gaussian update of equal norm",
                 pool="entries",
                 beside="unchanged_fraction",
                 null_of="unchanged_fraction",

@@ -223,7 +223,7 @@ class PairSpectrum:
         base: shared between runs.
         tuned: (n, m), in its stored type.
         update_norm, base_norm: Frobenius norms of the update and of the base.
-        gaussian_scale: σ of the Gaussian update of equal length before storing.
+        gaussian_scale: σ of the Gaussian update of equal norm before storing.
         before_storing: (n, m), the tuned weights as they were before they were stored; None if that is not known.
     """
 

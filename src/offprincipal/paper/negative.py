@@ -83,7 +83,7 @@ def blind_evidence(
     threads: int,
     progress: Progress | None = None,
 ) -> list[Evidence]:
-    """The evidence as it would be had every run been a blind update; nulls of equal length stay those of the run.
+    """The evidence as it would be had every run been a blind update; nulls of equal norm stay those of the run.
 
     Args:
         evidence: of the runs themselves, to which the blind updates are matched.

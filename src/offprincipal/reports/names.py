@@ -3,7 +3,7 @@
 Knows nothing of figures or markup: names in, shorter names out, whatever letters they are of.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
 _LONG = 12  # letters of a common beginning that is left out
@@ -31,6 +31,16 @@ def short_names(names: Sequence[str]) -> list[str]:
     """
     common = common_beginning(names)
     return [f"{CUT}{name[len(common) :]}" for name in names] if common else list(names)
+
+
+def run_labels(runs: Iterable[str]) -> dict[str, str]:
+    """Run -> its short name among these.
+
+    >>> run_labels(["grpo", "sft"])
+    {'grpo': 'grpo', 'sft': 'sft'}
+    """
+    names = list(runs)
+    return dict(zip(names, short_names(names), strict=True))
 
 
 def labels(names: Sequence[str], limit: int) -> list[str]:

@@ -124,7 +124,7 @@ def _with_null(metric: str, null: str) -> tuple[str, str]:
     """What a figure and its null are, in words that fit each other.
 
     >>> _with_null("spectral_shift", "spectral_shift_stored_null")
-    ('spectral shift', 'spectral shift after a Gaussian update of equal length, stored alike')
+    ('spectral shift', 'spectral shift after a Gaussian update of equal norm, stored alike')
     """
     measured_words, null_words = _COLUMNS[metric].meaning, _COLUMNS[null].meaning
     if null_words.startswith("the same"):

@@ -174,6 +174,7 @@ def _content(comparison: Path, study: dict[str, Any] | None) -> dict[str, Any]:
         "data": data,
         "answers": words.answers(summary),
         "notes": words.warnings_of(summary),
+        "decisions": words.decisions(summary, labels=names.run_labels(summary["runs"])),
         "paragraphs": words.run_paragraphs(summary),
         "pair_sentences": [(pair, words.pair_sentence(pair)) for pair in summary["pairs"]],
         "evaluated": [key for key in CHECKPOINT_KEYS if any(_known(run, key) for run in training)],

@@ -25,6 +25,7 @@ from offprincipal.file_names import (
 )
 from offprincipal.files import read_json
 from offprincipal.reports import terminal, words
+from offprincipal.reports.names import run_labels
 from offprincipal.reports.numbers import number
 from offprincipal.reports.report import damage_reported
 
@@ -82,7 +83,7 @@ def _comparison(path: Path) -> Iterator[RenderableType]:
     summary = read_json(path)
     yield terminal.comparison_table(summary)
     yield from (f"note: {warning}" for warning in words.warnings_of(summary))
-    yield from words.decisions(summary, words.ASK, terminal.run_labels(summary))
+    yield from words.decisions(summary, words.ASK, run_labels(summary["runs"]))
 
 
 def _trajectory(path: Path) -> Iterator[RenderableType]:

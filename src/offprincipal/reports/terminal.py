@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 
 from offprincipal.outcomes.curves import mask_words
-from offprincipal.reports.names import short_names
+from offprincipal.reports.names import run_labels, short_names
 from offprincipal.reports.nulls import FIGURES, MARK, RUNG_TITLES, Figure, caption, matrices_of, measured
 from offprincipal.reports.numbers import as_kind, bare, number, percent, signed
 from offprincipal.reports.page import html_table
@@ -101,11 +101,6 @@ def _table_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     return table
 
 
-def run_labels(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Run -> its name in tables and sentences."""
-    return dict(zip(summary["runs"], short_names(list(summary["runs"])), strict=True))
-
-
 def figure_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     """For each measured figure: its title, and the value of each run with its null in brackets."""
     runs = summary["runs"].values()
@@ -118,7 +113,7 @@ def ladder_tables(summary: Mapping[str, Any]) -> list[Any]:
     Args:
         summary: the content of `summary.json`.
     """
-    labels = run_labels(summary)
+    labels = run_labels(summary["runs"])
     head, rows = [title for title in LADDER_COLUMNS if title != "mask"], anatomy_rows(summary)
     found: list[Any] = []
     for mask in dict.fromkeys(mask for _, mask, *_ in rows):

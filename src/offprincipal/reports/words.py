@@ -563,9 +563,9 @@ def _difference(mask: str, value: _Reader) -> float | None:
 
 def _left_over(gaps: Sequence[float], where: str) -> str:
     if not gaps:
-        return f"nothing beyond that shows, {where}"
+        return f"nothing beyond that shows {where}"
     largest = max(gaps, key=abs)
-    return f"the largest difference beyond that, {where}, is {_spelled(largest)}, which is {effect_size(largest)}"
+    return f"the largest difference beyond that {where} is {_spelled(largest)}, which is {effect_size(largest)}"
 
 
 def _length_answer(readers: Sequence[_Reader]) -> str:

@@ -240,7 +240,7 @@ def _agreement(base_a: Tensor, run_a: Tensor, base_b: Tensor, run_b: Tensor) -> 
 
 
 def gaussian_like(base: Checkpoint, tuned: Checkpoint, seed: int) -> dict[str, Tensor]:
-    """The base's tensors in float32, each after a Gaussian update as long as the tuned one's.
+    """The base's tensors in float32, each after a Gaussian update of the same norm as the tuned one's.
 
     Args:
         tuned: float32 masters if there are any, so that the length is that before storing.

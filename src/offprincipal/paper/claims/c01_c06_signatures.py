@@ -50,7 +50,7 @@ def sparsity(evidence: Evidence) -> tuple[Judgement, Judgement]:
     )
     controlled = judge_difference(
         evidence.contrasted(beyond),
-        measure="unchanged fraction beyond that of a Gaussian update of equal length, RLVR minus SFT",
+        measure="unchanged fraction beyond that of a Gaussian update of equal norm, RLVR minus SFT",
         relative=evidence.contrasted(_inverse(ratios(share, null)), ratio=True),
         sentence=(
             f"Gaussian updates of the same lengths would leave {percent(_mean(null, evidence.rl))} and "
@@ -116,7 +116,7 @@ def _agreement(evidence: Evidence) -> str:
     "C3",
     "spectrum",
     "RLVR keeps the singular values, SFT shifts them",
-    "update norm and storage: the shift that a Gaussian update of equal length makes, and its own steps shuffled",
+    "update norm and storage: the shift that a Gaussian update of equal norm makes, and its own steps shuffled",
     against_sft=True,
 )
 def spectrum(evidence: Evidence) -> tuple[Judgement, Judgement]:
@@ -127,7 +127,7 @@ def spectrum(evidence: Evidence) -> tuple[Judgement, Judgement]:
     "C4",
     "rotation",
     "RLVR hardly rotates the principal singular subspaces, SFT does",
-    "update norm and storage: the rotation that a Gaussian update of equal length makes, and its own steps shuffled",
+    "update norm and storage: the rotation that a Gaussian update of equal norm makes, and its own steps shuffled",
     against_sft=True,
 )
 def rotation(evidence: Evidence) -> tuple[Judgement, Judgement]:
@@ -205,8 +205,8 @@ def _judge_against_stored(
     shuffled = evidence.over_null(runs, metrics, "_shuffled_null")
     controlled = judge_ratio(
         evidence.contrasted(beyond, ratio=True),
-        measure=f"{words} over that of a Gaussian update of equal length, matrix by matrix: SFT over RLVR",
-        sentence=f"By run, over that of a Gaussian update of equal length: {by_run(beyond, '{:.2f}')}; over that of "
+        measure=f"{words} over that of a Gaussian update of equal norm, matrix by matrix: SFT over RLVR",
+        sentence=f"By run, over that of a Gaussian update of equal norm: {by_run(beyond, '{:.2f}')}; over that of "
         f"its own steps, shuffled: {by_run(shuffled, '{:.2f}')}.",
     )
     stricter = judge_ratio(

@@ -16,7 +16,7 @@ SLACK = 1e-3  # of a bound, for what rounding and the error bound of an approxim
     "C10",
     "bounds",
     "Weyl, Mirsky, Ky Fan and Wedin bound the spectral change",
-    "length: how much of the bounds a Gaussian update of equal length uses, stored alike",
+    "length: how much of the bounds a Gaussian update of equal norm uses, stored alike",
     tables=(),
     needs=("bounds",),
 )
@@ -43,7 +43,7 @@ def _use(runs: Mapping[str, Sequence[Row]], gaussian: Mapping[str, str]) -> Judg
         return nothing("use of the bounds", "No Gaussian update stands beside an RLVR run.")
     return judge_ratio(
         over_units({run: _share_used_over(runs[null], runs[run]) for run, null in gaussian.items()}, geometric=True),
-        measure="share of the bounds that a Gaussian update of equal length uses, over RLVR's; mean over the bounds",
+        measure="share of the bounds that a Gaussian update of equal norm uses, over RLVR's; mean over the bounds",
         sentence=(
             f"Share of each bound that is used: {'; '.join(_listed(runs, bound) for bound in BOUNDS)}. An effect above "
             "1 says that RLVR keeps the spectrum better than its length does."

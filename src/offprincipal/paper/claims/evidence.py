@@ -42,7 +42,7 @@ class Evidence:
         sft: SFT runs by their kind; kinds are not mixed, since a teacher's traces and own answers are different data.
         matches: kind of SFT -> another run -> the SFT run that shares its seed and tasks.
         sources: further sources of the theory's claims: from `SOURCES` -> the folders that contain them.
-        gaussian: run -> its Gaussian update of equal length in the source `bounds`.
+        gaussian: run -> its Gaussian update of equal norm in the source `bounds`.
         beyond: runs that learn from preferences or a teacher, by their kind.
         contrast: the kind of SFT that RLVR is compared with; kind: the kind of `beyond` that replaces RLVR, as `rl`;
             set by `contrasts`.
