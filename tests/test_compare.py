@@ -18,9 +18,11 @@ import torch
 from checkpoint_folders import base_weights, moved, stored, write_model, write_shards
 from matrices import gaussian
 
-from offprincipal.checkpoints import Part
+from offprincipal.checkpoints import Part, open_checkpoint
 from offprincipal.checkpoints.roles import Place
+from offprincipal.checkpoints.safetensors_folder import SafetensorsFolder
 from offprincipal.comparison import CompareSettings, Comparison, MatrixSettings, compare, parse_condition, read_table
+from offprincipal.comparison.lineage import lineage_warnings
 from offprincipal.comparison.measure import Row, measure_matrix
 from offprincipal.errors import ArgumentError, CheckpointError
 from offprincipal.measures.columns import GROUPS, METRICS, Group
@@ -446,6 +448,57 @@ def test_a_base_that_the_run_was_not_trained_from_is_noticed(folders: dict[str, 
         assert not re.search("trained from|swapped", notes(base, tuned))
     unrelated = write_model(tmp_path / "unrelated", {name: x.flip(0) for name, x in base_weights().items()})
     assert "Was it really trained from this base?" in notes(base, unrelated)
+
+
+def test_records_tell_a_base_that_is_a_run_and_a_run_of_another_base(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, two, base = (shutil.copytree(folders[name], Path(name)) for name in ("near", "far", "base"))
+    swapped, siblings = "are the two swapped?", "the difference between two runs"
+
+    def trained(run: Path, source: str, weights: str | None = None) -> None:
+        record = {"source": source} | ({} if weights is None else {"weights_blake2b": weights})
+        (run / "run.json").write_text(json.dumps({"base": record}))
+
+    def notes(of_base: Path | str, of_run: Path | str) -> str:
+        """What is noted of two checkpoints; `name=folder` stands for what the Hub has under that name."""
+        opened = []
+        for given in (of_base, of_run):
+            name, hub, folder = str(given).partition("=")
+            opened.append(SafetensorsFolder(Path(folder), name) if hub else open_checkpoint(given))
+        return " ".join(lineage_warnings(opened[0], opened[1], ()))
+
+    for source, as_base in (("embedded", "embedded"), ("org/m", "org/m=base"), ("org/m@main", "org/m=base")):
+        trained(one, source, "ab12")
+        trained(two, source)
+        assert swapped in notes(one, as_base)
+        assert notes(as_base, one) == "" == notes(one, one), source
+        assert siblings in notes(one, two), source
+        assert f"both it and the base are runs that were trained from '{source.removesuffix('@main')}'" in notes(
+            one, two
+        )
+        assert f"it was trained from '{source.removesuffix('@main')}', not" in notes("org/other=base", one), source
+    trained(two, "base", "ab12")  # a copy of what the Hub has
+    assert siblings in notes(one, two)
+    trained(two, "base", "cd34")
+    assert siblings not in notes(one, two)
+    assert "it was trained from 'base', not from this base" in notes(one, two)
+    assert notes(base, two) == "" == notes("base", two)
+    trained(two, "near")  # a run of a run
+    assert notes(one, two) == ""
+    trained(two, "org/m@step_1")
+    assert notes("org/m=base", two) == "", "the commit may be that of the branch"
+    assert notes(base, two) == "", "the folder may be a copy of it"
+    assert "it was trained from 'org/m@step_1'" in notes("org/m@step_2=base", two)
+
+
+def test_masters_have_the_record_of_their_run(folders: dict[str, Path], tmp_path: Path) -> None:
+    run = shutil.copytree(folders["near"], tmp_path / "run")
+    (run / "run.json").write_text(json.dumps({"base": {"source": str(folders["base"])}}))
+    base, of_masters = open_checkpoint(folders["base"]), open_checkpoint(run / "masters")
+    assert "are the two swapped?" in lineage_warnings(of_masters, base, ())[0]
+    assert lineage_warnings(base, of_masters, ()) == []
 
 
 def test_a_measured_matrix_is_let_go_at_once(folders: dict[str, Path]) -> None:
