@@ -198,6 +198,40 @@ def test_bad_input_is_told_in_a_line_with_exit_code_2(
     assert before == sorted(path for path in Path(pair[0]).parent.rglob("*") if path.is_file())
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            "train grpo --task add --output_dir y --num-train-epochs 3 --beta=.1 --seed 1 -r 8 --foo --keep_deltas 4",
+            {
+                "--output_dir": "here it is --out",
+                "--num-train-epochs": "here it is --steps, as a run is counted in steps",
+                "--beta": "here it is --set beta=VALUE for dpo and kto, and --set trl.beta=VALUE for others",
+                "-r": "here it is --rank",
+                "--foo": "did you mean --out?",
+                "--keep_deltas": "here it is --set keep_deltas=VALUE",
+            },
+        ),
+        ("train grpo --per_device_train_batch_size 8 --set a=--bogus", {"--per_device_train_batch_size": "--batch, "}),
+        ("train grpo --use_peft --logging_steps 1", {"--use_peft": "--adapter lora", "--logging_steps": "every step"}),
+        ("study --max_steps 3 --out x", {"--max_steps": "here it is --set training.steps=VALUE"}),
+        ("compare --base_model x", {"--base_model": "as an argument: offprincipal compare BASE [NAME=]TUNED..."}),
+        ("compare a b --lora_r 3", {"--lora_r": "a setting of `offprincipal train`"}),
+        ("compare a b --null_draws 3", {"--null_draws": "did you mean --null-draws?"}),
+        ("intervene --model_name x", {"--model_name": "here it is the argument MODEL"}),
+        ("cache info --foo", {"--foo": "`offprincipal cache info --help` has all"}),
+    ],
+)
+def test_options_that_are_called_otherwise_here_are_all_named(
+    words: str, says: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, *words.split()) == 2
+    said = capsys.readouterr().err.replace("No such option ", "No such options:\n")
+    lines = [line.strip("│ ") for line in said.partition("No such options:")[2].splitlines() if ": " in line]
+    assert [line.partition(": ")[0] for line in lines] == list(says)
+    assert all(hint in line for line, hint in zip(lines, says.values(), strict=True)), lines
+
+
 def test_an_old_report_survives_a_comparison_that_fails(
     pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -306,7 +306,7 @@ def test_any_option_of_trl_can_be_set_and_what_others_decide_cannot(base_model: 
     record = train(run_of(base_model, "grpo", trl={"beta": 0.1}), tmp_path / "run", quiet=True)
     assert record["settings"]["trl"] == {"beta": 0.1} and all("kl_estimate" in entry for entry in record["log"])
     for options, says in (
-        ({"max_steps": 3}, "trl.max_steps is decided by steps"),
+        ({"max_steps": 3}, "trl.max_steps is not to be set, since a setting decides it: here it is steps"),
         ({"betta": 0.1}, "has no option 'betta': did you mean beta"),
         ({"loss_type": "magic"}, "TRL|magic|loss"),
     ):

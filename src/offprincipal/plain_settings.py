@@ -1,5 +1,7 @@
 """Settings that pydantic checks, and whose faults are named in our words."""
 
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 from pydantic import (
@@ -13,6 +15,70 @@ from pydantic import (
 from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from offprincipal.errors import OffPrincipalError, meant
+
+_SHOWN = 60  # letters of a value in a message
+# what pydantic calls a kind of value, and what we call it
+_PLAIN = {
+    "integer": "an integer",
+    "number": "a number",
+    "string": "a text",
+    "boolean": "true or false",
+    "tuple": "a list",
+}
+
+
+Place = tuple[int | str, ...]
+
+
+def faults_told(error: ValidationError, named: Callable[[Place], str], unknown: Callable[[str], str]) -> str:
+    """All that is wrong, each setting once, in our words.
+
+    Args:
+        named: where pydantic found a fault -> what the setting there is called.
+        unknown: a name that is no setting -> what to say of it.
+    """
+    told: dict[str, list[str]] = {}
+    for fault in error.errors():
+        name = named(fault["loc"])
+        is_unknown = fault["type"] == "extra_forbidden"
+        told.setdefault(name, []).append(unknown(name) if is_unknown else fault_of_value(name, fault))
+    return "; ".join(f"{name}: {'; or '.join(dict.fromkeys(each))}" for name, each in told.items())
+
+
+def fault_of_value(name: str, fault: Mapping[str, Any]) -> str:
+    """What is wrong with a value that is missing or refused.
+
+    Args:
+        name: of the setting; fault: one of the `errors()` of pydantic's ValidationError.
+
+    >>> fault_of_value("steps", {"type": "int_type", "msg": "Input should be a valid integer", "input": "many"})
+    "it must be an integer, not 'many'"
+    """
+    said = _in_short(fault["input"])
+    if fault["type"] == "missing":
+        return "it is missing: give it a value"
+    if fault["type"] == "union_tag_not_found":
+        return f"its {fault['ctx']['discriminator']} is missing: name one".replace("'", "")
+    if fault["type"] in ("literal_error", "union_tag_invalid"):
+        known = re.findall(r"'([^']*)'", str(fault["ctx"].get("expected") or fault["ctx"]["expected_tags"]))
+        given, kind = fault["ctx"].get("tag", fault["input"]), str(fault["ctx"].get("discriminator", "")).strip("'")
+        hint = meant(str(given), known, "choose one of " + ", ".join(known))
+        return f"there is no {f'{kind} ' if kind else ''}{_in_short(given)}: {hint}"
+    if fault["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        return f"it takes settings under it, as {name}.KEY=VALUE"
+    must = re.sub("(, (unable to|got a) | after validation).*", "", fault["msg"])
+    must = re.sub(r"^\w+ should", "it must", must)
+    for theirs, ours in _PLAIN.items():
+        must = must.replace(f"a valid {theirs}", ours)
+    return must if said is None else f"{must}, not {said}"
+
+
+def _in_short(value: Any) -> str | None:
+    """A value as a settings file has it; None where a message has no room for it."""
+    if value is None:
+        return "nothing"
+    short = isinstance(value, bool | int | float | str) and len(str(value)) <= _SHOWN
+    return (str(value).lower() if isinstance(value, bool) else repr(value)) if short else None
 
 
 class PlainSettings(BaseModel):
@@ -47,13 +113,15 @@ class PlainSettings(BaseModel):
         try:
             return validate(given)
         except ValidationError as error:
-            faults = [(cls.under + ".".join(map(str, fault["loc"])), fault) for fault in error.errors()]
-        told = (
-            f"{name.rstrip('.') or 'settings'}: "
-            f"{cls._unknown(name) if fault['type'] == 'extra_forbidden' else fault['msg']}"
-            for name, fault in faults
-        )
-        raise cls.refusal(f"{cls.called} are not usable: {'; '.join(told)}")  # pydantic's own message says no more
+            told = faults_told(error, cls._named, cls._unknown)
+        raise cls.refusal(f"{cls.called} are not usable: {told}")  # pydantic's own message says no more
+
+    @classmethod
+    def _named(cls, place: Place) -> str:
+        """A setting by its name; the kinds that pydantic tried, which stand behind it, are left out."""
+        first, *rest = place or (cls.under.rstrip(".") or "settings",)
+        under = cls.under if place else ""
+        return ".".join([f"{under}{first}", *(str(part) for part in rest if isinstance(part, int))])
 
 
 class NestedSettings(PlainSettings):

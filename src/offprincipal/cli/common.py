@@ -13,9 +13,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, RenderableType
 
+from offprincipal.cli.unknown_options import Commands
 from offprincipal.errors import ArgumentError, OffPrincipalError
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},

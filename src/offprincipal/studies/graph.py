@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from offprincipal.assets import EMBEDDED
-from offprincipal.errors import StudyError
+from offprincipal.errors import OffPrincipalError, StudyError, meant
 from offprincipal.studies.stages import StageKind, TrainStage
 
 
@@ -39,8 +39,14 @@ class StageGraph(BaseModel):
                 )
             for source in stage.inputs():
                 if source not in self.stages:
-                    raise StudyError(f"stage '{name}' reads '{source}', which is not a stage of profile '{self.name}'")
-            stage.check(self.base, self.training)
+                    hint = meant(source, self.stages, f"its stages are {', '.join(self.stages)}")
+                    raise StudyError(
+                        f"stage '{name}' reads '{source}', which is not a stage of profile '{self.name}': {hint}"
+                    )
+            try:
+                stage.check(self.base, self.training)
+            except OffPrincipalError as error:
+                raise type(error)(f"stage '{name}': {error}") from error
         self.order()
         return self
 

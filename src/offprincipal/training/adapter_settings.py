@@ -7,10 +7,10 @@ from pydantic import Field, model_validator
 
 from offprincipal.adapter_methods import ADAPTER_METHODS
 from offprincipal.adapters import KINDS, Kind
-from offprincipal.adapters.adapting import PEFT_NAMES
 from offprincipal.adapters.choosing import Scope
 from offprincipal.defaults import RANK_FRACTION
 from offprincipal.errors import TrainingError, meant
+from offprincipal.foreign_names import setting_called
 from offprincipal.plain_settings import NestedSettings
 
 
@@ -71,8 +71,8 @@ class AdapterSettings(NestedSettings):
 
     @classmethod
     def _unknown(cls, name: str) -> str:
-        if ours := PEFT_NAMES.get(name.removeprefix(cls.under)):
-            return f"there is no such setting: it is called {cls.under}{ours} here"
+        if ours := setting_called(name.removeprefix(cls.under)):
+            return f"there is no such setting: {ours}"
         return super()._unknown(name)
 
     @model_validator(mode="after")

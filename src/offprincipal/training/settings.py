@@ -7,6 +7,7 @@ from pydantic import BaseModel, BeforeValidator, Field, SerializerFunctionWrapHa
 
 from offprincipal.assets import EMBEDDED
 from offprincipal.errors import TrainingError, meant
+from offprincipal.foreign_names import TAKEN, setting_called
 from offprincipal.plain_settings import PlainSettings
 from offprincipal.recipes import RECIPES, Recipe, recipe_named
 from offprincipal.tasks import task_names
@@ -31,35 +32,6 @@ _LATER = (
     ),
     *("prompt", "compute", "vllm", "trl"),
 )
-
-
-_AS_TRL_HAS_IT = {
-    "max_steps": "steps",
-    "num_generations": "rollouts_per_prompt",
-    "max_completion_length": "max_new_tokens",
-    "save_steps": "save_every",
-    "lr": "learning_rate",
-}
-_TRLS = {  # options of TRL -> the equivalent here
-    "per_device_train_batch_size": "micro_batch, and batch, which is of the whole step",
-    "gradient_accumulation_steps": "batch, of the whole step, and micro_batch, of which it is made",
-    "num_train_epochs": "steps",
-    "max_prompt_length": "nothing: a prompt that is too long is refused by name",
-    "bf16": "compute=bfloat16",
-    "fp16": "compute",
-    "logging_steps": "nothing: every step is logged",
-    "save_strategy": "save_every",
-    "max_length": "max_new_tokens",
-    "lora_r": "adapter.rank",
-    "lora_alpha": "adapter.alpha",
-    "lora_dropout": "adapter.dropout",
-    "lora_target_modules": "adapter.target_modules",
-    "use_peft": "adapter.method=lora",
-    "use_vllm": "vllm=colocate or vllm=server",
-    "output_dir": "--out",
-    "model_name_or_path": "model",
-    "dataset_name": "tasks, as in hf:DATASET",
-}
 
 
 def _recipe(value: Any) -> Any:
@@ -194,17 +166,17 @@ class TrainSettings(PlainSettings):
     def _by_our_names(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             return given
-        twice = [name for name in given if _AS_TRL_HAS_IT.get(name) in given]
+        twice = [name for name in given if TAKEN.get(name) in given]
         if twice:
-            raise TrainingError(f"{twice[0]} is TRL's name for {_AS_TRL_HAS_IT[twice[0]]}: give one of the two")
-        return {_AS_TRL_HAS_IT.get(name, name): value for name, value in given.items()}
+            raise TrainingError(f"{twice[0]} is TRL's name for {TAKEN[twice[0]]}: give one of the two")
+        return {TAKEN.get(name, name): value for name, value in given.items()}
 
     @classmethod
     def _unknown(cls, name: str) -> str:
-        if ours := _TRLS.get(name):
-            return f"there is no such setting; here it is {ours}"
-        otherwise = "`train --list settings` has all, and options of TRL are trl.NAME"
-        return f"there is no such setting: {meant(name, [*setting_fields(), *_AS_TRL_HAS_IT], otherwise)}"
+        if ours := setting_called(name):
+            return f"there is no such setting: {ours}"
+        otherwise = "`train --list settings` has all, and an option of TRL's is trl.NAME"
+        return f"there is no such setting: {meant(name, [*setting_fields(), *TAKEN], otherwise)}"
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "TrainSettings":
@@ -223,8 +195,9 @@ class TrainSettings(PlainSettings):
             )
         for name, recipes in (("teacher", ("distill",)), ("beta", _PREFERRING)):
             if getattr(self, name) is not None and self.recipe not in recipes:
+                instead = " or set trl.beta" if name == "beta" and self.recipe in _REWARDED else ""
                 raise TrainingError(
-                    f"{name} is a setting of {' and '.join(recipes)}, not of {self.recipe}: leave it out"
+                    f"{name} is a setting of {' and '.join(recipes)}, not of {self.recipe}: leave it out{instead}"
                 )
         if self.keep_deltas is not None and self.adapter is not None:
             raise TrainingError("keep_deltas is not supported with an adapter: leave it out")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from offprincipal.errors import TrainingError, meant
+from offprincipal.foreign_names import setting_called
 from offprincipal.models import LanguageModel
 from offprincipal.tasks import Problem, Task, mixture
 from offprincipal.tasks.prompting import Prompting
@@ -22,32 +23,13 @@ from offprincipal.training.progress import ShowProgress
 from offprincipal.training.settings import TrainSettings
 
 LOG = logging.getLogger("offprincipal")
-# options of TRL -> the setting here that determines them
-DECIDED = {
-    "output_dir": "--out",
-    "max_steps": "steps",
-    "num_train_epochs": "steps",
-    "per_device_train_batch_size": "batch and micro_batch",
-    "gradient_accumulation_steps": "batch and micro_batch",
-    "learning_rate": "learning_rate",
-    "warmup_steps": "warmup_steps",
-    "adam_beta1": "adam_betas",
-    "adam_beta2": "adam_betas",
-    "adam_epsilon": "adam_epsilon",
-    "weight_decay": "weight_decay",
-    "max_grad_norm": "max_grad_norm",
-    "seed": "seed",
-    "use_cpu": "device",
-    "bf16": "compute",
-    "gradient_checkpointing": "gradient_checkpointing",
-    "save_steps": "save_every",
-    "report_to": "report_to",
-    "num_generations": "rollouts_per_prompt",
-    "max_completion_length": "max_new_tokens",
-    "temperature": "temperature",
-    "use_vllm": "vllm",
-    "vllm_mode": "vllm",
-}
+# options of TRL that settings of ours decide
+DECIDED = (
+    *("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm"),
+    *("seed", "use_cpu", "bf16", "gradient_checkpointing", "save_steps", "report_to", "num_generations"),
+    *("max_completion_length", "temperature", "use_vllm", "vllm_mode"),
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +115,8 @@ def require_options(given: Mapping[str, Any], configuration: Any) -> None:
     known = {field.name for field in fields(configuration)}
     for name in given:
         if name in DECIDED:
-            raise TrainingError(f"trl.{name} is decided by {DECIDED[name]}: set that instead")
+            ours = setting_called(name) or f"here it is {name}"
+            raise TrainingError(f"trl.{name} is not to be set, since a setting decides it: {ours}")
         if name not in known:
             hint = meant(name, known, "its documentation lists them")
             raise TrainingError(f"{configuration.__name__} of TRL has no option '{name}': {hint}")
