@@ -7,12 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from checkpoint_folders import base_weights, moved, stored, tables_in, write_model
 
 from offprincipal.cli import app, main
+from offprincipal.training.settings import setting_fields
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +249,7 @@ def test_an_old_report_survives_a_comparison_that_fails(
     ("command", "names"),
     [
         ("study", ["quick", "pretrained", "RLVR against SFT, matched"]),
-        ("compare", ["spectral_shift_stored_null", "changes"]),
+        ("compare", ["spectral_shift", "changes"]),
     ],
 )
 def test_what_there_is_to_choose_is_listed(
@@ -256,16 +260,39 @@ def test_what_there_is_to_choose_is_listed(
     assert all(name in said for name in names)
 
 
-def test_lists_are_whole_off_a_terminal_and_data_when_asked(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+LISTS = (["compare"], ["study"], *(["train", what] for what in ("settings", "adapters", "tasks", "recipes")))
+
+
+@pytest.mark.parametrize("words", LISTS)
+@pytest.mark.parametrize(("columns", "widest"), [("80", 80), (None, 100), ("30", 80)])
+def test_lists_are_as_wide_as_asked_off_a_terminal_and_break_no_name(
+    words: list[str],
+    columns: str | None,
+    widest: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["offprincipal", "compare", "--list"])
-    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("sys.argv", ["offprincipal", words[0], "--list", *words[1:]])
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
     with pytest.raises(SystemExit):
         main()
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    assert max(map(len, lines)) <= widest
+    assert not any(line.endswith(" ") for line in lines)
+    if words == ["compare"]:
+        names = {line.split()[0] for line in lines if line.strip()}
+        assert {"principal_angle_left_mean_deg", "low_magnitude_overlap_rounding_judged"} <= names
+        assert not any(name.endswith(("_null", "_sd")) for name in names)
+        assert "; nulls: isotropic, stored, shuffled" in re.sub(r"\s+", " ", said)
+
+
+def test_every_column_of_a_comparison_is_data_when_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = "principal_angle_left_mean_deg_isotropic_null"
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == [name]]
-    assert "mean left principal angle after a Gaussian update of equal norm (degrees)" in line
     for words in (("--list", "--json"), ("--json", "--list")):
         assert call(monkeypatch, "compare", *words) == 0
         listed = json.loads(capsys.readouterr().out)
@@ -383,3 +410,63 @@ def test_help_breaks_no_sentence_and_swallows_no_word(command: str) -> None:
     text = inspect.cleandoc(COMMANDS[command] or "")
     assert text and "[" not in text
     assert all(line.endswith((".", ":")) for line in text.splitlines() if line)
+
+
+# what is done only where it is asked for, and so has no default
+ON_REQUEST = {
+    *("adapter", "as_json", "contract", "expect", "fail_if", "figures", "listed", "override", "overrides", "permute"),
+    *("predict", "prompts", "push", "report_to", "rotate", "sequences", "subspace_rank", "task"),
+}
+
+
+def _options(group: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _options(command, f"{path}{name} ")
+        else:
+            yield from ((f"{path}{name} {option.name}", option) for option in command.params)
+
+
+def test_every_option_has_a_sentence_and_its_default() -> None:
+    options = dict(_options(typer.main.get_command(app)))
+    assert len(options) > 90
+    for name, option in options.items():
+        if getattr(option, "hidden", False):
+            continue
+        assert re.match(r"[A-Z]", option.help), name
+        assert option.help.endswith("."), name
+        if option.param_type_name == "option" and not option.required and option.default is None:
+            assert option.name in ON_REQUEST or "Default: " in option.help, name
+
+
+def test_defaults_of_training_are_those_that_are_shown() -> None:
+    fields = setting_fields()
+    options = dict(_options(typer.main.get_command(app)))
+    for name in ("steps", "batch", "learning_rate", "seed"):
+        assert f"Default: {fields[name].default}." in options[f"train {name}"].help
+
+
+def test_what_replaces_files_stands_beside_where_they_go() -> None:
+    options = dict(_options(typer.main.get_command(app)))
+    for command in ("compare", "gates", "preflight", "trajectory"):
+        assert options[f"{command} overwrite"].rich_help_panel is options[f"{command} out"].rich_help_panel is None
+
+
+def test_numbers_in_sentences_have_no_colours_of_their_own(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rich's highlighter paints whatever number it meets."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    out = str(tmp_path / "out")
+    for words in (
+        ("compare", *pair, "--out", out, "--explain", "--metrics", "changes,location"),
+        ("show", out, "--explain"),
+        ("preflight", pair[0], "--learning-rate", "1e-5", "--out", out),
+        ("compare", "--list"),
+        ("train", "--list", "settings"),
+    ):
+        assert call(monkeypatch, *words) == 0
+        said = capsys.readouterr().out
+        assert "\x1b[1m" in said, "it is drawn as on a terminal"
+        assert "36m" not in said, words

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -577,7 +578,12 @@ def test_the_command_writes_what_the_contract_says(
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
     assert command("gates", tiny_model, f"step={tuned}", "--task=count@1", "--out", out, "--device=cpu", *options) == 0
     printed = capsys.readouterr().out
-    assert "update_principal" in printed and "step" in printed
+    assert "principal part of update" in printed and "step" in printed
+    tables = printed[: printed.index("figures: ")].splitlines()
+    assert not any(re.search(r"Gate |_|step length|\S…", line) for line in tables), "words of the field, none cut"
+    assert max(map(len, tables)) <= 80
+    head = {word for line in tables for word in line.split()}
+    assert {"Fisher", "KL", "curvature", "needed", "unchanged,", "low-magnitude"} <= head
     content = json.loads((out / "gates.json").read_text())
     assert [path.name for path in out.iterdir()] == ["gates.json"]
     assert content["schema"] == 1 and content["base"] == str(tiny_model)
@@ -605,7 +611,7 @@ def test_the_command_writes_what_the_contract_says(
     again = json.loads(capsys.readouterr().out)
     gate = json.loads(json.dumps(precision_gate(tiny_model, tuned)))
     assert {name: entry[name] for name in gate} == gate
-    assert (gate["hidden_fraction"] is not None) == ("Gate III" in printed)
+    assert (gate["hidden_fraction"] is not None) == ("what storing in bfloat16 hides" in printed)
     assert again["runs"] == content["runs"]  # the same seed, the same figures
 
 

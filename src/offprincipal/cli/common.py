@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
+from rich.table import Table
 
 from offprincipal.cli.unknown_options import Commands
 from offprincipal.errors import ArgumentError, OffPrincipalError
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-errors = Console(stderr=True)
+errors = Console(stderr=True, highlight=False)  # numbers in sentences have no colours of their own
 
 MEASURING, TRAINING, VIEWING = "Measure", "Train and intervene", "Look, keep and share"  # panels of the help
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder; created if it does not exist.")]
@@ -45,7 +46,7 @@ def main() -> None:
     except SystemExit as ended:
         code = ended.code
     except (OffPrincipalError, OSError) as error:
-        errors.print(f"[bold red]error:[/] {escaped(str(error))}", soft_wrap=True, highlight=False)
+        errors.print(f"[bold red]error:[/] {escaped(str(error))}", soft_wrap=True)
         code = 2
     sys.exit(_flushed(code))
 
@@ -60,7 +61,7 @@ def _flushed(code: Any) -> Any:
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
         )  # so that the interpreter's own flush does not fail
         if not isinstance(error, BrokenPipeError) and not code:
-            errors.print(f"[bold red]error:[/] cannot print: {escaped(str(error))}", highlight=False)
+            errors.print(f"[bold red]error:[/] cannot print: {escaped(str(error))}")
             return 2
     return code
 
@@ -131,7 +132,7 @@ def resumable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        errors.print("\ninterrupted: the same command continues where it stopped", highlight=False)
+        errors.print("\ninterrupted: the same command continues where it stopped")
         raise typer.Exit(130) from error
 
 
@@ -147,7 +148,8 @@ def _exists(path: str) -> bool:
         return False
 
 
-_UNBROKEN = 1000  # columns, more than any line has
+_WIDTH = 100  # columns of a list that goes to a file or a pipe
+_UNBROKEN = 1000  # columns, more than any name takes
 PATIENCE = 60.0  # seconds between progress lines if there is no terminal, as in a batch job's log
 
 
@@ -166,7 +168,6 @@ def _lines(what: str) -> Callable[[int, int, str], None]:
         errors.print(
             f"{shares} after {_clock(now - began)}, {_clock(left)} left; {escaped(name)}",
             soft_wrap=True,
-            highlight=False,
         )
 
     return show
@@ -234,17 +235,31 @@ def direction_progress() -> Iterator[Any]:
         yield show
 
 
-def print_list(table: RenderableType) -> None:
-    """A list of names and what is said of them; off a terminal no line is broken, so that names can be searched for."""
-    console = Console()
-    (console if console.is_terminal else Console(width=_UNBROKEN)).print(table)
+def print_list(listed: Table, *notes: str) -> None:
+    """A list of names and what is said of them, and notes on it.
+
+    No name is broken, so that it can be searched for; off a terminal lines are as wide as COLUMNS says, and padded with
+    nothing.
+    """
+    console = Console(width=None if "COLUMNS" in os.environ or sys.stdout.isatty() else _WIDTH, highlight=False)
+    unbroken = console.measure(listed, options=console.options.update(max_width=_UNBROKEN)).minimum
+    console.width = max(console.width, unbroken)
+    with console.capture() as drawn:
+        console.print(listed, *notes)
+    lines = drawn.get().splitlines()
+    print("\n".join(line if console.is_terminal else line.rstrip() for line in lines))
+
+
+def print_tables(*tables: RenderableType) -> None:
+    """Tables and what stands between them; numbers in sentences have no colours of their own."""
+    Console(highlight=False).print(*tables)
 
 
 def say(text: str, style: str | None = None, soft_wrap: bool = True) -> None:
     """Print one line, with markup and control characters in names neutralised."""
     from offprincipal.reports.words import plain
 
-    Console().print(plain(text), style=style, soft_wrap=soft_wrap, highlight=False, markup=False)
+    Console(highlight=False).print(plain(text), style=style, soft_wrap=soft_wrap, markup=False)
 
 
 def escaped(text: str) -> str:

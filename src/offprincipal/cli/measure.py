@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from offprincipal.cli.common import (
     MEASURING,
@@ -19,6 +18,7 @@ from offprincipal.cli.common import (
     named_masters,
     named_runs,
     print_list,
+    print_tables,
     require_training,
     resumable,
     say,
@@ -52,7 +52,10 @@ def _print_metrics(wanted: bool) -> None:
         if "--json" in sys.argv:  # an eager option sees no other that stands behind it
             print(as_shown_json(metrics_json(METRICS)))
         else:
-            print_list(metrics_table(METRICS))
+            print_list(
+                metrics_table(METRICS),
+                "the column of a null is FIGURE_NULL or FIGURE_NULL_null: --list --json has each",
+            )
         raise typer.Exit
 
 
@@ -86,7 +89,7 @@ def compare(
             "--list",
             callback=_print_metrics,
             is_eager=True,
-            help="List every metric with its group, and exit; as JSON with --json.",
+            help="List every metric with its group and nulls, and exit; with --json, every column as JSON.",
             rich_help_panel=WHAT,
         ),
     ] = False,
@@ -122,8 +125,8 @@ def compare(
     solver: Annotated[
         str,
         typer.Option(
-            help="auto, exact (LAPACK for every matrix) or randomized. If min(rows, columns) is at most 256, "
-            "the decomposition is always exact.",
+            help="How matrices are decomposed: auto, exact (LAPACK for every matrix) or randomized. If min(rows, "
+            "columns) is at most 256, the decomposition is always exact.",
             rich_help_panel=HOW,
         ),
     ] = "auto",
@@ -153,7 +156,7 @@ def compare(
         str | None,
         typer.Option(
             metavar="ADDRESS",
-            help="Measure on the Ray cluster at this address; `local` starts one on this machine.",
+            help="Measure on the Ray cluster at this address; `local` starts one here. Default: without Ray.",
             rich_help_panel=HOW,
         ),
     ] = None,
@@ -168,7 +171,7 @@ def compare(
         list[str] | None,
         typer.Option(
             metavar="[NAME=]PATH",
-            help="A run's float32 master weights, if they are not in its folder.",
+            help="Where a run's float32 master weights are. Default: its folder's own, if any.",
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -209,7 +212,7 @@ def compare(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print summary.json instead of tables.", rich_help_panel=SHOWN)
     ] = False,
-    report: Annotated[bool, typer.Option(help="Write report.html too.", rich_help_panel=SHOWN)] = True,
+    report: Annotated[bool, typer.Option(help="Write report.html too.")] = True,
     report_to: ReportTo = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a comparison of other runs in the folder.")
@@ -249,7 +252,7 @@ def compare(
         if as_json:
             print(as_shown_json(found.summary))
         else:
-            Console().print(comparison_table(found.summary))
+            print_tables(comparison_table(found.summary))
             for kept in contract_lines(found.summary):
                 say(kept)
             for warning in warnings_of(found.summary):
@@ -313,7 +316,7 @@ def preflight(
     if as_json:
         print(as_shown_json(found.content))
         return
-    Console().print(preflight_table(found.content))
+    print_tables(preflight_table(found.content))
     for sentence in preflight_sentences(found.content):
         say(sentence, soft_wrap=False)
     say(f"figures: {path}, {figure}")
@@ -351,7 +354,8 @@ def trajectory(
     ray: Annotated[
         str | None,
         typer.Option(
-            metavar="ADDRESS", help="Measure on the Ray cluster at this address; `local` starts one on this machine."
+            metavar="ADDRESS",
+            help="Measure on the Ray cluster at this address; `local` starts one here. Default: without Ray.",
         ),
     ] = None,
     device: Annotated[
@@ -368,7 +372,10 @@ def trajectory(
         typer.Option(metavar="STEP", help="Write the model extrapolated to this step, as predicted-STEP in --out."),
     ] = None,
     predict_by: Annotated[
-        str, typer.Option(help="linear: extrapolate each weight separately; rank1: all weights along one direction.")
+        str,
+        typer.Option(
+            help="How to extrapolate: linear (each weight separately) or rank1 (all weights along one direction)."
+        ),
     ] = "linear",
     as_json: Annotated[bool, typer.Option("--json", help="Print trajectory.json instead of tables.")] = False,
     report: Annotated[bool, typer.Option(help="Write trajectory.html too.")] = True,
@@ -399,7 +406,7 @@ def trajectory(
     if as_json:
         print(as_shown_json(found.content))
         return
-    Console().print(trajectory_table(found.content))
+    print_tables(trajectory_table(found.content))
     for warning in found.content["warnings"]:
         say(f"note: {warning}", style="yellow")
     for sentence in trajectory_sentences(found.content):
@@ -464,7 +471,7 @@ def gates(
     precision: Annotated[
         bool,
         typer.Option(
-            help="Also measure Gate III, the part of the update that storing hides, if float32 masters were kept.",
+            help="Also measure precision: the part of the update that storing hides, if float32 masters were kept.",
             rich_help_panel=WHAT,
         ),
     ] = True,
@@ -497,7 +504,7 @@ def gates(
     attention: Annotated[
         str,
         typer.Option(
-            help="attn_implementation of transformers; it must support forward-mode derivatives.",
+            help="Value of transformers' attn_implementation; it must support forward-mode derivatives.",
             rich_help_panel=EXPERT,
         ),
     ] = "eager",
@@ -520,7 +527,7 @@ def gates(
         bool, typer.Option("--json", help="Print gates.json instead of tables.", rich_help_panel=SHOWN)
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the figures of other runs.", rich_help_panel=SHOWN)
+        bool, typer.Option("--overwrite", help="Replace the figures of other runs in the folder.")
     ] = False,
 ) -> None:
     """Measure KL from the base against the Fisher form, the curvature of directions, and what precision hides.
@@ -556,7 +563,7 @@ def gates(
     if as_json:
         print(as_shown_json(found.content))
     else:
-        Console().print(gates_tables(found.content))
+        print_tables(gates_tables(found.content))
         say(f"figures: {path}")
 
 

@@ -9,7 +9,8 @@ from rich.table import Table
 
 from offprincipal.adapter_methods import ADAPTER_METHODS, LOW_RANK
 from offprincipal.assets import EMBEDDED
-from offprincipal.cli.common import TRAINING, Out, app, print_list, require_training, resumable, say
+from offprincipal.cli.common import TRAINING, Out, app, print_list, print_tables, require_training, resumable, say
+from offprincipal.defaults import BATCH, DENSITY, LEARNING_RATE, RANK, SEED, STEPS
 from offprincipal.errors import ArgumentError
 from offprincipal.file_names import REPORT
 from offprincipal.recipes import RECIPES
@@ -86,7 +87,7 @@ def study(
     from offprincipal.reports.terminal import claims_table, fine_tuning_tables, runs_table
     from offprincipal.studies.console import run_on_console
 
-    console = Console()
+    console = Console(highlight=False)
     with resumable():
         found = run_on_console(load_profile(profile, override or []), out, jobs, overwrite, console)
     if found:
@@ -109,19 +110,25 @@ def train(
         ),
     ],
     model: Annotated[
-        str, typer.Option(help="Model to train: a folder, a Hugging Face id, or `embedded`.")
+        str, typer.Option(help="The model to train: a folder, a Hugging Face id, or `embedded`.")
     ] = "embedded",
     override: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; `train --list settings` lists them."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Number of optimizer steps.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Number of sequences per step.")] = None,
+    steps: Annotated[int | None, typer.Option(help=f"Number of optimizer steps. Default: {STEPS}.")] = None,
+    batch: Annotated[int | None, typer.Option(help=f"Number of sequences per step. Default: {BATCH}.")] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option("--learning-rate", "--lr", help="AdamW learning rate, constant after the warm-up, if any."),
+        typer.Option(
+            "--learning-rate",
+            "--lr",
+            help=f"AdamW learning rate, constant after the warm-up, if any. Default: {LEARNING_RATE}.",
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Random seed for training prompts and sampling.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help=f"Random seed for training prompts and sampling. Default: {SEED}.")
+    ] = None,
     adapter: Annotated[
         str | None,
         typer.Option(
@@ -131,14 +138,20 @@ def train(
             "`--list adapters` describes each.",
         ),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="LoRA rank. Default: 8.")] = None,
+    rank: Annotated[int | None, typer.Option(help=f"Rank of the low-rank methods. Default: {RANK}.")] = None,
     mask: Annotated[
         str | None,
         typer.Option(
-            help="Mask of sparse or shira: safe, principal, off_principal, low_magnitude, random or from_run."
+            help="Mask of sparse or shira: safe, principal, off_principal, low_magnitude, random or from_run. "
+            "Default: safe."
         ),
     ] = None,
-    density: Annotated[float | None, typer.Option(help="Fraction of entries in the mask.")] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(
+            help=f"Fraction of entries in the mask. Default: {DENSITY}; for safe and from_run all that is theirs."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     listed: Annotated[
         str | None,
@@ -175,7 +188,7 @@ def train(
     if not is_main():
         return
     run_entry = {"name": out.name, "seconds": record["seconds"], **record["settings"], **record["accuracy"]}
-    Console().print(runs_table({"runs": [run_entry]}))
+    print_tables(runs_table({"runs": [run_entry]}))
     say(f"model: {out}")
 
 
@@ -233,13 +246,13 @@ def intervene(
 def undo(
     record: Annotated[
         Path,
-        typer.Argument(metavar="RECORD", help="intervention.json written by `offprincipal intervene`, or its folder."),
+        typer.Argument(
+            metavar="RECORD", help="The file intervention.json that `offprincipal intervene` wrote, or its folder."
+        ),
     ],
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model trained from the intervened model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Output folder; on failure nothing is written.")],
-    base: Annotated[
-        str | None, typer.Option(help="The base of the intervention, if it is not at the path in RECORD.")
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base of the intervention. Default: the path in RECORD.")] = None,
     dtype: Annotated[
         str | None,
         typer.Option(

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from offprincipal.cli.common import VIEWING, ReportTo, app, matrix_progress, say
+from offprincipal.cli.common import VIEWING, ReportTo, app, matrix_progress, print_tables, say
 
 
 @app.command(rich_help_panel=VIEWING)
@@ -31,7 +30,7 @@ def show(
         if isinstance(part, str):
             say(part, soft_wrap=False)
         else:
-            Console().print(part)
+            print_tables(part)
 
 
 @app.command(rich_help_panel=VIEWING)
@@ -49,7 +48,10 @@ def card(
         str | None, typer.Option(metavar="ORG/NAME", help="Open a pull request with it for this model on the Hub.")
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option(metavar="ORG/NAME", help="Hub id of the base, named instead of a folder.")
+        str | None,
+        typer.Option(
+            metavar="ORG/NAME", help="Hub id to call the base by. Default: its folder or id in the comparison."
+        ),
     ] = None,
 ) -> None:
     """Write a model card section about what training did to the weights: table, anatomy, figure, and JSON data."""
@@ -99,7 +101,8 @@ def delta(
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Model trained from it.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write: NAME.delta.")],
     format: Annotated[
-        str, typer.Option(help="delta, or sparse-safetensors: indices and values as TRL exchanges them with vLLM.")
+        str,
+        typer.Option(help="Format: delta, or sparse-safetensors (indices and values as TRL exchanges them with vLLM)."),
     ] = "delta",
 ) -> None:
     """Write the changes from BASE to TUNED into one small file, losslessly.

@@ -1,4 +1,4 @@
-"""Gate III: which part of an update storing hides, and whether its location is due to more than the storage format.
+"""Gate III, precision: which part of an update storing hides, and whether its place is due to more than the format.
 
 Reads a base and the float32 masters of a tuned checkpoint, one matrix at a time; the mathematics is in
 `offprincipal.geometry.ulp` and `offprincipal.geometry.formats`. Runs no model.
@@ -64,7 +64,7 @@ class PrecisionSettings:
                 f"{', '.join(FORMATS)}"
             )
         if not self.step_lengths or min(self.step_lengths) <= 0:
-            raise ArgumentError(f"step lengths {self.step_lengths} are invalid: give positive factors of the update")
+            raise ArgumentError(f"step_lengths {self.step_lengths} multiply the update: give factors above 0")
         if not (0 < self.rank_fraction <= 1 and 0 < self.density <= 1):
             raise ArgumentError("rank_fraction and density are fractions: give numbers above 0 and at most 1")
 
@@ -75,7 +75,7 @@ class PrecisionRows:
 
     Args:
         histograms: tensor -> its histogram.
-        sweep: one row per matrix, format and step length: `tensor, layer, role, format, step_length, numel, changed,
+        sweep: one row per matrix, format and length: `tensor, layer, role, format, step_length, numel, changed,
             distance`, and for each mask `<mask>_entries, _changed, _changed_null, _changed_variance, _distance,
             _distance_null`.
     """
@@ -92,7 +92,7 @@ def precision_gate(
     Args:
         base: any checkpoint that `offprincipal compare` opens.
         tuned: trained from it, with float32 masters in its folder `masters`, or stored in float32 itself.
-        settings: formats, step lengths, rank and density; the defaults if None.
+        settings: formats, factors of the update, rank and density; the defaults if None.
 
     Returns:
         `ulp_histogram`: the rows of `UlpHistogram.rows`, pooled over the linear matrices;
@@ -145,7 +145,7 @@ def measure_precision(base: Checkpoint, masters: Checkpoint, settings: Precision
 
 
 def pool_sweep(rows: Sequence[Row]) -> list[Row]:
-    """The sweep pooled over matrices: one row per format and step length, JSON-able.
+    """The sweep pooled over matrices: one row per format and length of the update, JSON-able.
 
     Args:
         rows: `PrecisionRows.sweep`.
@@ -176,7 +176,7 @@ def pool_sweep(rows: Sequence[Row]) -> list[Row]:
 
 
 def unchanged(rows: Sequence[Row]) -> Estimate:
-    """Share of the entries that an update left as they were, over the matrices of one format and step length."""
+    """Share of the entries that an update left as they were, over the matrices of one format and length."""
     return estimate_ratio([(row["numel"] - row["changed"], row["numel"]) for row in rows])
 
 
@@ -186,7 +186,7 @@ def location(
     of: Literal["changed", "distance"] = "changed",
     beyond: Null = "random",
 ) -> Estimate:
-    """Share of an update that is in a mask, minus what a null puts there; over matrices of one format and step length.
+    """Share of an update that is in a mask, minus what a null puts there; over matrices of one format and length.
 
     Args:
         of: what is counted: `changed` entries, or `distance`, the absolute size of the stored change, which is defined

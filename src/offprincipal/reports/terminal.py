@@ -51,7 +51,7 @@ def comparison_table(summary: Mapping[str, Any]) -> Group:
     head, rows = ["", *short_names(list(summary["runs"]))], figure_rows(summary)
     if sum(_widths(head, rows)) > _SCREEN:
         head, *rows = map(list, zip(["run", *head[1:]], *rows, strict=True))
-    tables = [_table_of(*block) for block in _blocks(head, rows)]
+    tables = screen_tables(head, rows)
     return Group("what training did to the weights (null in brackets)", *tables, f"{caption(summary)}.")
 
 
@@ -69,6 +69,11 @@ def comparison_html(summary: Mapping[str, Any]) -> str:
         parts.append(html_table(LADDER_COLUMNS, rungs))
     parts += [f"<p>{escape(sentence)}</p>" for sentence in decisions(summary)]
     return "\n".join(parts)
+
+
+def screen_tables(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Any]:
+    """A table that every terminal has room for; where it is too wide as several, each with the first column."""
+    return [_table_of(*block) for block in _blocks(head, rows)]
 
 
 def _blocks(
@@ -282,8 +287,8 @@ def _blind(counts: Mapping[str, int] | None) -> str:
 def choices_table(titles: Sequence[str], choices: Iterable[Sequence[str]]) -> Table:
     """One row per choice: its name, and its descriptions in the columns of the titles."""
     table = _lean()
-    for title in titles:
-        table.add_column(title)
+    for place, title in enumerate(titles):
+        table.add_column(title, no_wrap=not place, overflow="fold")
     for cells in choices:
         table.add_row(*cells)
     return table
@@ -296,8 +301,9 @@ def settings_table(fields: Mapping[str, Any]) -> Table:
         fields: name -> pydantic field.
     """
     table = _lean()
-    for title in ("setting", "default", "meaning"):
-        table.add_column(title)
+    table.add_column("setting", no_wrap=True)
+    for title in ("default", "meaning"):
+        table.add_column(title, overflow="fold")
     for name, field in fields.items():
         default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
         default = {"()": "none", "{}": "none", "None": "none"}.get(default, default)
@@ -306,18 +312,22 @@ def settings_table(fields: Mapping[str, Any]) -> Table:
 
 
 def metrics_table(metrics: Iterable["Metric"]) -> Table:
-    """All figures by group: name, meaning and unit."""
+    """All figures by group: name, meaning, unit, and the names of its nulls in short."""
+    from offprincipal.measures.columns import nulls_of
+
     table = _lean()
-    for title in ("figure", "what it is"):
-        table.add_column(title, overflow="fold")
+    table.add_column("figure", no_wrap=True)
+    table.add_column("what it is; and its nulls", overflow="fold")
     group = ""
     for metric in metrics:
-        if metric.group != group:
+        own = [column for column in metric.columns if column.null_of is None and not column.name.endswith("_sd")]
+        if own and metric.group != group:
             group = metric.group
             table.add_row(f"[bold]{group}[/]", "")
-        for column in metric.columns:
+        for column in own:
             unit = "" if column.unit == "1" else f" ({column.unit})"
-            table.add_row(column.name, shown(f"{column.meaning}{unit}"))
+            nulls = ", ".join(nulls_of(column.name))
+            table.add_row(column.name, shown(f"{column.meaning}{unit}{f'; nulls: {nulls}' if nulls else ''}"))
     return table
 
 
@@ -333,8 +343,9 @@ def metrics_json(metrics: Iterable["Metric"]) -> dict[str, dict[str, str]]:
 def profiles_table(profiles: Iterable[tuple[str, str, str, int]]) -> Table:
     """Included studies: name, question, base, and number of training runs."""
     table = _lean()
-    for title in ("profile", "what it asks", "base"):
-        table.add_column(title)
+    table.add_column("profile", no_wrap=True)
+    for title in ("what it asks", "base"):
+        table.add_column(title, overflow="fold")
     table.add_column("training runs", justify="right")
     for name, title, base, runs in profiles:
         table.add_row(name, shown(title), shown(base), str(runs))
@@ -344,8 +355,9 @@ def profiles_table(profiles: Iterable[tuple[str, str, str, int]]) -> Table:
 def tasks_table(tasks: Iterable[Task]) -> Table:
     """Tasks, each with a held-out problem."""
     table = _lean()
-    for title in ("task", "prompt", "answer", "teacher's trace"):
-        table.add_column(title)
+    table.add_column("task", no_wrap=True)
+    for title in ("prompt", "answer", "teacher's trace"):
+        table.add_column(title, overflow="fold")
     for task in tasks:
         problem = mixture([task], "eval", 1)[0]
         table.add_row(

@@ -82,7 +82,7 @@ def jaccards(rows: Sequence[Row]) -> dict[str, float | None]:
 
 
 def precision(runs: Mapping[str, Any]) -> list[Json]:
-    """For each run and format, by step length: the unchanged share, and the location bias beyond both nulls."""
+    """For each run and format, over factors of the update: the unchanged share, and the bias beyond both nulls."""
     columns = {
         "unchanged": "unchanged_fraction",
         "bias": "principal_bias",

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from offprincipal.adapter_methods import ADAPTER_METHODS
 from offprincipal.adapters import KINDS, Kind
 from offprincipal.adapters.choosing import Scope
-from offprincipal.defaults import RANK_FRACTION
+from offprincipal.defaults import RANK, RANK_FRACTION
 from offprincipal.errors import TrainingError, meant
 from offprincipal.foreign_names import setting_called
 from offprincipal.plain_settings import NestedSettings
@@ -31,7 +31,7 @@ class AdapterSettings(NestedSettings):
     refusal: ClassVar = TrainingError
 
     method: str = Field(description="what is trained; `train --list adapters` has every method")
-    rank: int | None = Field(None, ge=1, description="rank of LoRA; default 8")
+    rank: int | None = Field(None, ge=1, description=f"rank of LoRA; default {RANK}")
     alpha: float | None = Field(None, gt=0, description="LoRA's update is scaled by alpha/rank; default: the rank")
     dropout: float | None = Field(None, ge=0, lt=1, description="dropout of LoRA's inputs; default 0")
     target_modules: str | tuple[str, ...] | None = Field(

@@ -60,7 +60,7 @@ def terminal_progress(title: str) -> Iterator[ShowProgress]:
             MofNCompleteColumn(),
             TextColumn("{task.fields[status]}"),
         )
-        with Progress(*columns, console=Console()) as bar:
+        with Progress(*columns, console=Console(highlight=False)) as bar:
             line = bar.add_task(title, total=None, status="")
 
             def draw(report: StepReport) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from offprincipal.assets import EMBEDDED
+from offprincipal.defaults import BATCH, LEARNING_RATE, SEED, STEPS
 from offprincipal.errors import TrainingError, meant
 from offprincipal.foreign_names import TAKEN, setting_called
 from offprincipal.plain_settings import PlainSettings
@@ -78,9 +79,9 @@ class TrainSettings(PlainSettings):
     tasks: Tasks = Field(
         min_length=1, description="tasks, in equal shares: add, sort@2, rg:NAME, hf:DATASET; `--list tasks` lists some"
     )
-    steps: int = Field(80, ge=1, description="optimizer steps")
+    steps: int = Field(STEPS, ge=1, description="optimizer steps")
     batch: int = Field(
-        240,
+        BATCH,
         ge=1,
         description="sequences per step: sampled completions for grpo, dr_grpo, rloo, distill and kto; pairs for dpo; "
         "examples for sft",
@@ -89,7 +90,7 @@ class TrainSettings(PlainSettings):
         None, ge=1, description="largest number of sequences in memory at once; None: the whole batch"
     )
     rollouts_per_prompt: int = Field(8, ge=2, description="completions sampled per prompt (all but distill and sft)")
-    learning_rate: float = Field(1e-5, gt=0, description="learning rate of AdamW, constant after the warm-up")
+    learning_rate: float = Field(LEARNING_RATE, gt=0, description="learning rate of AdamW, constant after the warm-up")
     adam_betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of AdamW's first and second moments")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
@@ -109,7 +110,7 @@ class TrainSettings(PlainSettings):
         None, gt=0, description="strength of the penalty for moving from the base (dpo, kto); None: TRL's default, 0.1"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower steps")
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of training prompts and samples, not of the evaluation")
+    seed: int = Field(SEED, ge=0, lt=2**32, description="seed of training prompts and samples, not of the evaluation")
     eval_prompts: int = Field(
         768, ge=0, description="held-out prompts of the evaluation before and after training; 0: no evaluation"
     )

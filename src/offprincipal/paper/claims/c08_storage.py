@@ -89,7 +89,7 @@ def _listed(sweep: Sweep, null: Null) -> str:
 
 
 def _of(sweep: Sweep, cell: Cell, measure: Callable[[list[Row]], Estimate]) -> dict[str, float | None]:
-    """Run by run, of one format and step length."""
+    """Run by run, of one format and factor of the update."""
     found = {
         run: measure([row for row in rows if (row["format"], row["step_length"]) == cell]).value
         for run, rows in sweep.items()
