@@ -1,6 +1,7 @@
 """The house: arrows between files, and between rooms, point one way."""
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import offprincipal
+from offprincipal.recipes import RECIPES
 
 SRC = Path(offprincipal.__file__).parent
 FILES = {".".join(path.relative_to(SRC.parent).with_suffix("").parts).removesuffix(".__init__"): path
@@ -46,3 +48,11 @@ def test_no_circle(place: Callable[[str], str]) -> None:
 def test_geometry_imports_nothing_of_ours_but_errors() -> None:
     imported = {room(b) for a, b in arrows() if room(a) == "offprincipal.geometry"} - {"offprincipal.geometry"}
     assert imported <= {"offprincipal.errors", "offprincipal.defaults"}
+
+
+@pytest.mark.parametrize("recipe", ["dr_grpo", "rloo", "dpo", "kto", "distill"])
+def test_a_recipe_is_named_in_its_record_and_its_code_alone(recipe: str) -> None:
+    """What is its own stands in the record; other files ask that."""
+    named = {name for name, path in FILES.items() if re.search(rf"\b{recipe}\b", path.read_text("utf-8"))}
+    module = RECIPES[recipe].build.partition(".")[0]  # type: ignore[index]
+    assert named == {"offprincipal.recipes", f"offprincipal.training.recipes.{module}"}

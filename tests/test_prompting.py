@@ -343,7 +343,7 @@ def test_vllm_where_there_is_none_is_refused_with_a_sentence(base_model: Path, t
         pytest.skip("vllm is installed here")
     with pytest.raises(TrainingError, match="vllm is not installed"):
         train(run_of(base_model, "grpo", vllm="colocate"), tmp_path / "run", quiet=True)
-    with pytest.raises(TrainingError, match="vllm samples for grpo"):
+    with pytest.raises(TrainingError, match="vllm is a setting of grpo, dr_grpo and rloo, not of "):
         run_of(base_model, "sft_own", vllm="server")
 
 

@@ -306,8 +306,8 @@ def foreign(taught_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     ("recipe", "changes", "message"),
     [
         ("distill", {}, "set teacher to"),
-        ("grpo", {"teacher": "embedded"}, "teacher is a setting of distill, not of grpo"),
-        ("rloo", {"beta": 0.1}, "beta is a setting of dpo and kto, not of rloo"),
+        ("grpo", {"teacher": "embedded"}, "teacher is a setting of distill, not of grpo: leave it out$"),
+        ("rloo", {"beta": 0.1}, "beta is a setting of dpo and kto, not of rloo: leave it out or set trl.beta$"),
         ("distill", {"teacher": "embedded", "beta": 0.1}, "beta is a setting of dpo and kto"),
         ("dpo", {"beta": 0}, "beta: .*greater than 0"),
         ("kto", {"micro_batch": 1}, "micro_batch that allows 2"),

@@ -6,8 +6,11 @@ Light, so that the command line can ask without the libraries.
 import re
 from collections.abc import Callable
 
+from offprincipal.recipes import recipes_that
+
 _BATCH = "{batch}, which is of the whole step, and {micro_batch}, which is of one pass"
 _MEASURED = "nothing: a run is measured before and after, on {eval_prompts} prompts"
+_BETA = f"{{beta}} for {' and '.join(recipes_that(lambda recipe: 'beta' in recipe.takes))}, and {{trl.beta}} for others"
 _ONE_HELD = "nothing: the last checkpoint alone is kept, until the run is complete"
 _UPLOADED = "nothing: the folder of {out} is a model that can be uploaded"
 _LOGGED = "nothing: every step is logged"
@@ -83,8 +86,8 @@ _OURS = {
     "max_prompt_length": "nothing: a prompt that is too long is refused by name",
     "use_vllm": "{vllm=colocate} or {vllm=server}",
     "vllm_mode": "{vllm}",
-    "kl_coef": "{beta} for dpo and kto, and {trl.beta} for others",
-    "beta": "{beta} for dpo and kto, and {trl.beta} for others",
+    "kl_coef": _BETA,
+    "beta": _BETA,
     # adapters
     "use_peft": "{adapter.method=lora}",
     "peft_type": "{adapter.method}",

@@ -1,6 +1,7 @@
 """The training recipes, one record each. Light, so that the command line lists them without the libraries."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from offprincipal.errors import TrainingError, meant
@@ -18,7 +19,12 @@ class RecipeRecord:
         configuration: the class of TRL's configuration, whose options are set by `trl.NAME`.
         learns_from: groups of completions of a prompt; the base's completions and a verifier's preferences; a teacher;
             or examples.
+        batch: what its batch counts.
+        takes: settings that are its own, and of no recipe that does not name them.
+        needs: those of them that it does not work without.
+        least_at_once: sequences in memory at once, where it compares neighbours.
         shown: the entry of TRL's log that shows how a run is going.
+        logged: entries of TRL's log that mean another thing in this recipe -> their names in ours.
         seconds: time of a step of 256 sequences of the embedded base, on one core of the reference machine, including
             the sampling of preferences before the steps.
     """
@@ -28,7 +34,22 @@ class RecipeRecord:
     configuration: str
     learns_from: Literal["groups", "preferences", "teacher", "examples"]
     seconds: float
+    batch: str = "completions sampled"
+    takes: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    least_at_once: int = 1
     shown: str = "loss"
+    logged: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> bool:
+        """Whether completions are sampled in training."""
+        return self.learns_from != "examples"
+
+    @property
+    def samples_groups(self) -> bool:
+        """Whether several completions are sampled for one prompt."""
+        return self.learns_from in ("groups", "preferences")
 
 
 RECIPES: dict[Recipe, RecipeRecord] = {
@@ -38,6 +59,7 @@ RECIPES: dict[Recipe, RecipeRecord] = {
         "GRPOConfig",
         "groups",
         seconds=2.2,
+        takes=("vllm",),
         shown="reward",
     ),
     "dr_grpo": RecipeRecord(
@@ -46,6 +68,7 @@ RECIPES: dict[Recipe, RecipeRecord] = {
         "GRPOConfig",
         "groups",
         seconds=2.0,
+        takes=("vllm",),
         shown="reward",
     ),
     "rloo": RecipeRecord(
@@ -54,6 +77,7 @@ RECIPES: dict[Recipe, RecipeRecord] = {
         "RLOOConfig",
         "groups",
         seconds=2.6,
+        takes=("vllm",),
         shown="reward",
     ),
     "dpo": RecipeRecord(
@@ -62,6 +86,8 @@ RECIPES: dict[Recipe, RecipeRecord] = {
         "DPOConfig",
         "preferences",
         seconds=4.2,
+        batch="pairs",
+        takes=("beta",),
         shown="rewards/margins",
     ),
     "kto": RecipeRecord(
@@ -70,7 +96,10 @@ RECIPES: dict[Recipe, RecipeRecord] = {
         "KTOConfig",
         "preferences",
         seconds=2.4,
+        takes=("beta",),
+        least_at_once=2,
         shown="rewards/margins",
+        logged={"kl": "reference_point"},
     ),
     "distill": RecipeRecord(
         "a teacher's next-token distribution on the student's own completions",
@@ -78,6 +107,8 @@ RECIPES: dict[Recipe, RecipeRecord] = {
         "DistillationConfig",
         "teacher",
         seconds=2.6,
+        takes=("teacher",),
+        needs=("teacher",),
     ),
     "sft_teacher": RecipeRecord(
         "supervised on the tasks' traces in a teacher's format",
@@ -85,6 +116,7 @@ RECIPES: dict[Recipe, RecipeRecord] = {
         "SFTConfig",
         "examples",
         seconds=1.6,
+        batch="examples",
     ),
     "sft_own": RecipeRecord(
         "supervised on reference answers in the base's own format",
@@ -92,9 +124,19 @@ RECIPES: dict[Recipe, RecipeRecord] = {
         "SFTConfig",
         "examples",
         seconds=0.8,
+        batch="examples",
     ),
 }
 _ELSEWHERE = {"sft": "sft_own or sft_teacher", "ppo": "grpo", "gspo": "grpo", "dapo": "grpo", "gkd": "distill"}
+
+
+def recipes_that(hold: Callable[[RecipeRecord], bool]) -> tuple[str, ...]:
+    """The names of those whose records fulfil a condition.
+
+    >>> recipes_that(lambda recipe: "beta" in recipe.takes)
+    ('dpo', 'kto')
+    """
+    return tuple(name for name, recipe in RECIPES.items() if hold(recipe))
 
 
 def recipe_named(name: str) -> Recipe:

@@ -79,7 +79,7 @@ class TrainStage(StageKind):
 
     Args:
         start: the stage whose model is trained instead of the base.
-        taught_by: the stage whose model is the teacher of `distill`.
+        taught_by: the stage whose model is the teacher.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")

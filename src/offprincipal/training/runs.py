@@ -331,7 +331,7 @@ def _fit(
                 "a smaller micro_batch, or gradient_checkpointing, and pass --overwrite"
             ) from error
         opened = _in_one_piece(settings, opened, trainer)
-    logged = _LOGGED | ({"kl": "reference_point"} if settings.recipe == "kto" else {})
+    logged = {**_LOGGED, **RECIPES[settings.recipe].logged}
     log = [
         {"step": entry["step"]} | {ours: entry[theirs] for theirs, ours in logged.items() if theirs in entry}
         for entry in trainer.state.log_history

@@ -1,6 +1,6 @@
 """Settings of a training run; all recipes share the same defaults, so that runs can be compared."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -10,14 +10,13 @@ from offprincipal.defaults import BATCH, LEARNING_RATE, SEED, STEPS
 from offprincipal.errors import TrainingError, meant
 from offprincipal.foreign_names import TAKEN, setting_called
 from offprincipal.plain_settings import PlainSettings
-from offprincipal.recipes import RECIPES, Recipe, recipe_named
+from offprincipal.recipes import RECIPES, Recipe, RecipeRecord, recipe_named, recipes_that
 from offprincipal.tasks import task_names
 from offprincipal.tasks.prompt_settings import PromptSettings
 from offprincipal.training.adapter_settings import AdapterSettings
 from offprincipal.training.monitor.verdicts import parse_watch
 
-_REWARDED = tuple(name for name, recipe in RECIPES.items() if recipe.learns_from == "groups")
-_PREFERRING = tuple(name for name, recipe in RECIPES.items() if recipe.learns_from == "preferences")
+_OWN = dict.fromkeys(setting for recipe in RECIPES.values() for setting in recipe.takes)
 # Added after the first version: omitted from records if unset, so that older runs are still recognised as the same.
 _LATER = (
     *(
@@ -33,6 +32,26 @@ _LATER = (
     ),
     *("prompt", "compute", "vllm", "trl"),
 )
+
+
+def _listed(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _taking(setting: str) -> str:
+    """The recipes that have a setting of their own."""
+    return _listed(recipes_that(lambda recipe: setting in recipe.takes))
+
+
+def _batches() -> str:
+    """What a batch counts, and for which recipes."""
+    counted = dict.fromkeys(recipe.batch for recipe in RECIPES.values())
+    of = {what: _listed(name for name, recipe in RECIPES.items() if recipe.batch == what) for what in counted}
+    return "; ".join(f"{what} for {names}" for what, names in of.items())
+
+
+_LEARNING = _listed(recipes_that(lambda recipe: not recipe.samples))
 
 
 def _recipe(value: Any) -> Any:
@@ -73,7 +92,7 @@ class TrainSettings(PlainSettings):
     refusal: ClassVar = TrainingError
 
     recipe: Annotated[Recipe, BeforeValidator(_recipe)] = Field(
-        description="; ".join(f"{name}: {recipe.what}" for name, recipe in RECIPES.items())
+        description=f"{_listed(RECIPES)}; `--list recipes` describes each"
     )
     model: str = Field(EMBEDDED, description="base model: a folder, a Hugging Face id, or 'embedded'")
     tasks: Tasks = Field(
@@ -83,31 +102,36 @@ class TrainSettings(PlainSettings):
     batch: int = Field(
         BATCH,
         ge=1,
-        description="sequences per step: sampled completions for grpo, dr_grpo, rloo, distill and kto; pairs for dpo; "
-        "examples for sft",
+        description=f"sequences per step: {_batches()}",
     )
     micro_batch: int | None = Field(
         None, ge=1, description="largest number of sequences in memory at once; None: the whole batch"
     )
-    rollouts_per_prompt: int = Field(8, ge=2, description="completions sampled per prompt (all but distill and sft)")
+    rollouts_per_prompt: int = Field(
+        8, ge=2, description=f"completions sampled per prompt ({_listed(recipes_that(lambda r: r.samples_groups))})"
+    )
     learning_rate: float = Field(LEARNING_RATE, gt=0, description="learning rate of AdamW, constant after the warm-up")
     adam_betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of AdamW's first and second moments")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
-    temperature: float = Field(1.0, gt=0, description="sampling temperature (all but sft)")
+    temperature: float = Field(1.0, gt=0, description=f"sampling temperature (all but {_LEARNING})")
     max_new_tokens: int = Field(
         8,
         ge=1,
-        description="longest completion in training, in tokens (all but sft); the default is 32 with few-shot prompts "
-        "and 512 with a chat template",
+        description=f"longest completion in training, in tokens (all but {_LEARNING}); the default is 32 with few-shot "
+        "prompts and 512 with a chat template",
     )
     teacher: str | None = Field(
-        None, description="teacher of distill, with the base's vocabulary: a folder, a Hugging Face id, or 'embedded'"
+        None,
+        description=f"teacher of {_taking('teacher')}, with the base's vocabulary: a folder, a Hugging Face id, or "
+        "'embedded'",
     )
     beta: float | None = Field(
-        None, gt=0, description="strength of the penalty for moving from the base (dpo, kto); None: TRL's default, 0.1"
+        None,
+        gt=0,
+        description=f"strength of the penalty for moving from the base ({_taking('beta')}); None: TRL's default, 0.1",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower steps")
     seed: int = Field(SEED, ge=0, lt=2**32, description="seed of training prompts and samples, not of the evaluation")
@@ -154,7 +178,7 @@ class TrainSettings(PlainSettings):
     )
     vllm: Literal["colocate", "server"] | None = Field(
         None,
-        description="sample with vLLM, in the training process or on a server (grpo, dr_grpo, rloo); None: without",
+        description=f"sample with vLLM, in the training process or on a server ({_taking('vllm')}); None: without",
     )
     trl: dict[str, Any] = Field(
         default_factory=dict, description="any option of TRL's configuration for the recipe, such as trl.beta=0.04"
@@ -181,7 +205,7 @@ class TrainSettings(PlainSettings):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "TrainSettings":
-        if self.recipe in _REWARDED and self.batch % self.rollouts_per_prompt:
+        if self._record.learns_from == "groups" and self.batch % self.rollouts_per_prompt:
             raise TrainingError(
                 f"batch {self.batch} is not divisible by rollouts_per_prompt {self.rollouts_per_prompt}: "
                 f"choose a batch of {max(1, self.batch // self.rollouts_per_prompt) * self.rollouts_per_prompt}"
@@ -190,25 +214,26 @@ class TrainSettings(PlainSettings):
 
     @model_validator(mode="after")
     def _settings_belong_to_the_recipe(self) -> "TrainSettings":
-        if self.teacher is None and self.recipe == "distill":
-            raise TrainingError(
-                "distill learns from a teacher: set teacher to a folder, a Hugging Face id or 'embedded'"
-            )
-        for name, recipes in (("teacher", ("distill",)), ("beta", _PREFERRING)):
-            if getattr(self, name) is not None and self.recipe not in recipes:
-                instead = " or set trl.beta" if name == "beta" and self.recipe in _REWARDED else ""
+        recipe = self._record
+        for name in recipe.needs:
+            if getattr(self, name) is None:
                 raise TrainingError(
-                    f"{name} is a setting of {' and '.join(recipes)}, not of {self.recipe}: leave it out{instead}"
+                    f"{self.recipe} learns from a {name}: set {name} to a folder, a Hugging Face id or 'embedded'"
+                )
+        for name in _OWN:
+            if getattr(self, name) is not None and name not in recipe.takes:
+                instead = f" or set trl.{name}" if recipe.learns_from == "groups" and name == "beta" else ""
+                raise TrainingError(
+                    f"{name} is a setting of {_taking(name)}, not of {self.recipe}: leave it out{instead}"
                 )
         if self.keep_deltas is not None and self.adapter is not None:
             raise TrainingError("keep_deltas is not supported with an adapter: leave it out")
-        if self.vllm is not None and self.recipe not in _REWARDED:
-            raise TrainingError(f"vllm samples for {', '.join(_REWARDED)}, not for {self.recipe}: leave it out")
         if self.keep_masters and self.keep_deltas is None:
             raise TrainingError("keep_masters keeps the float32 weights of the steps of keep_deltas: set that too")
-        if self.recipe == "kto" and self.sequences_at_once() == 1:
+        if self.sequences_at_once() < recipe.least_at_once:
             raise TrainingError(
-                "kto compares sequences with their neighbours: choose a micro_batch that allows 2 at once"
+                f"{self.recipe} compares sequences with their neighbours: choose a micro_batch that allows "
+                f"{recipe.least_at_once} at once"
             )
         return self
 
@@ -250,9 +275,13 @@ class TrainSettings(PlainSettings):
         return next(size for size in range(most, 0, -1) if share % size == 0)
 
     @property
+    def _record(self) -> RecipeRecord:
+        return RECIPES[self.recipe]
+
+    @property
     def prompts_per_step(self) -> int:
         """Number of different prompts in one step."""
-        return self.batch // self.rollouts_per_prompt if self.recipe in _REWARDED else self.batch
+        return self.batch // self.rollouts_per_prompt if self._record.learns_from == "groups" else self.batch
 
 
 def setting_fields() -> dict[str, Any]:

@@ -82,7 +82,7 @@ class RunModels:
     Args:
         base: the model and its tokenizer, float32; an adapter is inserted into it in place.
         trained: the part that is trained.
-        teacher: of the recipe `distill`, float32, with the base's vocabulary; None in other recipes.
+        teacher: the model that the recipe learns from, float32, with the base's vocabulary; None without one.
     """
 
     base: LanguageModel

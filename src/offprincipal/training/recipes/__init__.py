@@ -30,9 +30,9 @@ def build_trainer(
     Args:
         settings: the run.
         opened: the base, its trained part, and the teacher.
-        checkpoints: folder of the trainer's checkpoints; `dpo` and `kto` create it and keep their samples there.
+        checkpoints: folder of the trainer's checkpoints; recipes of preferences create it and keep their samples there.
         callbacks: transformers TrainerCallbacks.
-        show: gets the progress of the sampling with which `dpo` and `kto` begin.
+        show: gets the progress of the sampling with which recipes of preferences begin.
 
     Raises:
         TaskError: a task is unknown or has no reference answers to learn from.

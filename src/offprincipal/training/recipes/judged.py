@@ -105,8 +105,8 @@ def sampled_pairs(run: RecipeRun, base: LanguageModel) -> Columns:
     share = verified / (drawn * run.settings.rollouts_per_prompt)
     raise TrainingError(
         f"{pairs} of {drawn} training prompts got both a verified and a failed completion from {run.settings.model}, "
-        f"and {share:.1%} of all completions are verified: too few pairs for dpo. Choose harder or easier tasks, or "
-        "another temperature, rollouts_per_prompt or max_new_tokens"
+        f"and {share:.1%} of all completions are verified: too few pairs for {run.settings.recipe}. Choose harder or "
+        "easier tasks, or another temperature, rollouts_per_prompt or max_new_tokens"
     )
 
 
@@ -133,8 +133,8 @@ def sampled_examples(run: RecipeRun, base: LanguageModel) -> Columns:
     if all(columns["label"]) or not any(columns["label"]):
         verdict = "verified" if columns["label"][0] else "failed"
         raise TrainingError(
-            f"all {wanted} completions sampled from {run.settings.model} are {verdict}, but kto needs both kinds. "
-            "Choose harder or easier tasks, or another temperature or max_new_tokens"
+            f"all {wanted} completions sampled from {run.settings.model} are {verdict}, but {run.settings.recipe} needs "
+            "both kinds. Choose harder or easier tasks, or another temperature or max_new_tokens"
         )
     return columns
 

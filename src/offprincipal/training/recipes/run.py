@@ -39,7 +39,7 @@ class RecipeRun:
     Args:
         settings: of the run.
         language_model: the trained model.
-        teacher: of `distill`; None in other recipes.
+        teacher: the model that is learned from; None in recipes without one.
         prompting: how the tasks' problems are presented to the model.
         checkpoints: folder of the trainer's checkpoints.
         show: gets the progress of long work before the first step.
