@@ -618,6 +618,35 @@ def test_the_command_writes_what_the_contract_says(
 # --- bad input ---
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "give one of prompts, task and sequences"),
+        (["--task=add", "--prompts=nowhere"], "give one of prompts, task and sequences"),
+        (["--prompts=nowhere"], "cannot read nowhere: No such file"),
+        (["--task=nope"], "no task 'nope'"),
+        (["--task=add", "--batches=0"], "batches is 0: give a whole number, at least 1"),
+        (["--task=add", "--dtype=bf16"], "cannot compute in dtype 'bf16': choose float32 or float64"),
+        (["--task=add", "--weights=all"], "no weights 'all': choose one of auto, masters, stored"),
+        (["--task=add", "--device=tpu"], "there is no device 'tpu': choose 'auto', 'cpu' or 'cuda'"),
+        (["--task=add", "--seed=-1"], "seed -1 is not a whole number from 0"),
+        (["--task=add", "--density=2"], "density is 2.0: it lies between 0 and 1"),
+        (["--task=add", "--batch_size=2"], "--batch_size: it is a setting of `offprincipal train`"),
+    ],
+)
+def test_wrong_arguments_are_told_with_what_to_do(
+    words: list[str],
+    says: str,
+    tiny_model: Path,
+    tuned: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: Callable[..., int],
+) -> None:
+    assert command("gates", tiny_model, tuned, "--out", tmp_path / "out", *words) == 2
+    assert says in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     def run(*arguments: object) -> int:

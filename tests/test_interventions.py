@@ -548,7 +548,11 @@ def test_the_command_intervenes_and_undoes_after_training(
     [
         (["intervene", "{base}", "--rotate", "7", "--out", "{out}"], "layers 0 to 1"),
         (["intervene", "{base}", "--rotate", "two", "--out", "{out}"], "does not name layers"),
-        (["intervene", "{base}", "--out", "{out}"], "nothing to do"),
+        (["intervene", "{base}", "--out", "{out}"], "(--rotate 0-3, --permute all), or --residual"),
+        (
+            ["undo", "{base}/model.safetensors", "{base}", "--out", "{out}"],
+            "is not a record of an intervention, nor any",
+        ),
         (["intervene", "{base}", "--undo", "{base}", "--out", "{out}"], "a command of its own"),
         (["undo", "{base}", "{base}", "--out", "{out}"], "no record"),
         (["intervene", "{base}/nowhere", "--rotate", "0", "--out", "{out}"], "nowhere"),

@@ -114,6 +114,8 @@ class GateSettings:
             raise ArgumentError(f"no weights '{self.weights}': choose one of {', '.join(get_args(Weights))}")
         if self.dtype not in ("float32", "float64"):
             raise ArgumentError(f"cannot compute in dtype '{self.dtype}': choose float32 or float64")
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
+            raise ArgumentError(f"seed {self.seed!r} is not a whole number from 0 to 2**32 − 1")
 
 
 @dataclass(frozen=True, repr=False)

@@ -88,7 +88,9 @@ def read_record(source: str | Path) -> InterventionRecord:
     try:
         content = read_json(path)
     except CheckpointError as error:
-        raise InterventionError(f"cannot read the record of an intervention: {error}") from error
+        raise InterventionError(
+            f"{path} is not a record of an intervention, nor any JSON: give the {INTERVENTION} that `intervene` wrote"
+        ) from error
     if content.get("schema") != SCHEMA:
         raise InterventionError(
             f"{path} is not a record of schema {SCHEMA}: give the {INTERVENTION} that `offprincipal intervene` wrote"
@@ -115,7 +117,9 @@ def require_request(request: Request, layers: int | None = None) -> None:
         InterventionError: nothing is requested, or a layer, the matrix or the seed is out of range.
     """
     if not (request.rotate or request.permute or request.residual):
-        raise InterventionError("nothing to do: name layers to rotate or permute, or rotate the residual stream")
+        raise InterventionError(
+            "nothing to do: give layers to rotate or permute (--rotate 0-3, --permute all), or --residual"
+        )
     if request.matrix not in MATRICES:
         raise InterventionError(f"no matrix {request.matrix!r}: choose {' or '.join(MATRICES)}")
     if type(request.seed) is not int or not 0 <= request.seed < MOST_SEED:

@@ -119,11 +119,15 @@ def resolve_device(device: str) -> str:
     """`cpu` or `cuda`, from `auto` or either.
 
     Raises:
-        ModelError: cuda is asked for and there is none.
+        ModelError: cuda is asked for and there is none, or torch knows no such device.
 
     >>> resolve_device("cpu")
     'cpu'
     """
+    try:
+        torch.device("cpu" if device == "auto" else device)
+    except RuntimeError:
+        raise ModelError(f"there is no device {device!r}: choose 'auto', 'cpu' or 'cuda'") from None
     if device == "cuda" and not torch.cuda.is_available():
         raise ModelError("device 'cuda' is not available to torch on this machine: choose 'auto' or 'cpu'")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
