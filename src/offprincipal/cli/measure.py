@@ -260,7 +260,7 @@ def compare(
             if found.measured_before:
                 say(f"measured before, not again: {', '.join(found.measured_before)} (--no-cache measures all)")
             if explain:
-                Console().print(*ladder_tables(found.summary), sep="\n")
+                print_tables(*ladder_tables(found.summary))
             labels = run_labels(found.summary["runs"])
             for sentence in verdict_paragraph(found.summary) if explain else decisions(found.summary, ASK, labels):
                 say(sentence, soft_wrap=False)

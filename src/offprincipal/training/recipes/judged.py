@@ -133,8 +133,8 @@ def sampled_examples(run: RecipeRun, base: LanguageModel) -> Columns:
     if all(columns["label"]) or not any(columns["label"]):
         verdict = "verified" if columns["label"][0] else "failed"
         raise TrainingError(
-            f"all {wanted} completions sampled from {run.settings.model} are {verdict}, but {run.settings.recipe} needs "
-            "both kinds. Choose harder or easier tasks, or another temperature or max_new_tokens"
+            f"all {wanted} completions sampled from {run.settings.model} are {verdict}, but {run.settings.recipe} "
+            "needs both kinds. Choose harder or easier tasks, or another temperature or max_new_tokens"
         )
     return columns
 
