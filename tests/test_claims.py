@@ -324,6 +324,7 @@ def test_the_figure_that_decided_a_claim_of_several_parts_is_the_one_that_is_sho
     assert (left.verdict, left.effect, left.low) == ("inconclusive", 2.0, None)
     own = published_with(none, [ClaimPart("it is small", headline)])
     assert (own.verdict, own.effect, own.measure) == ("contradicted", 1.01, "ratio")
+    assert "has no effect, contradicts the claim" in own.rule and "leave none" in both.rule
 
 
 def test_a_run_that_was_not_compared_is_named(tmp_path: Path) -> None:

@@ -98,7 +98,9 @@ def test_two_processes_learn_what_one_does(
     assert "model:" in ends[0].stdout and "model:" not in ends[1].stdout  # one process speaks
     found, alone = record_of(two), record_of(one)
     assert found["machine"]["processes"] == 2 and "processes" not in alone["machine"]
-    assert found["accuracy"]["before"] == alone["accuracy"]["before"]
+    before, known = found["accuracy"]["before"], alone["accuracy"]["before"]
+    assert before.keys() == known.keys()  # sums of floats in another order, where processes have other threads
+    assert {name: pytest.approx(value, rel=1e-6, abs=1e-9) for name, value in known.items()} == before
     for ours, theirs in zip(found["log"], alone["log"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance)
     base = load_file(taught_model / "model.safetensors")

@@ -325,13 +325,13 @@ class TestOffPrincipal:
     ) -> None:
         adapted = adapt(opened(tiny_model), "off_principal", rank=RANK)
         factors = [module for module in adapted.modules() if isinstance(module, ProjectedFactor)]
-        projected, project = [], ProjectedFactor.acting
+        projected, project = [], ProjectedFactor.effective
 
         def counted(factor: ProjectedFactor, trained: Tensor) -> Tensor:
             projected.append(factor)
             return project(factor, trained)
 
-        monkeypatch.setattr(ProjectedFactor, "acting", counted)
+        monkeypatch.setattr(ProjectedFactor, "effective", counted)
         seen = []
         for _ in range(3):
             projected.clear()

@@ -29,7 +29,7 @@ class FrozenFactor(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight)
 
-    def anew(self, start: Tensor) -> "FrozenFactor":
+    def another(self, start: Tensor) -> "FrozenFactor":
         """A frozen copy of this factor, for another adapter of the layer; PEFT's initial value `start` is ignored."""
         return FrozenFactor(self.weight.clone())
 
@@ -38,7 +38,7 @@ class FrozenFactor(nn.Module):
 
 
 class Factor(nn.Module):
-    """A factor whose effective value is `acting(trained)`; subclasses define `acting`.
+    """A factor whose effective value is `effective(trained)`; subclasses define `effective`.
 
     Each read of `weight` computes the effective factor again, because a tensor does not show reliably that it changed:
     fused optimizers and writes through `.data` do not raise its version counter. Between `hold` and `release`, which
@@ -58,9 +58,9 @@ class Factor(nn.Module):
     def weight(self) -> Tensor:
         """The effective factor, (out, in)."""
         if self._held is None:
-            return self.acting(self.trained)
+            return self.effective(self.trained)
         if not self._held:
-            self._held.append(self.acting(self.trained))
+            self._held.append(self.effective(self.trained))
         return self._held[0]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,11 +74,11 @@ class Factor(nn.Module):
         """Compute the effective factor at every read again."""
         self._held = None
 
-    def acting(self, trained: Tensor) -> Tensor:
+    def effective(self, trained: Tensor) -> Tensor:
         """The effective factor, from the trained parameter."""
         raise NotImplementedError
 
-    def anew(self, start: Tensor) -> "Factor":
+    def another(self, start: Tensor) -> "Factor":
         """An untrained factor of this kind, for another adapter of the layer; `start` is PEFT's initial value."""
         raise NotImplementedError
 
@@ -86,7 +86,7 @@ class Factor(nn.Module):
         """The effective factor, as a state dict holds it."""
         return self.weight.detach()
 
-    def trained_of(self, acting: Tensor) -> Tensor:
+    def trained_of(self, effective: Tensor) -> Tensor:
         """The trained parameter from which training continues, from the effective factor in a state dict.
 
         Raises:
@@ -113,7 +113,7 @@ class OffsetFactor(Factor):
 
     Args:
         trained: the initial value, A0 (r, m) or B0 (n, r).
-        beside: the constant part, A0 or −B0, of the same shape.
+        constant: the constant part, A0 or −B0, of the same shape.
         dim: the dimension of concatenation, 0 for A and 1 for B.
 
     Source: the identity by which PEFT converts PiSSA and OLoRA adapters to plain LoRA. PEFT applies it when saving;
@@ -127,24 +127,24 @@ class OffsetFactor(Factor):
     torch.Size([2, 2])
     """
 
-    beside: Tensor
+    constant: Tensor
 
-    def __init__(self, trained: Tensor, beside: Tensor, dim: int) -> None:
+    def __init__(self, trained: Tensor, constant: Tensor, dim: int) -> None:
         super().__init__(trained.clone())
         self.dim = dim
-        self.register_buffer("beside", beside.clone(), persistent=False)
+        self.register_buffer("constant", constant.clone(), persistent=False)
 
-    def acting(self, trained: Tensor) -> Tensor:
-        return torch.cat([trained, self.beside], self.dim)
+    def effective(self, trained: Tensor) -> Tensor:
+        return torch.cat([trained, self.constant], self.dim)
 
-    def anew(self, start: Tensor) -> "OffsetFactor":
-        return OffsetFactor(self.beside if self.dim == 0 else -self.beside, self.beside, self.dim)
+    def another(self, start: Tensor) -> "OffsetFactor":
+        return OffsetFactor(self.constant if self.dim == 0 else -self.constant, self.constant, self.dim)
 
-    def trained_of(self, acting: Tensor) -> Tensor:
-        if acting.shape != self.weight.shape:
-            raise ValueError(f"is of shape {tuple(acting.shape)}, not {tuple(self.weight.shape)}")
+    def trained_of(self, effective: Tensor) -> Tensor:
+        if effective.shape != self.weight.shape:
+            raise ValueError(f"is of shape {tuple(effective.shape)}, not {tuple(self.weight.shape)}")
         rank = self.trained.shape[self.dim]
-        beside = acting.narrow(self.dim, rank, rank).to(self.beside)
-        if not torch.allclose(beside, self.beside, rtol=1e-4, atol=1e-5 * float(self.beside.abs().max())):
+        constant = effective.narrow(self.dim, rank, rank).to(self.constant)
+        if not torch.allclose(constant, self.constant, rtol=1e-4, atol=1e-5 * float(self.constant.abs().max())):
             raise ValueError("started from other values: it is of another base, method or seed")
-        return acting.narrow(self.dim, 0, rank)
+        return effective.narrow(self.dim, 0, rank)

@@ -44,7 +44,7 @@ class AdaptedLinear(lora.Linear):
             if a_alone:
                 nn.init.zeros_(theirs.weight)
             if isinstance(ours, (Factor, FrozenFactor)):
-                factors[adapter_name] = ours.anew(theirs.weight.detach())
+                factors[adapter_name] = ours.another(theirs.weight.detach())
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

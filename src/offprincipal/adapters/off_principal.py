@@ -42,21 +42,21 @@ class ProjectedFactor(Factor):
         self.side = side
         self.register_buffer("basis", basis.to(_wide(trained)), persistent=False)
 
-    def acting(self, trained: Tensor) -> Tensor:
+    def effective(self, trained: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(trained.device.type):
             return self._projected(trained.to(_wide(trained))).to(trained.dtype)
         with torch.autocast(trained.device.type, enabled=False):
             return self._projected(trained.to(_wide(trained))).to(trained.dtype)
 
-    def anew(self, start: Tensor) -> "ProjectedFactor":
+    def another(self, start: Tensor) -> "ProjectedFactor":
         return ProjectedFactor(start.to(self.trained), self.basis, self.side)
 
     def stored(self) -> Tensor:
         trained = self.trained.detach()
         return self._projected(trained.double()).to(_wide(trained))
 
-    def trained_of(self, acting: Tensor) -> Tensor:
-        return acting
+    def trained_of(self, effective: Tensor) -> Tensor:
+        return effective
 
     def _projected(self, trained: Tensor) -> Tensor:
         basis = self.basis.to(trained.dtype)

@@ -56,7 +56,9 @@ def published_with(headline: Judgement, conditions: Sequence[ClaimPart]) -> Judg
         `supported`, with the headline's effect, if all parts came out as claimed; with that of the first such part,
         `contradicted` if one came out otherwise, `inconclusive` if one is undecided.
     """
-    return _combined(headline, conditions)
+    found = _combined(headline, conditions)
+    also = "As published every part must hold: one that is decided otherwise, or has no effect, contradicts the claim"
+    return replace(found, rule=f"{found.rule}. {also}")
 
 
 def controlled_with(headline: Judgement, conditions: Sequence[ClaimPart]) -> Judgement:
@@ -67,6 +69,8 @@ def controlled_with(headline: Judgement, conditions: Sequence[ClaimPart]) -> Jud
     if headline.verdict != "supported":
         return _with_rule(headline, conditions)
     found = _combined(headline, conditions)
+    if conditions:
+        found = replace(found, rule=f"{found.rule}; parts without an effect leave none, others contradict the claim")
     none: Verdict = "no effect beyond the control"
     missed = {c.judgement.verdict for c in conditions if _missed(c)}
     return replace(found, verdict=none) if missed == {none} else found
