@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,19 @@ def test_any_table_is_text_of_a_screen_and_counts_what_it_leaves_out() -> None:
     assert max(map(len, lines)) <= 80 and lines[-1].strip() == "40 rows, 32 columns: to_pandas() has all"
     assert "\x1b" not in repr(Wide()) and "&lt;" not in Wide()._repr_html_()
     assert Wide().to_polars().shape == (40, 32)
+
+
+def test_no_result_of_another_base_is_replaced_unasked(tmp_path: Path) -> None:
+    bases = [write_model(tmp_path / name, moved(base_weights(), 1e-2, seed)) for seed, name in enumerate("ab")]
+    calls: dict[str, Callable[..., Any]] = {
+        "preflight.json": lambda base, **options: offprincipal.preflight(base, 1e-3, **options),
+        "trajectory.json": lambda base, **options: offprincipal.trajectory(base, [base], steps=[1], **options),
+    }
+    for name, call in calls.items():
+        call(bases[0], out=tmp_path / "out")
+        held = (tmp_path / "out" / name).read_bytes()
+        with pytest.raises(FileError, match="has figures of"):
+            call(bases[1], out=tmp_path / "out")
+        assert (tmp_path / "out" / name).read_bytes() == held
+        call(bases[1], out=tmp_path / "out", overwrite=True)
+        assert (tmp_path / "out" / name).read_bytes() != held

@@ -16,6 +16,7 @@ from offprincipal.errors import ArgumentError, CheckpointError, NonFiniteTensor
 from offprincipal.file_names import PREFLIGHT
 from offprincipal.files import require_folder, write_json
 from offprincipal.geometry.steps import Spacings
+from offprincipal.tables import require_none_replaced
 from offprincipal.tabular import Tabular
 
 ALL = "all"
@@ -92,6 +93,7 @@ def preflight(
     steps: int = 100,
     *,
     out: str | Path | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Preflight:
     """Forecast, by role, which stored weights of a base AdamW's steps can change.
@@ -102,11 +104,13 @@ def preflight(
         storage: the type to which weights are rounded: `bfloat16`, `float16` or `float32`.
         steps: number of steps planned.
         out: folder for `preflight.json`; None: nothing is written.
+        overwrite: replace the forecast of another base in the folder.
         progress: called with entries done, entries in all, and the tensor's name.
 
     Raises:
         ArgumentError: a number is out of range, or the storage type is unknown.
         CheckpointError: the base cannot be read or is not finite.
+        FileError: the folder holds the forecast of another base, or cannot be written.
 
     >>> from offprincipal.assets import embedded_base
     >>> rows = {row["role"]: row for row in preflight(embedded_base(), 1e-6, steps=1000).rows}
@@ -117,6 +121,8 @@ def preflight(
         raise ArgumentError(f"the learning rate is {learning_rate}: give a number between 0 and 1, e.g. 1e-6")
     if steps < 1:
         raise ArgumentError(f"steps is {steps}: give at least 1")
+    if out is not None and not overwrite:
+        require_none_replaced(Path(out) / PREFLIGHT, str(base), (), lambda content: ())
     found: dict[str, Spacings] = {}
     checkpoint, done = open_checkpoint(base), 0
     parts = [

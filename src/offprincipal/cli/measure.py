@@ -35,7 +35,7 @@ from offprincipal.defaults import (
     TOLERANCE,
 )
 from offprincipal.errors import ArgumentError
-from offprincipal.file_names import GATES, PREFLIGHT, PREFLIGHT_PAGE, TRAJECTORY, TRAJECTORY_PAGE
+from offprincipal.file_names import GATES, PREFLIGHT, PREFLIGHT_PAGE, TRAJECTORY_PAGE
 
 WHAT, HOW, CONDITIONS, SHOWN = "What is measured", "How, and where", "Conditions: exit code 3", "What is printed"
 ON, EXPERT = "What it is measured on", "Expert"
@@ -305,13 +305,10 @@ def preflight(
     from offprincipal.forecast import preflight as look
     from offprincipal.reports.preflight import preflight_sentences, preflight_table, write_figure
     from offprincipal.reports.terminal import as_shown_json
-    from offprincipal.tables import require_none_replaced
 
-    if not overwrite:
-        require_none_replaced(out / PREFLIGHT, base, (), lambda content: ())
     with resumable(), matrix_progress() as progress:
-        found = look(base, learning_rate, storage, steps, progress=progress)
-    path = found.write(out)
+        found = look(base, learning_rate, storage, steps, out=out, overwrite=overwrite, progress=progress)
+    path = out / PREFLIGHT
     figure = write_figure(out / PREFLIGHT_PAGE, found)
     if as_json:
         print(as_shown_json(found.content))
@@ -389,16 +386,12 @@ def trajectory(
     """
     from offprincipal.reports.terminal import as_shown_json
     from offprincipal.reports.trajectory import trajectory_sentences, trajectory_table, write_figure
-    from offprincipal.tables import require_none_replaced
     from offprincipal.trajectories import trajectory as follow
-    from offprincipal.trajectories.sources import expanded
 
     at = None if steps is None else _numbers(steps)
     options: Any = {"steps": at, "out": out, "threads": threads, "ray": ray, "skip_broken": skip_broken}
     options |= {"subspace_rank": subspace_rank, "device": device, "masters": masters}
     options |= {"predict": predict, "predict_by": predict_by, "overwrite": overwrite}
-    if not overwrite:
-        require_none_replaced(out / TRAJECTORY, base, expanded(checkpoints), lambda content: content["checkpoints"])
     with resumable(), matrix_progress() as progress:
         found = follow(base, checkpoints, **options, progress=progress)
     if report:
@@ -535,11 +528,9 @@ def gates(
     Runs the models, so it needs the packages that training needs. Writes gates.json.
     """
     require_training("gates")
-    from offprincipal.files import require_folder
     from offprincipal.gates import measure_gates
     from offprincipal.reports.gates import gates_tables
     from offprincipal.reports.terminal import as_shown_json
-    from offprincipal.tables import require_none_replaced
 
     ground: Any = {"prompts": prompts, "task": task, "sequences": sequences}
     options: Any = {"batches": batches, "prompts_per_batch": prompts_per_batch, "max_new_tokens": max_new_tokens}
@@ -554,18 +545,12 @@ def gates(
         "trust_remote_code": trust_remote_code,
     }
     runs = named_runs(tuned)
-    if not overwrite:
-        require_none_replaced(out / GATES, base, list(runs.values()), _sources_of)
-    require_folder(out)
+    options |= {"out": out, "overwrite": overwrite}
     with direction_progress() as progress:
         found = measure_gates(base, runs, **ground, **options, seed=seed, progress=progress)
-    path = found.write(out)
+    path = out / GATES
     if as_json:
         print(as_shown_json(found.content))
     else:
         print_tables(gates_tables(found.content))
         say(f"figures: {path}")
-
-
-def _sources_of(content: dict[str, Any]) -> list[str]:
-    return [run["source"] for run in content["runs"].values()]

@@ -50,6 +50,7 @@ from offprincipal.gates.updates import Tuned, Update, Weights, moved_by
 from offprincipal.measures.settings import as_in_files
 from offprincipal.models import LanguageModel, model_name, open_language_model
 from offprincipal.models.float64 import computing_in
+from offprincipal.tables import require_none_replaced
 from offprincipal.tabular import Tabular
 from offprincipal.tasks import open_task, task_names
 from offprincipal.tasks.prompting import prompting
@@ -172,6 +173,7 @@ def measure_gates(
     settings: GateSettings | None = None,
     *,
     out: str | Path | None = None,
+    overwrite: bool = False,
     prompts: str | Path | Sequence[str] | None = None,
     task: str | Sequence[str] | None = None,
     sequences: str | Path | None = None,
@@ -189,6 +191,7 @@ def measure_gates(
             after their folders.
         settings: how the gates are measured.
         out: folder for `gates.json`; None: nothing is written.
+        overwrite: replace the gates of another base or of other runs in the folder.
         prompts: a file of prompts, one a line, or JSON lines `{"prompt": …}` called `.jsonl`; or a list of prompts.
         task: one or more names for `open_task`, as a list or a text such as "add,sort@2"; held-out prompts are taken.
         sequences: JSON lines, `{"text": …}` or `{"input_ids": […]}`, measured at every position after the first.
@@ -224,6 +227,11 @@ def measure_gates(
             raise ArgumentError(
                 f"{run} is a {kind}, but the gates open models themselves: save it, and give its folder"
             )
+    if out is not None:
+        require_folder(Path(out))
+        if not overwrite:
+            given_runs = list(map(str, tuned.values()))
+            require_none_replaced(Path(out) / GATES, str(base), given_runs, _sources_of)
     names = [] if task is None else task_names(task)
     asked = None if prompts is None else read_prompts(prompts) if isinstance(prompts, str | Path) else [*prompts]
     language_model = open_for_derivatives(base, settings, tokenizer=sequences is None)
@@ -262,6 +270,10 @@ def measure_gates(
     if out is not None:
         found.write(out)
     return found
+
+
+def _sources_of(content: dict[str, Any]) -> list[str]:
+    return [run["source"] for run in content["runs"].values()]
 
 
 def open_for_derivatives(base: str | Path, settings: GateSettings, tokenizer: bool = True) -> LanguageModel:

@@ -26,6 +26,7 @@ from offprincipal.measures.columns import needs_torch
 from offprincipal.measures.settings import Device, MatrixSettings
 from offprincipal.memory import SHARE, free_memory
 from offprincipal.parallel import in_order, in_threads, one_core_each
+from offprincipal.tables import require_none_replaced
 from offprincipal.tabular import Tabular
 from offprincipal.trajectories.measure import Moved, restored
 from offprincipal.trajectories.prediction import Progress, predictions_of, require_predictable, write_prediction
@@ -121,7 +122,8 @@ def trajectory(
         skip_broken: skip checkpoints that cannot be opened, with a warning.
         predict: a step; the model extrapolated to it is written to `predicted-STEP` in `out`.
         predict_by: `linear`, each weight along its own line; `rank1`, all of them along one direction.
-        overwrite: replace a model that was predicted there in another way.
+        overwrite: replace the figures of other checkpoints in the folder, or a model that was predicted there in
+            another way.
         progress: called with entries done, entries in all, and the tensor's name.
 
     Raises:
@@ -135,6 +137,9 @@ def trajectory(
     >>> still.content["pooled"]["unchanged_fraction"], still.content["pooled"]["verdict"]
     ([1.0], 'cannot tell')
     """
+    if out is not None and not overwrite:
+        path, sources = Path(out) / TRAJECTORY, expanded(checkpoints)
+        require_none_replaced(path, str(base), sources, lambda content: content["checkpoints"])
     warnings: list[str] = []
     work = followed(
         base,
