@@ -181,3 +181,11 @@ def test_no_result_of_another_base_is_replaced_unasked(tmp_path: Path) -> None:
         assert (tmp_path / "out" / name).read_bytes() == held
         call(bases[1], out=tmp_path / "out", overwrite=True)
         assert (tmp_path / "out" / name).read_bytes() != held
+
+
+def test_in_a_notebook_the_text_is_returned_and_nothing_is_displayed(
+    result: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = repr(result)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert repr(result) == plain and plain.startswith("what training did to the weights")

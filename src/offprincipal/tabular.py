@@ -62,7 +62,7 @@ def as_text(shown: Any, width: int = _WIDTH) -> str:
     """What rich would print, without colours or spaces at the end of lines."""
     from rich.console import Console
 
-    console = Console(color_system=None, width=width, force_terminal=False)
+    console = Console(color_system=None, width=width, force_terminal=False, force_jupyter=False)
     with console.capture() as captured:
         console.print(shown, markup=False, highlight=False)
     return "\n".join(line.rstrip() for line in captured.get().rstrip().split("\n"))
