@@ -54,7 +54,8 @@ class TrajectoryStage(StageKind):
             for weights in WEIGHTS:
                 masters = weights == "float32"
                 out = space.folder(name) / f"{run}_{weights}"
-                found = trajectory(base, kept, masters=masters, subspace_rank=self.subspace_rank, out=out).content
+                options: Any = {"masters": masters, "subspace_rank": self.subspace_rank}
+                found = trajectory(base, kept, out=out, overwrite=True, **options).content
                 write_figure(out / TRAJECTORY_PAGE, found)
                 keys = {"run": run, "weights": weights, "checkpoints": len(found["steps"])}
                 rows.append(keys | {"draw": None} | _row(found["pooled"]))

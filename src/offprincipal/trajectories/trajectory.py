@@ -137,9 +137,6 @@ def trajectory(
     >>> still.content["pooled"]["unchanged_fraction"], still.content["pooled"]["verdict"]
     ([1.0], 'cannot tell')
     """
-    if out is not None and not overwrite:
-        path, sources = Path(out) / TRAJECTORY, expanded(checkpoints)
-        require_none_replaced(path, str(base), sources, lambda content: content["checkpoints"])
     warnings: list[str] = []
     work = followed(
         base,
@@ -151,6 +148,10 @@ def trajectory(
         skip_broken,
         warnings,
     )
+    if out is not None and not overwrite:
+        read = [run.source for run in work.runs.values()]  # with masters, other files than those that were given
+        path = Path(out) / TRAJECTORY
+        require_none_replaced(path, str(base), [*work.tuned.values(), *read], lambda content: content["checkpoints"])
     if (subspace_rank is not None or device != "cpu") and ray is None:
         from offprincipal.measures.spectral import chosen_device
 
