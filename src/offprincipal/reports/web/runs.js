@@ -1,5 +1,14 @@
 // Figures of whole runs: how they were trained, where their changes fell, and which they share.
 
+// Intervals around a value of each, as Plotly's error bars.
+const intervals = (found, value) => ({
+  type: "data",
+  symmetric: false,
+  array: found.map((each) => each.high - each[value]),
+  arrayminus: found.map((each) => each[value] - each.low),
+  color: INK,
+});
+
 figures["figure-training"] = () => {
   const traces = [],
     runs = data.training.filter((run) => known([run.before.sampled_accuracy, run.after.sampled_accuracy]).length),
@@ -150,15 +159,7 @@ figures["figure-overlaps"] = () => {
       colours = defined.map((i) => data.colours[i]);
     const hover = (what) => `%{customdata}<br>${what} %{x:.2%}<extra></extra>`,
       customdata = defined.map((i) => runLabel(data.runs[i]));
-    const error = {
-      type: "data",
-      symmetric: false,
-      array: shown.map((run) => run.high - run.value),
-      arrayminus: shown.map((run) => run.value - run.low),
-      color: INK,
-      thickness: 1,
-      width: 3,
-    };
+    const error = { ...intervals(shown, "value"), thickness: 1, width: 3 };
     traces.push({
       ...on,
       customdata,
@@ -337,15 +338,7 @@ function drawPairs(every, shown) {
     hovertemplate: `%{customdata}<br>${what} %{x:.4f}<extra></extra>`,
     ...more,
   });
-  const interval = {
-    type: "data",
-    symmetric: false,
-    array: shown.map((pair) => pair.high - pair.jaccard),
-    arrayminus: shown.map((pair) => pair.jaccard - pair.low),
-    color: INK,
-    thickness: 1.2,
-    width: 4,
-  };
+  const interval = { ...intervals(shown, "jaccard"), thickness: 1.2, width: 4 };
   const traces = [
     dots("jaccard_random", "chance", { size: 11, color: RANDOM }),
     dots("jaccard_rounding_null", "rounding alone", {
