@@ -19,6 +19,7 @@ from offprincipal.errors import StudyError
 from offprincipal.file_names import MONITOR, RECORD, SUMMARY
 from offprincipal.measures.columns import GROUPS, Group
 from offprincipal.models import model_name
+from offprincipal.tables import TABLES
 from offprincipal.tasks import open_task
 from offprincipal.training import ShowProgress, StepReport, TrainSettings, parse_settings, silent, train
 
@@ -164,8 +165,7 @@ class CompareStage(StageKind):
         )
 
     def files(self, name: str, space: Workspace) -> list[Path]:
-        tables = ("matrices.parquet", "masks.parquet", "pairs.parquet", "curves.parquet", SUMMARY)
-        return [space.folder(name) / table for table in tables]
+        return [space.folder(name) / file for file in (*(f"{table}.parquet" for table in TABLES), SUMMARY)]
 
 
 def base_folder(base: str) -> Path:
