@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from offprincipal.errors import ArgumentError
+from offprincipal.plain_text import plain
 
 _WIDTH = 80  # columns of the text
 _ROWS = 12  # that it has of a longer table
@@ -98,8 +99,7 @@ def _is_nested(table: pa.Table, name: str) -> bool:
 def _cell(value: Any) -> str:
     if value is None:
         return "–"
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return "".join(letter if letter.isprintable() else "�" for letter in text)
+    return plain(f"{value:.4g}" if isinstance(value, float) else str(value))
 
 
 def _require(package: str) -> Any:

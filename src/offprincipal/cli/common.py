@@ -257,7 +257,7 @@ def print_tables(*tables: RenderableType) -> None:
 
 def say(text: str, style: str | None = None, soft_wrap: bool = True) -> None:
     """Print one line, with markup and control characters in names neutralised."""
-    from offprincipal.reports.words import plain
+    from offprincipal.plain_text import plain
 
     Console(highlight=False).print(plain(text), style=style, soft_wrap=soft_wrap, markup=False)
 

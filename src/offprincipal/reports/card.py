@@ -18,12 +18,13 @@ import yaml
 
 from offprincipal.errors import FileError
 from offprincipal.files import require_folder, write_atomically
+from offprincipal.plain_text import plain
 from offprincipal.reports.figures import ANATOMY_PARTS, anatomy
 from offprincipal.reports.nulls import caption
 from offprincipal.reports.places import reproducing, without_paths
 from offprincipal.reports.report import damage_reported
 from offprincipal.reports.terminal import LADDER, LADDER_COLUMNS, anatomy_rows, figure_rows
-from offprincipal.reports.words import decisions, plain, warnings_of
+from offprincipal.reports.words import decisions, warnings_of
 
 README, FIGURE, PAIRS = "README.md", "offprincipal.svg", "offprincipal.jsonl"
 PAIR_SCHEMA = 1

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from offprincipal.files import write_atomically
-from offprincipal.reports.words import plain
+from offprincipal.plain_text import plain
 
 WEB = "web"
 _STYLE = (

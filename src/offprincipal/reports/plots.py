@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 
 from offprincipal.errors import ArgumentError, FileError, meant
 from offprincipal.files import require_folder, write_atomically
+from offprincipal.plain_text import plain
 from offprincipal.reports import plots_curves, plots_matrices, plots_runs
 from offprincipal.reports.plots_drawing import NothingToDraw, file_of
 from offprincipal.reports.report import comparison_in, damage_reported, read_columns
-from offprincipal.reports.words import plain
 from offprincipal.tables import read_summary
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from offprincipal.errors import ArgumentError, install_command
-from offprincipal.reports.names import short_names
+from offprincipal.plain_text import plain
+from offprincipal.reports.names import common_beginning, labels, short_names
 from offprincipal.reports.numbers import number
-from offprincipal.reports.words import plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -129,19 +129,11 @@ def labels_of(names: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
     >>> labels_of(["llama-3-8b-grpo-step-100", "llama-3-8b-grpo-step-200"])
     (['…100', '…200'], ('… stands for llama-3-8b-grpo-step-',))
     """
-    ends = short_names(names)
-    limit = next(n for n in range(_LONGEST, 10**6, 6) if len({_cut(end, n) for end in ends}) == len(set(ends)))
-    labels = [_cut(end, limit) for end in ends]
-    said = []
-    if ends[0] != names[0]:
-        said.append(f"… stands for {text_of(names[0][: len(names[0]) - len(ends[0]) + 1])}")
-    if labels != ends:
+    short, common = labels(names, _LONGEST), common_beginning(names)
+    said = [f"… stands for {text_of(common)}"] if common else []
+    if short != short_names(names):
         said.append("long names are cut in the middle")
-    return [text_of(label) for label in labels], tuple(said)
-
-
-def _cut(name: str, limit: int) -> str:
-    return name if len(name) <= limit else f"{name[: limit - 9]}…{name[-8:]}"
+    return [text_of(label) for label in short], tuple(said)
 
 
 def text_of(name: str) -> str:

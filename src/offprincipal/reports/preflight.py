@@ -12,9 +12,10 @@ from rich.box import SIMPLE
 from rich.table import Column, Table
 
 from offprincipal.forecast import ALL, Preflight
+from offprincipal.plain_text import plain
 from offprincipal.reports import numbers
 from offprincipal.reports.page import write_page
-from offprincipal.reports.words import place_name, plain, shown
+from offprincipal.reports.words import place_name, shown
 
 _CURVE = 120  # points
 

@@ -31,6 +31,7 @@ from offprincipal.file_names import (
     TRAJECTORY,
 )
 from offprincipal.files import ordinary, read_json, write_atomically
+from offprincipal.plain_text import plain
 from offprincipal.reports import exports, figures, names, nulls, numbers, words
 from offprincipal.reports.fine_tuning import fine_tuning_figures
 from offprincipal.reports.page import PLOTLY, WEB, asset
@@ -298,7 +299,7 @@ def _filters() -> dict[str, Callable[..., str]]:
     shown = (numbers.number, numbers.percent, numbers.points, numbers.degrees, numbers.signed, numbers.estimate)
     named: dict[str, Callable[..., str]] = {function.__name__: function for function in shown}
     return named | {
-        "plain": words.plain,
+        "plain": plain,
         "show_as": numbers.as_kind,
         "bare": numbers.bare,
         "minus_signs": numbers.minus_signs,

@@ -11,9 +11,10 @@ from rich.box import SIMPLE
 from rich.console import Group
 from rich.table import Column, Table
 
+from offprincipal.plain_text import plain
 from offprincipal.reports import numbers
 from offprincipal.reports.page import html_table, write_page
-from offprincipal.reports.words import place_name, plain, shown
+from offprincipal.reports.words import place_name, shown
 
 FIGURES = {
     "straightness": "straightness",

@@ -25,6 +25,7 @@ from rich.markup import escape
 
 from offprincipal.measures.columns import RUNGS
 from offprincipal.measures.pooling import STEPS
+from offprincipal.plain_text import plain
 from offprincipal.reports.nulls import ENDINGS, PARTS, listed, shares, steps_up
 from offprincipal.reports.numbers import degrees, number, percent, points, signed
 
@@ -369,15 +370,6 @@ def is_unchanged(metrics: Metrics) -> bool:
     value = _reader(metrics)
     unchanged = value("unchanged_fraction")
     return unchanged == 1 if unchanged is not None else value("relative_update_norm") == 0
-
-
-def plain(name: str) -> str:
-    """A name with its control characters replaced, safe to print.
-
-    >>> plain("grpo\\x1b[31m")
-    'grpo�[31m'
-    """
-    return "".join(c if c.isprintable() or c == "\xa0" else "�" for c in name)
 
 
 def shown(name: object) -> str:
