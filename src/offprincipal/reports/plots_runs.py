@@ -52,7 +52,7 @@ _HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\")  # of the parts of an anatom
 
 
 def anatomy(summary: Mapping[str, Any], every: Sequence[str]) -> "Figure":
-    """How far the changed entries lie from chance in either mask, and what each rung of the ladder explains."""
+    """How far the changed entries lie from chance in either mask, and what each null explains of it."""
     masks = measured(figures.anatomy(summary), "location")
     far = [max(abs(mask["runs"][at]["measured"] or 0.0) for mask in masks) for at in range(len(summary["runs"]))]
     runs = drawn_runs(list(summary["runs"]), every, _MOST_RUNS, far, "chance")
@@ -138,7 +138,7 @@ def _distance(run: Mapping[str, float | None]) -> float:
 
 
 def agreement(summary: Mapping[str, Any]) -> "Figure":
-    """The Jaccard index of the changed entries of two runs each, beside chance and each rung of the ladder."""
+    """The Jaccard index of the changed entries of two runs each, beside chance, rounding alone and margins."""
     pairs_of_all = [pair for pair in summary["pairs"] if pair["jaccard"] is not None]
     all_pairs = measured(pairs_of_all, "location, of two runs or more")
     kept = sorted(sorted(range(len(all_pairs)), key=lambda i: _left_over(all_pairs[i]), reverse=True)[:_MOST_PAIRS])
@@ -164,7 +164,7 @@ def agreement(summary: Mapping[str, Any]) -> "Figure":
 
 
 def _left_over(pair: Mapping[str, Any]) -> tuple[float, float]:
-    """What the ladder leaves of an agreement, and of those of which it leaves nothing, how far they lie from chance."""
+    """What the nulls leave of an agreement, and of those of which it leaves nothing, how far they lie from chance."""
     chance = pair.get("jaccard_random")
     return agreement_left_over(pair), 0.0 if chance is None else abs(pair["jaccard"] - chance)
 
@@ -197,7 +197,7 @@ def sweep(summary: Mapping[str, Any], every: Sequence[str], masks_table: pa.Tabl
             axes[len(masks)].set_ylabel("beyond rounding, points")
         legend(figure, styles, runs.legend())
         undefined = () if rounded else ("rounding alone is undefined here",)
-        below(figure, "mask density α", [*undefined, *runs.notes])
+        below(figure, "density of the mask", [*undefined, *runs.notes])
     return figure
 
 
